@@ -1,0 +1,63 @@
+"""Entropy-based activation function optimisation (EAFO) while a model trains.
+
+Attach one callback to a Lightning trainer, and every activation of the model follows its own data during training::
+
+    from lightning.pytorch import Trainer
+    from eafo_dynamic import EAFOCallback
+
+    trainer = Trainer(callbacks=[EAFOCallback()])
+    trainer.fit(model, data)
+
+The idea is that of "A Method on Searching Better Activation Functions" (arXiv 2405.12954), made dynamic.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eafo_dynamic.activation import CorrectedActivation as CorrectedActivation
+    from eafo_dynamic.activation import CRReLU as CRReLU
+    from eafo_dynamic.bases import register_activation as register_activation
+    from eafo_dynamic.callback import EAFOCallback as EAFOCallback
+    from eafo_dynamic.controller import EAFOController as EAFOController
+    from eafo_dynamic.errors import EAFOError as EAFOError
+    from eafo_dynamic.metrics import ActivationEntropy as ActivationEntropy
+    from eafo_dynamic.records import CorrectionLog as CorrectionLog
+    from eafo_dynamic.sites import find_sites as find_sites
+    from eafo_dynamic.surgery import apply_from_checkpoint as apply_from_checkpoint
+    from eafo_dynamic.surgery import disabled as disabled
+    from eafo_dynamic.surgery import unwrap as unwrap
+    from eafo_dynamic.surgery import wrap as wrap
+    from eafo_dynamic.version import __version__ as __version__
+
+_HOMES = {
+    "ActivationEntropy": "metrics",
+    "CRReLU": "activation",
+    "CorrectedActivation": "activation",
+    "CorrectionLog": "records",
+    "EAFOCallback": "callback",
+    "EAFOController": "controller",
+    "EAFOError": "errors",
+    "__version__": "version",
+    "apply_from_checkpoint": "surgery",
+    "disabled": "surgery",
+    "find_sites": "sites",
+    "register_activation": "bases",
+    "unwrap": "surgery",
+    "wrap": "surgery",
+}
+
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    # importing the package must not import torch or lightning before one of them is needed
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,50 @@
+"""Exceptions that write their own message: what was given, what is wrong with it, what to do instead."""
+
+from __future__ import annotations
+
+__all__ = ["ConfigError", "EAFOError", "LogError", "PatternError", "SiteError"]
+
+
+class EAFOError(Exception):
+    """Base of every error that this package raises for a user's input; the command line exits with 2."""
+
+
+class ConfigError(EAFOError, ValueError):
+    """An option has a value that cannot work.
+
+    Args:
+        option: name of the option as the user writes it.
+        value: the value given.
+        problem: what is wrong with it.
+        mend: what to write instead.
+    """
+
+    def __init__(self, option: str, value: object, problem: str, mend: str) -> None:
+        super().__init__(f"{option}={value!r}: {problem}. {mend}")
+        self.option = option
+
+
+class PatternError(EAFOError, ValueError):
+    """A pattern that selects sites matches nothing.
+
+    Args:
+        option: name of the option that holds the pattern.
+        pattern: the pattern given.
+        available: what could have been matched.
+    """
+
+    def __init__(self, option: str, pattern: str, available: list[str]) -> None:
+        shown = ", ".join(available[:12]) + (f", ... ({len(available)} in all)" if len(available) > 12 else "")
+        super().__init__(
+            f"{option}={pattern!r} matches no activation of this model. "
+            f"Use a class name, the end of a module's name or a regular expression that matches one of: "
+            f"{shown or 'none, the model has no activation module'}."
+        )
+
+
+class SiteError(EAFOError, RuntimeError):
+    """A model, or one site of it, cannot be handled; the message names the site."""
+
+
+class LogError(EAFOError, ValueError):
+    """A correction log is missing, damaged, foreign or of a newer schema; the message names the file."""
