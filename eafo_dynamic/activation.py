@@ -1,0 +1,234 @@
+"""Corrected activations as modules, and the state that every corrected call keeps; no policy here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from eafo_dynamic.bases import Base, as_base
+from eafo_dynamic.correction import HALF_WIDTH, correction_shape, is_closed_form, tabulate
+from eafo_dynamic.density import Density, Gaussian
+from eafo_dynamic.kernels import correction
+from eafo_dynamic.statistics import Collector
+
+__all__ = ["CRReLU", "CorrectedActivation", "Site", "Switch", "shape_table", "standard_normal"]
+
+
+def standard_normal() -> Gaussian:
+    """The density that a correction assumes before it has seen data: mu = 0, sigma = 1.
+
+    Returns:
+        A Gaussian of one site.
+    """
+    return Gaussian(torch.zeros(1), torch.ones(1))
+
+
+def shape_table(base: Base, density: Density, tabulated: bool = False) -> Tensor | None:
+    """Table of the correction shape of one base.
+
+    Args:
+        base: the base activation.
+        density: density of its pre-activations, of one site.
+        tabulated: whether to make a table in any case, for densities that will not stay Gaussian.
+
+    Returns:
+        Coefficients [4, intervals], float32; None where the closed form u exp(-u^2/2) is exact.
+    """
+    if not tabulated and is_closed_form(base, density):
+        return None
+    return tabulate(correction_shape(base, density))[0].to(torch.float32)
+
+
+@dataclass
+class Switch:
+    """What all sites of one model do at the moment.
+
+    Args:
+        collecting: whether forwards leave a sample of their pre-activations.
+        enabled: whether corrections act.
+    """
+
+    collecting: bool = False
+    enabled: bool = True
+
+
+@dataclass(eq=False)
+class Site:
+    """One corrected call. Its tensors are registered on its host, so they train, move and are saved with the model:
+    parameter ``eafo_<index>_eps`` (0-dim), buffers ``eafo_<index>_shape`` (mu, sigma) and ``eafo_<index>_table``.
+
+    Args:
+        name: the site's name, as in the report of ``find_sites``.
+        index: number of the site on its host.
+        module_name: FQN of the activation module.
+        switch: shared by all sites of the model.
+        collector: sample of the pre-activations.
+    """
+
+    name: str
+    index: int
+    module_name: str
+    switch: Switch
+    collector: Collector = field(default_factory=Collector)
+
+    @property
+    def keys(self) -> tuple[str, str, str]:
+        """Attribute names of eps, shape and table on the host."""
+        return f"eafo_{self.index}_eps", f"eafo_{self.index}_shape", f"eafo_{self.index}_table"
+
+    def register(self, host: nn.Module, base: Base, eps: float, tabulated: bool) -> None:
+        """Creates the site's tensors on its host, beside the host's own.
+
+        Args:
+            host: the activation module itself, or the module that calls it.
+            base: the function it computes.
+            eps: starting amplitude.
+            tabulated: whether the shape is a table even where a closed form would do.
+        """
+        near = next(host.parameters(), None)
+        device = near.device if near is not None else None
+        eps_key, shape_key, table_key = self.keys
+        host.register_parameter(eps_key, nn.Parameter(torch.tensor(float(eps), device=device)))
+        host.register_buffer(shape_key, torch.tensor([0.0, 1.0], device=device))
+        table = shape_table(base, standard_normal(), tabulated)
+        host.register_buffer(table_key, None if table is None else table.to(device))
+
+    def unregister(self, host: nn.Module) -> None:
+        """Removes the site's tensors from its host.
+
+        Args:
+            host: where they are registered.
+        """
+        eps_key, shape_key, table_key = self.keys
+        del host._parameters[eps_key], host._buffers[shape_key], host._buffers[table_key]
+
+    def correction(self, host: nn.Module, z: Tensor) -> Tensor:
+        """The site's correction term.
+
+        Args:
+            host: where the site's tensors are registered.
+            z: pre-activations, any shape.
+
+        Returns:
+            c(z), of the shape and dtype of z.
+        """
+        eps, shape, table = (getattr(host, key) for key in self.keys)
+        return correction(z, eps, shape, table, HALF_WIDTH)
+
+    def __call__(self, host: nn.Module, base: Callable[[Tensor], Tensor], z: Tensor, inplace: bool) -> Tensor:
+        """Runs the corrected function.
+
+        Args:
+            host: where the site's tensors are registered.
+            base: the original forward.
+            z: pre-activations, any shape, floating point.
+            inplace: whether the base overwrites its input; then so does the corrected function.
+
+        Returns:
+            f(z); z itself, overwritten, if inplace.
+        """
+        if self.switch.collecting and not _recomputing():
+            self.collector.observe(z)
+        if not self.switch.enabled:
+            return base(z)
+        if not inplace:
+            out = base(z)
+            return out + self.correction(host, z).to(out.dtype)
+        kept = z.clone()  # the correction's backward needs what is about to be overwritten
+        out = base(kept.clone())
+        return z.copy_(out + self.correction(host, kept).to(out.dtype))
+
+
+def _recomputing() -> bool:
+    """Whether this forward runs inside a backward, as activation checkpointing does; it has been sampled before.
+
+    Returns:
+        Whether it does.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class CorrectedActivation(nn.Module):
+    """An activation with its correction, on its own: f(z) = base(z) + eps * sigma * ghat((z - mu) / sigma).
+
+    With eps = 0, ``CorrectedActivation(base)(z)`` equals ``base(z)`` bit for bit.
+
+    Args:
+        base: a pointwise activation module; it is not changed.
+        eps: starting amplitude, no unit.
+        density: density of the pre-activations, of one site; None: standard normal.
+        trainable: whether eps is a parameter; otherwise a buffer.
+    """
+
+    shape: Tensor
+    table: Tensor | None
+
+    def __init__(
+        self, base: nn.Module, eps: float = 0.01, density: Density | None = None, trainable: bool = True
+    ) -> None:
+        super().__init__()
+        density = density or standard_normal()
+        self.base = base
+        amplitude = torch.tensor(float(eps))
+        if trainable:
+            self.eps = nn.Parameter(amplitude)
+        else:
+            self.register_buffer("eps", amplitude)
+        self.register_buffer("shape", torch.stack([density.mean[0], density.std[0]]).to(torch.float32))
+        self.register_buffer("table", shape_table(as_base(base), density))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Applies the corrected function.
+
+        Args:
+            z: pre-activations, any shape, floating point.
+
+        Returns:
+            f(z), of the shape of z.
+        """
+        kept = z.clone() if getattr(self.base, "inplace", False) else z
+        c = correction(kept, self.eps, self.shape, self.table, HALF_WIDTH)
+        out = self.base(z)
+        return out + c.to(out.dtype)
+
+    def extra_repr(self) -> str:
+        """Live amplitude and scale.
+
+        Returns:
+            For example ``eps=+0.0100, mu=+0.000, sigma=1.000``.
+        """
+        return describe_state(self.eps, self.shape)
+
+
+class CRReLU(CorrectedActivation):
+    """The paper's correction-regularised ReLU: relu(x) + eps x exp(-x^2 / 2), eps learned from 0.01.
+
+    The static special case of the correction: ReLU base, standard normal density (arXiv 2405.12954, section 4).
+
+    Args:
+        eps: starting amplitude.
+    """
+
+    def __init__(self, eps: float = 0.01) -> None:
+        super().__init__(nn.ReLU(), eps)
+
+
+def describe_state(eps: Tensor, shape: Tensor) -> str:
+    """Short text of a site's state.
+
+    Args:
+        eps: amplitude, 0-dim or one a channel (then their mean is shown).
+        shape: mu and sigma.
+
+    Returns:
+        For example ``eps=+0.0100, mu=+0.000, sigma=1.000``.
+    """
+    if eps.is_meta or shape.is_meta:
+        return "eps, mu, sigma on meta"
+    mu, sigma = shape.tolist()
+    value = float(eps.detach().mean()) if eps.numel() else math.nan
+    return f"eps={value:+.4f}, mu={mu:+.3f}, sigma={sigma:.3f}"

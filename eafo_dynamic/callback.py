@@ -1,0 +1,301 @@
+"""``EAFOCallback``: the controller on Lightning's hooks, and nothing else."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+
+from eafo_dynamic.controller import EAFOController, Options, Record
+from eafo_dynamic.density import Density
+from eafo_dynamic.errors import ConfigError, SiteError
+from eafo_dynamic.example import example_run
+from eafo_dynamic.optim import own_group
+from eafo_dynamic.policy import Policy
+from eafo_dynamic.records import LogWriter
+from eafo_dynamic.sites import SiteReport, find_sites
+from eafo_dynamic.surgery import CHECKPOINT_KEY, manifest, wrap_from_manifest
+from eafo_dynamic.version import package_versions
+
+__all__ = ["EAFOCallback"]
+
+
+class EAFOCallback(Callback):
+    """Lets every activation of a model follow its own data while the model trains.
+
+    Attach it to any Trainer; the model's code is untouched::
+
+        trainer = Trainer(callbacks=[EAFOCallback()])
+
+    In ``setup`` the model's activations are wrapped, so that eps is in the optimiser and checkpoints restore it. In
+    training, sampled batches leave a few thousand pre-activations a site; every ``update_every_n_steps`` optimiser
+    steps each site's density, entropy and correction are estimated anew. Aggregates go to the trainer's loggers as
+    ``eafo/...``, every site's row to ``<run>/eafo/corrections.jsonl``.
+
+    Args:
+        target_modules: class names (``ReLU``), ends of module names (``mlp.act``) or regular expressions over whole
+            module names; None: every hidden activation.
+        exclude_modules: likewise, the sites to leave alone.
+        filter_fn: called with (module, module name); False leaves the site alone.
+        policy: ``"static"`` (the paper's CRReLU), ``"learned"``, ``"entropy"``, ``"hybrid"``, ``"frozen"`` or a
+            Policy object.
+        density: ``"gaussian"``, ``"histogram"`` or a function from samples [sites, n] to a Density.
+        eps_init: starting amplitude of every correction, no unit.
+        max_eps: bound of |eps|: the slope of a function stays within max_eps of its base's.
+        max_delta: bound of the change of a function at one update, in standard deviations of its pre-activation.
+        update_every_n_steps: optimiser steps between update rounds.
+        update_starting_at_step: first step with an update round.
+        freeze_at_step: from this step on every correction stays as it is; None: never.
+        collect_every_n_steps: optimiser steps between sampled steps; None: about five a round.
+        samples_per_site: pre-activations a site contributes to an update round.
+        momentum: weight of a new round in the running estimate of a density, in (0, 1].
+        lr: learning rate of eps; None: that of the model's own parameters times lr_multiple.
+        lr_multiple: see lr.
+        weight_decay: of eps.
+        resolution: r of the resolution-r entropy, in standard deviations of the output.
+        log_every_n_steps: optimiser steps between aggregates sent to the loggers; None: at every update round.
+        dirpath: folder of the correction log; None: ``eafo`` in the run's folder.
+        save_log: whether to write the correction log.
+        verbose: whether to print the table of sites at the start.
+
+    Attributes:
+        controller: the EAFOController; None before ``setup``.
+
+    Raises:
+        ConfigError: if an option cannot work; the message names it, its value and the mend.
+    """
+
+    def __init__(
+        self,
+        target_modules: str | list[str] | None = None,
+        exclude_modules: str | list[str] | None = None,
+        filter_fn: Callable[[nn.Module, str], bool] | None = None,
+        policy: str | Policy = "learned",
+        density: str | Callable[[Tensor], Density] = "gaussian",
+        eps_init: float = 0.01,
+        max_eps: float = 0.5,
+        max_delta: float = 0.1,
+        update_every_n_steps: int = 50,
+        update_starting_at_step: int = 0,
+        freeze_at_step: int | None = None,
+        collect_every_n_steps: int | None = None,
+        samples_per_site: int = 4096,
+        momentum: float = 0.5,
+        lr: float | None = None,
+        lr_multiple: float = 1.0,
+        weight_decay: float = 0.0,
+        resolution: float = 0.1,
+        log_every_n_steps: int | None = None,
+        dirpath: str | Path | None = None,
+        save_log: bool = True,
+        verbose: bool = True,
+    ) -> None:
+        self.options = Options(
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            filter_fn=filter_fn,
+            policy=policy,
+            density=density,
+            eps_init=eps_init,
+            max_eps=max_eps,
+            max_delta=max_delta,
+            update_every_n_steps=update_every_n_steps,
+            update_starting_at_step=update_starting_at_step,
+            freeze_at_step=freeze_at_step,
+            collect_every_n_steps=collect_every_n_steps,
+            samples_per_site=samples_per_site,
+            momentum=momentum,
+            resolution=resolution,
+        )
+        if log_every_n_steps is not None and log_every_n_steps < 1:
+            raise ConfigError("log_every_n_steps", log_every_n_steps, "must be at least 1", "None logs at every update.")
+        self.lr, self.lr_multiple, self.weight_decay = lr, lr_multiple, weight_decay
+        self.log_every_n_steps = log_every_n_steps
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.save_log = save_log
+        self.verbose = verbose
+        self.controller: EAFOController | None = None
+        self._writer: LogWriter | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._aggregates: dict[str, float] = {}
+
+    # ------------------------------------------------------------------ before training
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wraps the model, once; before optimisers are built and weights restored."""
+        if self.controller is not None and self.controller.model is pl_module:
+            return
+        _check_order(self, trainer)
+        if is_overridden("configure_model", pl_module):
+            pl_module.configure_model()
+        saved = _saved_sites(trainer)
+        if stage != "fit" and saved is None:
+            return  # nothing to restore and nothing to train: the plain model is what the user means
+        report = self._find(trainer, pl_module) if saved is None else wrap_from_manifest(pl_module, saved)
+        self.controller = EAFOController(pl_module, self.options, report)
+        self.controller.collecting = False
+        if self.verbose and trainer.is_global_zero and stage == "fit":
+            _print(report)
+
+    def _find(self, trainer: Trainer, pl_module: LightningModule) -> SiteReport:
+        selection = self.options.selection
+        run, source = example_run(trainer, pl_module)
+        if run is None:
+            report = find_sites(pl_module, selection=selection)
+        else:
+            try:
+                return find_sites(pl_module, selection=selection, run=run)
+            except SiteError as error:
+                warnings.warn(f"EAFO looks at the module tree only, since {source}: {error}", stacklevel=2)
+                report = find_sites(pl_module, selection=selection)
+        return report
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives eps its parameter group, before optimiser states are restored, and opens the log."""
+        controller = self._controller
+        notes = own_group(
+            trainer.optimizers,
+            controller.amplitudes,
+            pl_module,
+            schedulers=[config.scheduler for config in trainer.lr_scheduler_configs],
+            lr=self.lr,
+            lr_multiple=self.lr_multiple,
+            weight_decay=self.weight_decay,
+        )
+        for note in notes:
+            warnings.warn(f"EAFO: {note}", stacklevel=2)
+        if self._resumed is not None:
+            controller.load_state_dict(self._resumed)
+            self._resumed = None
+        folder = self._log_folder(trainer)
+        if self.save_log and trainer.is_global_zero and not trainer.fast_dev_run:
+            about = {
+                "model": type(pl_module).__name__,
+                "packages": package_versions(),
+                "options": self.options.primitives(),
+                **manifest(controller.report, self.options.tabulated),
+            }
+            self._writer = LogWriter(folder, about)
+
+    def _log_folder(self, trainer: Trainer) -> Path:
+        run = trainer.log_dir or trainer.default_root_dir  # on every rank: log_dir is a broadcast
+        return self.dirpath or Path(run) / "eafo"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drops rows of the log that lie past the restored step."""
+        if self._writer is not None and trainer.global_step:
+            self._writer.resume(trainer.global_step)
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Lets the forwards of this batch leave samples when it is time."""
+        controller = self._controller
+        controller.collecting = controller.schedule.collects(trainer.global_step)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Lets the policy add to eps.grad, or drops it once frozen."""
+        self._controller.before_optimizer_step(trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Acts when the optimiser has stepped: trust region, update round, log."""
+        controller = self._controller
+        step = trainer.global_step
+        rows = controller.step(step, trainer.current_epoch)
+        controller.collecting = False
+        if rows:
+            self._aggregates = _aggregate(rows)
+            if self._writer is not None:
+                self._writer.write(rows)
+        if self._aggregates and (rows if self.log_every_n_steps is None else step % self.log_every_n_steps == 0):
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.barebones:
+            return
+        shown = {f"eafo/{key}": value for key, value in self._aggregates.items()}
+        bar = {key: shown.pop(key) for key in ("eafo/mean_entropy", "eafo/mean_eps")}
+        pl_module.log_dict(bar, prog_bar=True, on_step=True, on_epoch=False, rank_zero_only=False)
+        pl_module.log_dict(shown, on_step=True, on_epoch=False)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Closes the log; the model keeps its corrections."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the list of sites, so that a plain model can be wrapped the same way before its weights are loaded."""
+        if self.controller is not None:
+            checkpoint[CHECKPOINT_KEY] = manifest(self.controller.report, self.options.tabulated)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State beside the model's own: running estimates and counts; tensors and primitives only.
+
+        Returns:
+            The state.
+        """
+        return {} if self.controller is None else self.controller.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the restored state until the fit starts, when it is on the right device."""
+        self._resumed = state_dict or None
+
+    # ------------------------------------------------------------------ for the reader
+
+    @property
+    def history(self) -> list[Record]:
+        """The newest rows of the correction log."""
+        return [] if self.controller is None else list(self.controller.records)
+
+    @property
+    def _controller(self) -> EAFOController:
+        if self.controller is None:
+            raise SiteError("EAFOCallback has not wrapped a model yet: its setup hook did not run.")
+        return self.controller
+
+
+def _aggregate(rows: list[Record]) -> dict[str, float]:
+    """Means over the sites that had samples."""
+
+    def mean(column: str) -> float:
+        values = torch.tensor([float(row[column]) for row in rows], dtype=torch.float64)  # pyright: ignore[reportArgumentType]
+        return float(values.nanmean())
+
+    names = ("entropy", "eps", "atom_mass", "d_entropy_d_eps")
+    return {f"mean_{name}": mean(name) for name in names}
+
+
+def _saved_sites(trainer: Trainer) -> dict[str, Any] | None:
+    """The list of sites in the checkpoint that the trainer is about to restore."""
+    if not trainer.ckpt_path:
+        return None
+    checkpoint = trainer.strategy.load_checkpoint(trainer.ckpt_path)
+    return checkpoint.get(CHECKPOINT_KEY)
+
+
+def _print(report: SiteReport) -> None:
+    from rich.console import Console
+
+    Console().print(report)
+
+
+def _check_order(callback: Callback, trainer: Trainer) -> None:
+    """Averaging callbacks copy the model in their setup; the copy must already be wrapped."""
+    names = [type(each).__name__ for each in trainer.callbacks]  # pyright: ignore[reportAttributeAccessIssue]
+    place = trainer.callbacks.index(callback)  # pyright: ignore[reportAttributeAccessIssue]
+    for earlier in names[:place]:
+        if earlier in ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"):
+            raise ConfigError(
+                "callbacks", names, f"{earlier} copies the model before EAFOCallback wraps it", "Put EAFOCallback first."
+            )

@@ -1,0 +1,339 @@
+"""What the commands of `eafo-dynamic log` print."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from eafo_dynamic.cli.output import emit, emit_facts, shortened, sparkline, table_width
+from eafo_dynamic.errors import ConfigError, LogError
+from eafo_dynamic.records import CorrectionLog
+from eafo_dynamic.records.summary import compare_runs, compare_sites, layer_rows, summarise
+
+__all__ = ["TABLE_ROWS", "compare", "events", "layers", "load_rows", "show", "summary"]
+
+TABLE_ROWS = 40
+
+_LABELS = {
+    "eps_trend": "",
+    "entropy_trend": "",
+    "entropy_first": "H first",
+    "entropy": "H",
+    "entropy_last": "H last",
+    "entropy_change": "dH",
+    "d_entropy_d_eps": "dH/deps",
+    "atom_mass": "atoms",
+    "dead_fraction": "dead",
+    "delta_eps": "deps",
+    "mean_eps": "mean eps",
+    "mean_abs_eps": "mean |eps|",
+    "last_step": "last step",
+}
+_TRENDS = ("eps_trend", "entropy_trend")
+# Columns of a table from left to right, and those that a narrow one goes without, the first one first.
+_LAYERS = [
+    "site",
+    "base",
+    "eps",
+    "eps_trend",
+    "entropy_first",
+    "entropy",
+    "entropy_trend",
+    "d_entropy_d_eps",
+    "atom_mass",
+    "dead_fraction",
+    "mean",
+    "std",
+    "n",
+    "updates",
+    "policy",
+    "event",
+    "event_step",
+]
+_LAYERS_OPTIONAL = [
+    "event_step",
+    "policy",
+    "updates",
+    "n",
+    "std",
+    "mean",
+    "event",
+    "dead_fraction",
+    "atom_mass",
+    "base",
+    "d_entropy_d_eps",
+    "entropy_first",
+    "eps_trend",
+    "entropy_trend",
+]
+_SHOW = [
+    "site",
+    "step",
+    "epoch",
+    "eps",
+    "delta_eps",
+    "entropy",
+    "d_entropy_d_eps",
+    "atom_mass",
+    "dead_fraction",
+    "mean",
+    "std",
+    "skew",
+    "kurtosis",
+    "mu",
+    "sigma",
+    "n",
+    "event",
+]
+_SHOW_OPTIONAL = [
+    "n",
+    "sigma",
+    "mu",
+    "kurtosis",
+    "skew",
+    "epoch",
+    "event",
+    "atom_mass",
+    "dead_fraction",
+    "std",
+    "mean",
+]
+_COMPARE_OPTIONAL = ["updates", "mean_abs_eps", "last_step", "policy", "events", "sites", "entropy_first"]
+
+
+def summary(args: argparse.Namespace) -> int:
+    """Print what `log summary` says, and return the exit code.
+
+    Args:
+        args: the parsed options.
+
+    Returns:
+        0.
+    """
+
+    def show(log: CorrectionLog) -> None:
+        facts = summarise(log)
+        if args.format in ("json", "csv"):
+            emit([facts], fmt=args.format)
+        else:
+            emit_facts(_summary_lines(facts), fmt=args.format)
+
+    return _shown(args, show)
+
+
+def _summary_lines(facts: dict[str, Any]) -> dict[str, str]:
+    """Return the facts in words."""
+    first, last = facts["steps"]
+    lines = {
+        "run": facts["run"],
+        "steps": f"{first} to {last}, {facts['updates']} updates",
+        "sites": f"{facts['sites']} ({_listed(facts['policies'])})",
+        "mean entropy": f"{_number(facts['entropy_first'])} -> {_number(facts['entropy_last'])} nats",
+        "mean eps": f"{_number(facts['mean_eps'])}, mean |eps| {_number(facts['mean_abs_eps'])}",
+        "largest |eps|": _sites(facts["largest_eps"]),
+        "highest entropy": _sites(facts["highest_entropy"]),
+        "lowest entropy": _sites(facts["lowest_entropy"]),
+        "events": str(facts["events"]) + (f" ({_listed(facts['event_kinds'])})" if facts["events"] else ""),
+    }
+    if facts["resumed_at_steps"]:
+        lines["resumed at step"] = ", ".join(map(str, facts["resumed_at_steps"]))
+    return lines
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _sites(entries: Sequence[dict[str, Any]]) -> str:
+    return "\n".join(f"{_number(entry['value'])}  {entry['site']}" for entry in entries) or "-"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def layers(args: argparse.Namespace) -> int:
+    """Print what `log layers` says, and return the exit code.
+
+    Args:
+        args: the parsed options.
+
+    Returns:
+        0.
+    """
+
+    def show(log: CorrectionLog) -> None:
+        rows = _sorted(layer_rows(log), args)
+        drawn = args.format in ("table", "md")
+        if drawn:
+            rows = [row | {name: sparkline(row[name], 8) for name in _TRENDS} for row in rows]
+        elif args.format == "csv":
+            rows = [{name: value for name, value in row.items() if name not in _TRENDS} for row in rows]
+        _emit(args, rows, _LAYERS if drawn else None, _LAYERS_OPTIONAL, title=str(log.path))
+
+    return _shown(args, show)
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print what `log show` says, and return the exit code.
+
+    Args:
+        args: the parsed options.
+
+    Returns:
+        0.
+    """
+    log = load_rows(args.folder, args.steps).select(site=args.site)
+    rows = _sorted(log.rows, args)
+    limit = TABLE_ROWS if args.limit is None and args.format == "table" else args.limit or len(rows)
+    shown = _thinned(rows, limit)
+    names = _SHOW if args.format in ("table", "md") else log.columns
+    single = len(log.sites) == 1
+    title = _site_title(log) if single else None
+    _emit(args, shown, [name for name in names if not (single and name == "site")], _SHOW_OPTIONAL, title)
+    if len(shown) < len(rows) and args.format == "table":
+        sys.stdout.write(f"{len(shown)} of {len(rows)} rows, evenly spaced; --limit 0 shows all\n")
+    return 0
+
+
+def _site_title(log: CorrectionLog) -> str:
+    site = log.sites[0]
+    known = log.site_info(site)
+    facts = [
+        f"{name} {known[name]}" for name in ("base", "kind", "call", "shape") if known.get(name) is not None
+    ]
+    return "  ".join([site, *facts])
+
+
+def events(args: argparse.Namespace) -> int:
+    """Print what `log events` says, and return the exit code.
+
+    Args:
+        args: the parsed options.
+
+    Returns:
+        0.
+    """
+    log = _selected(load_rows(args.folder, args.steps), args)
+    rows = log.events()
+    if not rows and args.format == "table":
+        sys.stdout.write(f"no events in {len(log)} rows of {log.path}\n")
+        return 0
+    _emit(args, rows, ["step", "epoch", "site", "event"], ["epoch"], None)
+    return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Print what `log compare` says, and return the exit code.
+
+    Args:
+        args: the parsed options.
+
+    Returns:
+        0.
+    """
+    logs = [_selected(load_rows(run, args.steps), args) for run in args.runs]
+    if args.by == "run":
+        rows = compare_runs(logs)
+        names, optional = list(rows[0]), _COMPARE_OPTIONAL
+    else:
+        if not any(args.column in log.columns for log in logs):
+            _refuse_column("--column", args.column, sorted({name for log in logs for name in log.columns}))
+        rows = compare_sites(logs, args.column)
+        names, optional = list(rows[0]), []
+    _emit(args, _sorted(rows, args), names, optional, None if args.by == "run" else f"last {args.column}")
+    return 0
+
+
+def load_rows(run: str, steps: tuple[int | None, int | None] | None) -> CorrectionLog:
+    """Load a log that must have rows.
+
+    Args:
+        run: folder of the run.
+        steps: first and last step wanted; None for all.
+
+    Returns:
+        The log of those steps.
+
+    Raises:
+        LogError: if it has no rows, or none at these steps.
+    """
+    log = CorrectionLog.load(run)
+    for note in log.notes:
+        sys.stderr.write(f"note: {note}\n")
+    if not len(log):
+        raise LogError(f"{log.path}: the log has no rows yet; the first come with the first update")
+    if steps is None:
+        return log
+    part = log.select(steps=steps)
+    if not len(part):
+        raise LogError(
+            f"{log.path}: no update in this range of steps; the log has {log.steps[0]}:{log.steps[-1]}"
+        )
+    return part
+
+
+def _selected(log: CorrectionLog, args: argparse.Namespace) -> CorrectionLog:
+    return log.select(site=args.site) if args.site else log
+
+
+def _shown(args: argparse.Namespace, show: Callable[[CorrectionLog], None]) -> int:
+    """Return 0 after showing the log, again whenever it grows if `args.follow` says so."""
+    show(_selected(load_rows(args.folder, args.steps), args))
+    if args.follow is None:
+        return 0
+    live = CorrectionLog.load(args.folder)
+    try:
+        while True:
+            time.sleep(args.follow)
+            if live.refresh():
+                # Clear the screen and go home; a pipe gets the tables one after the other.
+                sys.stdout.write("\x1b[2J\x1b[H" if sys.stdout.isatty() else "\n")
+                part = live if args.steps is None else live.select(steps=args.steps)
+                show(_selected(part, args))
+    except KeyboardInterrupt:
+        return 0
+
+
+def _sorted(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows in the order asked for, those without a value last."""
+    if args.sort is None:
+        return rows
+    if not any(args.sort in row for row in rows):
+        _refuse_column("--sort", args.sort, [name for name in rows[0] if not name.endswith("_trend")])
+    known = [row for row in rows if row.get(args.sort) is not None]
+    try:
+        known.sort(key=lambda row: row[args.sort], reverse=args.descending)
+    except TypeError:
+        known.sort(key=lambda row: str(row[args.sort]), reverse=args.descending)
+    return known + [row for row in rows if row.get(args.sort) is None]
+
+
+def _refuse_column(option: str, value: str, names: Sequence[str]) -> NoReturn:
+    raise ConfigError(option, value, "no such column", f"Columns: {', '.join(names)}.")
+
+
+def _thinned(rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    if len(rows) <= limit:
+        return rows
+    last = len(rows) - 1
+    return [rows[round(number * last / max(limit - 1, 1))] for number in range(limit)]
+
+
+def _emit(
+    args: argparse.Namespace,
+    rows: Sequence[dict[str, Any]],
+    names: Sequence[str] | None,
+    optional: Sequence[str],
+    title: str | None,
+) -> None:
+    if args.format != "table" or args.wide:
+        emit(rows, columns=names, fmt=args.format, title=title, labels=_LABELS, width=10_000)
+        return
+    width = table_width()
+    sites = shortened([str(row.get("site")) for row in rows], max(20, width * 3 // 10))
+    short = [{**row, "site": site} if "site" in row else row for row, site in zip(rows, sites, strict=True)]
+    emit(short, columns=names, title=title, optional=optional, labels=_LABELS, hint="; --wide shows all")

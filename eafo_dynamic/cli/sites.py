@@ -1,0 +1,66 @@
+"""``eafo-dynamic sites``: the dry run; which activations a model has and which would be wrapped."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from eafo_dynamic.errors import ConfigError
+
+__all__ = ["register"]
+
+
+def register(commands: Any) -> None:
+    """Adds the command.
+
+    Args:
+        commands: the subparsers of the main parser.
+    """
+    from eafo_dynamic.cli.output import add_format_option
+
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "sites",
+        help="list the activation sites of a model: wrapped, skipped, and why",
+        description="Lists every activation call of a model and whether EAFOCallback would wrap it. Changes nothing.",
+    )
+    parser.add_argument("model", help="package.module:callable that returns the model, for example my_project.net:make")
+    parser.add_argument(
+        "--shape", type=_shape, help="run a forward on zeros of this shape, for example 2,3,32,32, to see shared calls"
+    )
+    parser.add_argument("--target-modules", nargs="+", help="as in EAFOCallback")
+    parser.add_argument("--exclude-modules", nargs="+", help="as in EAFOCallback")
+    add_format_option(parser)
+    parser.set_defaults(run=_run)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.replace("x", ",").split(","))
+
+
+def _run(args: argparse.Namespace) -> int:
+    import torch
+
+    from eafo_dynamic.cli.output import emit
+    from eafo_dynamic.sites import Selection, find_sites
+
+    model = _make(args.model)
+    example = () if args.shape is None else (torch.zeros(args.shape),)
+    report = find_sites(model, *example, selection=Selection(args.target_modules, args.exclude_modules))
+    title = f"{len(report.wrapped)} of {len(report.sites)} activation sites would be wrapped. {report.note}".strip()
+    emit(report.rows(), fmt=args.format, title=title)
+    return 0
+
+
+def _make(path: str) -> Any:
+    module_name, _, attribute = path.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+        return factory()
+    except Exception as error:
+        raise ConfigError(
+            "model", path, f"cannot be made ({type(error).__name__}: {error})", "Give package.module:callable."
+        ) from None

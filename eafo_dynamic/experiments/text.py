@@ -1,0 +1,161 @@
+"""The Python standard library as text: bytes, cut into windows, every file in one part only."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.experiments.data import SplitData
+
+__all__ = ["ByteWindows", "StdlibText", "source_files"]
+
+_EXCLUDED = {
+    *("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"),
+    *("encodings", "pydoc_data"),  # generated tables, not code
+}
+
+
+class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
+    """Windows of a text and, for each place, the byte that follows.
+
+    Args:
+        text: bytes, uint8, shape [n] with n > block_size.
+        block_size: bytes of a window.
+        stride: bytes from the start of a window to the start of the next.
+    """
+
+    def __init__(self, text: Tensor, block_size: int, stride: int) -> None:
+        self.text = text
+        self.block_size = block_size
+        self.stride = stride
+
+    def __len__(self) -> int:
+        return (len(self.text) - self.block_size - 1) // self.stride + 1
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        start = index * self.stride
+        window = self.text[start : start + self.block_size + 1].long()
+        return window[:-1], window[1:]
+
+
+class StdlibText(SplitData):
+    """Bytes of the .py files of the running Python's standard library, without tests and packages.
+
+    The files, in sorted order, are shuffled by `split_seed` and taken until the cap is reached; the first
+    ones are for validation, the next for testing, the rest for training. Another Python version is another
+    text: compare losses within one version. Training windows start anywhere, drawn anew each epoch;
+    evaluation windows are fixed and do not overlap.
+
+    Args:
+        block_size: bytes of a window.
+        batch_size: windows of a batch.
+        windows_per_epoch: training windows that make an epoch.
+        eval_windows: at most so many windows for validation, and for testing.
+        max_megabytes: cap on the text, in units of 10^6 bytes.
+        seed: seed of the training windows; see `SplitData`.
+        split_seed: seed of the choice and the cut of the files.
+        val_fraction: part of the bytes for validation.
+        test_fraction: part of the bytes for testing.
+        root: folder with other .py files to read instead.
+        num_workers: loader processes.
+
+    Raises:
+        ConfigError: for a size below 1, or a folder with too little text for three parts.
+    """
+
+    def __init__(
+        self,
+        block_size: int = 128,
+        batch_size: int = 32,
+        windows_per_epoch: int = 3200,
+        eval_windows: int = 256,
+        max_megabytes: float = 4.0,
+        seed: int = 0,
+        split_seed: int = 0,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        root: str | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, seed, split_seed, val_fraction, test_fraction, num_workers)
+        sizes = {
+            "block_size": block_size,
+            "windows_per_epoch": windows_per_epoch,
+            "eval_windows": eval_windows,
+        }
+        for option, size in sizes.items():
+            if size < 1:
+                raise ConfigError(option, size, "must be at least 1", "Choose 1 or more.")
+        self.block_size = block_size
+        self.draws = windows_per_epoch
+        self.eval_windows = eval_windows
+        self.max_megabytes = max_megabytes
+        self.root = Path(sysconfig.get_path("stdlib") if root is None else root)
+        self.files: dict[str, list[Path]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Choose, read and cut; the same for every stage.
+
+        Args:
+            stage: what Lightning is about to do; not used.
+
+        Raises:
+            ConfigError: when a part has less text than one window.
+        """
+        self.files = self._choose_files()
+        text = {part: _read(files) for part, files in self.files.items()}
+        shortest = min(len(bytes_) for bytes_ in text.values())
+        if shortest <= self.block_size:
+            raise ConfigError(
+                "root",
+                str(self.root),
+                f"one of the three parts has {shortest} bytes of .py files, a window {self.block_size}",
+                "Name a folder with more Python files, raise max_megabytes or lower block_size.",
+            )
+        self.train_data = ByteWindows(text["train"], self.block_size, stride=1)
+        self.val_data, self.test_data = (self._spread(text[part]) for part in ("val", "test"))
+
+    def _spread(self, text: Tensor) -> ByteWindows:
+        # Over the whole text, at equal distances, rather than its first files only.
+        stride = max(self.block_size, -(-(len(text) - self.block_size) // self.eval_windows))
+        return ByteWindows(text, self.block_size, stride)
+
+    def _choose_files(self) -> dict[str, list[Path]]:
+        files = source_files(self.root)
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(self.split_seed))
+        budget = min(self.max_megabytes * 1e6, sum(path.stat().st_size for path in files))
+        parts: dict[str, list[Path]] = {"val": [], "test": [], "train": []}
+        limits = {"val": self.val_fraction, "test": self.val_fraction + self.test_fraction, "train": 1.0}
+        taken = 0
+        for index in order.tolist():
+            part = next((name for name, limit in limits.items() if taken < limit * budget), None)
+            if part is None:
+                break
+            parts[part].append(files[index])
+            taken += files[index].stat().st_size
+        return parts
+
+
+def source_files(root: Path) -> list[Path]:
+    """The .py files below a folder, sorted, without tests, installed packages and generated tables.
+
+    Args:
+        root: the folder.
+
+    Returns:
+        Paths, in an order that depends on their names below `root` only.
+    """
+    relative = (path.relative_to(root) for path in root.rglob("*.py"))
+    kept = (path for path in relative if not _EXCLUDED.intersection(path.parts))
+    return [root / path for path in sorted(kept, key=lambda path: path.as_posix())]
+
+
+def _read(files: list[Path]) -> Tensor:
+    content = bytearray(b"".join(path.read_bytes() for path in files))
+    # torch.frombuffer refuses an empty buffer, which an empty folder gives.
+    return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)

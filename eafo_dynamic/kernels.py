@@ -1,0 +1,139 @@
+"""Base plus correction: the one formula that runs in every forward, and its backward.
+
+    f(z) = base(z) + c(z),   c(z) = eps * sigma * ghat(u),   u = (z - mu) / sigma        (Theory, section 4, (3))
+
+``ghat`` is either the closed form ``u * exp(-u^2 / 2)`` (piecewise linear base, Gaussian density) or a piecewise
+cubic read from a table. The backward keeps the pre-activation z and recomputes the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["MAX_U", "correction", "ghat_closed_form", "ghat_table"]
+
+MAX_U = 13.0
+"""Standardised pre-activations are clamped to [-MAX_U, MAX_U]: exp(-MAX_U^2 / 2) = 2e-37 still is a float32, MAX_U^2
+still is a float16, and an infinite z gives a finite correction."""
+
+
+def ghat_closed_form(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Shape of the correction for a piecewise linear base and a Gaussian density, and its slope.
+
+        ghat(u) = u exp(-u^2/2),   ghat'(u) = (1 - u^2) exp(-u^2/2)
+
+    Args:
+        u: standardised pre-activations, any shape, no unit.
+
+    Returns:
+        ghat and ghat', both of the shape of u.
+    """
+    u = u.clamp(-MAX_U, MAX_U)
+    square = u * u
+    bell = torch.exp(-0.5 * square)
+    return u * bell, (1.0 - square) * bell
+
+
+def ghat_table(u: Tensor, table: Tensor, half_width: float) -> tuple[Tensor, Tensor]:
+    """Shape of the correction read from a table, and its slope.
+
+    On interval k of the equal intervals of [-half_width, half_width], with t in [0, 1] the place inside it:
+
+        ghat(u) = a0 + a1 t + a2 t^2 + a3 t^3
+
+    Args:
+        u: standardised pre-activations, any shape, no unit.
+        table: coefficients a0..a3, shape [4, intervals].
+        half_width: where the table ends, in standard deviations; beyond it ghat is what it is at the end, zero.
+
+    Returns:
+        ghat and ghat', both of the shape of u.
+    """
+    intervals = table.shape[-1]
+    per_sd = intervals / (2.0 * half_width)
+    # NaN cannot be an index; the base passes it on
+    place = ((u + half_width) * per_sd).nan_to_num(nan=0.0).clamp(0.0, float(intervals))
+    index = place.detach().to(torch.long).clamp(max=intervals - 1)
+    t = place - index
+    a0, a1, a2, a3 = (row[index] for row in table)
+    value = ((a3 * t + a2) * t + a1) * t + a0
+    slope = ((3.0 * a3 * t + 2.0 * a2) * t + a1) * per_sd
+    return value, slope
+
+
+def _ghat(z: Tensor, shape: Tensor, table: Tensor | None, half_width: float) -> tuple[Tensor, Tensor]:
+    mu, sigma = shape.unbind()
+    if table is None:
+        return ghat_closed_form((z - mu) / sigma)
+    # a place among hundreds of intervals needs more digits than a half precision number has
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    value, slope = ghat_table((wide - mu) / sigma, table, half_width)
+    return value.to(z.dtype), slope.to(z.dtype)
+
+
+def _neutral_zeros(c: Tensor, eps: Tensor) -> Tensor:
+    """Turns zeros into -0.0, the one number with x + (-0.0) == x bit for bit for every x, +0.0 and -0.0 included.
+
+    Only eps = 0 promises the base's very bits, so a plain CPU tensor, whose value costs nothing to read, is spared the
+    extra pass for any other eps.
+
+    Returns:
+        c with every zero negative.
+    """
+    readable = eps.dim() == 0 and eps.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not torch._C._are_functorch_transforms_active() and eps.item() != 0.0:
+        return c
+    return torch.where(c == 0, -0.0, c)
+
+
+class _Correction(torch.autograd.Function):
+    """c(z), differentiable (twice) in z and eps; keeps z alone for the backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, eps: Tensor, shape: Tensor, table: Tensor | None, half_width: float) -> Tensor:
+        value, _ = _ghat(z, shape, table, half_width)
+        return _neutral_zeros(value * (eps.to(z.dtype) * shape[1].to(z.dtype)), eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        z, eps, shape, table, ctx.half_width = inputs
+        ctx.save_for_backward(z, eps, shape, table)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        z, eps, shape, table = ctx.saved_tensors
+        value, slope = _ghat(z, shape, table, ctx.half_width)
+        grad_z = grad_eps = None
+        if ctx.needs_input_grad[0]:
+            grad_z = _neutral_zeros(grad * (slope * eps.to(z.dtype)), eps)
+        if ctx.needs_input_grad[1]:
+            share = (grad * value).sum_to_size(eps.shape) if eps.dim() else (grad * value).sum()
+            grad_eps = (share * shape[1]).to(eps.dtype)
+        return grad_z, grad_eps, None, None, None
+
+
+def correction(
+    z: Tensor, eps: Tensor, shape: Tensor, table: Tensor | None = None, half_width: float = 0.0
+) -> Tensor:
+    """Correction term c(z) = eps * sigma * ghat((z - mu) / sigma).
+
+    With eps = 0, ``base(z) + correction(z, ...)`` equals ``base(z)`` bit for bit, and so does the gradient.
+
+    Args:
+        z: pre-activations, any shape, floating point.
+        eps: amplitude, no unit; 0-dim, or of a shape that broadcasts to z (one amplitude a channel).
+        shape: mu and sigma of the pre-activations, shape [2], in the units of z.
+        table: coefficients of ghat, shape [4, intervals]; None means the closed form u exp(-u^2/2).
+        half_width: end of the table in standard deviations; needed with a table only.
+
+    Returns:
+        c(z), of the shape and dtype of z; differentiable in z and eps, also twice.
+    """
+    result: Tensor = _Correction.apply(z, eps, shape, table, half_width)  # pyright: ignore[reportAssignmentType]
+    return result

@@ -1,0 +1,97 @@
+"""Everything that can be set about the corrections of one model, checked at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+from torch import Tensor, nn
+
+from eafo_dynamic.density import Density
+from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.policy import Policy, Schedule, TrustRegion, make_policy
+from eafo_dynamic.sites import Selection
+from eafo_dynamic.update import make_estimator
+
+__all__ = ["Options"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Everything that can be set about the corrections of one model; all checked at once when it is made.
+
+    Args:
+        target_modules: class names, ends of FQNs or regular expressions of the sites to wrap; None: every hidden one.
+        exclude_modules: likewise, of the sites to leave alone.
+        filter_fn: called with (module, FQN); False leaves the site alone.
+        policy: who moves eps: a name or a Policy.
+        density: estimate of the pre-activations' density: "gaussian", "histogram" or a function of samples.
+        eps_init: starting amplitude.
+        max_eps: bound of |eps|.
+        max_delta: bound of max |c_new - c_old| / sigma at one update round.
+        update_every_n_steps: optimiser steps between update rounds.
+        update_starting_at_step: first step with a round.
+        freeze_at_step: from this step on everything stays; None: never.
+        collect_every_n_steps: optimiser steps between sampled steps; None: about five a round.
+        samples_per_site: pre-activations a site contributes to a round, over all ranks.
+        momentum: weight of a new round in the running estimate of the density, in (0, 1].
+        resolution: r of the resolution-r entropy, in standard deviations of the output.
+    """
+
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    filter_fn: Callable[[nn.Module, str], bool] | None = None
+    policy: str | Policy = "learned"
+    density: str | Callable[[Tensor], Density] = "gaussian"
+    eps_init: float = 0.01
+    max_eps: float = 0.5
+    max_delta: float = 0.1
+    update_every_n_steps: int = 50
+    update_starting_at_step: int = 0
+    freeze_at_step: int | None = None
+    collect_every_n_steps: int | None = None
+    samples_per_site: int = 4096
+    momentum: float = 0.5
+    resolution: float = 0.1
+
+    def __post_init__(self) -> None:
+        self.selection, self.schedule, make_policy(self.policy), make_estimator(self.density)
+        self.trust_region.check_start(self.eps_init)
+        if self.samples_per_site < 16:
+            raise ConfigError("samples_per_site", self.samples_per_site, "too few for an estimate", "Give 16 or more.")
+        if not 0.0 < self.momentum <= 1.0:
+            raise ConfigError("momentum", self.momentum, "must lie in (0, 1]", "1 forgets all earlier rounds.")
+        if not 0.0 < self.resolution <= 1.0:
+            raise ConfigError("resolution", self.resolution, "must lie in (0, 1]", "The default is 0.1.")
+
+    @property
+    def selection(self) -> Selection:
+        """The options that say which sites."""
+        return Selection(self.target_modules, self.exclude_modules, self.filter_fn)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The options that say when."""
+        return Schedule(
+            self.update_every_n_steps, self.update_starting_at_step, self.freeze_at_step, self.collect_every_n_steps
+        )
+
+    @property
+    def trust_region(self) -> TrustRegion:
+        """The options that say how far."""
+        return TrustRegion(self.max_eps, self.max_delta)
+
+    @property
+    def tabulated(self) -> bool:
+        """Whether every shape is a table: only the Gaussian density has a closed form."""
+        return self.density != "gaussian"
+
+    def primitives(self) -> dict[str, object]:
+        """The options as text and numbers, for the manifest.
+
+        Returns:
+            One entry an option.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = (str, int, float, bool, type(None), list, tuple)
+        return {key: value if isinstance(value, plain) else repr(value) for key, value in values.items()}

@@ -1,0 +1,236 @@
+"""Read a correction log: rows, columns, filters, several runs; also while training still writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eafo_dynamic.errors import LogError
+from eafo_dynamic.records.cache import WORTHWHILE, read_cache, write_cache
+from eafo_dynamic.records.files import find_log, read_lines, read_manifest
+from eafo_dynamic.records.schema import COLUMNS, CORRECTIONS, MANIFEST, SHAPES
+from eafo_dynamic.records.select import matching_sites
+from eafo_dynamic.records.table import Table
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["CorrectionLog"]
+
+
+class CorrectionLog:
+    """The correction log of one run, in memory.
+
+    `CorrectionLog.load(run)` reads it; `select` gives a smaller log of the same kind. A row is one update of
+    one site; `COLUMNS` says what each of its values means. Missing values are None.
+
+    Args:
+        path: folder of the log.
+        manifest: the run's manifest.
+        table: the rows, by columns.
+        notes: what the reader passed over, in words.
+
+    Attributes:
+        path: folder of the log.
+        manifest: the run's manifest.
+        notes: what the reader passed over, in words.
+    """
+
+    def __init__(
+        self, path: Path, manifest: Mapping[str, Any], table: Table, notes: Sequence[str] = ()
+    ) -> None:
+        self.path = path
+        self.manifest: dict[str, Any] = dict(manifest)
+        self.notes = list(notes)
+        self._table = table
+        self._offset = 0
+        self._inode = -1
+        self._line = 0
+
+    @classmethod
+    def load(cls, run: str | os.PathLike[str]) -> CorrectionLog:
+        """Read the log of a run.
+
+        Args:
+            run: the run's folder, its `eafo` folder, or a folder above with exactly one log in it.
+
+        Returns:
+            The log; a torn last line is left out and said in `notes`.
+        """
+        path = find_log(Path(run))
+        log = cls(path, read_manifest(path / MANIFEST), Table())
+        file = path / CORRECTIONS
+        if (cached := read_cache(file)) is not None:
+            log._table, log._offset, log._line = cached
+            log._inode = file.stat().st_ino
+        if log.refresh() >= WORTHWHILE:
+            write_cache(file, log._table, log._offset, log._line)
+        return log
+
+    def refresh(self) -> int:
+        """Read the rows that were written since the log was loaded.
+
+        Returns:
+            The number of new rows; of all rows if the file was replaced meanwhile, as a resumed run does.
+
+        Raises:
+            LogError: if a line before the last is damaged.
+        """
+        file = self.path / CORRECTIONS
+        if not file.exists():
+            return 0
+        stat = file.stat()
+        if stat.st_ino != self._inode or stat.st_size < self._offset:
+            self._table, self._offset, self._line, self._inode = Table(), 0, 0, stat.st_ino
+        before = len(self._table)
+        found = read_lines(file, self._offset, self._line)
+        for rows in found:
+            try:
+                self._table.extend(rows)
+            except (TypeError, OverflowError) as error:
+                raise LogError(f"{file}: a number is damaged near line {found.line} ({error})") from None
+        self._offset, self._line = found.offset, found.line
+        self.notes = [found.note] if found.note else []
+        return len(self._table) - before
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __repr__(self) -> str:
+        steps = self.steps
+        span = f", steps {steps[0]}..{steps[-1]}" if steps else ""
+        return f"CorrectionLog({str(self.path)!r}, {len(self.sites)} sites, {len(self)} rows{span})"
+
+    @property
+    def name(self) -> str:
+        """Name of the run: that of the folder which holds the log."""
+        path = self.path.resolve()
+        return path.parent.name if path.name == "eafo" else path.name
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns present, the schema's first and in its order."""
+        present = self._table.columns
+        return [name for name in COLUMNS if name in present] + [
+            name for name in present if name not in COLUMNS
+        ]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows in the order they were written, each with every column; a missing value is None."""
+        return self._table.rows(self.columns)
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites with rows, in the manifest's order, which is the model's."""
+        order = {name: number for number, name in enumerate(self._manifest_sites)}
+        return sorted(self._table.by_site, key=lambda name: order.get(name, len(order)))
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps at which any site was updated, ascending."""
+        return sorted(set(self._table.column("step")))
+
+    @property
+    def _manifest_sites(self) -> dict[str, Mapping[str, Any]]:
+        sites = self.manifest.get("sites")
+        entries = sites if isinstance(sites, list) else []
+        return {str(entry.get("name")): entry for entry in entries if isinstance(entry, dict)}
+
+    def site_info(self, site: str) -> dict[str, Any]:
+        """Return what the manifest says about a site, such as `base`, `kind`, `call` and `shape`.
+
+        Args:
+            site: name of the site.
+
+        Returns:
+            The manifest's entry; empty if it has none.
+        """
+        return dict(self._manifest_sites.get(site, {}))
+
+    def series(self, site: str, column: str) -> list[Any]:
+        """Return one column of one site, one value an update.
+
+        Args:
+            site: name of the site.
+            column: name of the column; None throughout if the log does not have it.
+
+        Returns:
+            The values in the order they were written.
+        """
+        return self._table.take(column, self._table.by_site.get(site, []))
+
+    def select(
+        self,
+        site: str | Iterable[str] | None = None,
+        steps: tuple[int | None, int | None] | None = None,
+    ) -> CorrectionLog:
+        """Return the log of some sites and steps.
+
+        Args:
+            site: one pattern or several: a site's name, a glob, a part of the dotted name
+                (`blocks.0` is all of that block) or a regular expression for the whole name.
+            steps: first and last step, both included; None leaves an end open.
+
+        Returns:
+            A log with the same manifest and those rows only.
+        """
+        table = self._table
+        if site is not None:
+            table = table.of_sites(matching_sites(site, self.sites, self.path))
+        if steps is not None:
+            table = table.between(*steps)
+        return CorrectionLog(self.path, self.manifest, table, self.notes)
+
+    def last(self) -> list[dict[str, Any]]:
+        """Return the last row of each site, in the order of `sites`.
+
+        Returns:
+            One row a site.
+        """
+        by_site, columns = self._table.by_site, self.columns
+        return [self._table.row(by_site[site][-1], columns) for site in self.sites]
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the updates at which something was out of the ordinary.
+
+        Returns:
+            Rows with `step`, `epoch`, `site` and `event`, in the order they were written.
+        """
+        positions = [place for place, event in enumerate(self._table.column("event")) if event]
+        return [self._table.row(place, ("step", "epoch", "site", "event")) for place in positions]
+
+    def shapes(self, site: str | None = None) -> list[dict[str, Any]]:
+        """Read the snapshots of the sites' functions.
+
+        Args:
+            site: name of one site; None for all.
+
+        Returns:
+            Mappings as `LogWriter.write_shapes` took them, with `step`, in the order they were written, those
+            of the selected sites only; empty if the run wrote none.
+        """
+        file = self.path / SHAPES
+        if not file.exists():
+            return []
+        wanted = set(self._table.by_site) if site is None else {site}
+        found = read_lines(file, lists=("z", "base", "function"))
+        return [row for rows in found for row in rows if row["site"] in wanted]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the rows as a pandas data frame.
+
+        Returns:
+            One line a row, `columns` as its columns; missing numbers are NaN.
+
+        Raises:
+            LogError: if pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise LogError("to_pandas needs pandas: pip install pandas") from None
+        columns = self._table.columns
+        return pandas.DataFrame({name: columns[name].numpy() for name in self.columns})

@@ -1,0 +1,218 @@
+"""What a log says in a few rows: of the run, of each site, of several runs side by side."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from eafo_dynamic.records.reader import CorrectionLog
+from eafo_dynamic.records.schema import COLUMNS
+
+__all__ = [
+    "compare_runs",
+    "compare_sites",
+    "layer_rows",
+    "predicted_changes",
+    "run_labels",
+    "summarise",
+]
+
+
+def summarise(log: CorrectionLog, top: int = 3) -> dict[str, Any]:
+    """Summarise a run.
+
+    Args:
+        log: the run's log, with rows.
+        top: number of sites in each of the lists of extremes.
+
+    Returns:
+        Facts by name; entropies in nats, means over the sites. `largest_eps`, `highest_entropy` and
+        `lowest_entropy` are lists of `{site, value}` by each site's last row.
+    """
+    layers, steps = layer_rows(log), log.steps
+    found = log.events()
+    return {
+        "run": str(log.path),
+        "steps": [steps[0], steps[-1]],
+        "updates": len(steps),
+        "sites": len(layers),
+        "rows": len(log),
+        "policies": dict(Counter(layer["policy"] or "unknown policy" for layer in layers)),
+        "entropy_first": _mean(layer["entropy_first"] for layer in layers),
+        "entropy_last": _mean(layer["entropy"] for layer in layers),
+        "mean_eps": _mean(layer["eps"] for layer in layers),
+        "mean_abs_eps": _mean(_absolute(layer["eps"]) for layer in layers),
+        "largest_eps": _extremes(layers, "eps", top, lambda value: -abs(value)),
+        "highest_entropy": _extremes(layers, "entropy", top, lambda value: -value),
+        "lowest_entropy": _extremes(layers, "entropy", top, lambda value: value),
+        "events": len(found),
+        "event_kinds": dict(Counter(str(row["event"]) for row in found).most_common(top)),
+        "resumed_at_steps": list(log.manifest.get("resumed_at_steps", [])),
+        "notes": log.notes,
+    }
+
+
+def layer_rows(log: CorrectionLog) -> list[dict[str, Any]]:
+    """Return one row a site: its last row, and how eps and entropy came there.
+
+    Args:
+        log: the run's log.
+
+    Returns:
+        Rows in the model's order: the columns of the last row (`event` and `event_step` of the last row that
+        has one), `base`, `updates`, `eps_first`, `entropy_first`, `entropy_change` (nats), `eps_trend` and
+        `entropy_trend` (lists, one value an update).
+    """
+    return [_layer_row(log, last) for last in log.last()]
+
+
+def _layer_row(log: CorrectionLog, last: dict[str, Any]) -> dict[str, Any]:
+    site = last["site"]
+    eps, entropy = log.series(site, "eps"), log.series(site, "entropy")
+    steps = log.series(site, "step")
+    seen = [(step, event) for step, event in zip(steps, log.series(site, "event"), strict=True) if event]
+    event_step, event = seen[-1] if seen else (None, None)
+    entropy_first = _first_known(entropy)
+    entropy_last = _first_known(reversed(entropy))
+    changed = None if entropy_first is None or entropy_last is None else entropy_last - entropy_first
+    return {
+        **dict.fromkeys(COLUMNS),
+        **last,
+        "base": log.site_info(site).get("base"),
+        "updates": len(steps),
+        "eps_first": _first_known(eps),
+        "eps_trend": eps,
+        "entropy": entropy_last,
+        "entropy_first": entropy_first,
+        "entropy_change": changed,
+        "entropy_trend": entropy,
+        "event": event,
+        "event_step": event_step,
+    }
+
+
+def predicted_changes(log: CorrectionLog, site: str) -> list[tuple[float, float]]:
+    """Return what moving eps was predicted to do to a site's entropy, and how it changed.
+
+    Between two rows the prediction is d_entropy_d_eps x (change of eps), eps taken as it was when each row's
+    entropy was measured: before the update's own step under the policy `entropy`, else as logged. The
+    weights move meanwhile too, so the two agree only as far as eps is what moved the entropy.
+
+    Args:
+        log: the run's log.
+        site: name of the site.
+
+    Returns:
+        Pairs (predicted, measured) in nats, one for each two rows in which nothing is missing.
+    """
+    names = ("eps", "delta_eps", "d_entropy_d_eps", "entropy", "policy")
+    rows = list(zip(*(log.series(site, name) for name in names), strict=True))
+    found: list[tuple[float, float]] = []
+    for (eps, delta, slope, before, policy), (next_eps, next_delta, _, after, next_policy) in pairwise(rows):
+        old, new = _measured_at(eps, delta, policy), _measured_at(next_eps, next_delta, next_policy)
+        if None not in (old, new, slope, before, after):
+            found.append((slope * (new - old), after - before))
+    return found
+
+
+def _measured_at(eps: float | None, delta: float | None, policy: str | None) -> Any:
+    if policy != "entropy" or eps is None:
+        return eps
+    return None if delta is None else eps - delta
+
+
+def run_labels(logs: Sequence[CorrectionLog]) -> list[str]:
+    """Return a short name for each run, all different.
+
+    Args:
+        logs: logs of the runs.
+
+    Returns:
+        The ends of the runs' paths, as long as it takes to tell them apart.
+    """
+    paths = [log.path.resolve() for log in logs]
+    parts = [path.parent.parts if path.name == "eafo" else path.parts for path in paths]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        labels = ["/".join(part[-length:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [str(path) for path in paths]
+
+
+def compare_runs(logs: Sequence[CorrectionLog]) -> list[dict[str, Any]]:
+    """Return one row a run.
+
+    Args:
+        logs: logs of the runs, with rows.
+
+    Returns:
+        Rows with `run`, `policy`, `updates`, `last_step`, `sites`, `mean_eps`, `mean_abs_eps`, and
+        `entropy_first`, `entropy_last` and `entropy_change`, means over the sites in nats, and `events`.
+    """
+    rows: list[dict[str, Any]] = []
+    for label, log in zip(run_labels(logs), logs, strict=True):
+        facts = summarise(log)
+        first, last = facts["entropy_first"], facts["entropy_last"]
+        rows.append(
+            {
+                "run": label,
+                "policy": ", ".join(facts["policies"]),
+                "updates": facts["updates"],
+                "last_step": facts["steps"][-1],
+                "sites": facts["sites"],
+                "mean_eps": facts["mean_eps"],
+                "mean_abs_eps": facts["mean_abs_eps"],
+                "entropy_first": first,
+                "entropy_last": last,
+                "entropy_change": None if first is None or last is None else last - first,
+                "events": facts["events"],
+            }
+        )
+    return rows
+
+
+def compare_sites(logs: Sequence[CorrectionLog], column: str) -> list[dict[str, Any]]:
+    """Return one row a site with the last value of a column in each run.
+
+    Args:
+        logs: logs of the runs.
+        column: name of the column.
+
+    Returns:
+        Rows with `site`, one key for each run's label, and `spread`, the largest less the smallest of its
+        numbers; None where a run has no such site.
+    """
+    labels = run_labels(logs)
+    last = [{row["site"]: row.get(column) for row in log.last()} for log in logs]
+    sites = dict.fromkeys(site for log in logs for site in log.sites)
+    rows: list[dict[str, Any]] = []
+    for site in sites:
+        values = [run.get(site) for run in last]
+        numbers = [value for value in values if isinstance(value, (int, float))]
+        spread = max(numbers) - min(numbers) if len(numbers) > 1 else None
+        rows.append({"site": site, **dict(zip(labels, values, strict=True)), "spread": spread})
+    return rows
+
+
+def _extremes(
+    layers: Sequence[dict[str, Any]], column: str, top: int, order: Callable[[float], float]
+) -> list[dict[str, Any]]:
+    known = [layer for layer in layers if layer.get(column) is not None]
+    known.sort(key=lambda layer: order(layer[column]))
+    return [{"site": layer["site"], "value": layer[column]} for layer in known[:top]]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _absolute(value: float | None) -> float | None:
+    return None if value is None else abs(value)
+
+
+def _first_known(values: Iterable[Any]) -> Any:
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,313 @@
+"""Append to a correction log so that neither a kill nor a full disk can damage what was written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eafo_dynamic.records.cache import CACHE
+from eafo_dynamic.records.schema import CORRECTIONS, FORMAT, MANIFEST, SCHEMA_VERSION, SHAPES
+
+__all__ = ["LogWriter"]
+
+Row = Mapping[str, object]
+
+# Nine significant digits give every float32 back exactly and halve the file.
+_ROW_DIGITS = 9
+# A curve is drawn, never computed with.
+_SHAPE_DIGITS = 6
+
+# A whole line of this writer, its step first: parsing a gigabyte of JSON on resume would take a minute.
+_OWN_LINE = re.compile(rb'\{"step":(\d+),[^\0]*\}\n\Z')
+
+
+class LogWriter:
+    """Writes one run's correction log: `manifest.json`, `corrections.jsonl` and `shapes.jsonl`.
+
+    All rows of one update reach the file in one `os.write` on a descriptor opened with `O_APPEND`, and a
+    write that fails half-way is cut off again. So a killed process leaves whole updates, at worst followed
+    by one torn line, which the reader recognises. Rows are not synced one by one: they outlive the
+    process, the last ones perhaps not a loss of power.
+
+    Logging never stops the training: the first `OSError` (full disk, read-only folder) warns, later ones
+    only add to `dropped`.
+
+    The folder's earlier log, if there is one, is continued by `resume`. Without that call the first write
+    moves it to `earlier-1`, `earlier-2`, ... inside the folder: two runs are never mixed, none is lost.
+
+    Args:
+        dirpath: folder of the log, `<run>/eafo` by custom; made if missing.
+        manifest: what to say about the run, among it `sites`, a list of mappings with `name` and `base`.
+            `format`, `schema_version` and `created` (seconds since 1970) are added.
+
+    Attributes:
+        path: folder of the log.
+        manifest: the manifest as written.
+        dropped: rows that could not be written.
+    """
+
+    def __init__(self, dirpath: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
+        self.path = Path(dirpath)
+        self.manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "created": round(time.time(), 3),
+            **manifest,
+        }
+        self.dropped = 0
+        self._warned = False
+        self._begun = False
+        self._restored: tuple[int, Path] | None = None
+        if not _has_rows(self.path):
+            self._begin()
+
+    def __repr__(self) -> str:
+        return f"LogWriter({str(self.path)!r}, dropped={self.dropped})"
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Append all rows of one update.
+
+        Args:
+            rows: one mapping a site with at least `step` and `site`; numbers may be Python's, NumPy's or
+                0-dim tensors. NaN and infinity are written as null.
+        """
+        self._append(CORRECTIONS, rows, _ROW_DIGITS)
+
+    def write_shapes(self, step: int, rows: Sequence[Row]) -> None:
+        """Append a snapshot of the sites' functions.
+
+        Args:
+            step: optimiser steps taken when the snapshot was made.
+            rows: one mapping a site: `site`, `z` (grid of pre-activations), `base` and `function` (values
+                on the grid), further keys as wanted, such as `eps`, `mu`, `sigma`, `u` and `pdf` (density
+                in standardised units), `edges` and `counts` (histogram of the batch, in pre-activations).
+        """
+        self._append(SHAPES, [{"step": step, **row} for row in rows], _SHAPE_DIGITS)
+
+    def resume(self, step: int, source: str | os.PathLike[str] | None = None) -> int:
+        """Continue the log of an interrupted run after its checkpoint of `step` was restored.
+
+        Rows and snapshots past `step`, a torn last line and damaged lines are dropped. Each file is
+        replaced atomically, so that a kill in between leaves the old or the new one, and a second call
+        gives the same.
+
+        Args:
+            step: the restored global step; rows of this very step are kept.
+            source: folder of the interrupted run's log where this writer's folder is a new one: its rows
+                are copied first. Ignored if this folder has rows of its own.
+
+        Returns:
+            The number of rows of corrections dropped.
+        """
+        self._restored = (step, self.path if source is None or _has_rows(self.path) else Path(source))
+        return self._begin()
+
+    def close(self) -> None:
+        """Say how many rows are missing, if any; nothing is held open between writes."""
+        if self.dropped:
+            warnings.warn(f"{self.path}: {self.dropped} rows of the correction log are missing", stacklevel=2)
+            self.dropped = 0
+
+    def _begin(self) -> int:
+        """Continue the restored run's log, or put an earlier log aside; then write this run's manifest.
+
+        Returns:
+            The number of rows dropped because they lie past the restored step.
+        """
+        past = 0
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self._restored is not None:
+                past = self._continue(*self._restored)
+            elif _has_rows(self.path):
+                _put_aside(self.path)
+            _replace(self.path / MANIFEST, [_dump(self.manifest, None)])
+            self._begun = True
+        except OSError as error:
+            self._fail(error, 0)
+        return past
+
+    def _continue(self, step: int, origin: Path) -> int:
+        old = _read_manifest(origin)
+        self.manifest["created"] = old.get("created", self.manifest["created"])
+        self.manifest["resumed_at_steps"] = [*old.get("resumed_at_steps", []), step]
+        (self.path / CACHE).unlink(missing_ok=True)
+        past = _keep_until(origin / CORRECTIONS, self.path / CORRECTIONS, step)
+        _keep_until(origin / SHAPES, self.path / SHAPES, step)
+        return past
+
+    def _append(self, name: str, rows: Sequence[Row], digits: int) -> None:
+        if not rows:
+            return
+        if not self._begun:
+            self._begin()
+        data = b"".join(_dump(row, digits) for row in rows)
+        try:
+            if not self._begun:
+                raise OSError("the log could not be begun")
+            _append_whole(self.path / name, data)
+        except OSError as error:
+            self._fail(error, len(rows))
+
+    def _fail(self, error: OSError, rows: int) -> None:
+        self.dropped += rows
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.path}: the correction log cannot be written ({error}); training goes on without it",
+                stacklevel=4,
+            )
+
+
+def _append_whole(path: Path, data: bytes) -> None:
+    """Append `data` in one write, or leave the file as it was.
+
+    Args:
+        path: file to append to.
+        data: whole lines.
+
+    Raises:
+        OSError: if not all of it could be written.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            written = os.write(descriptor, data)
+            if written != len(data):
+                raise OSError(f"{path.name}: only {written} of {len(data)} bytes fit")
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, chunks: Sequence[bytes] | Iterator[bytes]) -> None:
+    """Replace a file by another in one step: whoever opens it sees the old one or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _keep_until(source: Path, target: Path, step: int) -> int:
+    """Write the whole lines of `source` with a step of at most `step` to `target`.
+
+    Args:
+        source: file to read; nothing happens if it does not exist.
+        target: file to replace, perhaps the same.
+        step: last step to keep.
+
+    Returns:
+        The number of whole lines past `step`.
+    """
+    if not source.exists():
+        return 0
+    past = damaged = 0
+
+    def kept() -> Iterator[bytes]:
+        nonlocal past, damaged
+        with source.open("rb") as file:
+            for line in file:
+                found = _step_of(line)
+                if found is None:
+                    damaged += line.endswith(b"\n")
+                elif found > step:
+                    past += 1
+                else:
+                    yield line if line.endswith(b"\n") else line + b"\n"
+
+    _replace(target, kept())
+    if damaged:
+        warnings.warn(f"{source}: {damaged} damaged lines were dropped on resuming", stacklevel=4)
+    return past
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a line, None if the line is torn or damaged."""
+    own = _OWN_LINE.match(line)
+    if own is not None:
+        return int(own[1])
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else None
+
+
+def _has_rows(folder: Path) -> bool:
+    """Return whether the folder has a log with at least one byte of rows."""
+    try:
+        return any(
+            (folder / name).stat().st_size > 0 for name in (CORRECTIONS, SHAPES) if (folder / name).exists()
+        )
+    except OSError:
+        return False
+
+
+def _put_aside(folder: Path) -> None:
+    """Move the folder's log into the first free `earlier-<k>` below it."""
+    number = 1
+    while (folder / f"earlier-{number}").exists():
+        number += 1
+    aside = folder / f"earlier-{number}"
+    aside.mkdir()
+    (folder / CACHE).unlink(missing_ok=True)
+    for name in (MANIFEST, SHAPES, CORRECTIONS):
+        if (folder / name).exists():
+            os.replace(folder / name, aside / name)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the folder's manifest, an empty one if it is missing or damaged: a resume mends it."""
+    try:
+        found = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _dump(row: Row, digits: int | None) -> bytes:
+    """Return a mapping as one line of strict JSON, floats rounded to `digits` significant digits."""
+    plain = {key: _plain(value, digits) for key, value in row.items()}
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace") + b"\n"
+
+
+def _plain(value: object, digits: int | None) -> object:
+    """Return what JSON can hold: NaN and infinity become None, arrays lists, anything else its text."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return _rounded(value, digits)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, digits) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, digits) for item in value]
+    to_list: Callable[[], object] | None = getattr(value, "tolist", None)  # tensors and NumPy's arrays
+    if to_list is not None:
+        return _plain(to_list(), digits)
+    return str(value)
+
+
+def _rounded(value: float, digits: int | None) -> float | None:
+    if not math.isfinite(value):
+        return None
+    return value if digits is None else float(f"{value:.{digits}g}")

@@ -1,0 +1,246 @@
+"""The arithmetic of one update round: all sites' functions as stacked tensors, no module in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.bases import Base
+from eafo_dynamic.correction import HALF_WIDTH, correction_shape, evaluate_table, tabulate
+from eafo_dynamic.density import Density, Gaussian, Histogram, gaussian, histogram
+from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.kernels import ghat_closed_form
+from eafo_dynamic.policy import TrustRegion
+
+__all__ = ["Functions", "RunningDensity", "bounded_move", "make_estimator", "refreshed"]
+
+Estimator = Callable[[Tensor], Density]
+
+_KINDS: dict[str, type[Any]] = {"Gaussian": Gaussian, "Histogram": Histogram}
+_ESTIMATORS: dict[str, Estimator] = {"gaussian": gaussian, "histogram": histogram}
+_FRACTIONS = (1.0, 0.5, 0.25, 0.125, 0.0625)
+
+
+@dataclass(frozen=True)
+class Functions:
+    """The functions of all sites, f(z) = base(z) + eps * sigma * ghat((z - mu) / sigma).
+
+    Args:
+        bases: base function of each site, S of them.
+        eps: amplitudes, shape [S].
+        shape: mu and sigma, shape [S, 2].
+        tables: ghat of the tabulated sites, shape [T, 4, intervals].
+        tabulated: which sites these are, shape [T], int64; all others have the closed form.
+    """
+
+    bases: Sequence[Base]
+    eps: Tensor
+    shape: Tensor
+    tables: Tensor
+    tabulated: Tensor
+
+    @property
+    def sigma(self) -> Tensor:
+        """Scales, shape [S, 1]."""
+        return self.shape[:, 1:]
+
+    def direction(self, z: Tensor) -> Tensor:
+        """d f / d eps = sigma * ghat(u): what one unit of eps adds.
+
+        Args:
+            z: pre-activations, shape [S, n].
+
+        Returns:
+            Shape [S, n], units of z.
+        """
+        u = (z - self.shape[:, :1]) / self.sigma
+        value, _ = ghat_closed_form(u)
+        if self.tabulated.numel():
+            value[self.tabulated] = evaluate_table(self.tables, u[self.tabulated]).to(value.dtype)
+        return self.sigma * value
+
+    def correction(self, z: Tensor) -> Tensor:
+        """c(z), shape [S, n].
+
+        Args:
+            z: pre-activations, shape [S, n].
+
+        Returns:
+            Corrections, units of z.
+        """
+        return self.eps.unsqueeze(-1) * self.direction(z)
+
+    def outputs(self, z: Tensor) -> Tensor:
+        """f(z), sites with equal bases in one call.
+
+        Args:
+            z: pre-activations, shape [S, n].
+
+        Returns:
+            Activations, shape [S, n].
+        """
+        out = self.correction(z)
+        for base, rows in self.groups().items():
+            out[rows] += base.fn(z[rows])
+        return out
+
+    def groups(self) -> dict[Base, list[int]]:
+        """Rows of the sites with equal bases.
+
+        Returns:
+            Rows by base.
+        """
+        rows: dict[Base, list[int]] = {}
+        for row, base in enumerate(self.bases):
+            rows.setdefault(base, []).append(row)
+        return rows
+
+    def towards(self, other: Functions, fraction: Tensor) -> Functions:
+        """The functions a fraction of the way to others.
+
+        Args:
+            other: where to go.
+            fraction: share of the way, shape [S].
+
+        Returns:
+            Functions between.
+        """
+        return replace(
+            self,
+            eps=torch.lerp(self.eps, other.eps, fraction),
+            shape=torch.lerp(self.shape, other.shape, fraction.unsqueeze(-1)),
+            tables=torch.lerp(self.tables, other.tables, fraction[self.tabulated].view(-1, 1, 1)),
+        )
+
+
+def make_estimator(density: str | Estimator) -> Estimator:
+    """A density estimator from its name, or the estimator itself.
+
+    Args:
+        density: "gaussian", "histogram", or a function from samples [sites, n] to a Density.
+
+    Returns:
+        The estimator.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    if not isinstance(density, str):
+        return density
+    if density not in _ESTIMATORS:
+        raise ConfigError("density", density, "no such density", f"Choose one of {', '.join(_ESTIMATORS)}.")
+    return _ESTIMATORS[density]
+
+
+class RunningDensity:
+    """Estimate of every site's density that follows training.
+
+    A plain mean over a site's first rounds, then an exponential average: the weight of a new round is
+    max(1 / rounds, momentum), so that there is no bias towards a starting value.
+
+    Args:
+        estimator: from samples [S, n] to a Density.
+        momentum: weight of a new round in the long run, in (0, 1].
+    """
+
+    def __init__(self, estimator: Estimator, momentum: float) -> None:
+        self.estimator = estimator
+        self.momentum = momentum
+        self.density: Density | None = None
+        self.rounds: Tensor | None = None
+
+    def follow(self, samples: Tensor, usable: Tensor) -> Density:
+        """Takes in the samples of one round.
+
+        Args:
+            samples: pre-activations, shape [S, n], NaN where missing.
+            usable: sites whose samples may count, shape [S], bool.
+
+        Returns:
+            The estimate after it.
+        """
+        fresh = self.estimator(samples)
+        if self.density is None or self.rounds is None:
+            self.density, self.rounds = fresh, usable.to(torch.long)
+        else:
+            self.rounds = self.rounds + usable
+            weight = (1.0 / self.rounds.clamp(min=1)).clamp(min=self.momentum)
+            self.density = self.density.blend(fresh, torch.where(usable, weight, 0.0))
+        return self.density
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only.
+
+        Returns:
+            The state; the density only where it is one of this package's own kinds.
+        """
+        kind = type(self.density).__name__
+        tensors = {k: v for k, v in vars(self.density).items() if isinstance(v, Tensor)} if kind in _KINDS else None
+        return {"rounds": self.rounds, "kind": kind, "density": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Restores a state.
+
+        Args:
+            state: from ``state_dict``.
+            device: where the sites live.
+        """
+        if state["density"] is None:
+            self.rounds = self.density = None
+            return
+        self.rounds = state["rounds"].to(device)
+        self.density = _KINDS[state["kind"]](**{k: v.to(device) for k, v in state["density"].items()})
+
+
+def refreshed(old: Functions, density: Density, usable: Tensor, resolution: float) -> Functions:
+    """The functions with shapes that fit a new density; eps as before.
+
+    Args:
+        old: the functions now.
+        density: of all sites.
+        usable: sites to refresh, shape [S], bool; the others stay as they are.
+        resolution: r of the score route.
+
+    Returns:
+        The refreshed functions.
+    """
+    fitted = torch.stack([density.mean, density.std], dim=-1).to(old.shape.dtype)
+    shape = torch.where(usable.unsqueeze(-1), fitted, old.shape)
+    tables = old.tables.clone()
+    place = {row: k for k, row in enumerate(old.tabulated.tolist())}
+    good = usable.tolist()
+    for base, rows in old.groups().items():
+        wanted = [row for row in rows if row in place and good[row]]
+        if wanted:
+            fresh = tabulate(correction_shape(base, density.select(wanted), resolution=resolution))
+            tables[[place[row] for row in wanted]] = fresh.to(tables.dtype)
+    return replace(old, shape=shape, tables=tables)
+
+
+def bounded_move(old: Functions, new: Functions, region: TrustRegion) -> tuple[Functions, Tensor]:
+    """The largest tried part of a move that keeps max over z of |c_new(z) - c_old(z)| / sigma within max_delta.
+
+    sigma is the larger of the old and the new one, z runs over the tables' range of both.
+
+    Args:
+        old: the functions now.
+        new: the functions wanted.
+        region: the bounds.
+
+    Returns:
+        The functions to take and the part of the way, shape [S]; 0 where nothing was admissible.
+    """
+    grid = torch.linspace(-HALF_WIDTH, HALF_WIDTH, 65, device=old.eps.device, dtype=old.eps.dtype)
+    z = torch.cat([side.shape[:, :1] + side.sigma * grid for side in (old, new)], dim=-1)
+    before = old.correction(z)
+    fractions = torch.tensor(_FRACTIONS, device=old.eps.device, dtype=old.eps.dtype)
+    jumps = [
+        (old.towards(new, fraction.expand_as(old.eps)).correction(z) - before).abs().amax(-1) for fraction in fractions
+    ]
+    scale = torch.maximum(old.shape[:, 1], new.shape[:, 1])
+    fraction = region.admissible(torch.stack(jumps) / scale, fractions)
+    return old.towards(new, fraction), fraction

@@ -1,0 +1,348 @@
+"""`eafo-dynamic log`: what a user sees, on golden tables of 80 columns and in every format."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fabricate import SITES, fabricate_run
+
+from eafo_dynamic.cli import log as log_command
+from eafo_dynamic.errors import ConfigError, EAFOError, LogError
+from eafo_dynamic.records import COLUMNS, CorrectionLog, LogWriter
+
+Run = Callable[..., str]
+
+SUMMARY = """\
+run              run a/eafo
+steps            50 to 600, 12 updates
+sites            5 (5 entropy)
+mean entropy     0.84 -> 0.7838 nats
+mean eps         -0.07361, mean |eps| 0.07361
+largest |eps|    -0.09528  blocks.0.mlp.act
+                 -0.08627  blocks.1.mlp.act
+                 -0.07637  blocks.2.mlp.act
+highest entropy  0.945  blocks.0.mlp.act
+                 0.8614  blocks.1.mlp.act
+                 0.786  blocks.2.mlp.act
+lowest entropy   0.6397  head.act
+                 0.6872  blocks.3.mlp.act
+                 0.786  blocks.2.mlp.act
+events           2 (1 eps held at max_eps, 1 3 samples not finite)
+"""
+
+LAYERS = """\
+"""
+
+SHOW = """\
+"""
+
+EVENTS = """\
+step  epoch  site              event
+───────────────────────────────────────────────────
+ 200      0  blocks.2.mlp.act  eps held at max_eps
+ 350      1  head.act          3 samples not finite
+"""
+
+COMPARE = """\
+"""
+
+COMPARE_SITES = """\
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("läufe 1")
+    fabricate_run(folder / "run a")
+    fabricate_run(folder / "run b", policy="learned", seed=1)
+    return folder
+
+
+@pytest.fixture
+def log(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a log command among the runs and returns what it printed."""
+    monkeypatch.chdir(runs)
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = argparse.ArgumentParser(prog="eafo-dynamic")
+    log_command.register(parser.add_subparsers(required=True))
+
+    def run(*arguments: str) -> str:
+        args = parser.parse_args(["log", *arguments])
+        assert args.run(args) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def assert_fits(text: str, width: int) -> None:
+    assert all(len(line) <= width for line in text.splitlines()), text
+
+
+def assert_plain(text: str) -> None:
+    assert "\x1b" not in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "golden"),
+    [
+        (["summary", "run a"], SUMMARY),
+        (["layers", "run a"], LAYERS),
+        (["show", "run a", "head.act", "--limit", "5"], SHOW),
+        (["events", "run a"], EVENTS),
+        (["compare", "run a", "run b"], COMPARE),
+        (["compare", "run a", "run b", "--by", "site", "--column", "eps"], COMPARE_SITES),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_golden_table(log: Run, arguments: list[str], golden: str) -> None:
+    printed = log(*arguments)
+    assert printed == golden
+    assert_fits(printed, 80)
+    assert_plain(printed)
+
+
+VIEWS = [
+    ["summary", "run a"],
+    ["layers", "run a"],
+    ["show", "run a", "act"],
+    ["events", "run a"],
+    ["compare", "run a", "run b"],
+    ["compare", "run a", "run b", "--by", "site"],
+]
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=" ".join)
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_table_fits_the_terminal(
+    log: Run, view: list[str], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert_fits(log(*view), width)
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=" ".join)
+def test_formats_agree(log: Run, view: list[str]) -> None:
+    as_json = json.loads(log(*view, "--format", "json"))
+    as_csv = list(csv.DictReader(io.StringIO(log(*view, "--format", "csv"))))
+    as_md = log(*view, "--format", "md").splitlines()
+    assert len(as_json) == len(as_csv) > 0
+    assert all(line.startswith("| ") and line.endswith(" |") for line in as_md)
+    if view[0] != "summary":
+        assert len(as_md) == len(as_json) + 2
+    for left, right in zip(as_json, as_csv, strict=True):
+        numbers = {name: value for name, value in left.items() if isinstance(value, float)}
+        assert {name: float(right[name]) for name in numbers} == numbers
+
+
+def test_layers_as_json_is_the_log(log: Run, runs: Path) -> None:
+    rows = json.loads(log("layers", "run a", "--format", "json"))
+    frame = CorrectionLog.load(runs / "run a")
+    assert [entry["site"] for entry in rows] == [name for name, _ in SITES]
+    for entry in rows:
+        assert entry["entropy_trend"] == frame.series(entry["site"], "entropy")
+        assert entry["eps"] == entry["eps_trend"][-1]
+
+
+def test_wide_shows_every_column(log: Run) -> None:
+    head = log("layers", "run a", "--wide").splitlines()[1].split()
+    assert head[-5:] == ["n", "updates", "policy", "event", "event_step"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--sort", "eps"], [0, 1, 2, 3, 4]),
+        (["--sort", "eps", "--descending"], [4, 3, 2, 1, 0]),
+        (["--sort", "event"], [4, 2, 0, 1, 3]),
+        (["--site", "blocks.[13]*", "--site", "head"], [1, 3, 4]),
+    ],
+)
+def test_layers_sorted_and_filtered(log: Run, options: list[str], expected: list[int]) -> None:
+    rows = json.loads(log("layers", "run a", *options, "--format", "json"))
+    assert [entry["site"] for entry in rows] == [SITES[number][0] for number in expected]
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [("100:200", [100, 150, 200]), (":100", [50, 100]), ("550:", [550, 600]), ("300", [300])],
+)
+def test_range_of_steps(log: Run, steps: str, expected: list[int]) -> None:
+    rows = json.loads(log("show", "run a", "head", "--steps", steps, "--format", "json"))
+    assert [entry["step"] for entry in rows] == expected
+
+
+def test_long_table_is_thinned_and_says_so(log: Run, runs: Path) -> None:
+    fabricate_run(runs / "long" / "run", updates=200, sites=SITES[:1])
+    lines = log("show", "long", "blocks.0").splitlines()
+    assert lines[-1] == "40 of 200 rows, evenly spaced; --limit 0 shows all"
+    steps = [int(line.split()[0]) for line in lines[3:43]]
+    assert (steps[0], steps[-1]) == (50, 10_000)
+    assert len(set(steps)) == 40
+    assert len(log("show", "long", "blocks.0", "--limit", "0").splitlines()) == 204
+    assert len(json.loads(log("show", "long", "blocks.0", "--format", "json"))) == 200
+
+
+def test_site_shortened_in_a_table_is_accepted_back(log: Run, runs: Path) -> None:
+    names = [(f"vit.encoder.layer.{k}.intermediate.intermediate_act_fn", "gelu") for k in (0, 1, 11)]
+    fabricate_run(runs / "vit", sites=names)
+    short = log("layers", "vit").splitlines()[3:6]
+    for line, (name, _) in zip(short, names, strict=True):
+        rows = json.loads(log("show", "vit", line.split()[0], "--format", "json"))
+        assert {entry["site"] for entry in rows} == {name}
+
+
+def test_no_events_is_said(log: Run) -> None:
+    assert log("events", "run a", "--site", "blocks.0") == "no events in 12 rows of run a/eafo\n"
+    assert json.loads(log("events", "run a", "--site", "blocks.0", "--format", "json")) == []
+
+
+def test_torn_line_is_noted_beside_the_output(
+    log: Run, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fabricate_run(runs / "torn")
+    with (run / "eafo" / "corrections.jsonl").open("a") as file:
+        file.write('{"step":650,"si')
+    args = ["layers", "torn", "--format", "json"]
+    parser = argparse.ArgumentParser()
+    log_command.register(parser.add_subparsers())
+    parsed = parser.parse_args(["log", *args])
+    assert parsed.run(parsed) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)) == 5
+    assert err.startswith("note: ")
+    assert err.count("\n") == 1
+    assert "line 61, the last, is torn" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "parts"),
+    [
+        (["summary", "nowhere"], LogError, ["nowhere: there is no such folder"]),
+        (["summary", "."], LogError, ["correction logs below"]),
+        (["layers", "run a", "--site", "haed"], LogError, ["site='haed'", "Nearest: head.act"]),
+        (["layers", "run a", "--sort", "epsilon"], ConfigError, ["--sort='epsilon'", "eps,"]),
+        (["show", "run a", "conv"], LogError, ["site='conv'"]),
+        (["layers", "run a", "--steps", "9000:"], LogError, ["no update at these steps", "50:600"]),
+        (["compare", "run a", "gone"], LogError, ["gone: there is no such folder"]),
+        (
+            ["compare", "run a", "run b", "--by", "site", "--column", "x"],
+            ConfigError,
+            ["--column='x'", "entropy"],
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_line(
+    log: Run, arguments: list[str], error: type[EAFOError], parts: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
+        log(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_log_without_rows_is_said(log: Run, runs: Path) -> None:
+    LogWriter(runs / "fresh" / "eafo", {})
+    with pytest.raises(LogError, match="no rows yet"):
+        log("summary", "fresh")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["layers"],
+        ["layers", "run", "--steps", "a:b"],
+        ["layers", "run", "--steps", "9:1"],
+        ["layers", "run", "--follow", "0"],
+        ["show", "run", "site", "--limit", "-1"],
+        ["layers", "run", "--format", "xml"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_wrong_option_exits_with_2(log: Run, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        log(*arguments)
+    assert caught.value.code == 2
+
+
+def test_help_explains_every_column(log: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        log("--help")
+    text = capsys.readouterr().out
+    assert_fits(text, 80)
+    for name in COLUMNS:
+        assert f"\n  {name} " in text
+
+
+def test_logs_of_nan_only(log: Run, runs: Path) -> None:
+    writer = LogWriter(runs / "nan" / "eafo", {})
+    for step in (1, 2):
+        writer.write([{"step": step, "site": "s", **dict.fromkeys(["eps", "entropy", "mean"], math.nan)}])
+    for view in ("summary", "layers"):
+        for fmt in ("table", "json", "csv", "md"):
+            assert "nan" not in log(view, "nan", "--format", fmt).replace("nan/eafo", "")
+
+
+FOLLOW = """
+import argparse
+from eafo_dynamic.cli import log
+parser = argparse.ArgumentParser()
+log.register(parser.add_subparsers())
+args = parser.parse_args()
+raise SystemExit(args.run(args))
+"""
+
+
+def test_follow_prints_again_when_the_run_goes_on(tmp_path: Path) -> None:
+    writer = LogWriter(tmp_path / "eafo", {})
+    writer.write([{"step": 1, "site": "s", "eps": 0.1}])
+    command = [
+        sys.executable,
+        "-c",
+        FOLLOW,
+        "log",
+        "layers",
+        str(tmp_path),
+        "--follow",
+        "0.05",
+        "--format",
+        "csv",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("step,")
+        assert process.stdout.readline().startswith("1,")
+        time.sleep(0.2)
+        writer.write([{"step": 2, "site": "s", "eps": 0.2}])
+        assert process.stdout.readline() == "\n"
+        assert process.stdout.readline().startswith("step,")
+        assert process.stdout.readline().startswith("2,")
+        process.send_signal(2)
+        process.stdout.close()
+    assert process.returncode == 0
+
+
+def test_import_stays_light() -> None:
+    heavy = ("torch", "pandas", "matplotlib", "rich")
+    code = f"import sys, eafo_dynamic.cli.log; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True
+    )
+    assert done.stdout.strip() == "[]"
