@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from eafo_dynamic.callback import EAFOCallback as EAFOCallback
     from eafo_dynamic.controller import EAFOController as EAFOController
     from eafo_dynamic.errors import EAFOError as EAFOError
+    from eafo_dynamic.manifest import apply_from_checkpoint as apply_from_checkpoint
     from eafo_dynamic.metrics import ActivationEntropy as ActivationEntropy
     from eafo_dynamic.records import CorrectionLog as CorrectionLog
     from eafo_dynamic.sites import find_sites as find_sites
-    from eafo_dynamic.surgery import apply_from_checkpoint as apply_from_checkpoint
     from eafo_dynamic.surgery import disabled as disabled
     from eafo_dynamic.surgery import unwrap as unwrap
     from eafo_dynamic.surgery import wrap as wrap
@@ -41,7 +41,7 @@ _HOMES = {
     "EAFOController": "controller",
     "EAFOError": "errors",
     "__version__": "version",
-    "apply_from_checkpoint": "surgery",
+    "apply_from_checkpoint": "manifest",
     "disabled": "surgery",
     "find_sites": "sites",
     "register_activation": "bases",

@@ -15,7 +15,7 @@ from eafo_dynamic.density import Density, Gaussian
 from eafo_dynamic.kernels import correction
 from eafo_dynamic.statistics import Collector
 
-__all__ = ["CRReLU", "CorrectedActivation", "Site", "Switch", "shape_table", "standard_normal"]
+__all__ = ["CRReLU", "CorrectedActivation", "Form", "Site", "Switch", "shape_table", "standard_normal"]
 
 
 def standard_normal() -> Gaussian:
@@ -43,6 +43,23 @@ def shape_table(base: Base, density: Density, tabulated: bool = False) -> Tensor
     return tabulate(correction_shape(base, density))[0].to(torch.float32)
 
 
+@dataclass(frozen=True)
+class Form:
+    """What the functions of a model's sites are made of; fixed when it is wrapped.
+
+    Args:
+        eps_init: starting amplitude.
+        tabulated: whether every shape is a table, as densities other than the Gaussian need.
+        per_channel: whether every channel has an amplitude of its own.
+        compounding: whether each round settles the correction so far and corrects the corrected function.
+    """
+
+    eps_init: float = 0.01
+    tabulated: bool = False
+    per_channel: bool = False
+    compounding: bool = False
+
+
 @dataclass
 class Switch:
     """What all sites of one model do at the moment.
@@ -59,14 +76,17 @@ class Switch:
 @dataclass(eq=False)
 class Site:
     """One corrected call. Its tensors are registered on its host, so they train, move and are saved with the model:
-    parameter ``eafo_<index>_eps`` (0-dim), buffers ``eafo_<index>_shape`` (mu, sigma) and ``eafo_<index>_table``.
+    parameter ``eafo_<index>_eps`` (0-dim, or one a channel), buffers ``eafo_<index>_shape`` (mu, sigma),
+    ``eafo_<index>_table`` (ghat, where it has no closed form) and ``eafo_<index>_offset`` (what earlier rounds have
+    settled, where corrections compound).
 
     Args:
         name: the site's name, as in the report of ``find_sites``.
         index: number of the site on its host.
-        module_name: FQN of the activation module.
+        module_name: FQN of the activation module; of a functional call, of the module that makes it.
         switch: shared by all sites of the model.
         collector: sample of the pre-activations.
+        function: name and hyper-parameters of a functional call; None where a module is called.
     """
 
     name: str
@@ -74,28 +94,35 @@ class Site:
     module_name: str
     switch: Switch
     collector: Collector = field(default_factory=Collector)
+    function: tuple[str, dict[str, object]] | None = None
+    _zero_seen: tuple[int, int] | None = field(default=None, init=False, repr=False)
 
     @property
-    def keys(self) -> tuple[str, str, str]:
-        """Attribute names of eps, shape and table on the host."""
-        return f"eafo_{self.index}_eps", f"eafo_{self.index}_shape", f"eafo_{self.index}_table"
+    def keys(self) -> tuple[str, str, str, str]:
+        """Attribute names of eps, shape, table and offset on the host."""
+        stem = f"eafo_{self.index}_"
+        return f"{stem}eps", f"{stem}shape", f"{stem}table", f"{stem}offset"
 
-    def register(self, host: nn.Module, base: Base, eps: float, tabulated: bool) -> None:
+    def register(
+        self, host: nn.Module, base: Base, form: Form, channels: int | None, device: torch.device | None = None
+    ) -> None:
         """Creates the site's tensors on its host, beside the host's own.
 
         Args:
             host: the activation module itself, or the module that calls it.
             base: the function it computes.
-            eps: starting amplitude.
-            tabulated: whether the shape is a table even where a closed form would do.
+            form: what the site's function is made of.
+            channels: number of channels, for one amplitude each; None: one for all.
+            device: where the host's inputs live.
         """
-        near = next(host.parameters(), None)
-        device = near.device if near is not None else None
-        eps_key, shape_key, table_key = self.keys
-        host.register_parameter(eps_key, nn.Parameter(torch.tensor(float(eps), device=device)))
+        eps_key, shape_key, table_key, offset_key = self.keys
+        size = () if channels is None else (channels,)
+        host.register_parameter(eps_key, nn.Parameter(torch.full(size, float(form.eps_init), device=device)))
         host.register_buffer(shape_key, torch.tensor([0.0, 1.0], device=device))
-        table = shape_table(base, standard_normal(), tabulated)
+        table = shape_table(base, standard_normal(), form.tabulated or form.compounding)
         host.register_buffer(table_key, None if table is None else table.to(device))
+        settled = torch.zeros_like(table, device=device) if form.compounding and table is not None else None
+        host.register_buffer(offset_key, settled)
 
     def unregister(self, host: nn.Module) -> None:
         """Removes the site's tensors from its host.
@@ -103,8 +130,10 @@ class Site:
         Args:
             host: where they are registered.
         """
-        eps_key, shape_key, table_key = self.keys
-        del host._parameters[eps_key], host._buffers[shape_key], host._buffers[table_key]
+        eps_key, *buffers = self.keys
+        del host._parameters[eps_key]
+        for key in buffers:
+            del host._buffers[key]
 
     def correction(self, host: nn.Module, z: Tensor) -> Tensor:
         """The site's correction term.
@@ -116,8 +145,48 @@ class Site:
         Returns:
             c(z), of the shape and dtype of z.
         """
-        eps, shape, table = (getattr(host, key) for key in self.keys)
-        return correction(z, eps, shape, table, HALF_WIDTH)
+        eps, shape, table, offset = (getattr(host, key) for key in self.keys)
+        if eps.dim():  # one amplitude a channel: dimension 1 of images, the last of anything else
+            eps = eps.view(-1, *[1] * (z.dim() - 2)) if z.dim() >= 4 else eps
+        return correction(z, eps, shape, table, HALF_WIDTH, offset)
+
+    def idle(self, host: nn.Module) -> bool:
+        """Whether the site has nothing to do: no sample to take, and a correction that is off or certainly zero.
+
+        Args:
+            host: where the site's tensors are registered.
+
+        Returns:
+            Whether f is the base itself, in value and gradient.
+        """
+        if self.switch.collecting and host.training:
+            return False
+        if not self.switch.enabled:
+            return True
+        eps, _, _, offset = (getattr(host, key) for key in self.keys)
+        if offset is not None or (eps.requires_grad and torch.is_grad_enabled()):
+            return False
+        return self._is_zero(eps)
+
+    def _is_zero(self, eps: Tensor) -> bool:
+        """Whether an amplitude is known to be zero; on an accelerator it is read once after each change only.
+
+        Returns:
+            Whether it is; False where it cannot be read.
+        """
+        if type(eps) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        if eps.is_meta or eps.is_inference() or torch._C._are_functorch_transforms_active():
+            return False
+        if eps.device.type == "cpu":
+            return not (eps.any().item() if eps.dim() else eps.item())
+        stamp = (eps.data_ptr(), eps._version)
+        if self._zero_seen == stamp:
+            return True
+        if (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()) or bool(eps.any()):
+            return False
+        self._zero_seen = stamp
+        return True
 
     def __call__(self, host: nn.Module, base: Callable[[Tensor], Tensor], z: Tensor, inplace: bool) -> Tensor:
         """Runs the corrected function.
@@ -131,7 +200,9 @@ class Site:
         Returns:
             f(z); z itself, overwritten, if inplace.
         """
-        if self.switch.collecting and not _recomputing():
+        if self.idle(host):
+            return base(z)
+        if self.switch.collecting and host.training and not _recomputing():
             self.collector.observe(z)
         if not self.switch.enabled:
             return base(z)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ from eafo_dynamic.controller import EAFOController, Options, Record
 from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError, SiteError
 from eafo_dynamic.example import example_run
-from eafo_dynamic.optim import own_group
-from eafo_dynamic.policy import Policy
+from eafo_dynamic.manifest import CHECKPOINT_KEY, manifest, report_from_manifest, wrap_from_manifest
+from eafo_dynamic.optim import check_group, own_group
+from eafo_dynamic.policy import Policy, Rule, Schedule
 from eafo_dynamic.records import LogWriter
 from eafo_dynamic.sites import SiteReport, find_sites
-from eafo_dynamic.surgery import CHECKPOINT_KEY, manifest, wrap_from_manifest
+from eafo_dynamic.surgery import is_wrapped
 from eafo_dynamic.version import package_versions
 
 __all__ = ["EAFOCallback"]
@@ -43,13 +46,14 @@ class EAFOCallback(Callback):
             module names; None: every hidden activation.
         exclude_modules: likewise, the sites to leave alone.
         filter_fn: called with (module, module name); False leaves the site alone.
-        policy: ``"static"`` (the paper's CRReLU), ``"learned"``, ``"entropy"``, ``"hybrid"``, ``"frozen"`` or a
-            Policy object.
+        policy: ``"static"`` (the paper's CRReLU), ``"learned"``, ``"entropy"``, ``"hybrid"``, ``"frozen"``, a
+            Policy object, or a list of Rules by site of which the first match decides.
         density: ``"gaussian"``, ``"histogram"`` or a function from samples [sites, n] to a Density.
         eps_init: starting amplitude of every correction, no unit.
         max_eps: bound of |eps|: the slope of a function stays within max_eps of its base's.
         max_delta: bound of the change of a function at one update, in standard deviations of its pre-activation.
         update_every_n_steps: optimiser steps between update rounds.
+        update_every_n_epochs: epochs between update rounds, in place of update_every_n_steps.
         update_starting_at_step: first step with an update round.
         freeze_at_step: from this step on every correction stays as it is; None: never.
         collect_every_n_steps: optimiser steps between sampled steps; None: about five a round.
@@ -58,7 +62,12 @@ class EAFOCallback(Callback):
         lr: learning rate of eps; None: that of the model's own parameters times lr_multiple.
         lr_multiple: see lr.
         weight_decay: of eps.
+        per_channel: one amplitude a channel in place of one a site; the log then shows their mean.
+        compounding: each round settles the correction so far and corrects the corrected function, in place of
+            refreshing the correction of the base.
         resolution: r of the resolution-r entropy, in standard deviations of the output.
+        rollback_factor: undo a round after which the mean training loss is larger than before it by more than this
+            factor; None: never.
         log_every_n_steps: optimiser steps between aggregates sent to the loggers; None: at every update round.
         dirpath: folder of the correction log; None: ``eafo`` in the run's folder.
         save_log: whether to write the correction log.
@@ -76,12 +85,13 @@ class EAFOCallback(Callback):
         target_modules: str | list[str] | None = None,
         exclude_modules: str | list[str] | None = None,
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
-        policy: str | Policy = "learned",
+        policy: str | Policy | list[Rule] = "learned",
         density: str | Callable[[Tensor], Density] = "gaussian",
         eps_init: float = 0.01,
         max_eps: float = 0.5,
         max_delta: float = 0.1,
         update_every_n_steps: int = 50,
+        update_every_n_epochs: int | None = None,
         update_starting_at_step: int = 0,
         freeze_at_step: int | None = None,
         collect_every_n_steps: int | None = None,
@@ -90,7 +100,10 @@ class EAFOCallback(Callback):
         lr: float | None = None,
         lr_multiple: float = 1.0,
         weight_decay: float = 0.0,
+        per_channel: bool = False,
+        compounding: bool = False,
         resolution: float = 0.1,
+        rollback_factor: float | None = None,
         log_every_n_steps: int | None = None,
         dirpath: str | Path | None = None,
         save_log: bool = True,
@@ -111,10 +124,17 @@ class EAFOCallback(Callback):
             collect_every_n_steps=collect_every_n_steps,
             samples_per_site=samples_per_site,
             momentum=momentum,
+            per_channel=per_channel,
+            compounding=compounding,
             resolution=resolution,
+            rollback_factor=rollback_factor,
         )
+        if update_every_n_epochs is not None and update_every_n_epochs < 1:
+            raise ConfigError("update_every_n_epochs", update_every_n_epochs, "must be at least 1", "None counts steps.")
+        self.update_every_n_epochs = update_every_n_epochs
         if log_every_n_steps is not None and log_every_n_steps < 1:
             raise ConfigError("log_every_n_steps", log_every_n_steps, "must be at least 1", "None logs at every update.")
+        check_group(lr, lr_multiple, weight_decay)
         self.lr, self.lr_multiple, self.weight_decay = lr, lr_multiple, weight_decay
         self.log_every_n_steps = log_every_n_steps
         self.dirpath = None if dirpath is None else Path(dirpath)
@@ -128,20 +148,49 @@ class EAFOCallback(Callback):
     # ------------------------------------------------------------------ before training
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wraps the model, once; before optimisers are built and weights restored."""
-        if self.controller is not None and self.controller.model is pl_module:
+        """Wraps the model for a fit, once; before optimisers are built and weights restored.
+
+        For other stages the model stays as it is, unless a checkpoint with corrections is about to be restored.
+        """
+        vars(pl_module)["on_load_checkpoint"] = _LoadListener(self, pl_module)
+        if stage != "fit" or (self.controller is not None and self.controller.model is pl_module):
             return
         _check_order(self, trainer)
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()
-        saved = _saved_sites(trainer)
-        if stage != "fit" and saved is None:
-            return  # nothing to restore and nothing to train: the plain model is what the user means
-        report = self._find(trainer, pl_module) if saved is None else wrap_from_manifest(pl_module, saved)
+        report = self._find(trainer, pl_module)
+        self._attach(pl_module, report)
+        if self.verbose and trainer.is_global_zero:
+            _print(report)
+
+    def _attach(self, pl_module: LightningModule, report: SiteReport) -> None:
         self.controller = EAFOController(pl_module, self.options, report)
         self.controller.collecting = False
-        if self.verbose and trainer.is_global_zero and stage == "fit":
-            _print(report)
+
+    def adopt(self, pl_module: LightningModule, saved: dict[str, Any]) -> None:
+        """Wraps a model as a checkpoint lists it, just before its weights are restored.
+
+        Args:
+            pl_module: the model.
+            saved: the checkpoint's list of sites.
+
+        Raises:
+            SiteError: if the model or the options do not fit the checkpoint.
+        """
+        if self.controller is None or self.controller.model is not pl_module:
+            if not is_wrapped(pl_module):
+                wrap_from_manifest(pl_module, saved)
+            return
+        differing = [key for key, value in self.options.form.items() if bool(saved[key]) != value]
+        if differing:
+            raise SiteError(
+                "the checkpoint was made with other options: "
+                + ", ".join(f"{key}={saved[key]} (now {self.options.form[key]})" for key in differing)
+                + ". Use the options of the run that is resumed; its manifest.json lists them."
+            )
+        if saved != manifest(self.controller.report, **self.options.form):
+            report = report_from_manifest(self.controller.detach(), saved)
+            self._attach(pl_module, report)
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> SiteReport:
         selection = self.options.selection
@@ -174,12 +223,12 @@ class EAFOCallback(Callback):
             controller.load_state_dict(self._resumed)
             self._resumed = None
         folder = self._log_folder(trainer)
-        if self.save_log and trainer.is_global_zero and not trainer.fast_dev_run:
+        if self.save_log and trainer.is_global_zero and not _is_fast_dev_run(trainer):
             about = {
                 "model": type(pl_module).__name__,
                 "packages": package_versions(),
                 "options": self.options.primitives(),
-                **manifest(controller.report, self.options.tabulated),
+                **manifest(controller.report, **self.options.form),
             }
             self._writer = LogWriter(folder, about)
 
@@ -188,7 +237,9 @@ class EAFOCallback(Callback):
         return self.dirpath or Path(run) / "eafo"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drops rows of the log that lie past the restored step."""
+        """Turns epochs into steps, and drops rows of the log that lie past the restored step."""
+        if self.update_every_n_epochs is not None:
+            self._controller.reschedule(_by_epochs(self._controller.schedule, self.update_every_n_epochs, trainer))
         if self._writer is not None and trainer.global_step:
             self._writer.resume(trainer.global_step)
 
@@ -209,6 +260,9 @@ class EAFOCallback(Callback):
         """Acts when the optimiser has stepped: trust region, update round, log."""
         controller = self._controller
         step = trainer.global_step
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            controller.observe_loss(loss)
         rows = controller.step(step, trainer.current_epoch)
         controller.collecting = False
         if rows:
@@ -228,6 +282,7 @@ class EAFOCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Closes the log; the model keeps its corrections."""
+        vars(pl_module).pop("on_load_checkpoint", None)
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -237,7 +292,7 @@ class EAFOCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the list of sites, so that a plain model can be wrapped the same way before its weights are loaded."""
         if self.controller is not None:
-            checkpoint[CHECKPOINT_KEY] = manifest(self.controller.report, self.options.tabulated)
+            checkpoint[CHECKPOINT_KEY] = manifest(self.controller.report, **self.options.form)
 
     def state_dict(self) -> dict[str, Any]:
         """State beside the model's own: running estimates and counts; tensors and primitives only.
@@ -276,12 +331,39 @@ def _aggregate(rows: list[Record]) -> dict[str, float]:
     return {f"mean_{name}": mean(name) for name in names}
 
 
-def _saved_sites(trainer: Trainer) -> dict[str, Any] | None:
-    """The list of sites in the checkpoint that the trainer is about to restore."""
-    if not trainer.ckpt_path:
-        return None
-    checkpoint = trainer.strategy.load_checkpoint(trainer.ckpt_path)
-    return checkpoint.get(CHECKPOINT_KEY)
+class _LoadListener:
+    """Stands before a module's own ``on_load_checkpoint``, the one hook that sees a checkpoint before its weights load.
+
+    Args:
+        callback: who is told.
+        module: whose hook it is.
+    """
+
+    def __init__(self, callback: EAFOCallback, module: LightningModule) -> None:
+        self.callback = callback
+        self.module = module
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        if CHECKPOINT_KEY in checkpoint:
+            self.callback.adopt(self.module, checkpoint[CHECKPOINT_KEY])
+        type(self.module).on_load_checkpoint(self.module, checkpoint)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _LoadListener:
+        return self  # a copied module must not copy the callback
+
+
+def _by_epochs(schedule: Schedule, epochs: int, trainer: Trainer) -> Schedule:
+    batches = trainer.num_training_batches
+    if not math.isfinite(batches):
+        raise ConfigError(
+            "update_every_n_epochs", epochs, "the training data has no known length", "Use update_every_n_steps."
+        )
+    steps = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
+    return replace(schedule, update_every_n_steps=steps, collect_every_n_steps=None)
+
+
+def _is_fast_dev_run(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def _print(report: SiteReport) -> None:

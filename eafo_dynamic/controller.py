@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,20 +13,24 @@ from torch import Tensor, nn
 
 from eafo_dynamic.activation import Site
 from eafo_dynamic.bases import as_base
-from eafo_dynamic.entropy import entropy_gradient, mixed_entropy
-from eafo_dynamic.errors import SiteError
+from eafo_dynamic.diagnostics import OutputEntropy, Record, describe_events, diagnostics, to_rows
+from eafo_dynamic.errors import ConfigError, PatternError, SiteError
 from eafo_dynamic.options import Options
-from eafo_dynamic.policy import make_policy
-from eafo_dynamic.sites import SiteReport, find_sites
+from eafo_dynamic.policy import Policy, Schedule, make_policy, make_rules
+from eafo_dynamic.sites import SiteReport, find_sites, matches
 from eafo_dynamic.statistics import dead_fraction, gather_ranks, moments, stack_samples
-from eafo_dynamic.surgery import plain_view, unwrap, wrap
-from eafo_dynamic.update import Functions, RunningDensity, bounded_move, make_estimator, refreshed
+from eafo_dynamic.surgery import site_source, unwrap, wrap
+from eafo_dynamic.update import (
+    Functions,
+    LossWatch,
+    RunningDensity,
+    bounded_move,
+    compounded,
+    make_estimator,
+    refreshed,
+)
 
 __all__ = ["EAFOController", "Record"]
-
-Record = dict[str, object]
-"""One row of the correction log: one site at one update round."""
-
 
 
 class EAFOController:
@@ -59,16 +63,17 @@ class EAFOController:
         self.options = options or Options()
         self.model = model
         self.report = report or find_sites(model, selection=self.options.selection)
-        self.policy = make_policy(self.options.policy)
+        self.policies = self._assign_policies()
         self.schedule = self.options.schedule
         self.trust_region = self.options.trust_region
         self._running = RunningDensity(make_estimator(self.options.density), self.options.momentum)
         self.records: deque[Record] = deque(maxlen=self.KEPT_RECORDS)
         self.rounds = 0
         self._last_step = -1
+        self._losses = LossWatch(self.options.rollback_factor)
+        self._undo: Functions | None = None  # what the last round replaced
         self._gradient: Tensor | None = None
-        self._eps_before: Tensor | None = None  # eps after the previous round
-        self._hosted = wrap(model, self.report, self.options.eps_init, tabulated=self.options.tabulated)
+        self._hosted = wrap(model, self.report, self.options.eps_init, **self.options.form)
         self._prepare()
 
     @classmethod
@@ -86,16 +91,41 @@ class EAFOController:
         checked = Options(**options)
         return cls(model, checked, find_sites(model, *example_args, selection=checked.selection))
 
+    def _assign_policies(self) -> list[Policy]:
+        rules = make_rules(self.options.policy)
+        found = self.report.wrapped
+        for rule in rules:
+            if found and not any(matches(rule.sites, site) for site in found):
+                raise PatternError("policy.sites", rule.sites, [site.module for site in found])
+        chosen = [next((rule.policy for rule in rules if matches(rule.sites, site)), None) for site in found]
+        if None in chosen:
+            open_sites = [site.name for site, policy in zip(found, chosen, strict=True) if policy is None]
+            raise ConfigError("policy", open_sites[0], "matches none of the rules", "End the list with sites: '.*'.")
+        return [make_policy(policy) for policy in chosen if policy is not None]
+
     def _prepare(self) -> None:
-        self._plain = [plain_view(self.model.get_submodule(site.module_name)) for site in self.sites]
-        policy = self.policy
-        collects = max(1, math.ceil(self.schedule.update_every_n_steps / self.schedule.collect_period))
-        quota = math.ceil(self.options.samples_per_site / (collects * _world_size()))
-        for (host, site) in self._hosted:
-            site.collector.quota = quota
+        self._plain = [site_source(self.model, site) for site in self.sites]
+        self._set_quota()
+        for (host, site), policy in zip(self._hosted, self.policies, strict=True):
             self._eps(host, site).requires_grad_(policy.trains_eps)
+        self._follows = torch.tensor([policy.follows_data for policy in self.policies])
+        self._eps_before = self.functions().eps
         self._switch = self._hosted[0][1].switch
         self._switch.collecting = self.schedule.collects(0)
+
+    def _set_quota(self) -> None:
+        collects = max(1, math.ceil(self.schedule.update_every_n_steps / self.schedule.collect_period))
+        for site in self.sites:
+            site.collector.quota = math.ceil(self.options.samples_per_site / (collects * _world_size()))
+
+    def reschedule(self, schedule: Schedule) -> None:
+        """Changes when rounds run.
+
+        Args:
+            schedule: the new schedule.
+        """
+        self.schedule = schedule
+        self._set_quota()
 
     # ------------------------------------------------------------------ what others ask
 
@@ -145,8 +175,7 @@ class EAFOController:
         if global_step == self._last_step:
             return []
         self._last_step = global_step
-        if self.policy.trains_eps:
-            self._bound_eps()
+        self._bound_eps()
         rows = self.update(global_step, epoch) if self.schedule.updates(global_step) else []
         self._switch.collecting = self.schedule.collects(global_step)
         return rows
@@ -162,11 +191,20 @@ class EAFOController:
         if self.schedule.frozen(global_step + 1):
             for host, site in self._hosted:
                 self._eps(host, site).grad = None
-        elif self.policy.adds_gradient and self._gradient is not None:
-            for (host, site), gradient in zip(self._hosted, self._gradient, strict=True):
-                eps = self._eps(host, site)
-                extra = (self.policy.adds_gradient * gradient).to(eps.dtype)
-                eps.grad = extra.clone() if eps.grad is None else eps.grad + extra
+        elif self._gradient is not None:
+            for (host, site), policy, gradient in zip(self._hosted, self.policies, self._gradient, strict=True):
+                if policy.adds_gradient:
+                    eps = self._eps(host, site)
+                    extra = (policy.adds_gradient * gradient).to(eps.dtype)
+                    eps.grad = extra.clone() if eps.grad is None else eps.grad + extra
+
+    def observe_loss(self, loss: Tensor) -> None:
+        """Call with the training loss of each batch where ``rollback_factor`` is set.
+
+        Args:
+            loss: 0-dim.
+        """
+        self._losses.observe(loss)
 
     @torch.no_grad()
     def update(self, step: int, epoch: int = 0) -> list[Record]:
@@ -179,47 +217,45 @@ class EAFOController:
         Returns:
             One row a site.
         """
-        samples, dead = self._samples()
+        samples, dead, nonfinite = self._samples()
         stats = moments(samples)
         usable = (stats.n >= 2) & (stats.std > 0) & stats.std.isfinite() & stats.mean.isfinite()
         old = self.functions()
-        resolution = self.options.resolution
-        outputs = old.outputs(samples)
-        entropies = mixed_entropy(outputs, resolution=resolution)
-        gradient = entropy_gradient(outputs, old.direction(samples), resolution=resolution)
+        before = OutputEntropy(old.outputs(samples), self.options.resolution)
+        gradient = before.gradient(old.direction(samples))
         self._gradient = torch.where(usable, gradient, 0.0).nan_to_num().to(old.eps.dtype)
 
-        new, fraction = bounded_move(old, self._wanted(old, samples, usable), self.trust_region)
-        self._commit(new)
+        rolled_back = self._undo is not None and self._losses.jumped()
+        wanted = self._reverted(old) if rolled_back else self._wanted(old, samples, usable)
+        new, fraction = bounded_move(old, wanted, self.trust_region)
+        self._commit(old, new)
+        self._undo = None if rolled_back else old
         self.rounds += 1
-        columns = {
-            "eps": new.eps,
-            "delta_eps": new.eps - (old.eps if self._eps_before is None else self._eps_before),
-            "d_entropy_d_eps": gradient,
-            "entropy": entropies.entropy,
-            "continuous_entropy": entropies.continuous_entropy,
-            "atom_mass": entropies.atom_mass,
-            "dead_fraction": dead,
-            "mean": stats.mean,
-            "std": stats.std,
-            "skew": stats.skew,
-            "kurtosis": stats.kurtosis,
-            "n": stats.n,
-            "mu": new.shape[:, 0],
-            "sigma": new.shape[:, 1],
-        }
+        moved = old.eps if self.options.compounding else new.eps  # a settled eps starts again from 0
+        columns = diagnostics(samples, stats, before, old, new, delta_eps=moved - self._eps_before)
+        columns.update(dead_fraction=dead, n_nonfinite=nonfinite)
         self._eps_before = new.eps
-        rows = self._rows(step, epoch, columns, _events(stats.n, usable, fraction))
+        events = describe_events(stats.n, usable, fraction, rolled_back, nonfinite)
+        heads: list[Record] = [{"step": step, "epoch": epoch, "site": site.name} for site in self.sites]
+        tails = [
+            {"policy": policy.name, "event": event} for policy, event in zip(self.policies, events, strict=True)
+        ]
+        rows = to_rows(heads, columns, tails)
         self.records.extend(rows)
         return rows
 
-    def _samples(self) -> tuple[Tensor, Tensor]:
-        """Samples of all sites and ranks [S, n], and dead fractions [S]; the collectors are empty afterwards."""
+    def _samples(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples of all sites and ranks [S, n]; dead fractions and non-finite samples of this rank, [S].
+
+        The collectors are empty afterwards.
+        """
         drained = [site.collector.drain() for site in self.sites]
-        dead = torch.tensor([dead_fraction(values, units) for values, units in drained], device=self._device)
+        dead = [dead_fraction(values, units) for values, units in drained]
+        nonfinite = [int((~values.isfinite()).sum()) for values, _ in drained]
         width = math.ceil(self.options.samples_per_site / _world_size())
         stacked = stack_samples([values.to(self._device) for values, _ in drained], width)
-        return gather_ranks(stacked, width), dead
+        device = self._device
+        return gather_ranks(stacked, width), torch.tensor(dead, device=device), torch.tensor(nonfinite, device=device)
 
     def functions(self) -> Functions:
         """All sites' functions as they are now.
@@ -228,58 +264,74 @@ class EAFOController:
             Stacked copies of eps, mu, sigma and tables.
         """
         states = [[getattr(host, key) for key in site.keys] for host, site in self._hosted]
-        tables = [table for _, _, table in states if table is not None]
-        return Functions(
-            bases=[as_base(view) for view in self._plain],
-            eps=torch.stack([eps.detach().to(self._device, torch.float32) for eps, _, _ in states]),
-            shape=torch.stack([shape.to(self._device, torch.float32) for _, shape, _ in states]),
-            tables=torch.stack([table.to(self._device, torch.float32) for table in tables])
-            if tables
-            else torch.empty(0, 4, 1, device=self._device),
-            tabulated=torch.tensor([i for i, s in enumerate(states) if s[2] is not None], device=self._device).long(),
-        )
+        with torch.no_grad():
+            return Functions(
+                bases=[as_base(view) for view in self._plain],
+                # one amplitude a channel: the log and the entropies see their mean
+                eps=torch.stack([eps.to(self._device, torch.float32).mean() for eps, *_ in states]),
+                shape=torch.stack([shape.to(self._device, torch.float32) for _, shape, *_ in states]),
+                tables=self._stacked([table for _, _, table, _ in states]),
+                tabulated=torch.tensor(
+                    [i for i, s in enumerate(states) if s[2] is not None], dtype=torch.long, device=self._device
+                ),
+                offsets=self._stacked([offset for *_, offset in states]) if self.options.compounding else None,
+            )
+
+    def _stacked(self, tables: list[Tensor | None]) -> Tensor:
+        present = [table.to(self._device, torch.float32) for table in tables if table is not None]
+        return torch.stack(present) if present else torch.empty(0, 4, 1, device=self._device)
 
     def _wanted(self, old: Functions, samples: Tensor, usable: Tensor) -> Functions:
         """Where the policy wants every function to be, before the trust region bounds the move."""
         assert self._gradient is not None
-        moved = self.trust_region.clamp(self.policy.move(old.eps, self._gradient))
-        wanted = replace(old, eps=torch.where(usable, moved, old.eps))
-        if not self.policy.follows_data:
+        moved = old.eps.clone()
+        for policy, rows in self._rows_of_policies():
+            moved[rows] = policy.move(old.eps[rows], self._gradient[rows])
+        wanted = replace(old, eps=torch.where(usable, self.trust_region.clamp(moved), old.eps))
+        follows = usable & self._follows.to(usable.device)
+        if not self._follows.any():
             return wanted
-        return refreshed(wanted, self._running.follow(samples, usable), usable, self.options.resolution)
+        density = self._running.follow(samples, usable)
+        if self.options.compounding:
+            # the offset may take half of what the trust region allows, so that eps keeps room to move
+            return compounded(wanted, density, follows, self.options.resolution, self.trust_region.max_eps / 2)
+        return refreshed(wanted, density, follows, self.options.resolution)
 
-    def _commit(self, new: Functions) -> None:
+    def _reverted(self, old: Functions) -> Functions:
+        """The functions before the last round; an eps that the optimiser moves stays where it is now."""
+        assert self._undo is not None
+        trained = torch.tensor([policy.trains_eps for policy in self.policies], device=old.eps.device)
+        return replace(self._undo, bases=old.bases, eps=torch.where(trained, old.eps, self._undo.eps))
+
+    def _rows_of_policies(self) -> list[tuple[Policy, list[int]]]:
+        rows: dict[Policy, list[int]] = {}
+        for row, policy in enumerate(self.policies):
+            rows.setdefault(policy, []).append(row)
+        return list(rows.items())
+
+    def _commit(self, old: Functions, new: Functions) -> None:
         place = {row: k for k, row in enumerate(new.tabulated.tolist())}
         targets: list[Tensor] = []
         values: list[Tensor] = []
         for row, (host, site) in enumerate(self._hosted):
-            eps, shape, table = (getattr(host, key) for key in site.keys)
+            eps, shape, table, offset = (getattr(host, key) for key in site.keys)
             targets += [eps.detach(), shape]
-            values += [new.eps[row], new.shape[row]]
+            # channels keep their differences; one amplitude is simply the new one
+            moved = eps.detach() + (new.eps[row] - old.eps[row]) if eps.dim() else new.eps[row]
+            values += [moved, new.shape[row]]
             if table is not None:
                 targets.append(table)
                 values.append(new.tables[place[row]])
+            if offset is not None and new.offsets is not None:
+                targets.append(offset)
+                values.append(new.offsets[place[row]])
         torch._foreach_copy_(targets, values)
 
     def _bound_eps(self) -> None:
-        bound = self.trust_region.max_eps
+        bound = self.trust_region.max_eps / 2 if self.options.compounding else self.trust_region.max_eps
         amplitudes = [self._eps(host, site).detach() for host, site in self._hosted]
         torch._foreach_clamp_min_(amplitudes, -bound)
         torch._foreach_clamp_max_(amplitudes, bound)
-
-    def _rows(
-        self, step: int, epoch: int, columns: Mapping[str, Tensor], events: Sequence[str | None]
-    ) -> list[Record]:
-        # one transfer to the host for the whole round
-        table = torch.stack([column.to(torch.float64) for column in columns.values()], dim=-1).tolist()
-        rows: list[Record] = []
-        for site, values, event in zip(self.sites, table, events, strict=True):
-            row: Record = {"step": step, "epoch": epoch, "site": site.name}
-            row.update(zip(columns, values, strict=True))
-            row["n"] = int(values[list(columns).index("n")])
-            row.update(policy=self.policy.name, event=event)
-            rows.append(row)
-        return rows
 
     @property
     def _device(self) -> torch.device:
@@ -327,19 +379,6 @@ class EAFOController:
             setattr(self, f"_{name}", None if state[name] is None else state[name].to(self._device))
         self._running.load_state_dict(state["running"], self._device)
         self._switch.collecting = self.schedule.collects(self._last_step)
-
-
-def _events(n: Tensor, usable: Tensor, fraction: Tensor) -> list[str | None]:
-    def event(count: float, good: bool, taken: float) -> str | None:
-        if count == 0:
-            return "no samples"
-        if not good:
-            return "no spread"
-        if taken == 0.0:
-            return "held"
-        return "bounded" if taken < 1.0 else None
-
-    return [event(*each) for each in zip(n.tolist(), usable.tolist(), fraction.tolist(), strict=True)]
 
 
 def _world_size() -> int:

@@ -1,20 +1,25 @@
-"""Sums and filters on uniform grids, one row a site: what the density and entropy estimators share.
+"""Standardising samples, and sums and filters on uniform grids: what the estimators of this package share.
 
-Sites stand in the first dimension, grid nodes in the second; positions are counted in grid steps.
+Sites stand in the first dimension; positions on a grid are counted in its steps.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["deposit", "fourier_size", "frequencies", "hermite", "present", "read", "smooth", "to_double"]
+__all__ = ["SPLINE_VARIANCE", "Splines", "Standardised", "fourier_size", "hermite", "smooth", "to_double", "transform"]
 
 # Variance, in squared steps, that a quadratic spline adds wherever the sample lies between the nodes. A
 # linear one would add between 0 and 1/4, which shows in the entropy of an atom.
 SPLINE_VARIANCE = 0.25
+
+_LARGE = 1 << 20  # samples a site from which sums need float64
+_HUGE = 1e37  # ranges above this overflow in float32
 
 
 def to_double(values: Tensor) -> Tensor:
@@ -30,18 +35,119 @@ def to_double(values: Tensor) -> Tensor:
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
-def present(samples: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Weights of the samples, 0 for those that are missing.
+@dataclass(frozen=True, eq=False)
+class Standardised:
+    """Samples of every site mapped onto [0, 1], and their moments in the samples' own units.
 
     Args:
-        samples: samples, shape [..., n]; a non-finite one is missing.
-        weights: nonnegative weights that broadcast against the samples; None for 1 each.
-
-    Returns:
-        Weights, float64, shape of the samples.
+        unit: (x - low) / span, 0 where missing and for a constant, float32 or float64, shape [sites, n].
+        weight: weights, 0 where missing, same shape and dtype; None if every sample counts once.
+        low: smallest sample, float64, shape [sites, 1]; 0 without samples.
+        span: largest less smallest sample, float64, shape [sites, 1].
+        count: number of samples, or sum of weights, float64, shape [sites, 1].
+        mean: mean, float64, shape [sites, 1]; NaN without samples.
+        std: population standard deviation, float64, shape [sites, 1]; exactly 0 for a constant.
     """
-    known = samples.isfinite().double()
-    return known if weights is None else known * to_double(weights).to(samples.device)
+
+    unit: Tensor
+    weight: Tensor | None
+    low: Tensor
+    span: Tensor
+    count: Tensor
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, samples: Tensor, weights: Tensor | None = None) -> Standardised:
+        """Standardise samples; a constant gets std 0 exactly, no finite input overflows.
+
+        Args:
+            samples: samples, shape [..., n]; non-finite ones are missing.
+            weights: nonnegative weights that broadcast against the samples; None for 1 each.
+
+        Returns:
+            The standardised samples.
+        """
+        rows = _rows(samples)
+        low, high = rows.amin(1, keepdim=True).double(), rows.amax(1, keepdim=True).double()
+        limit = _HUGE if rows.dtype == torch.float32 else 1e307
+        # The only waits for the device: whether anything is missing, and whether a range overflows.
+        weight = None
+        if weights is not None or not bool((low.isfinite() & high.isfinite()).all()):
+            weight, low, high = _present(rows, samples, weights)
+            rows = torch.where(weight > 0, rows, low.to(rows.dtype))
+        if bool(((low.abs() > limit) | (high.abs() > limit)).any()):
+            return _shrunk(cls, rows, weight)
+        span = high - low
+        inverse = torch.where(span > 0, 1 / span, 0.0)
+        unit = (rows - low.to(rows.dtype)) * inverse.to(rows.dtype)
+        count, mean, variance = _unit_moments(unit, weight)
+        return cls(unit, weight, low, span, count, low + span * mean, span * variance.sqrt())
+
+    @functools.cached_property
+    def total(self) -> Tensor:
+        """The count, 1 where there is no sample, for dividing."""
+        return torch.where(self.count > 0, self.count, 1.0)
+
+    def mean_of(self, values: Tensor) -> Tensor:
+        """Weighted mean over the samples.
+
+        Args:
+            values: one value a sample, shape [sites, n].
+
+        Returns:
+            Mean, float64, shape [sites, 1]; 0 without samples.
+        """
+        weighted = values if self.weight is None else values * self.weight
+        return weighted.sum(1, keepdim=True).double() / self.total
+
+
+def _shrunk(cls: type[Standardised], rows: Tensor, weight: Tensor | None) -> Standardised:
+    """Return samples of a range that overflows, standardised at a millionth of their size."""
+    factor = 2.0**-20
+    small = cls.of(rows.double() * factor, None if weight is None else weight.double())
+    low, span, mean, std = (part / factor for part in (small.low, small.span, small.mean, small.std))
+    return cls(small.unit, small.weight, low, span, small.count, mean, std)
+
+
+def _rows(samples: Tensor) -> Tensor:
+    """Return samples as [sites, n >= 1] in float32 or float64, on a device that has float64."""
+    x = samples.detach()
+    x = x.cpu() if x.device.type == "mps" else x
+    n = x.shape[-1]
+    x = x.double() if x.dtype == torch.float64 or n > _LARGE else x.float()
+    sites = math.prod(x.shape[:-1])
+    # One missing sample stands for none, so that every site has a row to reduce over.
+    return x.reshape(sites, n) if n else x.new_full((sites, 1), math.nan)
+
+
+def _present(rows: Tensor, samples: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weights with the missing samples at 0, and the range of the others."""
+    known = rows.isfinite()
+    weight = known.to(rows.dtype)
+    if weights is not None:
+        given = (
+            weights.detach().to(rows.device, rows.dtype).expand(samples.shape).reshape(-1, samples.shape[-1])
+        )
+        weight = torch.where(known, given, 0.0) if samples.shape[-1] else weight
+        known = weight > 0
+    low = torch.where(known, rows, math.inf).amin(1, keepdim=True).double()
+    high = torch.where(known, rows, -math.inf).amax(1, keepdim=True).double()
+    empty = low > high
+    return weight, torch.where(empty, 0.0, low), torch.where(empty, 0.0, high)
+
+
+def _unit_moments(unit: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    if weight is None:
+        mean = unit.mean(1, keepdim=True)
+        variance = (
+            torch.linalg.vector_norm(unit - mean, dim=1, keepdim=True).double().square() / unit.shape[1]
+        )
+        return torch.full_like(variance, unit.shape[1]), mean.double(), variance
+    count = weight.sum(1, keepdim=True).double()
+    mean = (unit * weight).sum(1, keepdim=True).double() / count
+    variance = ((unit - mean.to(unit.dtype)).square() * weight).sum(1, keepdim=True).double() / count
+    return count, mean, variance
 
 
 def fourier_size(count: int) -> int:
@@ -57,80 +163,95 @@ def fourier_size(count: int) -> int:
     return power * 3 // 4 if power * 3 // 4 >= count else power
 
 
-def _spline(position: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Left neighbour of the nearest node, and the quadratic spline weights of the three nodes from there."""
-    nearest = position.round()
-    d = position - nearest
-    return nearest.long() - 1, (0.5 * (0.5 - d).square(), 0.75 - d.square(), 0.5 * (0.5 + d).square())
-
-
-def deposit(position: Tensor, weight: Tensor, size: int) -> Tensor:
-    """Mass of weighted points on the nodes 0 ... size - 1, by quadratic splines.
-
-    Keeps the mass and the mean of every point and adds exactly 1/4 squared step to its variance.
+class Splines:
+    """Quadratic splines that carry points to a grid and grid values to the points.
 
     Args:
-        position: positions in steps, shape [sites, n], between 1 and size - 2.
-        weight: weights, same shape.
-        size: number of nodes.
-
-    Returns:
-        Mass, shape [sites, size].
+        position: positions in steps, shape [sites, n]; between 1 and size - 2 of any grid used.
     """
-    left, parts = _spline(position)
-    grid = position.new_zeros(position.shape[0], size)
-    for offset, part in enumerate(parts):
-        grid.scatter_add_(1, left + offset, part * weight)
-    return grid
+
+    def __init__(self, position: Tensor) -> None:
+        nearest = position.round()
+        self.offset = position - nearest
+        self.index = nearest.long()
+
+    def deposit(self, weight: Tensor | None, size: int) -> Tensor:
+        """Mass of weighted points on the nodes 0 ... size - 1.
+
+        Keeps the mass and the mean of every point and adds exactly 1/4 squared step to its variance.
+
+        Args:
+            weight: weights, shape [sites, n]; None for 1 each.
+            size: number of nodes.
+
+        Returns:
+            Mass, float64, shape [sites, size].
+        """
+        mass = torch.ones_like(self.offset) if weight is None else weight
+        # The weights of the three nodes are quadratic in the offset: three power sums make them all.
+        sums: list[Tensor] = []
+        for power in range(3):
+            grid = mass.new_zeros(mass.shape[0], size).scatter_add_(1, self.index, mass)
+            sums.append(grid.double())
+            mass = mass * self.offset if power < 2 else mass
+        even, odd = 0.125 * sums[0] + 0.5 * sums[2], 0.5 * sums[1]
+        result = 0.75 * sums[0] - sums[2]
+        result[:, :-1] += (even - odd)[:, 1:]
+        result[:, 1:] += (even + odd)[:, :-1]
+        return result
+
+    def read(self, grid: Tensor) -> Tensor:
+        """Grid values between the nodes: the transpose of :meth:`deposit`.
+
+        Args:
+            grid: node values, shape [sites, size].
+
+        Returns:
+            Values, dtype of the positions, shape [sites, n].
+        """
+        left, right = grid.roll(1, 1), grid.roll(-1, 1)
+        parts = (0.125 * (left + 6 * grid + right), 0.5 * (right - left), 0.5 * (left - 2 * grid + right))
+        constant, linear, square = (part.to(self.offset.dtype).gather(1, self.index) for part in parts)
+        return torch.addcmul(constant, self.offset, torch.addcmul(linear, self.offset, square))
 
 
-def read(grid: Tensor, position: Tensor) -> Tensor:
-    """Values of a grid between its nodes, by quadratic splines: the transpose of :func:`deposit`.
+def transform(grid: Tensor, size: int) -> Tensor:
+    """Real Fourier transform of a grid, also of no sites.
 
     Args:
-        grid: node values, shape [sites, size].
-        position: positions in steps, shape [sites, n].
+        grid: node values, shape [..., up to size].
+        size: length after filling with 0.
 
     Returns:
-        Values, shape [sites, n].
+        Spectrum, shape [..., size // 2 + 1].
     """
-    left, parts = _spline(position)
-    return sum((part * grid.gather(1, left + i) for i, part in enumerate(parts)), position.new_zeros(()))
-
-
-def frequencies(size: int, like: Tensor) -> Tensor:
-    """Angular frequencies of a real transform, in radians per step.
-
-    Args:
-        size: length of the grid.
-        like: tensor that gives dtype and device.
-
-    Returns:
-        Frequencies, shape [size // 2 + 1].
-    """
-    return 2 * math.pi * torch.fft.rfftfreq(size, dtype=like.dtype, device=like.device)
+    if grid.numel() == 0:  # the libraries behind torch.fft refuse an empty batch
+        return grid.new_zeros(*grid.shape[:-1], size // 2 + 1, dtype=torch.complex128)
+    return torch.fft.rfft(grid, n=size)
 
 
 def smooth(spectrum: Tensor, variance: float | Tensor, size: int, order: int = 0) -> Tensor:
     """A grid convolved with a Gaussian, and differentiated.
 
     Args:
-        spectrum: real Fourier transform of the grid, shape [sites, size // 2 + 1].
-        variance: variance of the Gaussian in squared steps; a number or [sites, 1].
+        spectrum: real Fourier transform of the grid, shape [..., size // 2 + 1].
+        variance: variance of the Gaussian in squared steps; a number or [..., 1].
         size: length of the grid.
         order: order of the derivative with respect to the position in steps.
 
     Returns:
-        Grid, shape [sites, size].
+        Grid, shape [..., size].
     """
-    omega = frequencies(size, spectrum.real)
+    if spectrum.numel() == 0:
+        return spectrum.real.new_zeros(*spectrum.shape[:-1], size)
+    omega = 2 * math.pi * torch.fft.rfftfreq(size, dtype=spectrum.real.dtype, device=spectrum.device)
     kernel = torch.exp(-0.5 * variance * omega.square())
     factor = kernel if order == 0 else kernel * (1j * omega) ** order
     return torch.fft.irfft(spectrum * factor, n=size)
 
 
 def hermite(values: Tensor, slopes: Tensor, position: Tensor) -> Tensor:
-    """Cubic Hermite interpolation; outside the nodes the result is 0.
+    """Cubic Hermite interpolation; outside the nodes, and for NaN, the result is 0.
 
     Args:
         values: node values, shape [sites, size].
@@ -141,7 +262,7 @@ def hermite(values: Tensor, slopes: Tensor, position: Tensor) -> Tensor:
         Values, shape [sites, n].
     """
     last = values.shape[1] - 1
-    inside = (position >= 0) & (position <= last)  # False for NaN
+    inside = (position >= 0) & (position <= last)
     safe = torch.where(inside, position, 0.0)
     left = safe.floor().clamp(max=last - 1)
     t = safe - left

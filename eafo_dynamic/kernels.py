@@ -95,45 +95,61 @@ class _Correction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z: Tensor, eps: Tensor, shape: Tensor, table: Tensor | None, half_width: float) -> Tensor:
+    def forward(
+        z: Tensor, eps: Tensor, shape: Tensor, table: Tensor | None, offset: Tensor | None, half_width: float
+    ) -> Tensor:
+        sigma = shape[1].to(z.dtype)
         value, _ = _ghat(z, shape, table, half_width)
-        return _neutral_zeros(value * (eps.to(z.dtype) * shape[1].to(z.dtype)), eps)
+        c = value * (eps.to(z.dtype) * sigma)
+        if offset is not None:
+            settled, _ = _ghat(z, shape, offset, half_width)
+            c = c + settled * sigma
+        return _neutral_zeros(c, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, eps, shape, table, ctx.half_width = inputs
-        ctx.save_for_backward(z, eps, shape, table)
+        z, eps, shape, table, offset, ctx.half_width = inputs
+        ctx.save_for_backward(z, eps, shape, table, offset)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        z, eps, shape, table = ctx.saved_tensors
+        z, eps, shape, table, offset = ctx.saved_tensors
         value, slope = _ghat(z, shape, table, ctx.half_width)
         grad_z = grad_eps = None
         if ctx.needs_input_grad[0]:
-            grad_z = _neutral_zeros(grad * (slope * eps.to(z.dtype)), eps)
+            total = slope * eps.to(z.dtype)
+            if offset is not None:
+                total = total + _ghat(z, shape, offset, ctx.half_width)[1]
+            grad_z = _neutral_zeros(grad * total, eps)
         if ctx.needs_input_grad[1]:
             share = (grad * value).sum_to_size(eps.shape) if eps.dim() else (grad * value).sum()
             grad_eps = (share * shape[1]).to(eps.dtype)
-        return grad_z, grad_eps, None, None, None
+        return grad_z, grad_eps, None, None, None, None
 
 
 def correction(
-    z: Tensor, eps: Tensor, shape: Tensor, table: Tensor | None = None, half_width: float = 0.0
+    z: Tensor,
+    eps: Tensor,
+    shape: Tensor,
+    table: Tensor | None = None,
+    half_width: float = 0.0,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """Correction term c(z) = eps * sigma * ghat((z - mu) / sigma).
+    """Correction term c(z) = sigma * (eps * ghat(u) + offset(u)), u = (z - mu) / sigma.
 
-    With eps = 0, ``base(z) + correction(z, ...)`` equals ``base(z)`` bit for bit, and so does the gradient.
+    With eps = 0 and no offset, ``base(z) + correction(z, ...)`` equals ``base(z)`` bit for bit, and so does the gradient.
 
     Args:
         z: pre-activations, any shape, floating point.
         eps: amplitude, no unit; 0-dim, or of a shape that broadcasts to z (one amplitude a channel).
         shape: mu and sigma of the pre-activations, shape [2], in the units of z.
         table: coefficients of ghat, shape [4, intervals]; None means the closed form u exp(-u^2/2).
-        half_width: end of the table in standard deviations; needed with a table only.
+        half_width: end of the tables in standard deviations; needed with a table only.
+        offset: coefficients of what earlier rounds have settled, shape [4, intervals]; None for nothing.
 
     Returns:
         c(z), of the shape and dtype of z; differentiable in z and eps, also twice.
     """
-    result: Tensor = _Correction.apply(z, eps, shape, table, half_width)  # pyright: ignore[reportAssignmentType]
+    result: Tensor = _Correction.apply(z, eps, shape, table, offset, half_width)  # pyright: ignore[reportAssignmentType]
     return result

@@ -12,12 +12,15 @@ from torch.optim import Optimizer
 
 from eafo_dynamic.errors import ConfigError
 
-__all__ = ["GROUP_NAME", "own_group"]
+__all__ = ["GROUP_NAME", "check_group", "own_group"]
 
 GROUP_NAME = "eafo"
 
-# how torch's schedulers, and those written after them, name their lists with one entry a parameter group
-_PER_GROUP = ("lrs", "_last_lr", "lambdas", "momentums")
+# how torch's schedulers, and those written after them (timm), name their lists with an entry a parameter group
+_RATES_PER_GROUP = ("lrs", "_last_lr", "base_values")
+_OTHERS_PER_GROUP = ("lambdas", "momentums")
+# entries of a parameter group that are learning rates
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
 def own_group(
@@ -30,19 +33,23 @@ def own_group(
     lr_multiple: float = 1.0,
     weight_decay: float = 0.0,
 ) -> list[str]:
-    """Moves every amplitude that trains into a parameter group of its own, and out of all others.
+    """Moves every amplitude that trains into a parameter group of its own, and all of them out of other groups.
 
-    An amplitude goes to the optimiser that holds it; one that no optimiser holds, to the optimiser of its nearest
-    relatives in the module tree. The group copies the options of the group it comes from, but for lr and weight_decay.
-    Schedulers keep one entry a group: each of their per-group lists gets the entry of that group. Run twice, it
-    changes nothing.
+    An amplitude goes to the optimiser that holds it; one that no optimiser holds, to the optimiser of its
+    nearest relatives in the module tree. The group copies the options of the group it comes from, but for
+    learning rates and weight_decay; amplitudes from several groups (decayed and not, backbone and head) get
+    one group for each. Schedulers keep one entry a group: each of their per-group lists gets the entry of that
+    group. So the learning rate of eps stays lr_multiple times that of its relatives at every step, unless the
+    scheduler has a bound in absolute terms, such as CosineAnnealingLR's eta_min above 0. Run twice, it changes
+    nothing.
 
     Args:
         optimizers: the optimisers, no step taken yet.
         amplitudes: eps of every site by its parameter name in the model.
         model: the model they belong to.
         schedulers: learning-rate schedulers of these optimisers.
-        lr: learning rate of the group; None: that of the group it comes from, times lr_multiple.
+        lr: learning rate of the group before any schedule; None: that of the group it comes from, times
+            lr_multiple.
         lr_multiple: see lr.
         weight_decay: of the group.
 
@@ -52,31 +59,55 @@ def own_group(
     Raises:
         ConfigError: if a number is out of range.
     """
-    _check(lr, lr_multiple, weight_decay)
-    trained = {name: p for name, p in amplitudes.items() if p.requires_grad}
-    homes = _homes(optimizers, trained, model)
-    every = {id(p) for p in amplitudes.values()}
-    notes: list[str] = []
-    for optimizer in optimizers:
-        mine = [name for name, home in homes.items() if home is optimizer]
-        if isinstance(optimizer, torch.optim.LBFGS):
-            if mine:
-                notes.append("LBFGS has one parameter group only: eps shares its learning rate")
+    check_group(lr, lr_multiple, weight_decay)
+    plain: list[Optimizer] = [_unwrapped(optimizer) for optimizer in optimizers]
+    homes, notes = _homes(plain, {name: p for name, p in amplitudes.items() if p.requires_grad}, model)
+    flat = _flatten(schedulers)
+    for optimizer in plain:
+        if isinstance(optimizer, torch.optim.LBFGS) or _grouped(optimizer):
             continue
-        if not mine or any(group.get("name") == GROUP_NAME for group in optimizer.param_groups):
-            continue
-        source = _source_group(optimizer, {id(amplitudes[name]) for name in mine})
+        sources = sorted({index for home, index in homes.values() if home is optimizer})
+        groups = [_copied(optimizer.param_groups[index], lr, lr_multiple, weight_decay) for index in sources]
+        ids = {id(p) for p in amplitudes.values()}
         for group in optimizer.param_groups:
-            _remove(group, every)
-        _add(optimizer, source, {name: amplitudes[name] for name in mine}, lr, lr_multiple, weight_decay)
-        count = len(optimizer.param_groups) - 1
-        for scheduler in _flatten(schedulers):
-            if getattr(scheduler, "optimizer", None) is optimizer:
-                _extend(scheduler, count, source, optimizer.param_groups[-1])
+            _remove(group, ids)
+        for number, (source, (group, scale)) in enumerate(zip(sources, groups, strict=True), start=1):
+            mine = {name: amplitudes[name] for name, home in homes.items() if home == (optimizer, source)}
+            # monitors of learning rates refuse two groups of one name
+            group["name"] = GROUP_NAME if number == 1 else f"{GROUP_NAME}-{number}"
+            _add(optimizer, source, mine, group)
+            for scheduler in flat:
+                if _unwrapped(getattr(scheduler, "optimizer", None)) is optimizer:
+                    _extend(scheduler, len(optimizer.param_groups) - 1, source, scale)
     return notes
 
 
-def _check(lr: float | None, lr_multiple: float, weight_decay: float) -> None:
+def _grouped(optimizer: Optimizer) -> bool:
+    return any(group.get("name") == GROUP_NAME for group in optimizer.param_groups)
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The torch optimiser inside wrappers such as accelerate's.
+
+    Returns:
+        The innermost.
+    """
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def check_group(lr: float | None, lr_multiple: float, weight_decay: float) -> None:
+    """Checks the options of the group; see own_group.
+
+    Args:
+        lr: learning rate, or None.
+        lr_multiple: multiple of the optimiser's own.
+        weight_decay: of the group.
+
+    Raises:
+        ConfigError: if one is out of range.
+    """
     if lr is not None and not 0.0 <= lr < math.inf:
         raise ConfigError("lr", lr, "a learning rate cannot be negative", "Give 0 or more, or leave it out.")
     if not 0.0 <= lr_multiple < math.inf:
@@ -89,28 +120,53 @@ def _check(lr: float | None, lr_multiple: float, weight_decay: float) -> None:
 
 def _homes(
     optimizers: Sequence[Optimizer], amplitudes: dict[str, nn.Parameter], model: nn.Module
-) -> dict[str, Optimizer]:
-    holds = {id(p): opt for opt in optimizers for group in opt.param_groups for p in group["params"]}
-    homes: dict[str, Optimizer] = {}
+) -> tuple[dict[str, tuple[Optimizer, int]], list[str]]:
+    """Optimiser and group that each amplitude comes from, or that its nearest relative is in.
+
+    Returns:
+        Homes by name, without those that have none, and notes about these.
+    """
+    holds = {
+        id(p): (optimizer, index)
+        for optimizer in optimizers
+        for index, group in enumerate(optimizer.param_groups)
+        for p in group["params"]
+    }
+    takes = {key: home for key, home in holds.items() if _takes_scalars(home[0])}
+    homes: dict[str, tuple[Optimizer, int]] = {}
+    notes: list[str] = []
     for name, parameter in amplitudes.items():
         home = holds.get(id(parameter))
-        prefix = name
-        while home is None and prefix:
-            prefix = prefix.rpartition(".")[0]
-            relatives = model.get_submodule(prefix).parameters()
-            home = next((holds[id(p)] for p in relatives if id(p) in holds), None)
+        if home is not None and isinstance(home[0], torch.optim.LBFGS):
+            notes.append(f"LBFGS has one parameter group only: {name} shares its learning rate")
+        home = home or _nearest(name, takes, model)
         if home is None and optimizers:
-            home = optimizers[0]
-        if home is not None:
+            notes.append(f"no optimiser can take {name}: it stays as it is")
+        elif home is not None:
             homes[name] = home
-    return homes
+    return homes, notes
 
 
-def _source_group(optimizer: Optimizer, ids: set[int]) -> int:
-    for index, group in enumerate(optimizer.param_groups):
-        if any(id(p) in ids for p in group["params"]):
-            return index
-    return 0
+def _nearest(
+    name: str, holds: dict[int, tuple[Optimizer, int]], model: nn.Module
+) -> tuple[Optimizer, int] | None:
+    while name:
+        name = name.rpartition(".")[0]
+        relatives = model.get_submodule(name).parameters()
+        home = next((holds[id(p)] for p in relatives if id(p) in holds), None)
+        if home is not None:
+            return home
+    return None
+
+
+def _takes_scalars(optimizer: Optimizer) -> bool:
+    """Whether an optimiser accepts a new 0-dim parameter with a dense gradient.
+
+    Returns:
+        False for the few of torch's that do not.
+    """
+    names = {kind.__name__ for kind in type(optimizer).__mro__}
+    return not names & {"LBFGS", "Muon", "SparseAdam"}
 
 
 def _remove(group: dict[str, Any], ids: set[int]) -> None:
@@ -120,38 +176,52 @@ def _remove(group: dict[str, Any], ids: set[int]) -> None:
     group["params"] = [group["params"][i] for i in keep]
 
 
-def _add(
-    optimizer: Optimizer,
-    source: int,
-    amplitudes: dict[str, nn.Parameter],
-    lr: float | None,
-    lr_multiple: float,
-    weight_decay: float,
-) -> None:
-    origin = optimizer.param_groups[source]
+def _copied(
+    origin: dict[str, Any], lr: float | None, lr_multiple: float, weight_decay: float
+) -> tuple[dict[str, Any], Any]:
+    """Options of a new group after those of another.
+
+    Returns:
+        The options, and the ratio of the learning rates.
+    """
     group = {key: value for key, value in origin.items() if key not in ("params", "param_names")}
     # a warm-up may already have scaled lr down from initial_lr
     scale = lr_multiple if lr is None else lr / _positive(origin.get("initial_lr", origin["lr"]))
-    for key in ("lr", "initial_lr", "max_lr", "min_lr"):
+    for key in _RATES:
         if key in group:
             group[key] = group[key] * scale
-    group["name"] = GROUP_NAME
     if "weight_decay" in group:
         group["weight_decay"] = weight_decay
-    parameters: list[Any] = list(amplitudes.items()) if "param_names" in origin else list(amplitudes.values())
+    return group, scale
+
+
+def _add(
+    optimizer: Optimizer, source: int, amplitudes: dict[str, nn.Parameter], group: dict[str, Any]
+) -> None:
+    named = "param_names" in optimizer.param_groups[source]
+    parameters: list[Any] = list(amplitudes.items()) if named else list(amplitudes.values())
     optimizer.add_param_group({**group, "params": parameters})
+    if isinstance(optimizer, torch.optim.Adagrad):
+        # alone among torch's optimisers it makes the state of its parameters when it is built
+        new = [p for p in amplitudes.values() if p not in optimizer.state]
+        options = {key: group[key] for key in ("initial_accumulator_value", "fused") if key in group}
+        if new:
+            optimizer.state.update(torch.optim.Adagrad(new, **options).state)
 
 
-def _positive(lr: Any) -> Any:
+def _positive(lr: Any) -> float:
     if float(lr) <= 0.0:
-        raise ConfigError(
-            "lr", float(lr), "the optimiser's own learning rate is 0, eps's cannot be set in proportion to it", "Use lr=None."
-        )
-    return lr
+        problem = "the optimiser's own learning rate, by which schedules go, is 0"
+        raise ConfigError("lr", float(lr), problem, "Leave out the callback's lr, or start the optimiser above 0.")
+    return float(lr)
 
 
 def _flatten(schedulers: Iterable[Any]) -> list[Any]:
-    """Schedulers and the ones inside them (SequentialLR, ChainedScheduler)."""
+    """Schedulers and the ones inside them (SequentialLR, ChainedScheduler).
+
+    Returns:
+        All of them.
+    """
     flat: list[Any] = []
     for scheduler in schedulers:
         flat.append(scheduler)
@@ -159,12 +229,11 @@ def _flatten(schedulers: Iterable[Any]) -> list[Any]:
     return flat
 
 
-def _extend(scheduler: Any, count: int, source: int, group: dict[str, Any]) -> None:
+def _extend(scheduler: Any, count: int, source: int, scale: Any) -> None:
     """Gives every per-group list of a scheduler an entry for the new group."""
-    origin_lr = scheduler.optimizer.param_groups[source]["lr"]
-    ratio = group["lr"] / origin_lr if float(origin_lr) else 1.0
     for name, value in vars(scheduler).items():
-        if isinstance(value, list) and len(value) == count and name.endswith(_PER_GROUP):
-            entry = value[source]
-            scaled = name.endswith(("lrs", "_lr")) and isinstance(entry, (int, float, torch.Tensor))
-            value.append(entry * ratio if scaled else entry)
+        if isinstance(value, list) and len(value) == count:
+            if name.endswith(_RATES_PER_GROUP):
+                value.append(value[source] * scale)
+            elif name.endswith(_OTHERS_PER_GROUP):
+                value.append(value[source])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.policy import Policy, Schedule, TrustRegion, make_policy
+from eafo_dynamic.policy import Policy, Rule, Schedule, TrustRegion, make_rules
 from eafo_dynamic.sites import Selection
 from eafo_dynamic.update import make_estimator
 
@@ -24,7 +24,7 @@ class Options:
         target_modules: class names, ends of FQNs or regular expressions of the sites to wrap; None: every hidden one.
         exclude_modules: likewise, of the sites to leave alone.
         filter_fn: called with (module, FQN); False leaves the site alone.
-        policy: who moves eps: a name or a Policy.
+        policy: who moves eps: a name, a Policy, or a list of Rules by site of which the first match decides.
         density: estimate of the pre-activations' density: "gaussian", "histogram" or a function of samples.
         eps_init: starting amplitude.
         max_eps: bound of |eps|.
@@ -35,13 +35,18 @@ class Options:
         collect_every_n_steps: optimiser steps between sampled steps; None: about five a round.
         samples_per_site: pre-activations a site contributes to a round, over all ranks.
         momentum: weight of a new round in the running estimate of the density, in (0, 1].
+        per_channel: one amplitude a channel in place of one a site; the log then shows their mean.
+        compounding: each round settles the correction so far and corrects the corrected function, in place of
+            refreshing the correction of the base.
         resolution: r of the resolution-r entropy, in standard deviations of the output.
+        rollback_factor: undo a round after which the mean training loss is larger than before it by more than this
+            factor; None: never. Needs the losses, see ``EAFOController.observe_loss``.
     """
 
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
     filter_fn: Callable[[nn.Module, str], bool] | None = None
-    policy: str | Policy = "learned"
+    policy: str | Policy | Sequence[Rule] = "learned"
     density: str | Callable[[Tensor], Density] = "gaussian"
     eps_init: float = 0.01
     max_eps: float = 0.5
@@ -52,17 +57,25 @@ class Options:
     collect_every_n_steps: int | None = None
     samples_per_site: int = 4096
     momentum: float = 0.5
+    per_channel: bool = False
+    compounding: bool = False
     resolution: float = 0.1
+    rollback_factor: float | None = None
 
     def __post_init__(self) -> None:
-        self.selection, self.schedule, make_policy(self.policy), make_estimator(self.density)
+        _ = (self.selection, self.schedule, make_rules(self.policy), make_estimator(self.density))
         self.trust_region.check_start(self.eps_init)
-        if self.samples_per_site < 16:
+        if self.compounding:
+            # a settled correction may take one half of max_eps, the amplitude on top of it the other
+            TrustRegion(self.max_eps / 2, self.max_delta).check_start(self.eps_init)
+        if not isinstance(self.samples_per_site, int) or self.samples_per_site < 16:
             raise ConfigError("samples_per_site", self.samples_per_site, "too few for an estimate", "Give 16 or more.")
         if not 0.0 < self.momentum <= 1.0:
             raise ConfigError("momentum", self.momentum, "must lie in (0, 1]", "1 forgets all earlier rounds.")
         if not 0.0 < self.resolution <= 1.0:
             raise ConfigError("resolution", self.resolution, "must lie in (0, 1]", "The default is 0.1.")
+        if self.rollback_factor is not None and not self.rollback_factor > 1.0:
+            raise ConfigError("rollback_factor", self.rollback_factor, "must be above 1", "Try 1.5.")
 
     @property
     def selection(self) -> Selection:
@@ -84,7 +97,12 @@ class Options:
     @property
     def tabulated(self) -> bool:
         """Whether every shape is a table: only the Gaussian density has a closed form."""
-        return self.density != "gaussian"
+        return self.density != "gaussian" or self.compounding
+
+    @property
+    def form(self) -> dict[str, bool]:
+        """The options that say what a site's function is made of, as ``wrap`` takes them."""
+        return {"tabulated": self.tabulated, "per_channel": self.per_channel, "compounding": self.compounding}
 
     def primitives(self) -> dict[str, object]:
         """The options as text and numbers, for the manifest.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -17,10 +19,12 @@ __all__ = [
     "Hybrid",
     "Learned",
     "Policy",
+    "Rule",
     "Schedule",
     "Static",
     "TrustRegion",
     "make_policy",
+    "make_rules",
 ]
 
 
@@ -113,8 +117,9 @@ class Entropy(Policy):
     trains_eps = False
 
     def __post_init__(self) -> None:
-        if not self.rate > 0:
-            raise ConfigError("rate", self.rate, "the step along the entropy gradient must be positive", "Try 0.02.")
+        if not 0 < _number("rate", self.rate) < math.inf:
+            problem = "the step along the entropy gradient must be positive and finite"
+            raise ConfigError("rate", self.rate, problem, "Try 0.02.")
 
     def move(self, eps: Tensor, gradient: Tensor) -> Tensor:
         """Takes the damped step.
@@ -143,7 +148,7 @@ class Hybrid(Policy):
     name = "hybrid"
 
     def __post_init__(self) -> None:
-        if not abs(self.weight) < float("inf"):
+        if not abs(_number("weight", self.weight)) < math.inf:
             raise ConfigError("weight", self.weight, "the weight of the entropy must be finite", "Try 0.01.")
 
     @property
@@ -178,6 +183,19 @@ class Frozen(Policy):
         return eps
 
 
+@dataclass(frozen=True)
+class Rule:
+    """One line of a list of policies by site; the first rule that matches a site decides.
+
+    Args:
+        sites: pattern, as in ``target_modules``.
+        policy: name of a policy, or a Policy.
+    """
+
+    sites: str
+    policy: str | Policy
+
+
 _POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Static, Learned, Entropy, Hybrid, Frozen)}
 
 
@@ -195,24 +213,49 @@ def make_policy(policy: str | Policy) -> Policy:
     """
     if isinstance(policy, Policy):
         return policy
-    if policy not in _POLICIES:
+    if not isinstance(policy, str) or policy not in _POLICIES:
         raise ConfigError("policy", policy, "no such policy", f"Choose one of {', '.join(_POLICIES)}.")
     return _POLICIES[policy]()
+
+
+def make_rules(policy: str | Policy | Sequence[Rule]) -> list[Rule]:
+    """The rules that an option ``policy`` stands for, each with a Policy object.
+
+    Args:
+        policy: one policy for all sites, or rules.
+
+    Returns:
+        The rules, at least one.
+
+    Raises:
+        ConfigError: if there are none, or a name is unknown.
+    """
+    if isinstance(policy, (str, Policy)):
+        return [Rule(".*", make_policy(policy))]
+    mend = "Give one policy, or a list of rules with sites and policy."
+    if not isinstance(policy, Sequence):
+        raise ConfigError("policy", policy, "neither a policy nor a list of rules", mend)
+    if not policy:
+        raise ConfigError("policy", policy, "an empty list of rules", mend)
+    for rule in policy:
+        if not isinstance(rule, Rule):
+            raise ConfigError("policy", rule, "not a rule", mend)
+    return [Rule(rule.sites, make_policy(rule.policy)) for rule in policy]
 
 
 @dataclass(frozen=True)
 class Schedule:
     """When statistics are collected and when an update round runs, counted in optimiser steps.
 
-    The first round runs after step max(1, update_starting_at_step), so that the log shows how training began and the
-    shapes fit the data early; the next ones after every multiple of update_every_n_steps. Collecting steps are the
-    ``collects_per_update`` steps before a round that are congruent to it modulo ``collect_every_n_steps``.
+    The first round runs after step max(1, update_starting_at_step), so that the log shows how training began and
+    the shapes fit the data early; the next ones after every multiple of update_every_n_steps. Counted from the
+    last such multiple, every ``collect_every_n_steps``-th step is sampled, and so is the step of every round.
 
     Args:
         update_every_n_steps: optimiser steps from one update round to the next.
         update_starting_at_step: first step after which a round may run.
         freeze_at_step: from this step on nothing is collected, updated or learned; None: never.
-        collect_every_n_steps: optimiser steps from one sampled step to the next; None: about five a round.
+        collect_every_n_steps: optimiser steps from one sampled step to the next; None: at most five a round.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -241,7 +284,7 @@ class Schedule:
     @property
     def collect_period(self) -> int:
         """Optimiser steps from one sampled step to the next."""
-        return self.collect_every_n_steps or max(1, self.update_every_n_steps // 5)
+        return self.collect_every_n_steps or math.ceil(self.update_every_n_steps / 5)
 
     @property
     def first_update(self) -> int:
@@ -304,8 +347,9 @@ class TrustRegion:
 
     def __post_init__(self) -> None:
         for option in ("max_eps", "max_delta"):
-            if not getattr(self, option) > 0:
-                raise ConfigError(option, getattr(self, option), "a bound must be positive", "Leave it out for the default.")
+            value = getattr(self, option)
+            if not _number(option, value) > 0:
+                raise ConfigError(option, value, "a bound must be positive", "Leave it out for the default.")
 
     def check_start(self, eps: float) -> None:
         """Checks a starting value of eps.
@@ -316,7 +360,7 @@ class TrustRegion:
         Raises:
             ConfigError: if it lies outside the trust region.
         """
-        if not abs(eps) <= self.max_eps:
+        if not abs(_number("eps_init", eps)) <= self.max_eps:
             raise ConfigError(
                 "eps_init",
                 eps,
@@ -350,6 +394,12 @@ class TrustRegion:
         return torch.where(allowed.any(0), fractions[first], 0.0)
 
 
+def _number(option: str, value: object) -> float:
+    if not isinstance(value, (int, float)):
+        raise ConfigError(option, value, "not a number", "Give a number.")
+    return value
+
+
 def _at_least(option: str, value: int, least: int) -> None:
-    if value < least:
+    if not isinstance(value, int) or value < least:
         raise ConfigError(option, value, f"must be at least {least}", f"Give a whole number of {least} or more.")

@@ -1,7 +1,7 @@
 """What one site remembers of its batches between two update rounds, and how that merges over steps and ranks.
 
-A site keeps a sample of its pre-activations, never a running sum: entropy, density and correction then all come from
-the same numbers, and merging over steps, chunks or ranks is concatenation.
+A site keeps a sample of its pre-activations, never a running sum: entropy, density and correction then all come
+from the same numbers, and merging over steps, chunks or ranks is concatenation.
 """
 
 from __future__ import annotations
@@ -18,124 +18,162 @@ from torch import Tensor
 __all__ = ["Collector", "Moments", "dead_fraction", "gather_ranks", "moments", "stack_samples"]
 
 
-class _Plan(NamedTuple):
-    """How to take a sample of a tensor: every ``stride``-th element of its memory."""
+def _spread(numel: int, count: int, device: torch.device) -> Tensor:
+    """Places in [0, numel), one in each of ``count`` equal stretches, at a pseudo-random place inside it.
 
-    count: int
-    stride: int
-    dense: bool
+    Even steps would beat with the periods of the tensor: a step of one image meets one channel only. The
+    places depend on the arguments alone: no random stream is touched, and ranks and repetitions agree.
 
-
-@lru_cache(maxsize=4096)
-def _plan(shape: tuple[int, ...], strides: tuple[int, ...], quota: int) -> _Plan:
-    """A stride coprime with the number of elements, so that the sample runs through all channels and places.
-
-    Returns:
-        The plan; ``dense`` says whether the elements lie in memory without gaps or overlaps, in whatever order.
-    """
-    numel = math.prod(shape)
-    expected = 1
-    dense = True
-    for stride, size in sorted((s, n) for n, s in zip(shape, strides, strict=True) if n > 1):
-        dense = dense and stride == expected
-        expected *= size
-    if numel <= quota:
-        return _Plan(numel, 1, dense)
-    stride = math.ceil(numel / quota)
-    while math.gcd(stride, numel) != 1:
-        stride += 1
-    return _Plan(math.ceil(numel / stride), stride, dense)
-
-
-def _unravel(flat: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
-    return torch.unravel_index(flat, tuple(shape))
-
-
-def _take(z: Tensor, plan: _Plan) -> Tensor:
-    """A copy of the sample: a strided view of the memory where that is dense, a gather of as many elements elsewhere.
+    Args:
+        numel: number of elements to choose from.
+        count: number of places, at most numel.
+        device: where the places are wanted.
 
     Returns:
-        Shape [plan.count].
+        Places in ascending order, shape [count], int64; all of them if count equals numel.
     """
-    if plan.dense:
-        return z.as_strided((plan.count,), (plan.stride,), z.storage_offset()).clone()
-    flat = torch.arange(0, z.numel(), plan.stride, device=z.device)
-    return z[_unravel(flat, z.shape)]
+    k = torch.arange(count, device=device)
+    hashed = (k * 2654435769) & 0xFFFFFFFF
+    for _ in range(2):
+        hashed = (((hashed >> 16) ^ hashed) * 0x45D9F3B) & 0xFFFFFFFF
+    return (k * numel) // count + ((hashed * (numel // count)) >> 32)
+
+
+_kept_spread = lru_cache(maxsize=256)(_spread)
+
+
+def _places(numel: int, count: int, like: Tensor) -> Tensor:
+    # torch.compile warns of caches, and a fake tensor must not outlive its mode in one
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
+        return _spread(numel, count, like.device)
+    return _kept_spread(numel, count, like.device)
+
+
+def _is_channels_last(z: Tensor) -> bool:
+    return z.dim() >= 3 and not z.is_contiguous() and z.movedim(1, -1).is_contiguous()
+
+
+def _unravel(place: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Index along every dimension of places counted in the order of the dimensions.
+
+    Returns:
+        One index a dimension, each of the shape of place.
+    """
+    index: list[Tensor] = []
+    for size in reversed(shape):
+        index.append(place % size)
+        place = place // size
+    return tuple(reversed(index))
+
+
+def _take(z: Tensor, count: int, channels_last: bool) -> Tensor:
+    """A copy of ``count`` elements, whatever the size and layout of z; nothing else of z is read.
+
+    Returns:
+        Shape [count].
+    """
+    place = _places(z.numel(), count, z)
+    if z.dim() == 0 or z.is_contiguous():
+        return z.view(-1)[place]
+    if channels_last:
+        return z.movedim(1, -1).view(-1)[place]
+    return z[_unravel(place, tuple(z.shape))]
 
 
 class _Chunk(NamedTuple):
+    """The sample of one forward, and the one before it.
+
+    A chain and no list: torch.compile guards on the length of a list and would compile anew at every step.
+    """
+
     values: Tensor
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    plan: _Plan
+    channels_last: bool
+    previous: _Chunk | None
 
 
 @dataclass(eq=False)
 class Collector:
     """The sample of pre-activations of one site since its last update round.
 
-    Costs the same for any tensor size, draws no random number and copies nothing to the host.
+    Costs the same for any tensor size, draws no random number and copies nothing to the host. Each forward
+    adds a stratified sample of its own, so that forwards of equal size count equally.
 
     Args:
         quota: number of elements taken from one tensor, at most.
-        chunks: what has been taken, one entry a forward.
     """
 
     quota: int = 1024
-    chunks: list[_Chunk] = field(default_factory=list)
+    _newest: _Chunk | None = field(default=None, init=False, repr=False)
 
     def observe(self, z: Tensor) -> None:
         """Takes a sample of one batch of pre-activations.
 
+        Inside a transform such as ``torch.func.vmap`` nothing is taken: its tensors die with it.
+
         Args:
             z: pre-activations, any shape and layout, floating point.
         """
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return
         z = z.detach()
-        shape, strides = tuple(z.shape), tuple(z.stride())
-        plan = _plan(shape, strides, self.quota)
-        if plan.count:
-            self.chunks.append(_Chunk(_take(z, plan), shape, strides, plan))
+        count = min(z.numel(), self.quota)
+        if count:
+            last = _is_channels_last(z)
+            self._newest = _Chunk(_take(z, count, last), tuple(z.shape), last, self._newest)
 
     def drain(self) -> tuple[Tensor, Tensor]:
         """Hands out the sample and forgets it.
 
         Returns:
-            The pre-activations, shape [n], float32 or wider, and the unit (channel) of each, shape [n], int64.
+            The pre-activations, float32 or wider, and the unit (channel) of each, int64, both of shape [n].
         """
-        if not self.chunks:
+        chunks: list[_Chunk] = []
+        while self._newest is not None:
+            chunks.append(self._newest)
+            self._newest = self._newest.previous
+        if not chunks:
             return torch.empty(0), torch.empty(0, dtype=torch.long)
-        values = torch.cat([chunk.values for chunk in self.chunks])
-        units = torch.cat([_units(chunk) for chunk in self.chunks])
-        self.chunks.clear()
+        chunks.reverse()
+        device = chunks[0].values.device  # replicas of one module may have left samples on several
+        values = torch.cat([chunk.values.to(device) for chunk in chunks])
+        units = torch.cat([_units(chunk).to(device) for chunk in chunks])
         return values.to(torch.promote_types(values.dtype, torch.float32)), units
 
     def __getstate__(self) -> dict[str, object]:
         # a copied or pickled model starts without its twin's sample
-        return {"quota": self.quota, "chunks": []}
+        return {"quota": self.quota, "_newest": None}
 
 
 def _units(chunk: _Chunk) -> Tensor:
-    """Unit of each sampled element: dimension 1 of images [N, C, H, W, ...], the last dimension of anything else."""
-    dim = 1 if len(chunk.shape) >= 4 else len(chunk.shape) - 1
-    flat = torch.arange(chunk.values.numel(), device=chunk.values.device) * chunk.plan.stride
+    """Unit of each sampled element: dimension 1 of images [N, C, H, W, ...], the last one of anything else.
+
+    Returns:
+        Units, shape [count], int64.
+    """
+    place = _places(math.prod(chunk.shape), chunk.values.numel(), chunk.values)
+    shape, dim = chunk.shape, 1 if len(chunk.shape) >= 4 else len(chunk.shape) - 1
     if dim < 0:
-        return flat
-    if chunk.plan.dense:
-        return (flat // max(chunk.strides[dim], 1)) % chunk.shape[dim]
-    return _unravel(flat, chunk.shape)[dim]
+        return place
+    if chunk.channels_last:  # the places count along dimension 1 first
+        shape = (shape[0], *shape[2:], shape[1])
+        dim = len(shape) - 1 if dim == 1 else dim - 1
+    return (place // math.prod(shape[dim + 1 :])) % shape[dim]
 
 
 def dead_fraction(values: Tensor, units: Tensor, per_unit: int = 8) -> float:
     """Fraction of units that never fired: no sampled pre-activation above zero.
 
     Args:
-        values: pre-activations, shape [n].
+        values: pre-activations, shape [n]; NaN ones are left out.
         units: unit of each, shape [n].
         per_unit: samples a unit needs on average for the answer to mean something.
 
     Returns:
         The fraction, in [0, 1]; NaN with fewer than ``per_unit`` samples a unit.
     """
+    known = ~values.isnan()
+    values, units = values[known], units[known]
     if not values.numel():
         return math.nan
     present, index = units.unique(return_inverse=True)
@@ -151,7 +189,7 @@ def stack_samples(samples: Sequence[Tensor], limit: int) -> Tensor:
 
     Args:
         samples: one tensor [n_s] a site.
-        limit: number of samples kept of each, at most; a longer one is thinned evenly.
+        limit: number of samples kept of each, at most; a longer one is thinned, all stretches of it alike.
 
     Returns:
         Shape [sites, n].
@@ -168,8 +206,7 @@ def stack_samples(samples: Sequence[Tensor], limit: int) -> Tensor:
 def _thin(values: Tensor, limit: int) -> Tensor:
     if values.numel() <= limit:
         return values
-    # evenly spaced and never the same column of every batch
-    return values[torch.arange(limit, device=values.device) * values.numel() // limit]
+    return values[_places(values.numel(), limit, values)]
 
 
 def gather_ranks(samples: Tensor, width: int) -> Tensor:
@@ -185,12 +222,11 @@ def gather_ranks(samples: Tensor, width: int) -> Tensor:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return samples
-    sites = samples.shape[0]
-    mine = samples.new_full((sites, width), math.nan)
+    mine = samples.new_full((samples.shape[0], width), math.nan)
     mine[:, : samples.shape[1]] = samples
-    everyone = samples.new_empty((distributed.get_world_size(), sites, width))
-    distributed.all_gather_into_tensor(everyone, mine)
-    return everyone.transpose(0, 1).reshape(sites, -1)
+    everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(everyone, mine)
+    return torch.cat(everyone, dim=-1)
 
 
 class Moments(NamedTuple):
@@ -215,8 +251,14 @@ def moments(samples: Tensor) -> Moments:
         The moments, float64; skew and kurtosis are 0 where the standard deviation is 0.
     """
     finite = samples.isfinite()
-    values = samples.double().where(finite, 0.0)
     n = finite.sum(-1)
+    if not samples.shape[-1]:
+        nothing = torch.full(n.shape, math.nan, dtype=torch.float64, device=samples.device)
+        return Moments(n, nothing, nothing, nothing, nothing)
+    # from the smallest sample on, so that a constant has no spread at all, by rounding neither
+    low = samples.where(finite, math.inf).amin(-1, keepdim=True).double()
+    low = low.where(low.isfinite(), 0.0)
+    values = (samples.double() - low).where(finite, 0.0)
     mean = values.sum(-1) / n
     centred = (values - mean.unsqueeze(-1)).where(finite, 0.0)
     square = centred.square()
@@ -228,4 +270,4 @@ def moments(samples: Tensor) -> Moments:
     nan = torch.full_like(m2, math.nan)
     skew = (m3 / safe.pow(1.5)).where(positive, nan.where(n == 0, 0.0))
     kurtosis = (m4 / safe.square() - 3.0).where(positive, nan.where(n == 0, 0.0))
-    return Moments(n, mean, m2.sqrt(), skew, kurtosis)
+    return Moments(n, low.squeeze(-1) + mean, m2.sqrt(), skew, kurtosis)

@@ -13,10 +13,10 @@ from eafo_dynamic.bases import Base
 from eafo_dynamic.correction import HALF_WIDTH, correction_shape, evaluate_table, tabulate
 from eafo_dynamic.density import Density, Gaussian, Histogram, gaussian, histogram
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.kernels import ghat_closed_form
+from eafo_dynamic.kernels import ghat_closed_form, ghat_table
 from eafo_dynamic.policy import TrustRegion
 
-__all__ = ["Functions", "RunningDensity", "bounded_move", "make_estimator", "refreshed"]
+__all__ = ["Functions", "LossWatch", "RunningDensity", "bounded_move", "compounded", "make_estimator", "refreshed"]
 
 Estimator = Callable[[Tensor], Density]
 
@@ -35,6 +35,7 @@ class Functions:
         shape: mu and sigma, shape [S, 2].
         tables: ghat of the tabulated sites, shape [T, 4, intervals].
         tabulated: which sites these are, shape [T], int64; all others have the closed form.
+        offsets: what earlier rounds have settled, shape [T, 4, intervals]; None unless corrections compound.
     """
 
     bases: Sequence[Base]
@@ -42,6 +43,7 @@ class Functions:
     shape: Tensor
     tables: Tensor
     tabulated: Tensor
+    offsets: Tensor | None = None
 
     @property
     def sigma(self) -> Tensor:
@@ -49,7 +51,7 @@ class Functions:
         return self.shape[:, 1:]
 
     def direction(self, z: Tensor) -> Tensor:
-        """d f / d eps = sigma * ghat(u): what one unit of eps adds.
+        """D f / d eps = sigma * ghat(u): what one unit of eps adds.
 
         Args:
             z: pre-activations, shape [S, n].
@@ -72,7 +74,11 @@ class Functions:
         Returns:
             Corrections, units of z.
         """
-        return self.eps.unsqueeze(-1) * self.direction(z)
+        c = self.eps.unsqueeze(-1) * self.direction(z)
+        if self.offsets is not None:
+            u = (z - self.shape[:, :1]) / self.sigma
+            c[self.tabulated] += self.sigma[self.tabulated] * evaluate_table(self.offsets, u[self.tabulated]).to(c.dtype)
+        return c
 
     def outputs(self, z: Tensor) -> Tensor:
         """f(z), sites with equal bases in one call.
@@ -109,11 +115,16 @@ class Functions:
         Returns:
             Functions between.
         """
+        share = fraction[self.tabulated].view(-1, 1, 1)
+        settled = self.offsets
+        if self.offsets is not None and other.offsets is not None:
+            settled = torch.lerp(self.offsets, other.offsets, share)
         return replace(
             self,
             eps=torch.lerp(self.eps, other.eps, fraction),
             shape=torch.lerp(self.shape, other.shape, fraction.unsqueeze(-1)),
-            tables=torch.lerp(self.tables, other.tables, fraction[self.tabulated].view(-1, 1, 1)),
+            tables=torch.lerp(self.tables, other.tables, share),
+            offsets=settled,
         )
 
 
@@ -134,6 +145,57 @@ def make_estimator(density: str | Estimator) -> Estimator:
     if density not in _ESTIMATORS:
         raise ConfigError("density", density, "no such density", f"Choose one of {', '.join(_ESTIMATORS)}.")
     return _ESTIMATORS[density]
+
+
+class LossWatch:
+    """Mean training loss between rounds, without a transfer to the host before somebody asks.
+
+    Args:
+        factor: a round is bad if the mean loss after it exceeds the mean before it by more than this factor.
+    """
+
+    def __init__(self, factor: float | None) -> None:
+        self.factor = factor
+        self._sum: Tensor | float = 0.0
+        self._count = 0
+        self._before: float | None = None
+
+    def observe(self, loss: Tensor) -> None:
+        """Takes in the loss of one batch.
+
+        Args:
+            loss: 0-dim.
+        """
+        if self.factor is not None:
+            self._sum = self._sum + loss.detach()
+            self._count += 1
+
+    def jumped(self) -> bool:
+        """Whether the losses since the last call are worse than those before it by more than the factor.
+
+        A jump is not remembered as the new level; losses that are not finite count as a jump.
+
+        Returns:
+            Whether the last round should be undone.
+        """
+        if self.factor is None or not self._count:
+            return False
+        mean = _mean_over_ranks(self._sum, self._count)
+        self._sum, self._count = 0.0, 0
+        if self._before is not None and not mean <= self.factor * abs(self._before):
+            return True
+        self._before = mean
+        return False
+
+
+def _mean_over_ranks(total: Tensor | float, count: int) -> float:
+    mean = torch.as_tensor(total, dtype=torch.float32) / count
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        # every rank has to come to the same decision
+        distributed.all_reduce(mean)
+        mean = mean / distributed.get_world_size()
+    return float(mean)
 
 
 class RunningDensity:
@@ -219,6 +281,66 @@ def refreshed(old: Functions, density: Density, usable: Tensor, resolution: floa
             fresh = tabulate(correction_shape(base, density.select(wanted), resolution=resolution))
             tables[[place[row] for row in wanted]] = fresh.to(tables.dtype)
     return replace(old, shape=shape, tables=tables)
+
+
+def compounded(old: Functions, density: Density, usable: Tensor, resolution: float, max_slope: float) -> Functions:
+    """Settles the correction so far, and shapes the next one for the function that has been corrected.
+
+    The offset becomes all of c(z), read again in the coordinates of the new density and held to ``max_slope``; eps
+    starts again from 0; the new shape is the score route's for base + c, which need not be monotone any more.
+
+    Args:
+        old: the functions now, all tabulated, with offsets.
+        density: of all sites.
+        usable: sites to change, shape [S], bool; the others stay as they are.
+        resolution: r of the score route.
+        max_slope: bound of the slope of the offset.
+
+    Returns:
+        The new functions.
+    """
+    shape = torch.stack([density.mean, density.std], dim=-1).to(old.shape.dtype)
+    shape = torch.where(usable.unsqueeze(-1), shape, old.shape)
+    settled = _settled(old, shape, max_slope)
+    offsets = settled if old.offsets is None else torch.where(usable.view(-1, 1, 1), settled, old.offsets)
+    new = replace(old, shape=shape, offsets=offsets, eps=torch.where(usable, 0.0, old.eps), tables=old.tables.clone())
+    for row in usable.nonzero().flatten().tolist():
+        base = Base("corrected", _one_function(new, row), key=row)
+        fresh = correction_shape(base, density.select([row]), route="score", resolution=resolution)
+        new.tables[row] = tabulate(fresh)[0].to(new.tables.dtype)
+    return new
+
+
+def _settled(old: Functions, shape: Tensor, max_slope: float) -> Tensor:
+    """Tables of c(z) / sigma in the coordinates of a new shape, [S, 4, intervals]."""
+    intervals = old.tables.shape[-1]
+    step = 2 * HALF_WIDTH / intervals
+    u = torch.linspace(-HALF_WIDTH, HALF_WIDTH, intervals + 1, device=shape.device, dtype=torch.float64)
+    with torch.enable_grad():
+        z = (shape[:, :1] + shape[:, 1:] * u).requires_grad_()
+        c = old.correction(z)
+        (slope,) = torch.autograd.grad(c.sum(), z)
+    value = c.detach() / shape[:, 1:]
+    scale = (max_slope / slope.abs().amax(-1, keepdim=True).clamp(min=max_slope)).clone()
+    inside = torch.ones_like(u)
+    inside[0] = inside[-1] = 0.0  # a table ends at zero
+    value, slope = value * scale * inside, slope * scale * inside * step
+    v0, v1, d0, d1 = value[:, :-1], value[:, 1:], slope[:, :-1], slope[:, 1:]
+    rise = v1 - v0
+    return torch.stack([v0, d0, 3 * rise - 2 * d0 - d1, d0 + d1 - 2 * rise], dim=1).to(old.tables.dtype)
+
+
+def _one_function(functions: Functions, row: int) -> Callable[[Tensor], Tensor]:
+    """F of one site without its eps term, for points of any shape."""
+    mu, sigma = functions.shape[row]
+    assert functions.offsets is not None
+    offset = functions.offsets[row]
+
+    def function(z: Tensor) -> Tensor:
+        value, _ = ghat_table((z - mu) / sigma, offset.to(z.dtype), HALF_WIDTH)
+        return functions.bases[row].fn(z) + sigma * value
+
+    return function
 
 
 def bounded_move(old: Functions, new: Functions, region: TrustRegion) -> tuple[Functions, Tensor]:

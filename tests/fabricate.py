@@ -25,7 +25,7 @@ def fabricate_run(
         "versions": {"eafo_dynamic": "0.1.0", "torch": "2.13.0", "lightning": "2.6.6"},
         "options": {"policy": policy, "density": "gaussian", "update_every_n_steps": UPDATE_EVERY},
         "sites": [
-            {"name": name, "base": base, "kind": "module", "call": 0, "shape": [32, 17, 128]}
+            {"name": name, "base": base, "class_name": base.upper(), "call": 0, "shape": [32, 17, 128]}
             for name, base in sites
         ],
     }
@@ -63,16 +63,20 @@ def site_rows(
                 "delta_eps": delta,
                 "d_entropy_d_eps": slope,
                 "entropy": entropy,
+                "entropy_predicted": entropy + slope * delta,
+                "entropy_after": entropy + slope * delta * (1 + noise.gauss(0, 0.05)),
+                "entropy_drift": slope * delta,
                 "continuous_entropy": entropy - 1.1,
                 "atom_mass": 0.5 + 0.1 * age if base == "relu" else 0.0,
-                "dead_fraction": 0.04 * age * number,
                 "mean": mean,
                 "std": std,
                 "skew": 0.1 + 0.2 * age,
                 "kurtosis": 0.4 * age,
+                "negentropy": 0.01 + 0.03 * age,
                 "n": 4096,
                 "mu": mean,
                 "sigma": std,
+                "dead_fraction": 0.04 * age * number,
                 "policy": policy,
                 "event": EVENTS.get((step, name)),
             }

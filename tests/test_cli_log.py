@@ -26,25 +26,46 @@ Run = Callable[..., str]
 SUMMARY = """\
 run              run a/eafo
 steps            50 to 600, 12 updates
-sites            5 (5 entropy)
-mean entropy     0.84 -> 0.7838 nats
-mean eps         -0.07361, mean |eps| 0.07361
-largest |eps|    -0.09528  blocks.0.mlp.act
-                 -0.08627  blocks.1.mlp.act
-                 -0.07637  blocks.2.mlp.act
-highest entropy  0.945  blocks.0.mlp.act
-                 0.8614  blocks.1.mlp.act
-                 0.786  blocks.2.mlp.act
-lowest entropy   0.6397  head.act
-                 0.6872  blocks.3.mlp.act
-                 0.786  blocks.2.mlp.act
-events           2 (1 eps held at max_eps, 1 3 samples not finite)
+sites            5 (entropy: 5)
+mean entropy     0.84 -> 0.7953 nats
+mean eps         -0.07319, mean |eps| 0.07319
+largest |eps|    -0.09135  blocks.0.mlp.act
+                 -0.08407  blocks.1.mlp.act
+                 -0.07389  blocks.2.mlp.act
+highest entropy  0.9486  blocks.0.mlp.act
+                 0.8716  blocks.1.mlp.act
+                 0.7962  blocks.2.mlp.act
+lowest entropy   0.6533  head.act
+                 0.7068  blocks.3.mlp.act
+                 0.7962  blocks.2.mlp.act
+events           2 (eps held at max_eps: 1, 3 samples not finite: 1)
 """
 
 LAYERS = """\
+run a/eafo
+site              base       eps            H first       H            dH/deps
+──────────────────────────────────────────────────────────────────────────────
+blocks.0.mlp.act  gelu  -0.09135  █▇▆▅▄▃▂▁   1.0200  0.9486  █▇▅▄▄▃▂▁   0.6607
+blocks.1.mlp.act  gelu  -0.08407  █▇▆▅▄▃▂▁   0.9300  0.8716  █▇▆▅▄▃▂▁   0.5666
+blocks.2.mlp.act  gelu  -0.07389  █▇▆▅▄▃▂▁   0.8400  0.7962  █▆▄▃▂▂▁▁   0.4952
+blocks.3.mlp.act  gelu  -0.06382  █▇▆▅▄▃▂▁   0.7500  0.7068  █▇▆▅▄▃▂▁   0.3921
+head.act          relu  -0.05282  █▇▆▅▄▃▂▁   0.6600  0.6533  ██▇▇▅▂▁▂   0.3064
+not shown at this width: atom_mass, dead_fraction, mean, std, n, updates,
+policy, event, event_step; --wide shows all
 """
 
 SHOW = """\
+head.act  base relu  class_name RELU  call 0  shape [32, 17, 128]
+step       eps       deps       H  dH/deps   atoms    dead     mean     std
+───────────────────────────────────────────────────────────────────────────
+  50   0.00420  -0.005801  0.6600   0.4086  0.5000  0.0000   0.0800  1.0000
+ 200  -0.01263  -0.005501  0.6590   0.3794  0.5451  0.0722  -0.0779  1.2707
+ 350  -0.02825  -0.005292  0.6575   0.3598  0.5699  0.1118  -0.1646  1.4193
+ 450  -0.03852  -0.005208  0.6543   0.3521  0.5798  0.1277  -0.1993  1.4789
+ 600  -0.05282  -0.004691  0.6533   0.3064  0.5889  0.1423  -0.2312  1.5335
+not shown at this width: epoch, skew, kurtosis, mu, sigma, n, event; --wide
+shows all
+5 of 12 rows, evenly spaced; --limit 0 shows all
 """
 
 EVENTS = """\
@@ -55,9 +76,22 @@ step  epoch  site              event
 """
 
 COMPARE = """\
+run    policy   last step  sites  mean eps  H first  H last        dH  events
+─────────────────────────────────────────────────────────────────────────────
+run a  entropy        600      5  -0.07319   0.8400  0.7953  -0.04472       2
+run b  learned        600      5  -0.07293   0.8400  0.7965  -0.04351       2
+not shown at this width: updates, mean_abs_eps; --wide shows all
 """
 
 COMPARE_SITES = """\
+eps at each site's last update
+site                 run a     run b    spread
+──────────────────────────────────────────────
+blocks.0.mlp.act  -0.09135  -0.09176  0.000406
+blocks.1.mlp.act  -0.08407  -0.08413  0.000065
+blocks.2.mlp.act  -0.07389  -0.07352  0.000374
+blocks.3.mlp.act  -0.06382  -0.06279  0.001035
+head.act          -0.05282  -0.05244  0.000384
 """
 
 

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from eafo_dynamic.cli.output import emit, emit_facts, shortened, sparkline
+from eafo_dynamic.cli.output import emit, emit_facts, sparkline
 
 ROWS = [
     {"site": "blocks.0.mlp.act", "eps": -0.30851234, "n": 4096, "event": None},
@@ -116,13 +116,13 @@ def test_rich_markup_in_a_cell_is_text(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ([1.0, 2.0, 3.0], ["1.000", "2.000", "3.000"]),
+        ([1.0, 2.0, 3.0], ["1.0000", "2.0000", "3.0000"]),
         ([-0.012345, 0.5], ["-0.0123", "0.5000"]),
         ([1234.5678, 1.0], ["1234.6", "1.0"]),
         ([1.5e-9, 2e-8], ["1.5e-09", "2e-08"]),
         ([1.5e9], ["1.5e+09"]),
         ([0.0, 0.0], ["0.0", "0.0"]),
-        ([math.nan, math.inf, 1.0], ["-", "inf", "1.000"]),
+        ([math.nan, math.inf, 1.0], ["-", "inf", "1.0000"]),
     ],
 )
 def test_numbers_of_a_column_share_their_decimals(
@@ -151,41 +151,27 @@ def test_sparkline(values: list[float | None], expected: str) -> None:
 
 def test_output_that_can_only_be_ascii() -> None:
     code = (
-        "from eafo_dynamic.cli.output import *; emit([{'site': 'a.b', 'trend': sparkline([1, 2, 3])}], title='t');"
-        "emit([{'a': 'ü'}], fmt='json'); print(shortened(['abcdefghijkl'], 8))"
+        "from eafo_dynamic.cli.output import *; emit([{'a': 1, 'trend': sparkline([1, 2, 3])}], title='t');"
+        "emit([{'a': 'ü'}], fmt='json')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, env={"PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
-    )
+    ascii_only = {"PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=ascii_only)
     assert done.returncode == 0, done.stderr
     text = done.stdout.decode("ascii")
     assert "_=#" in text
     assert "\\u00fc" in text
-    assert "abcd*jkl" in text
 
 
 def test_reader_of_the_pipe_goes_away() -> None:
     code = "from eafo_dynamic.cli.output import emit; emit([{'a': n} for n in range(100_000)], fmt='csv')"
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe) as process:
+    command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == b"a\n"
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
-
-
-def test_names_are_shortened_to_what_select_understands() -> None:
-    names = [f"vit.encoder.layer.{k}.intermediate.intermediate_act_fn" for k in (0, 11)]
-    assert shortened(names, 24) == ["v.e.l.0.i.interme…act_fn", "v.e.l.11.i.interm…act_fn"]
-    assert shortened(["blocks.0.mlp.act"], 24) == ["blocks.0.mlp.act"]
-    assert shortened(["features.conv.relu"], 16) == ["f.conv.relu"]
-
-
-def test_names_that_would_become_equal_stay_whole() -> None:
-    names = ["encoder.activation_function", "embedder.activation_function"]
-    assert shortened(names, 22) == names
 
 
 def test_facts_keep_their_column(capsys: pytest.CaptureFixture[str]) -> None:

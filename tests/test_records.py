@@ -25,11 +25,13 @@ from hypothesis import strategies as st
 
 from eafo_dynamic.errors import LogError
 from eafo_dynamic.records import COLUMNS, SCHEMA_VERSION, CorrectionLog, LogWriter, cache
+from eafo_dynamic.records.names import shortened
 from eafo_dynamic.records.summary import (
     compare_runs,
     compare_sites,
+    drift_changes,
+    entropy_changes,
     layer_rows,
-    predicted_changes,
     run_labels,
     summarise,
 )
@@ -291,6 +293,18 @@ def test_shapes_come_back_for_the_selected_sites(fabricated: CorrectionLog) -> N
         name for name, _ in SITES[:4]
     }
     assert len(fabricated.shapes()) == 5 * len(SITES)
+
+
+def test_names_are_shortened_to_what_select_understands() -> None:
+    names = [f"vit.encoder.layer.{k}.intermediate.intermediate_act_fn" for k in (0, 11)]
+    assert shortened(names, 24) == ["v.e.l.0.i.interme…act_fn", "v.e.l.11.i.interm…act_fn"]
+    assert shortened(["blocks.0.mlp.act"], 24) == ["blocks.0.mlp.act"]
+    assert shortened(["features.conv.relu"], 16) == ["f.conv.relu"]
+
+
+def test_names_that_would_become_equal_stay_whole() -> None:
+    names = ["encoder.activation_function", "embedder.activation_function"]
+    assert shortened(names, 22) == names
 
 
 # --- torn, damaged, foreign
@@ -721,8 +735,34 @@ def test_prediction_uses_eps_as_it_was_when_measured(tmp_path: Path, policy: str
             step, "s", eps=eps, delta_eps=delta, d_entropy_d_eps=2.0, entropy=1 + 2 * at, policy=policy
         )
         writer.write([entry])
-    pairs = predicted_changes(CorrectionLog.load(tmp_path), "s")
+    pairs = drift_changes(CorrectionLog.load(tmp_path), "s")
     assert pairs == [pytest.approx((0.2, 0.2)), pytest.approx((0.4, 0.4))]
+
+
+def test_changes_at_an_update_are_of_the_same_samples(tmp_path: Path) -> None:
+    writer = LogWriter(tmp_path / "eafo", {})
+    for step, (before, predicted, after) in enumerate(
+        [(1.0, 0.75, 0.875), (1.0, 1.0, 1.0), (1.0, None, 2.0)]
+    ):
+        writer.write([row(step, "s", entropy=before, entropy_predicted=predicted, entropy_after=after)])
+    which, changes = entropy_changes(CorrectionLog.load(tmp_path))
+    assert "same samples" in which
+    assert changes == {"s": [(-0.25, -0.125)]}
+
+
+def test_changes_between_updates_where_updates_change_nothing(tmp_path: Path) -> None:
+    writer = LogWriter(tmp_path / "eafo", {})
+    for step, eps in enumerate([0.0, 0.5]):
+        same = dict.fromkeys(["entropy", "entropy_predicted", "entropy_after"], 1.0 - eps)
+        writer.write([row(step, "s", eps=eps, delta_eps=0.5, d_entropy_d_eps=-2.0, policy="learned", **same)])
+    which, changes = entropy_changes(CorrectionLog.load(tmp_path))
+    assert "between updates" in which
+    assert changes == {"s": [(-1.0, -0.5)]}
+
+
+def test_name_of_a_numbered_version_has_its_folder(tmp_path: Path) -> None:
+    write_run(tmp_path / "digits" / "version_0")
+    assert CorrectionLog.load(tmp_path).name == "digits/version_0"
 
 
 def test_runs_are_told_apart_by_the_ends_of_their_paths(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ def register(commands: Commands) -> None:
     _add_show(verbs)
     _add_events(verbs)
     _add_compare(verbs)
+    _add_plot(verbs)
+    _add_report(verbs)
 
 
 def columns_help() -> str:
@@ -64,9 +66,7 @@ def _add_command(
     where = "folder of a run, or one above a single run"
     parser.add_argument("runs" if many else "folder", metavar="RUN", nargs="+" if many else None, help=where)
     add_format_option(parser)
-    parser.add_argument(
-        "--steps", type=_step_range, metavar="A:B", help="only updates at steps A to B, A: or :B"
-    )
+    _add_steps(parser)
     parser.add_argument("--wide", action="store_true", help="a table with all columns and whole names")
     return parser
 
@@ -111,6 +111,40 @@ def _add_compare(verbs: Commands) -> None:
     _add_sort(parser)
     parser.add_argument("--by", choices=("run", "site"), default="run", help="one row a run or a site")
     parser.add_argument("--column", default="entropy", metavar="NAME", help="with --by site: what to compare")
+
+
+def _add_plot(verbs: Commands) -> None:
+    text = "a figure of the log as PNG, SVG or PDF"
+    parser = verbs.add_parser("plot", help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=log_views.plot)
+    parser.add_argument("folder", metavar="RUN", help="folder of a run, or one above a single run")
+    parser.add_argument("--what", default="heatmap", metavar="FIGURE", help=", ".join(log_views.FIGURE_NAMES))
+    parser.add_argument(
+        "--column",
+        default="entropy",
+        metavar="NAME",
+        help="what a heatmap, trajectories or a ranking show: entropy (default), eps, dead_fraction, ...",
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
+    parser.add_argument("--dark", action="store_true", help="draw on a dark ground")
+    _add_steps(parser)
+    _add_site(parser)
+
+
+def _add_report(verbs: Commands) -> None:
+    text = "one HTML file with everything, for any browser, offline"
+    parser = verbs.add_parser("report", help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=log_views.report)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, or one above a single run")
+    parser.add_argument("--out", default="report.html", metavar="FILE", help="the HTML file (report.html)")
+    _add_steps(parser)
+    _add_site(parser)
+
+
+def _add_steps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--steps", type=_step_range, metavar="A:B", help="only updates at steps A to B, A: or :B"
+    )
 
 
 def _add_site(parser: argparse.ArgumentParser) -> None:

@@ -8,14 +8,27 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from eafo_dynamic.cli.output import emit, emit_facts, shortened, sparkline, table_width
+from eafo_dynamic.cli.output import emit, emit_facts, is_unicode, sparkline, table_width
 from eafo_dynamic.errors import ConfigError, LogError
 from eafo_dynamic.records import CorrectionLog
+from eafo_dynamic.records.names import shortened
 from eafo_dynamic.records.summary import compare_runs, compare_sites, layer_rows, summarise
 
-__all__ = ["TABLE_ROWS", "compare", "events", "layers", "load_rows", "show", "summary"]
+__all__ = [
+    "FIGURE_NAMES",
+    "TABLE_ROWS",
+    "compare",
+    "events",
+    "layers",
+    "load_rows",
+    "plot",
+    "report",
+    "show",
+    "summary",
+]
 
 TABLE_ROWS = 40
+FIGURE_NAMES = ("heatmap", "trajectories", "functions", "densities", "prediction", "ranking")
 
 _LABELS = {
     "eps_trend": "",
@@ -144,7 +157,7 @@ def _summary_lines(facts: dict[str, Any]) -> dict[str, str]:
 
 
 def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
+    return ", ".join(f"{name}: {count}" for name, count in counts.items())
 
 
 def _sites(entries: Sequence[dict[str, Any]]) -> str:
@@ -191,9 +204,10 @@ def show(args: argparse.Namespace) -> int:
     limit = TABLE_ROWS if args.limit is None and args.format == "table" else args.limit or len(rows)
     shown = _thinned(rows, limit)
     names = _SHOW if args.format in ("table", "md") else log.columns
-    single = len(log.sites) == 1
-    title = _site_title(log) if single else None
-    _emit(args, shown, [name for name in names if not (single and name == "site")], _SHOW_OPTIONAL, title)
+    title = None
+    if args.format == "table" and len(log.sites) == 1:
+        title, names = _site_title(log), [name for name in names if name != "site"]
+    _emit(args, shown, names, _SHOW_OPTIONAL, title)
     if len(shown) < len(rows) and args.format == "table":
         sys.stdout.write(f"{len(shown)} of {len(rows)} rows, evenly spaced; --limit 0 shows all\n")
     return 0
@@ -203,7 +217,9 @@ def _site_title(log: CorrectionLog) -> str:
     site = log.sites[0]
     known = log.site_info(site)
     facts = [
-        f"{name} {known[name]}" for name in ("base", "kind", "call", "shape") if known.get(name) is not None
+        f"{name} {known[name]}"
+        for name in ("base", "class_name", "call", "shape")
+        if known.get(name) is not None
     ]
     return "  ".join([site, *facts])
 
@@ -244,7 +260,46 @@ def compare(args: argparse.Namespace) -> int:
             _refuse_column("--column", args.column, sorted({name for log in logs for name in log.columns}))
         rows = compare_sites(logs, args.column)
         names, optional = list(rows[0]), []
-    _emit(args, _sorted(rows, args), names, optional, None if args.by == "run" else f"last {args.column}")
+    _emit(
+        args,
+        _sorted(rows, args),
+        names,
+        optional,
+        None if args.by == "run" else f"{args.column} at each site's last update",
+    )
+    return 0
+
+
+def plot(args: argparse.Namespace) -> int:
+    """Draw a figure of the log, say where it is, and return the exit code.
+
+    Args:
+        args: the parsed options.
+
+    Returns:
+        0.
+    """
+    from eafo_dynamic.plots import logs, style
+
+    log = _selected(load_rows(args.folder, args.steps), args)
+    figure = logs.plot(log, args.what, args.column, args.dark)
+    sys.stdout.write(f"{style.save(figure, args.out)}\n")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write the report, say where it is, and return the exit code.
+
+    Args:
+        args: the parsed options.
+
+    Returns:
+        0.
+    """
+    from eafo_dynamic.report import write_report
+
+    logs = [_selected(load_rows(run, args.steps), args) for run in args.runs]
+    sys.stdout.write(f"{write_report(logs, args.out)}\n")
     return 0
 
 
@@ -270,9 +325,7 @@ def load_rows(run: str, steps: tuple[int | None, int | None] | None) -> Correcti
         return log
     part = log.select(steps=steps)
     if not len(part):
-        raise LogError(
-            f"{log.path}: no update in this range of steps; the log has {log.steps[0]}:{log.steps[-1]}"
-        )
+        raise LogError(f"{log.path}: no update at these steps; the log has {log.steps[0]}:{log.steps[-1]}")
     return part
 
 
@@ -334,6 +387,8 @@ def _emit(
         emit(rows, columns=names, fmt=args.format, title=title, labels=_LABELS, width=10_000)
         return
     width = table_width()
-    sites = shortened([str(row.get("site")) for row in rows], max(20, width * 3 // 10))
+    sites = shortened(
+        [str(row.get("site")) for row in rows], max(20, width * 3 // 10), "…" if is_unicode() else "*"
+    )
     short = [{**row, "site": site} if "site" in row else row for row, site in zip(rows, sites, strict=True)]
     emit(short, columns=names, title=title, optional=optional, labels=_LABELS, hint="; --wide shows all")

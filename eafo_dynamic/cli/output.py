@@ -18,8 +18,8 @@ __all__ = [
     "add_format_option",
     "emit",
     "emit_facts",
+    "is_unicode",
     "quiet_pipe",
-    "shortened",
     "sparkline",
     "table_width",
 ]
@@ -77,7 +77,7 @@ def emit(
     with quiet_pipe():
         if fmt == "json":
             plain = [{name: _json_value(row.get(name)) for name in names} for row in rows]
-            sys.stdout.write(json.dumps(plain, indent=2, ensure_ascii=not _is_unicode()) + "\n")
+            sys.stdout.write(json.dumps(plain, indent=2, ensure_ascii=not is_unicode()) + "\n")
         elif fmt == "csv":
             _write_csv(rows, names)
         elif fmt == "md":
@@ -98,7 +98,7 @@ def sparkline(values: Sequence[float | None], width: int = 10) -> str:
         One character a stretch, low to high over the series' own range; a constant series is a flat line.
         ASCII characters where stdout cannot print blocks.
     """
-    blocks = _BLOCKS if _is_unicode() else _ASCII_BLOCKS
+    blocks = _BLOCKS if is_unicode() else _ASCII_BLOCKS
     means = [_mean(part) for part in _stretches(values, width)]
     known = [value for value in means if value is not None]
     if not known:
@@ -108,35 +108,17 @@ def sparkline(values: Sequence[float | None], width: int = 10) -> str:
     return "".join(" " if value is None else blocks[round((value - low) * scale)] for value in means)
 
 
-def shortened(names: Sequence[str], width: int) -> list[str]:
-    """Shorten dotted names to a width: first letters for the leading parts, then the middle of the last one.
-
-    `CorrectionLog.select` understands the short names.
-
-    Args:
-        names: names, such as those of sites.
-        width: number of characters wanted.
+def is_unicode() -> bool:
+    """Return whether stdout can print more than ASCII.
 
     Returns:
-        The names in the same order; unchanged if two of them would become equal.
+        False where blocks and the ellipsis would raise an error.
     """
-    short = [_shortened(name, width) for name in names]
-    return short if len(set(short)) == len(set(names)) else list(names)
-
-
-def _shortened(name: str, width: int) -> str:
-    *leading, last = name.split(".")
-    for place, part in enumerate(leading):
-        if len(".".join([*leading, last])) <= width:
-            break
-        leading[place] = part if part.isdecimal() else part[:1]
-    head = "".join(f"{part}." for part in leading)
-    excess = len(head) + len(last) - width
-    room = len(last) - excess - 1
-    if excess <= 0 or room < 4:
-        return head + last
-    mark = "…" if _is_unicode() else "*"
-    return head + last[: room - room // 2] + mark + last[len(last) - room // 2 :]
+    try:
+        (_BLOCKS + "…").encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 @contextmanager
@@ -151,14 +133,6 @@ def quiet_pipe() -> Generator[None]:
     except BrokenPipeError:
         # The interpreter flushes stdout once more at exit, and would complain then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _is_unicode() -> bool:
-    try:
-        (_BLOCKS + "…").encode(sys.stdout.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
 
 
 def _stretches(values: Sequence[float | None], width: int) -> list[Sequence[float | None]]:
@@ -305,8 +279,9 @@ def _texts(values: Sequence[object]) -> list[str]:
     """Return a column's values as text: numbers with as many decimals as give the largest four digits."""
     sizes = [abs(value) for value in values if isinstance(value, float) and math.isfinite(value)]
     largest = max(sizes, default=0.0)
-    decimals = 3 - math.floor(math.log10(largest)) if largest else 1
-    style = f".{max(decimals, 1)}f" if 0 <= decimals <= 7 else ".4g"
+    digits = math.floor(math.log10(largest)) if largest else 3
+    decimals = 4 - digits if digits >= 0 else 3 - digits
+    style = f".{decimals}f" if 1 <= decimals <= 7 else ".4g"
     return [_text(value, style) for value in values]
 
 

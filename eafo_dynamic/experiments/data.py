@@ -91,7 +91,11 @@ class SplitData(LightningDataModule, ABC):
     def _loader(self, data: Dataset[Any], sampler: EpochSampler | None = None) -> DataLoader[Any]:
         drop_last = sampler is not None and len(sampler) > self.batch_size
         return DataLoader(
-            data, self.batch_size, sampler=sampler, num_workers=self.num_workers, drop_last=drop_last
+            data,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            drop_last=drop_last,
         )
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -46,10 +47,10 @@ class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
 class StdlibText(SplitData):
     """Bytes of the .py files of the running Python's standard library, without tests and packages.
 
-    The files, in sorted order, are shuffled by `split_seed` and taken until the cap is reached; the first
-    ones are for validation, the next for testing, the rest for training. Another Python version is another
-    text: compare losses within one version. Training windows start anywhere, drawn anew each epoch;
-    evaluation windows are fixed and do not overlap.
+    The files, in sorted order, are shuffled by `split_seed`; the first ones are for validation, the next for
+    testing, the next for training, whole files until each part has its share of the cap. Training windows
+    start anywhere, drawn anew each epoch; evaluation windows are fixed and do not overlap. Another Python
+    version is another text: compare losses within one version.
 
     Args:
         block_size: bytes of a window.
@@ -128,17 +129,19 @@ class StdlibText(SplitData):
     def _choose_files(self) -> dict[str, list[Path]]:
         files = source_files(self.root)
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(self.split_seed))
+        shuffled = iter([files[index] for index in order.tolist()])
         budget = min(self.max_megabytes * 1e6, sum(path.stat().st_size for path in files))
-        parts: dict[str, list[Path]] = {"val": [], "test": [], "train": []}
-        limits = {"val": self.val_fraction, "test": self.val_fraction + self.test_fraction, "train": 1.0}
-        taken = 0
-        for index in order.tolist():
-            part = next((name for name, limit in limits.items() if taken < limit * budget), None)
-            if part is None:
-                break
-            parts[part].append(files[index])
-            taken += files[index].stat().st_size
-        return parts
+        train_fraction = 1 - self.val_fraction - self.test_fraction
+        fractions = {"val": self.val_fraction, "test": self.test_fraction, "train": train_fraction}
+        return {part: _take(shuffled, fraction * budget) for part, fraction in fractions.items()}
+
+
+def _take(files: Iterator[Path], size: float) -> list[Path]:
+    taken: list[Path] = []
+    while size > 0 and (path := next(files, None)) is not None:
+        taken.append(path)
+        size -= path.stat().st_size
+    return taken
 
 
 def source_files(root: Path) -> list[Path]:

@@ -105,9 +105,10 @@ class CorrectionLog:
 
     @property
     def name(self) -> str:
-        """Name of the run: that of the folder which holds the log."""
+        """Name of the run: that of the folder which holds the log; of `version_0` and the like, two names."""
         path = self.path.resolve()
-        return path.parent.name if path.name == "eafo" else path.name
+        run = path.parent if path.name == "eafo" else path
+        return f"{run.parent.name}/{run.name}" if run.name.startswith("version_") else run.name
 
     @property
     def columns(self) -> list[str]:

@@ -14,8 +14,9 @@ from eafo_dynamic.records.schema import COLUMNS
 __all__ = [
     "compare_runs",
     "compare_sites",
+    "drift_changes",
+    "entropy_changes",
     "layer_rows",
-    "predicted_changes",
     "run_labels",
     "summarise",
 ]
@@ -94,8 +95,43 @@ def _layer_row(log: CorrectionLog, last: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def predicted_changes(log: CorrectionLog, site: str) -> list[tuple[float, float]]:
-    """Return what moving eps was predicted to do to a site's entropy, and how it changed.
+Changes = dict[str, list[tuple[float, float]]]
+
+
+def entropy_changes(log: CorrectionLog) -> tuple[str, Changes]:
+    """Return predicted and measured changes of the entropy.
+
+    Within an update the prediction is first order, and the measurement is of the same samples: they differ by
+    what first order leaves out. Where no update changed a function (eps left to the optimiser, a fixed shape)
+    the changes are those between updates, see `drift_changes`.
+
+    Args:
+        log: the run's log.
+
+    Returns:
+        Which changes they are, in words, and pairs (predicted, measured) in nats by site.
+    """
+    within = {site: _update_changes(log, site) for site in log.sites}
+    if any(within.values()):
+        return "at updates, on the same samples", within
+    return "between updates, while the weights moved too", {
+        site: drift_changes(log, site) for site in log.sites
+    }
+
+
+def _update_changes(log: CorrectionLog, site: str) -> list[tuple[float, float]]:
+    names = ("entropy", "entropy_predicted", "entropy_after")
+    rows = zip(*(log.series(site, name) for name in names), strict=True)
+    known = [
+        (predicted - before, after - before)
+        for before, predicted, after in rows
+        if None not in (before, predicted, after)
+    ]
+    return [pair for pair in known if pair != (0.0, 0.0)]
+
+
+def drift_changes(log: CorrectionLog, site: str) -> list[tuple[float, float]]:
+    """Return what moving eps was predicted to do to a site's entropy between updates, and how it changed.
 
     Between two rows the prediction is d_entropy_d_eps x (change of eps), eps taken as it was when each row's
     entropy was measured: before the update's own step under the policy `entropy`, else as logged. The

@@ -1,4 +1,4 @@
-"""Base activations: one frozen, hashable descriptor per pointwise function, found by name, module or callable."""
+"""The pointwise functions by name, module class and callable, and how to read a base off each."""
 
 from __future__ import annotations
 
@@ -7,96 +7,18 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eafo_dynamic.bases.descriptor import Base, Pointwise, probe_points
 from eafo_dynamic.errors import ConfigError
 
-__all__ = [
-    "Base",
-    "Derivatives",
-    "Traits",
-    "activation_names",
-    "activation_types",
-    "as_base",
-    "derivatives",
-    "register_activation",
-    "traits",
-]
+__all__ = ["activation_names", "activation_types", "as_base", "register_activation"]
 
-Pointwise = Callable[[Tensor], Tensor]
 _Kind = TypeVar("_Kind", bound="type[nn.Module] | Pointwise")
-
-
-class Derivatives(NamedTuple):
-    """f, f' and f'' at the same points; shape and dtype of the points."""
-
-    value: Tensor
-    first: Tensor
-    second: Tensor
-
-
-class Traits(NamedTuple):
-    """Properties of a base that decide how it is handled.
-
-    Args:
-        affine: f'' = 0 and one slope everywhere: a linear layer in disguise, no place for a correction.
-        monotone: f never falls (f' >= 0, jumps only upwards): the analytic route applies.
-        piecewise_linear: f is continuous and f'' = 0 almost everywhere: the raw correction is p'.
-        gate: f rises from 0 to 1 and never leaves [0, 1]: more often a gate than an activation.
-        flat: f is constant on an interval, so that the output has atoms.
-    """
-
-    affine: bool
-    monotone: bool
-    piecewise_linear: bool
-    gate: bool
-    flat: bool
-
-
-@dataclass(frozen=True)
-class Base:
-    """A pointwise function f: out of place, differentiable, deterministic.
-
-    Two bases are equal, and hash alike, when they are the same kind of function with the same
-    hyper-parameters, so that sites group: ``as_base(nn.LeakyReLU(0.01)) == as_base("leaky_relu")``.
-
-    Args:
-        name: short name, as the registry and the command line use it.
-        fn: the function itself, on any device, in float32 or float64.
-        params: hyper-parameters, part of the identity, as sorted (name, value) pairs.
-        key: tells unregistered functions apart (the callable, or the module's type and state).
-        label: name with the hyper-parameters that differ from the default; what ``str`` shows.
-    """
-
-    name: str
-    fn: Pointwise = field(compare=False, repr=False)
-    params: tuple[tuple[str, object], ...] = ()
-    key: object = field(default=None, repr=False)
-    label: str = field(default="", compare=False, repr=False)
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """f(z).
-
-        Args:
-            z: pre-activations, any shape.
-
-        Returns:
-            Activations, same shape.
-        """
-        return self.fn(z)
-
-    def __str__(self) -> str:
-        return self.label or self.name
-
-    @property
-    def traits(self) -> Traits:
-        """What kind of function this is, found by its behaviour; see :func:`traits`."""
-        return traits(self)
 
 
 class _Entry(NamedTuple):
@@ -245,14 +167,14 @@ def register_activation(kind: _Kind, name: str | None = None) -> _Kind:
         _BY_NAME[_canonical(name or kind.__name__)] = kind
     elif callable(kind) and not isinstance(kind, type):
         own = name or getattr(kind, "__name__", type(kind).__name__)
-        entry = _Entry(own, _checked(cast(Pointwise, kind), own))
+        entry = _Entry(own, _checked(kind, own))
         _BY_NAME[_canonical(own)] = _BY_CALLABLE[kind] = entry
     else:
         raise ConfigError("kind", kind, "is no module class and no function", "Pass an nn.Module subclass.")
-    return kind
+    return cast(_Kind, kind)
 
 
-def as_base(obj: str | nn.Module | Pointwise | Base) -> Base:
+def as_base(obj: str | nn.Module | type[nn.Module] | Pointwise | Base) -> Base:
     """The base that a name, a module or a callable stands for.
 
     A module is read live: its present hyper-parameters count, in-place modules become out of place.
@@ -260,8 +182,8 @@ def as_base(obj: str | nn.Module | Pointwise | Base) -> Base:
     mean of its slopes, which is also what it computes in eval mode.
 
     Args:
-        obj: a name (``"gelu"``, ``"LeakyReLU"``, a key of transformers' ``ACT2FN``), an ``nn.Module``,
-            a function of one tensor (also a ``functools.partial`` of a torch one), or a base.
+        obj: a name (``"gelu"``, ``"LeakyReLU"``, a key of transformers' ``ACT2FN``), an ``nn.Module`` or
+            a class of one, a function of one tensor (also a ``functools.partial`` of a torch one), or a base.
 
     Returns:
         The base.
@@ -273,6 +195,8 @@ def as_base(obj: str | nn.Module | Pointwise | Base) -> Base:
         return obj
     if isinstance(obj, str):
         return _from_name(obj)
+    if isinstance(obj, type) and issubclass(obj, nn.Module):
+        obj = _instance(obj)
     if isinstance(obj, nn.Module):
         return _from_module(obj)
     if callable(obj):
@@ -285,7 +209,7 @@ def _from_name(name: str) -> Base:
     if isinstance(entry, _Entry):
         return entry.base({})
     if entry is not None:
-        return _from_module(entry(), name)
+        return _from_module(_instance(entry), name)
     if importlib.util.find_spec("transformers") is not None:
         from transformers.activations import ACT2FN
 
@@ -293,6 +217,14 @@ def _from_name(name: str) -> Base:
             return _from_module(ACT2FN[name], name)
     known = ", ".join(activation_names())
     raise ConfigError("activation", name, "is not a known activation", f"Use one of: {known}.")
+
+
+def _instance(cls: type[nn.Module]) -> nn.Module:
+    try:
+        return cls()
+    except TypeError as error:
+        problem = f"cannot be made without arguments ({error})"
+        raise ConfigError("activation", cls.__name__, problem, "Pass an instance.") from None
 
 
 def _from_module(module: nn.Module, name: str | None = None) -> Base:
@@ -336,7 +268,7 @@ class _ModuleFunction:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
         for part in self.module.modules():
             if hasattr(part, "inplace"):
-                part.inplace = False  # pyright: ignore[reportAttributeAccessIssue]
+                object.__setattr__(part, "inplace", False)
 
     def __call__(self, z: Tensor) -> Tensor:
         state = {name: t.to(z.device) for name, t in self.module.state_dict().items()}
@@ -354,7 +286,7 @@ class _OutOfPlace:
 
 
 def _module_key(module: nn.Module) -> object:
-    """Type and state of a module if that identifies its function, else the module itself."""
+    """Return type and state of a module if that identifies its function, else the module itself."""
     if any(True for _ in module.children()):
         return module
     tensors = (*module.named_parameters(), *module.named_buffers())
@@ -371,7 +303,7 @@ def _module_key(module: nn.Module) -> object:
 
 
 def _plain(value: object) -> object:
-    """Partials and bound methods compared by what they do, not by which instance made them."""
+    """Return partials and bound methods as something that compares by what they do."""
     if isinstance(value, functools.partial):
         return (value.func, value.args, tuple(sorted(value.keywords.items())))
     return getattr(value, "__func__", value)
@@ -390,7 +322,7 @@ def _checked(function: Pointwise, name: str) -> Pointwise:
     Raises:
         ConfigError: it fails on a tensor, changes its shape or mixes its elements.
     """
-    probe = _away_from_kinks(64, 4.0).reshape(8, 8)
+    probe = probe_points(64, 4.0).reshape(8, 8)
     given = probe.clone()
     try:
         with torch.no_grad():
@@ -398,96 +330,11 @@ def _checked(function: Pointwise, name: str) -> Pointwise:
             changed = not torch.equal(given, probe)
             again = function(probe.reshape(64, 1).clone())
     except Exception as error:
-        raise ConfigError("activation", name, f"fails on a tensor ({error})", "Pass f(z) of one tensor.") from None
+        raise ConfigError(
+            "activation", name, f"fails on a tensor ({error})", "Pass f(z) of one tensor."
+        ) from None
     same = isinstance(out, Tensor) and out.shape == probe.shape and again.shape == (64, 1)
     if not same or not torch.allclose(again.view(8, 8), out, rtol=1e-5, atol=1e-6, equal_nan=True):
         problem = "is not a pointwise function: its output depends on the other elements or has another shape"
         raise ConfigError("activation", name, problem, "Softmax, GLU and the like cannot be corrected.")
     return _OutOfPlace(function) if changed else function
-
-
-def derivatives(base: Base, z: Tensor) -> Derivatives:
-    """f, f' and f'' by automatic differentiation.
-
-    At a kink the value is torch's one-sided convention (relu'(0) = 0); the delta function that f''
-    has there is not represented, as section 4 of the theory asks for piecewise linear functions.
-
-    Args:
-        base: the function.
-        z: points, any shape, float32 or float64 (float64 is advised: f'' cancels).
-
-    Returns:
-        Value, first and second derivative at z, without graph.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        points = z.detach().clone().requires_grad_()
-        value = base(points).to(z.dtype)
-        first = _slope(value, points, graph=True)
-        try:
-            second = _slope(first, points, graph=False)
-        except RuntimeError:  # F.hardsigmoid and some custom functions have no second backward pass
-            second = _difference(base, z.detach())
-    return Derivatives(value.detach(), first.detach(), second.detach())
-
-
-def _difference(base: Base, z: Tensor) -> Tensor:
-    step = torch.finfo(z.dtype).eps ** (1 / 3)
-    sides = torch.stack([z - step, z + step]).requires_grad_()
-    below, above = _slope(base(sides).to(z.dtype), sides, graph=False)
-    return (above - below) / (2 * step)
-
-
-def _slope(value: Tensor, points: Tensor, *, graph: bool) -> Tensor:
-    if not value.requires_grad:  # constant, or linear one derivative earlier
-        return torch.zeros_like(points)
-    (slope,) = torch.autograd.grad(
-        value.sum(), points, create_graph=graph, allow_unused=True, materialize_grads=True
-    )
-    return slope
-
-
-def _away_from_kinks(count: int, reach: float) -> Tensor:
-    """Points from -reach to reach, denser at 0, at no point where a function of interest has a kink."""
-    t = torch.linspace(-1, 1, count, dtype=torch.float64)
-    return torch.sinh(6 * t) / torch.sinh(torch.tensor(6.0, dtype=torch.float64)) * reach + 1.2345e-3
-
-
-@functools.lru_cache(maxsize=1024)
-def traits(base: Base) -> Traits:
-    """Traits of a base, from its values and derivatives on 8193 float64 points of [-100, 100].
-
-    Args:
-        base: the function.
-
-    Returns:
-        What the function does; properties beyond that range are not seen.
-    """
-    z = _away_from_kinks(8193, 100.0)
-    value, first, second = (torch.nan_to_num(t) for t in derivatives(base, z))
-    rise, run = value.diff(), z.diff()
-    steepest = torch.maximum(first[1:].abs(), first[:-1].abs())
-    jumps = bool((rise.abs() > 4 * run * steepest + 0.05).any())
-    piecewise = not jumps and bool((second.abs() <= 1e-9).all())
-    tolerance = 1e-9 * (1 + value[1:].abs())
-    return Traits(
-        affine=piecewise and bool((first - first[0]).abs().max() <= 1e-9),
-        monotone=bool((first >= -1e-9).all()) and bool((rise >= -tolerance).all()),
-        piecewise_linear=piecewise,
-        gate=bool((rise >= -tolerance).all())
-        and abs(float(value[0])) < 1e-2
-        and abs(float(value[-1]) - 1) < 1e-2
-        and bool((value >= -1e-9).all() and (value <= 1 + 1e-9).all()),
-        flat=_has_flat_part(z, first),
-    )
-
-
-def _has_flat_part(z: Tensor, first: Tensor) -> bool:
-    """Whether f' is exactly 0 on an interval that f' enters other than by fading away.
-
-    A saturating function such as tanh also reaches f' = 0 in floating point, but only where f' is
-    already negligible; a flat part begins at a corner or within a few units of 0.
-    """
-    still = first == 0
-    inner = still[:-2] & still[1:-1] & still[2:]
-    corner = (still[1:] != still[:-1]) & (torch.maximum(first[1:].abs(), first[:-1].abs()) > 1e-6)
-    return bool((inner & (z[1:-1].abs() < 4)).any()) or bool(corner.any() and inner.any())

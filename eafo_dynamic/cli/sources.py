@@ -1,0 +1,187 @@
+"""Pre-activations for `rank` and `shape`: a named density, a file of samples, a run's log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eafo_dynamic.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eafo_dynamic.density import Density
+
+__all__ = ["DENSITIES", "Source", "from_density", "from_file", "from_log"]
+
+DENSITIES = ("normal", "student-t3", "logistic", "bimodal")
+
+_QUANTILES = 8001
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pre-activations of one or more sites.
+
+    Args:
+        label: what they are, for a title.
+        names: one name a site.
+        points: pre-activations, float64, shape [sites, n].
+        sampled: whether they are random draws; if not they are quantiles of a known density.
+        density: their density, for the correction.
+    """
+
+    label: str
+    names: tuple[str, ...]
+    points: Tensor
+    sampled: bool
+    density: Density
+
+
+def from_density(name: str, mean: float = 0.0, std: float = 1.0) -> Source:
+    """A named density with this mean and standard deviation, as 8001 quantiles.
+
+    Args:
+        name: one of `DENSITIES`.
+        mean: mean of the pre-activation.
+        std: its standard deviation.
+
+    Returns:
+        The source; its density is Gaussian for "normal", a histogram for the others.
+
+    Raises:
+        ConfigError: unknown name, or a standard deviation that is not positive.
+    """
+    import torch
+
+    from eafo_dynamic.density import Gaussian, histogram
+
+    if name not in DENSITIES:
+        mend = f"Use one of {', '.join(DENSITIES)}, or a file of samples."
+        raise ConfigError("--density", name, "is neither a known density nor a file", mend)
+    if not 0 < std < float("inf"):
+        raise ConfigError("--std", std, "is not a positive number", "Give a standard deviation above 0.")
+    share = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
+    unit = _quantiles()[name](share)
+    points = (mean + std * (unit - unit.mean()) / unit.std(correction=0))[None]
+    known = Gaussian(torch.tensor([mean]), torch.tensor([std]))
+    density = known if name == "normal" else histogram(points, weights=torch.ones_like(points))
+    return Source(f"{name} density, mean {mean:g}, std {std:g}", (name,), points, False, density)
+
+
+def _quantiles() -> dict[str, Callable[[Tensor], Tensor]]:
+    import torch
+
+    def student_t3(share: Tensor) -> Tensor:
+        # Hill's substitution t = sqrt(3) tan(theta) turns the distribution function into
+        # theta + sin(theta) cos(theta) = pi (share - 1/2), solved by Newton's method.
+        target = torch.pi * (share - 0.5)
+        theta = target / 2
+        for _ in range(60):
+            slope = 2 * torch.cos(theta).square()
+            step = (theta + torch.sin(theta) * torch.cos(theta) - target) / slope.clamp(min=1e-12)
+            theta = (theta - step).clamp(-torch.pi / 2 + 1e-9, torch.pi / 2 - 1e-9)
+        return 3**0.5 * torch.tan(theta)
+
+    def bimodal(share: Tensor) -> Tensor:
+        # Two normal halves of standard deviation 0.4 at -1 and 1, by bisection.
+        low, high = torch.full_like(share, -8.0), torch.full_like(share, 8.0)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = sum(torch.special.ndtr((middle - centre) / 0.4) for centre in (-1.0, 1.0)) / 2
+            low, high = torch.where(below < share, middle, low), torch.where(below < share, high, middle)
+        return (low + high) / 2
+
+    return {
+        "normal": torch.special.ndtri,
+        "student-t3": student_t3,
+        "logistic": torch.logit,
+        "bimodal": bimodal,
+    }
+
+
+def from_file(path: str) -> Source:
+    """Samples from a file: `.npy`, or text with numbers separated by blanks, commas or line ends.
+
+    Args:
+        path: the file; the shape does not matter; values that are not finite are left out.
+
+    Returns:
+        The source, with a smoothed histogram as its density.
+
+    Raises:
+        ConfigError: the file is missing, holds no numbers or a constant.
+    """
+    import numpy
+    import torch
+
+    from eafo_dynamic.density import histogram
+
+    file = Path(path)
+    try:
+        values = numpy.load(file, allow_pickle=False) if file.suffix == ".npy" else _numbers(file)
+        flat = numpy.asarray(values, dtype=numpy.float64).ravel()
+    except (OSError, ValueError, TypeError) as error:
+        problem = f"cannot be read as samples ({error})"
+        raise ConfigError("--samples", path, problem, "Give a .npy file or a text file of numbers.") from None
+    flat = flat[numpy.isfinite(flat)]
+    if flat.size < 2 or flat.min() == flat.max():
+        problem = f"holds {flat.size} finite numbers" + (", all equal" if flat.size > 1 else "")
+        raise ConfigError("--samples", path, problem, "Give at least two different samples.")
+    points = torch.from_numpy(flat)[None]
+    label = f"{flat.size} samples of {file.name}, mean {flat.mean():.3g}, std {flat.std():.3g}"
+    return Source(label, (file.name,), points, True, histogram(points))
+
+
+def _numbers(file: Path) -> list[float]:
+    """Return the numbers of a text file; a first line without any number is a heading."""
+    lines = file.read_text(encoding="utf-8").replace(",", " ").replace(";", " ").splitlines()
+    rows = [line.split() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if rows and not any(_is_number(word) for word in rows[0]):
+        rows = rows[1:]
+    return [float(word) for row in rows for word in row]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def from_log(run: str, site: str | None = None) -> Source:
+    """Normal densities with the mean and standard deviation that each site had at its last update.
+
+    Args:
+        run: folder of a run, or of its log.
+        site: pattern of the sites wanted; None for all.
+
+    Returns:
+        The source, one site a row.
+
+    Raises:
+        ConfigError: no site has a density.
+    """
+    import torch
+
+    from eafo_dynamic.density import Gaussian
+    from eafo_dynamic.records import CorrectionLog
+
+    log = CorrectionLog.load(run)
+    chosen = log.select(site=site) if site is not None else log
+    found: dict[str, tuple[float, float]] = {}
+    for row in chosen.last():
+        mean, std = (row.get(name) for name in ("mean", "std"))
+        if isinstance(mean, (int, float)) and isinstance(std, (int, float)) and std > 0:
+            found[str(row["site"])] = (float(mean), float(std))
+    if not found:
+        problem = "has no site with a mean and a positive standard deviation"
+        raise ConfigError("--log", run, problem, "Let the run reach its first update.")
+    share = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
+    mean, std = torch.tensor(list(found.values()), dtype=torch.float64).unbind(1)
+    points = mean[:, None] + std[:, None] * torch.special.ndtri(share)
+    label = f"normal densities of {len(found)} sites of {Path(run).name or run}"
+    return Source(label, tuple(found), points, False, Gaussian(mean, std))

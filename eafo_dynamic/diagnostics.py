@@ -1,0 +1,150 @@
+"""What an update round tells about every site: the columns of the correction log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.entropy import SmoothedOutput, mixed_entropy
+from eafo_dynamic.statistics import Moments
+from eafo_dynamic.update import Functions
+
+__all__ = ["OutputEntropy", "Record", "describe_events", "diagnostics", "to_rows"]
+
+Record = dict[str, object]
+"""One row of the correction log: one site at one update round."""
+
+
+class OutputEntropy:
+    """Resolution-r entropy of all sites' outputs and its derivatives, from one smoothing.
+
+    Args:
+        outputs: a = f(z), shape [S, n]; NaN where missing.
+        resolution: r, in standard deviations of the output.
+    """
+
+    def __init__(self, outputs: Tensor, resolution: float) -> None:
+        self.outputs = outputs
+        self.resolution = resolution
+        self._smoothed = SmoothedOutput(outputs, resolution)
+
+    @property
+    def entropy(self) -> Tensor:
+        """H_r in nats, shape [S]."""
+        return self._smoothed.entropy
+
+    def gradient(self, direction: Tensor) -> Tensor:
+        """First-order change of H_r when the outputs move along a direction, equation (1').
+
+        Args:
+            direction: g at the samples, shape [S, n], units of the outputs.
+
+        Returns:
+            dH_r/d eps in nats, shape [S].
+        """
+        return self._smoothed.gradient(direction)
+
+
+def diagnostics(
+    samples: Tensor, stats: Moments, before: OutputEntropy, old: Functions, new: Functions, *, delta_eps: Tensor
+) -> dict[str, Tensor]:
+    """Columns that describe one update round, each of shape [S].
+
+    Args:
+        samples: pre-activations, shape [S, n]; NaN where missing.
+        stats: their moments.
+        before: entropy of the outputs under the old functions.
+        old: functions before the round.
+        new: functions after it.
+        delta_eps: how far the amplitudes have moved since the previous round, shape [S].
+
+    Returns:
+        Columns by name; their meaning and units are documented with the log.
+    """
+    r = before.resolution
+    after = new.outputs(samples)
+    gradient = before.gradient(old.direction(samples))
+    mixed = mixed_entropy(before.outputs, resolution=r)
+    gaussian = 0.5 * math.log(2 * math.pi * math.e * (1 + r * r))
+    return {
+        "eps": new.eps,
+        "delta_eps": delta_eps,
+        "d_entropy_d_eps": gradient,
+        "entropy": mixed.entropy,
+        "entropy_predicted": before.entropy + before.gradient(after - before.outputs),
+        "entropy_after": SmoothedOutput(after, r).entropy,
+        "entropy_drift": gradient * delta_eps,
+        "continuous_entropy": mixed.continuous_entropy,
+        "atom_mass": mixed.atom_mass,
+        "mean": stats.mean,
+        "std": stats.std,
+        "skew": stats.skew,
+        "kurtosis": stats.kurtosis,
+        "negentropy": gaussian - SmoothedOutput(samples, r).entropy,
+        "n": stats.n,
+        "mu": new.shape[:, 0],
+        "sigma": new.shape[:, 1],
+    }
+
+
+def describe_events(
+    n: Tensor, usable: Tensor, fraction: Tensor, rolled_back: bool, nonfinite: Tensor
+) -> list[str | None]:
+    """What was out of the ordinary at each site.
+
+    Args:
+        n: finite samples, shape [S].
+        usable: whether they sufficed for an estimate, shape [S].
+        fraction: part of the wanted move that the trust region admitted, shape [S].
+        rolled_back: whether the round undid the previous one.
+        nonfinite: NaN and infinite samples, shape [S].
+
+    Returns:
+        One text a site, None where there is nothing to say.
+    """
+
+    def describe(count: float, good: bool, taken: float, poisoned: float) -> str | None:
+        found: list[str] = []
+        if poisoned:
+            found.append("non-finite samples left out")
+        if rolled_back:
+            found.append("rolled back")
+        if count == 0:
+            found.append("no samples")
+        elif not good:
+            found.append("no spread")
+        elif taken == 0.0:
+            found.append("held")
+        elif taken < 1.0:
+            found.append("bounded")
+        return "; ".join(found) or None
+
+    columns = (n.tolist(), usable.tolist(), fraction.tolist(), nonfinite.tolist())
+    return [describe(*each) for each in zip(*columns, strict=True)]
+
+
+def to_rows(
+    heads: Sequence[Record], columns: Mapping[str, Tensor], tails: Sequence[Mapping[str, object]]
+) -> list[Record]:
+    """Rows of the log from columns, with one transfer to the host.
+
+    Args:
+        heads: first entries of each row.
+        columns: tensors of shape [S].
+        tails: last entries of each row.
+
+    Returns:
+        One row a site.
+    """
+    table = torch.stack([column.to(torch.float64) for column in columns.values()], dim=-1).tolist()
+    rows = [
+        {**head, **dict(zip(columns, values, strict=True)), **tail}
+        for head, values, tail in zip(heads, table, tails, strict=True)
+    ]
+    for row in rows:
+        for count in ("n", "n_nonfinite"):
+            row[count] = int(row[count])  # pyright: ignore[reportArgumentType]
+    return rows

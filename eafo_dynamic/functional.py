@@ -1,0 +1,361 @@
+"""Activations that are called as functions: ``F.relu(x)``, ``x.relu()``, ``torch.tanh``, and those written out.
+
+A *written-out* activation is a product of a tensor with a sigmoid, tanh or erf of itself, such as
+``x * torch.sigmoid(1.702 * x)`` or ``0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x ** 3)))``. It is recognised by
+following the pointwise operations of one frame back to the one tensor they all start from.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eafo_dynamic.bases import Base, as_base
+
+__all__ = [
+    "WRITTEN",
+    "Made",
+    "Node",
+    "Tracker",
+    "Written",
+    "function_base",
+    "function_name",
+    "hyper_parameters",
+    "is_function_of_name",
+    "parts",
+    "written_node",
+]
+
+WRITTEN = "written"
+"""Stands for the function's name where the activation is written out."""
+
+Node = tuple[Any, ...]
+"""An expression of one tensor: ``("mul", "x", ("sigmoid", ("mul", 1.702, "x")))``; ``"x"`` is the tensor,
+``"?"`` a scalar tensor such as a learnable beta."""
+
+_HYPER: dict[str, tuple[str, ...]] = {
+    "relu": (),
+    "relu6": (),
+    "leaky_relu": ("negative_slope",),
+    "elu": ("alpha",),
+    "selu": (),
+    "celu": ("alpha",),
+    "gelu": ("approximate",),
+    "silu": (),
+    "mish": (),
+    "hardswish": (),
+    "hardtanh": ("min_val", "max_val"),
+    "hardsigmoid": (),
+    "softplus": ("beta", "threshold"),
+    "softsign": (),
+    "tanh": (),
+    "sigmoid": (),
+    "logsigmoid": (),
+    "softshrink": ("lambd",),
+    "hardshrink": ("lambd",),
+    "tanhshrink": (),
+    "threshold": ("threshold", "value"),
+    "prelu": ("weight",),
+    "rrelu": ("lower", "upper"),
+}
+_OTHER_NAMES = {"_threshold": "threshold", "special_expit": "sigmoid", "log_sigmoid": "logsigmoid", "expit": "sigmoid"}
+_KERNELS = {"sigmoid", "tanh", "erf", "hardsigmoid"}
+_UNARY: dict[str, Callable[..., Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "erf": torch.erf,
+    "hardsigmoid": F.hardsigmoid,
+    "softplus": F.softplus,
+    "square": torch.square,
+    "neg": torch.neg,
+    "exp": torch.exp,
+}
+_BINARY: dict[str, Callable[..., Any]] = {
+    "mul": operator.mul,
+    "add": operator.add,
+    "sub": operator.sub,
+    "div": operator.truediv,
+    "pow": operator.pow,
+}
+_REFLECTED = {"__radd__": "add", "__rmul__": "mul", "__rsub__": "sub", "__rdiv__": "div", "__rtruediv__": "div"}
+
+
+def _homes() -> list[Any]:
+    return [F, torch, torch.Tensor, torch.special, torch._C._nn]
+
+
+def _function_table() -> dict[Any, str]:
+    table: dict[Any, str] = {}
+    for name in _HYPER:
+        for home in _homes():
+            for spelling in (name, name + "_"):
+                if hasattr(home, spelling):
+                    table[getattr(home, spelling)] = name
+    for spelling, name in _OTHER_NAMES.items():
+        for home in _homes():
+            if hasattr(home, spelling):
+                table[getattr(home, spelling)] = name
+    return table
+
+
+def _operation_table() -> dict[Any, tuple[str, bool]]:
+    spellings = {name: name for name in (*_UNARY, *_BINARY)}
+    spellings |= {"multiply": "mul", "true_divide": "div", "divide": "div", "subtract": "sub", "__pow__": "pow"}
+    spellings |= {"__mul__": "mul", "__add__": "add", "__sub__": "sub", "__truediv__": "div", "__neg__": "neg"}
+    spellings |= {"special_expit": "sigmoid", "expit": "sigmoid"}
+    table: dict[Any, tuple[str, bool]] = {}
+    for spelling, name in spellings.items():
+        for home in (torch, torch.Tensor, F, torch.special):
+            if hasattr(home, spelling):
+                table[getattr(home, spelling)] = (name, False)
+    for spelling, name in _REFLECTED.items():
+        table[getattr(torch.Tensor, spelling)] = (name, True)
+    for name, function in _BINARY.items():
+        table[function] = (name, False)
+    table[operator.neg] = ("neg", False)
+    return table
+
+
+_FUNCTIONS = _function_table()
+_OPERATIONS = _operation_table()
+
+
+def function_name(func: Any) -> str | None:
+    """The activation that a torch function computes.
+
+    Args:
+        func: as a TorchFunctionMode gets it.
+
+    Returns:
+        Its name, as in ``as_base``; None for any other function.
+    """
+    return _FUNCTIONS.get(func)
+
+
+def is_function_of_name(name: str) -> bool:
+    """Whether an identifier in somebody's code looks like an activation function, a gate not counted.
+
+    Args:
+        name: the identifier.
+
+    Returns:
+        Whether it does.
+    """
+    return name.rstrip("_") in _HYPER and name.rstrip("_") not in ("sigmoid", "hardsigmoid", "softplus", "threshold")
+
+
+def hyper_parameters(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, object]:
+    """Hyper-parameters of one functional call, by name; only those the call gives.
+
+    Args:
+        name: of the function.
+        args: positional arguments, the pre-activation first.
+        kwargs: keyword arguments.
+
+    Returns:
+        Numbers and strings; a tensor (the weight of a PReLU) as its mean.
+    """
+    given = dict(zip(_HYPER[name], args[1:], strict=False))
+    given |= {key: value for key, value in kwargs.items() if key in _HYPER[name]}
+    return {key: float(v.detach().mean()) if isinstance(v, Tensor) else v for key, v in given.items()}
+
+
+def function_base(name: str, parameters: Mapping[str, object]) -> Base:
+    """The base of a functional call.
+
+    Args:
+        name: of the function, or WRITTEN.
+        parameters: from ``hyper_parameters``; for a written-out activation, ``expression``: its Node.
+
+    Returns:
+        The base.
+    """
+    if name == WRITTEN:
+        constants: Any = parameters.get("constants", ())
+        return _written_base(_as_node(parameters["expression"]), tuple(constants))
+    values: Any = dict(parameters)
+    if name == "prelu":
+        return as_base(nn.LeakyReLU(values["weight"]))
+    if name == "rrelu":
+        return as_base(nn.RReLU(values.get("lower", 1 / 8), values.get("upper", 1 / 3)))
+    return as_base(functools.partial(getattr(F, name, getattr(torch, name, None)), **values))  # pyright: ignore[reportArgumentType]
+
+
+def written_node(parameters: Mapping[str, object]) -> Node:
+    """The expression of a written-out activation.
+
+    Args:
+        parameters: of its site.
+
+    Returns:
+        The expression.
+    """
+    return _as_node(parameters["expression"])
+
+
+def _as_node(saved: Any) -> Node:
+    """A node that went through JSON or a checkpoint: lists become tuples again."""
+    return tuple(_as_node(part) if isinstance(part, (list, tuple)) else part for part in saved)
+
+
+class Written:
+    """A written-out activation as a function of one tensor.
+
+    Args:
+        node: its expression.
+        constants: values of the scalar tensors in it, ``"?"``, from left to right.
+    """
+
+    def __init__(self, node: Node, constants: tuple[float, ...] = ()) -> None:
+        self.node = node
+        self.constants = constants
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Computes the expression.
+
+        Args:
+            z: pre-activations, any shape.
+
+        Returns:
+            Activations, same shape.
+        """
+        return cast(Tensor, _evaluate(self.node, z, iter(self.constants)))
+
+
+def _evaluate(node: Any, z: Tensor, constants: Iterator[float]) -> Any:
+    if node == "x":
+        return z
+    if node == "?":
+        return next(constants)
+    if not isinstance(node, tuple):
+        return node
+    name, *operands = cast("tuple[Any, ...]", node)
+    values = [_evaluate(operand, z, constants) for operand in operands]
+    return _UNARY[name](*values) if name in _UNARY else _BINARY[name](*values)
+
+
+@functools.lru_cache(maxsize=256)
+def _written_base(node: Node, constants: tuple[float, ...]) -> Base:
+    written = Written(node, constants)
+    z = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64)
+    value = written(z)
+    for known in ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "hardswish"):
+        base = as_base(known)
+        if torch.allclose(base(z), value, rtol=1e-6, atol=1e-6):
+            return base
+    return Base(WRITTEN, written, key=(node, constants))
+
+
+class Made(NamedTuple):
+    """A tensor made in the frame by pointwise operations on one other tensor, its root."""
+
+    out: Tensor
+    root: Tensor
+    node: Node
+    scalars: tuple[Tensor, ...] = ()
+
+
+class Tracker:
+    """Follows the pointwise operations of one frame, and says when they complete a written-out activation.
+
+    Args:
+        wanted: expressions worth remembering; None: all. Remembered tensors live as long as the frame.
+    """
+
+    __slots__ = ("made", "wanted")
+
+    def __init__(self, wanted: Collection[Node] | None = None) -> None:
+        self.wanted = wanted
+        self.made: list[Made] = []
+
+    def find(self, tensor: object) -> Made | None:
+        """What is known of a tensor.
+
+        Args:
+            tensor: any object.
+
+        Returns:
+            How it was made; None if it was not made here.
+        """
+        for made in self.made:
+            if made.out is tensor:
+                return made
+        return None
+
+    def step(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Made | None:
+        """Takes in one call.
+
+        Args:
+            func: the torch function.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            out: what it returned.
+
+        Returns:
+            The written-out activation that the call completes; None if it completes none.
+        """
+        if func not in _OPERATIONS or kwargs or not isinstance(out, Tensor):
+            return None
+        name, reflected = _OPERATIONS[func]
+        if len(args) != (1 if name in _UNARY else 2):
+            return None
+        terms: list[Any] = []
+        scalars: tuple[Tensor, ...] = ()
+        root: Tensor | None = None
+        for arg in reversed(args) if reflected else args:
+            if isinstance(arg, (int, float)):
+                terms.append(float(arg))
+                continue
+            if not isinstance(arg, Tensor):
+                return None
+            known = self.find(arg)
+            if known is None and arg.dim() == 0:
+                terms.append("?")
+                scalars = (*scalars, arg)
+                continue
+            start, node = (arg, "x") if known is None else (known.root, known.node)
+            if root is not None and root is not start:
+                return None
+            root = start
+            terms.append(node)
+            scalars = scalars if known is None else (*scalars, *known.scalars)
+        if root is None or root.shape != out.shape:
+            return None
+        made = Made(out, root, (name, *terms), scalars)
+        if name == "mul" and _completes(terms):
+            return made
+        if self.wanted is None or made.node in self.wanted:
+            self.made.append(made)
+        return None
+
+
+def _completes(terms: list[Any]) -> bool:
+    """A product of two expressions of one tensor, one with a squashing function in it and one without."""
+    if len(terms) != 2 or not all(term == "x" or isinstance(term, tuple) for term in terms):
+        return False
+    return _has_kernel(terms[0]) != _has_kernel(terms[1])
+
+
+def _has_kernel(node: Any) -> bool:
+    return isinstance(node, tuple) and (
+        node[0] in _KERNELS or any(_has_kernel(part) for part in cast("tuple[Any, ...]", node)[1:])
+    )
+
+
+def parts(node: Any) -> set[Node]:
+    """All expressions inside an expression.
+
+    Args:
+        node: the expression.
+
+    Returns:
+        Its proper sub-expressions.
+    """
+    inner = [part for part in cast("tuple[Any, ...]", node)[1:] if isinstance(part, tuple)]
+    return {sub for part in inner for sub in (part, *parts(part))}

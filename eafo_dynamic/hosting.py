@@ -1,0 +1,420 @@
+"""What a wrapped module does in its forward: which site a call belongs to, and the classes that ask.
+
+Every module with a part in it becomes an instance of a generated subclass of its own class. An *activation* runs its
+site. An *owner* opens a frame in each of its forwards, in which the calls of shared activations and of functions are
+counted from zero. Functions are seen by a TorchFunctionMode that is on only while the owner's own code runs, and only
+where one of them is corrected; a module called from there shields its own code with a frame of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+
+from eafo_dynamic.activation import Site, describe_state
+from eafo_dynamic.errors import SiteError
+from eafo_dynamic.functional import Node, Tracker, function_name
+from eafo_dynamic.recompute import current_hooks, region_since, replace_recomputation
+
+__all__ = ["ACTIVATION", "OWNER", "Hosting", "become", "is_activation", "plain_view", "revert"]
+
+ACTIVATION, OWNER = "activation", "owner"
+
+_ENTRY_POINTS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+_STATE = ("eafo_sites", "eafo_name", "eafo_shared", "eafo_routes", "eafo_functions", "eafo_written")
+
+
+class _Frame:
+    """One running forward of an owner: how often it has called each of its shared activations and functions."""
+
+    __slots__ = ("counts", "grad", "hooks", "mode", "owner", "task", "tracker")
+
+    def __init__(self, owner: Hosting, counts: dict[str, int] | None = None) -> None:
+        self.owner = owner
+        self.counts: dict[str, int] = {} if counts is None else counts
+        self.mode: TorchFunctionMode | None = None
+        self.tracker = Tracker(owner.eafo_written) if owner.eafo_written else None
+        if torch.compiler.is_compiling():
+            self.grad, self.hooks, self.task = False, None, -1
+        else:
+            self.grad, self.hooks, self.task = torch.is_grad_enabled(), current_hooks(), _graph_task()
+
+
+class _FrameStack(threading.local):
+    """Running forwards of owners, innermost last; one stack a thread."""
+
+    def __init__(self) -> None:
+        self.frames: list[_Frame] = []
+
+
+_STACK = _FrameStack()
+
+
+def _graph_task() -> int:
+    """Number of the backward that this code runs in; -1 outside any."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+class Hosting:
+    """Part of every generated class: copying, pickling, loading and the repr of a module with sites.
+
+    Attributes:
+        eafo_class: the class the module had before.
+        eafo_kind: ACTIVATION or OWNER.
+        eafo_sites: the sites it hosts.
+        eafo_name: FQN of the module when it was wrapped, by which owners know it.
+        eafo_shared: of an activation: whether owners host its sites.
+        eafo_routes: of an owner: for each of its activations and functions, the index of the site of call 0, 1, ...;
+            None for a call that is left alone.
+        eafo_functions: of an owner: names of the functions that its own code calls and a site corrects.
+        eafo_written: of an owner: expressions that written-out activations of its own code consist of.
+    """
+
+    eafo_class: type[nn.Module]
+    eafo_kind: str
+    eafo_sites: list[Site]
+    eafo_name: str
+    eafo_shared: bool
+    eafo_routes: dict[str, list[int | None]]
+    eafo_functions: frozenset[str]
+    eafo_written: frozenset[Node]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the generated class has no importable name; build it again from the original class
+        state: Any = self.__getstate__() if hasattr(self, "__getstate__") else vars(self)  # Python 3.10 has none
+        return _rebuild, (self.eafo_class, self.eafo_kind), state
+
+    def extra_repr(self) -> str:
+        """The original text, then the live state of the sites.
+
+        Returns:
+            For example ``inplace=True, eps=+0.0100, mu=+0.000, sigma=1.000``.
+        """
+        parts = [self.eafo_class.extra_repr(cast(nn.Module, self))]
+        for site in self.eafo_sites:
+            eps, shape = (getattr(self, key) for key in site.keys[:2])
+            parts.append(describe_state(eps, shape))
+        return ", ".join(part for part in parts if part)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # a checkpoint of the plain model lacks the corrections: they stay as they are
+        _, _, missing, _, _ = args
+        cast(Any, super())._load_from_state_dict(state_dict, prefix, *args)
+        own = {prefix + key for site in self.eafo_sites for key in site.keys}
+        if not own & set(state_dict):
+            missing[:] = [key for key in missing if key not in own]
+
+
+class _Activation(Hosting):
+    """The forward of a wrapped activation module."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        base = cast("Callable[..., Any]", super().forward)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+        frames = _STACK.frames
+        if frames and frames[-1].mode is not None:
+            # the caller's mode must not take the functions inside the activation for the caller's own
+            return _shielded(self, _correct, (self, base, args, kwargs), {})
+        return _correct(self, base, args, kwargs)
+
+
+def _correct(host: Hosting, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    values = (*args, *kwargs.values())
+    if len(values) != 1 or not _is_correctable(values[0]):
+        return base(*args, **kwargs)
+    if not host.eafo_shared:
+        return host.eafo_sites[0](cast(nn.Module, host), base, values[0], getattr(host, "inplace", False))
+    owner, site = _route(host.eafo_name)
+    if owner is None or site is None:
+        return base(values[0])
+    return site(cast(nn.Module, owner), base, values[0], getattr(host, "inplace", False))
+
+
+def _is_correctable(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and not value.is_nested
+
+
+def _route(key: str) -> tuple[Hosting | None, Site | None]:
+    """The site of the coming call of a shared activation or function, by the innermost owner that knows it.
+
+    A call beyond those discovered (a longer loop than in the example) belongs to the last site; a call from outside any
+    owner (a part of the model run on its own) is not corrected.
+
+    Returns:
+        The owner and the site; None where the call is left alone.
+
+    Raises:
+        SiteError: in a recomputation whose forward could not be followed.
+    """
+    task = _graph_task()
+    for frame in reversed(_STACK.frames):
+        routes = frame.owner.eafo_routes.get(key)
+        if routes is not None and frame.task == task:
+            if not torch.compiler.is_compiling():
+                _follow_recomputation(frame)
+            k = frame.counts.get(key, 0)
+            frame.counts[key] = k + 1
+            index = routes[min(k, len(routes) - 1)]
+            return frame.owner, None if index is None else frame.owner.eafo_sites[index]
+    if task != -1:
+        raise SiteError(
+            f"{key} is called in a backward pass, outside the forward of the module that owns it, and which of its "
+            "sites it is cannot be known. Checkpoint whole modules with torch.utils.checkpoint, or exclude it."
+        )
+    return None, None
+
+
+def _follow_recomputation(frame: _Frame) -> None:
+    """If this call lies in a checkpointed part of the frame, sees to it that the recomputation finds the frame."""
+    region = region_since(frame.hooks, frame.grad)
+    if region is None or getattr(region, "eafo_followed", False):
+        return
+    region.eafo_followed = True
+    outside = [each for each in _STACK.frames if region_since(each.hooks, each.grad) is region]
+    kept = [(each.owner, dict(each.counts)) for each in outside]
+
+    def around(recompute: Callable[..., Any]) -> Callable[..., Any]:
+        def again(*args: Any, **kwargs: Any) -> Any:
+            with _opened([_Frame(owner, dict(counts)) for owner, counts in kept]):
+                return recompute(*args, **kwargs)
+
+        return again
+
+    replace_recomputation(region, around)
+
+
+@contextmanager
+def _opened(frames: list[_Frame]) -> Iterator[None]:
+    _STACK.frames.extend(frames)
+    try:
+        if frames[-1].owner.eafo_functions:
+            with _FunctionMode(frames[-1]) as frames[-1].mode:
+                yield
+        else:
+            yield
+    finally:
+        del _STACK.frames[-len(frames) :]
+
+
+class _FunctionMode(TorchFunctionMode):
+    """Corrects the functions that the own code of one running forward calls."""
+
+    def __init__(self, frame: _Frame) -> None:
+        super().__init__()
+        self.frame = frame
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        frame = self.frame
+        if _STACK.frames[-1] is not frame:
+            return func(*args, **kwargs)
+        name = function_name(func)
+        if name is not None and name in frame.owner.eafo_functions and args and _is_correctable(args[0]):
+            out = _call_function(frame.owner, func, name, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
+        if frame.tracker is not None:
+            out = _follow_written(frame, func, args, kwargs, out)
+        return out
+
+
+def _call_function(caller: Hosting, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    owner, site = _route(f"{caller.eafo_name}:{name}")
+    if owner is None or site is None or kwargs.get("out") is not None:
+        return func(*args, **kwargs)
+    spelling = getattr(func, "__name__", "")
+    inplace = bool(kwargs.get("inplace", False)) or (spelling.endswith("_") and not spelling.endswith("__"))
+    rest = args[1:]
+
+    def base(z: Tensor) -> Tensor:
+        return func(z, *rest, **kwargs)
+
+    return site(cast(nn.Module, owner), base, args[0], inplace)
+
+
+def _follow_written(frame: _Frame, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
+    assert frame.tracker is not None
+    made = frame.tracker.step(func, args, kwargs, out)
+    if made is None or made.node not in frame.owner.eafo_written:
+        return out
+    owner, site = _route(f"{frame.owner.eafo_name}:{made.node}")
+    if owner is None or site is None:
+        return out
+    return site(cast(nn.Module, owner), lambda z: out, made.root, False)
+
+
+def _shielded(owner: Hosting, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a call with a frame of its own on top, and the caller's mode off."""
+    frames = _STACK.frames
+    outer = frames[-1].mode if frames else None
+    off = outer is not None and _switch_off(outer)
+    frames.append(_Frame(owner))
+    try:
+        return call(*args, **kwargs)
+    finally:
+        frames.pop()
+        if off:
+            _push_mode(outer)
+
+
+def _switch_off(mode: TorchFunctionMode) -> bool:
+    """Takes a mode off the top of the stack of modes; the compiler, which pays nothing for a mode, leaves it on.
+
+    Returns:
+        Whether it was there.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    top = _pop_mode()
+    if top is mode:
+        return True
+    _push_mode(top)
+    return False
+
+
+def _with_functions(self: Hosting, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    frame = _STACK.frames[-1]
+    with _FunctionMode(frame) as mode:
+        frame.mode = mode
+        return method(self, *args, **kwargs)
+
+
+def _counted(method: Callable[..., Any]) -> Callable[..., Any]:
+    """An entry point of an owner that opens a frame around the original.
+
+    Returns:
+        A function with the signature of the original.
+    """
+
+    @functools.wraps(method)
+    def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.eafo_functions and not _all_idle(self):
+            return _shielded(self, _with_functions, (self, method, args, kwargs), {})
+        return _shielded(self, method, (self, *args), kwargs)
+
+    return entry
+
+
+def _all_idle(owner: Hosting) -> bool:
+    """Whether no function of the owner has anything to do, so that its code runs as if it had none."""
+    return bool(owner.eafo_sites) and all(site.idle(cast(nn.Module, owner)) for site in owner.eafo_sites)
+
+
+class _FastPath:
+    """In eval, nn.TransformerEncoderLayer runs a fused kernel that knows only plain ReLU and GELU, told by this
+    attribute. It may as long as no correction acts.
+    """
+
+    def __get__(self, layer: Any, owner: type) -> Any:
+        if layer is None:
+            return self
+        activation = layer.activation
+        if isinstance(activation, Hosting) and activation.eafo_shared:
+            return 0  # its sites are elsewhere
+        hosts = [layer, *([activation] if isinstance(activation, Hosting) else [])]
+        if any(not site.idle(host) for host in hosts for site in host.eafo_sites):
+            return 0
+        return vars(layer)["activation_relu_or_gelu"]
+
+    def __set__(self, layer: Any, value: int) -> None:
+        vars(layer)["activation_relu_or_gelu"] = value
+
+
+@functools.cache
+def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
+    """The subclass of a module class that carries corrections; the same object for the same class.
+
+    Args:
+        cls: the original class.
+        kind: ACTIVATION or OWNER.
+
+    Returns:
+        A class with the name, module and documentation of the original.
+    """
+    body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    # defaults for instances that user code makes of the class, as slicing an nn.Sequential does
+    body.update(eafo_class=cls, eafo_kind=kind, eafo_sites=[], eafo_routes={}, eafo_name="", eafo_shared=True)
+    body.update(eafo_functions=frozenset(), eafo_written=frozenset())
+    if kind == ACTIVATION:
+        return type(cls.__name__, (_Activation, cls), body)
+    for name in _ENTRY_POINTS:
+        method = getattr(cls, name, None)
+        if callable(method):
+            body[name] = _counted(method)
+    if issubclass(cls, nn.TransformerEncoderLayer):
+        body["activation_relu_or_gelu"] = _FastPath()
+    return type(cls.__name__, (Hosting, cls), body)
+
+
+def _rebuild(cls: type[nn.Module], kind: str) -> nn.Module:
+    generated = _generated(cls, kind)
+    return generated.__new__(generated)
+
+
+def become(module: nn.Module, kind: str, name: str) -> Hosting:
+    """Changes the class of a module instance to the generated one; does nothing to one that has it.
+
+    Args:
+        module: the instance.
+        kind: ACTIVATION or OWNER.
+        name: its FQN.
+
+    Returns:
+        The same instance.
+    """
+    if isinstance(module, Hosting):
+        if module.eafo_kind != kind == ACTIVATION and not module.eafo_sites:
+            module.__class__ = _generated(module.eafo_class, kind)  # so far it only guarded its own code
+    else:
+        module.__class__ = _generated(type(module), kind)
+        vars(module).update(eafo_sites=[], eafo_name=name, eafo_routes={}, eafo_shared=False)
+    return cast(Hosting, module)
+
+
+def revert(module: nn.Module) -> None:
+    """Gives a module instance its own class back, and takes the sites' tensors away.
+
+    Args:
+        module: wrapped or not.
+    """
+    if not isinstance(module, Hosting):
+        return
+    for site in module.eafo_sites:
+        site.unregister(module)
+    module.__class__ = module.eafo_class
+    for name in _STATE:
+        vars(module).pop(name, None)
+
+
+def plain_view(module: nn.Module) -> nn.Module:
+    """The module without its correction: an object of the original class that shares all its state, live.
+
+    Args:
+        module: wrapped or not.
+
+    Returns:
+        The view; the module itself where it is not wrapped.
+    """
+    if not isinstance(module, Hosting):
+        return module
+    view = module.eafo_class.__new__(module.eafo_class)
+    view.__dict__ = module.__dict__
+    return view
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module is a wrapped activation.
+
+    Args:
+        module: wrapped or not.
+
+    Returns:
+        Whether it is.
+    """
+    return isinstance(module, _Activation)

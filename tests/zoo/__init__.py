@@ -1,0 +1,1 @@
+"""Models to find activations in, and an independent witness of which activations really ran."""
