@@ -269,6 +269,8 @@ class EAFOCallback(Callback):
             self._aggregates = _aggregate(rows)
             if self._writer is not None:
                 self._writer.write(rows)
+                if controller.rounds & (controller.rounds - 1) == 0:  # rounds 1, 2, 4, 8, ...
+                    self._writer.write_shapes(step, controller.snapshot())
         if self._aggregates and (rows if self.log_every_n_steps is None else step % self.log_every_n_steps == 0):
             self._log(trainer, pl_module)
 
@@ -279,6 +281,12 @@ class EAFOCallback(Callback):
         bar = {key: shown.pop(key) for key in ("eafo/mean_entropy", "eafo/mean_eps")}
         pl_module.log_dict(bar, prog_bar=True, on_step=True, on_epoch=False, rank_zero_only=False)
         pl_module.log_dict(shown, on_step=True, on_epoch=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the last shape of every function in the log."""
+        controller = self._controller
+        if self._writer is not None and controller.rounds and controller.rounds & (controller.rounds - 1):
+            self._writer.write_shapes(trainer.global_step, controller.snapshot())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Closes the log; the model keeps its corrections."""

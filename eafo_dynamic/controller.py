@@ -149,6 +149,33 @@ class EAFOController:
     def collecting(self, value: bool) -> None:
         self._switch.collecting = value
 
+    def snapshot(self, points: int = 65) -> list[Record]:
+        """Every site's function on a grid of 4 standard deviations around its mean, with the density it was fitted to.
+
+        Args:
+            points: of the grid.
+
+        Returns:
+            One row a site, as the log keeps them: site, z, base, function, eps, mu, sigma and, where the shape follows
+            the data, u and pdf (density per standard deviation).
+        """
+        functions = self.functions()
+        u = torch.linspace(-4.0, 4.0, points, device=self._device)
+        z = functions.shape[:, :1] + functions.sigma * u
+        corrected = functions.outputs(z)
+        base = corrected - functions.correction(z)
+        density = self._running.density
+        pdf = None if density is None else density.pdf(u)
+        rows: list[Record] = []
+        for row, site in enumerate(self.sites):
+            mu, sigma = functions.shape[row].tolist()
+            entry: Record = {"site": site.name, "eps": functions.eps[row].item(), "mu": mu, "sigma": sigma}
+            entry.update(z=z[row].tolist(), base=base[row].tolist(), function=corrected[row].tolist())
+            if pdf is not None:
+                entry.update(u=u.tolist(), pdf=pdf[row].tolist())
+            rows.append(entry)
+        return rows
+
     def detach(self) -> nn.Module:
         """Takes all corrections out of the model.
 
@@ -229,7 +256,7 @@ class EAFOController:
         wanted = self._reverted(old) if rolled_back else self._wanted(old, samples, usable)
         new, fraction = bounded_move(old, wanted, self.trust_region)
         self._commit(old, new)
-        self._undo = None if rolled_back else old
+        self._undo = None if rolled_back or self.options.rollback_factor is None else old
         self.rounds += 1
         moved = old.eps if self.options.compounding else new.eps  # a settled eps starts again from 0
         columns = diagnostics(samples, stats, before, old, new, delta_eps=moved - self._eps_before)
@@ -355,6 +382,10 @@ class EAFOController:
             "running": self._running.state_dict(),
             "gradient": self._gradient,
             "eps_before": self._eps_before,
+            "losses": self._losses.state_dict(),
+            "undo": None if self._undo is None else self._undo.tensors(),
+            # each rank has its own sample, a checkpoint has one: several ranks collect anew after a resume
+            "pending": [site.collector.pending() for site in self.sites] if _world_size() == 1 else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -378,6 +409,12 @@ class EAFOController:
         for name in ("gradient", "eps_before"):
             setattr(self, f"_{name}", None if state[name] is None else state[name].to(self._device))
         self._running.load_state_dict(state["running"], self._device)
+        self._losses.load_state_dict(state["losses"])
+        self._undo = None if state["undo"] is None else replace(
+            self.functions(), **{name: value.to(self._device) for name, value in state["undo"].items()}
+        )
+        for site, pending in zip(self.sites, state["pending"] or [], strict=False):
+            site.collector.restore(pending, self._device)
         self._switch.collecting = self.schedule.collects(self._last_step)
 
 

@@ -17,7 +17,7 @@ from eafo_dynamic.bases import Base, as_base, derivatives
 from eafo_dynamic.density import Density, Gaussian
 from eafo_dynamic.entropy import SmoothedOutput
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.grids import fourier_size, hermite, smooth, to_double, transform
+from eafo_dynamic.grids import fourier_size, smooth, to_double, transform
 
 __all__ = [
     "HALF_WIDTH",
@@ -39,7 +39,7 @@ KNOTS = 257  # of the table: 16 intervals per standard deviation
 _GRID_STEP = 1 / 32  # of the grid on which a shape is computed
 _GRID_HALF_WIDTH = 8.0
 _SCORE_REFINEMENT = 2  # the score route transports mass on a grid this much finer
-_TAPER = 1.0  # standard deviations over which a table fades out at its ends
+_TAPER = 1.0  # standard deviations over which shapes and tables fade out at their ends
 _SQRT_2PI = math.sqrt(2 * math.pi)
 
 
@@ -50,25 +50,21 @@ class Shape:
     it is 0 beyond 8 standard deviations.
 
     Args:
-        values: ghat at the nodes -8, -8 + 1/32, ..., 8, shape [sites, 513]; None for u exp(-u^2 / 2).
-        slopes: d ghat / d u at the nodes, same shape.
+        pieces: cubics on the 512 intervals of [-8, 8], shape [sites, 4, 512]; None for u exp(-u^2 / 2).
         gain: largest |slope|, shape [sites]: 1 where the correction is clear, falling smoothly to 0
-            where it is not told apart from none.
+            where it is not told apart from none; 0 for a site whose density is missing.
         route: which route made it.
     """
 
-    def __init__(
-        self, values: Tensor | None, slopes: Tensor | None, gain: Tensor, route: Literal["analytic", "score"]
-    ) -> None:
-        self._values = values
-        self._slopes = slopes
+    def __init__(self, pieces: Tensor | None, gain: Tensor, route: Literal["analytic", "score"]) -> None:
+        self._pieces = pieces
         self.gain = gain
         self.route = route
 
     @property
     def closed_form(self) -> bool:
         """Whether the shape is exactly u exp(-u^2 / 2)."""
-        return self._values is None
+        return self._pieces is None
 
     def __call__(self, u: Tensor) -> Tensor:
         """ghat(u).
@@ -80,9 +76,9 @@ class Shape:
             Shape, float64, [sites, m].
         """
         u = self._points(u)
-        if self._values is None or self._slopes is None:
-            return u * torch.exp(-0.5 * u.square())
-        return self._read(self._values, self._slopes * _GRID_STEP, u)
+        if self._pieces is None:
+            return self.gain[..., None] * (u * torch.exp(-0.5 * u.square()))
+        return _evaluate(self._pieces, u, _GRID_HALF_WIDTH, order=0)
 
     def slope(self, u: Tensor) -> Tensor:
         """D ghat / d u.
@@ -94,21 +90,12 @@ class Shape:
             Slope, float64, [sites, m]; at most 1 in magnitude.
         """
         u = self._points(u)
-        if self._values is None or self._slopes is None:
-            return (1 - u.square()) * torch.exp(-0.5 * u.square())
-        curvature = torch.gradient(self._slopes, dim=-1)[0]
-        return self._read(self._slopes, curvature, u)
+        if self._pieces is None:
+            return self.gain[..., None] * ((1 - u.square()) * torch.exp(-0.5 * u.square()))
+        return _evaluate(self._pieces, u, _GRID_HALF_WIDTH, order=1)
 
     def _points(self, u: Tensor) -> Tensor:
         return to_double(u).to(self.gain.device).expand(*self.gain.shape, u.shape[-1])
-
-    def _read(self, values: Tensor, slopes: Tensor, u: Tensor) -> Tensor:
-        position = (u + _GRID_HALF_WIDTH) / _GRID_STEP
-        nodes = values.shape[-1]
-        flat = hermite(
-            values.reshape(-1, nodes), slopes.reshape(-1, nodes), position.reshape(-1, u.shape[-1])
-        )
-        return flat.reshape(u.shape)
 
 
 def is_closed_form(base: Base, density: Density) -> bool:
@@ -136,9 +123,7 @@ def choose_route(base: Base) -> Literal["analytic", "score"]:
     return "analytic" if base.traits.monotone else "score"
 
 
-def correction_shape(
-    base: Base | str, density: Density, route: Route = "auto", resolution: float = 0.1
-) -> Shape:
+def correction_shape(base: Base | str, density: Density, route: Route = "auto", resolution: float = 0.1) -> Shape:
     """The correction shape ghat of (3), normalised to largest |slope| 1.
 
     Analytic: ghat = -sqrt(2 pi) [p_u' - p_u sigma f'' f' / (f'^2 + delta^2)], delta = r sigma |f''| / 2,
@@ -171,7 +156,7 @@ def correction_shape(
         raise ConfigError("resolution", resolution, "is outside [0.001, 1]", "The default is 0.1.")
     chosen = choose_route(base) if route == "auto" else route
     if chosen == "analytic" and is_closed_form(base, density):
-        return Shape(None, None, torch.ones_like(density.mean), "analytic")
+        return Shape(None, density.mean.isfinite().double(), "analytic")
     u = _grid(1, density.mean)
     raw, size = (_analytic if chosen == "analytic" else _score)(base, density, u, resolution)
     smoothed = not (chosen == "analytic" and base.traits.piecewise_linear)
@@ -217,23 +202,21 @@ def _norm(values: Tensor) -> Tensor:
     return (values.square().sum(-1) * _GRID_STEP).sqrt()
 
 
-def _normalise(
-    raw: Tensor, size: Tensor, density: Density, width: float, route: Literal["analytic", "score"]
-) -> Shape:
+def _normalise(raw: Tensor, size: Tensor, density: Density, width: float, route: Literal["analytic", "score"]) -> Shape:
     """Return the shape smoothed, scaled to slope 1 and faded out below its floor."""
     nodes = raw.shape[-1]
     length = fourier_size(nodes + 64)
     spectrum = transform(torch.nan_to_num(raw).reshape(-1, nodes), length)
     variance = (width / _GRID_STEP) ** 2
     values = smooth(spectrum, variance, length)[:, :nodes].reshape(raw.shape)
-    slopes = smooth(spectrum, variance, length, 1)[:, :nodes].reshape(raw.shape) / _GRID_STEP
-    steepest = slopes.abs().amax(-1)
+    slopes = smooth(spectrum, variance, length, 1)[:, :nodes].reshape(raw.shape)  # per step
+    pieces = _pieces(*_faded(values, slopes, _grid(1, raw), _GRID_HALF_WIDTH, _GRID_STEP))
+    steepest = _steepest(pieces) / _GRID_STEP
     floor = 0.02 + 1.5 * torch.nan_to_num(density.derivative_noise(), nan=math.inf) / 0.376
     ratio = _norm(values) / size.clamp(min=1e-300)
     t = ((ratio / floor - 1) / 2).clamp(0, 1)
     gain = torch.where(steepest > 1e-12, t * t * (3 - 2 * t), 0.0)
-    factor = (gain / steepest.clamp(min=1e-12))[..., None]
-    return Shape(values * factor, slopes * factor, gain, route)
+    return Shape(pieces * (gain / steepest.clamp(min=1e-12))[..., None, None], gain, route)
 
 
 def tabulate(shape: Shape, half_width: float = HALF_WIDTH, knots: int = KNOTS) -> Tensor:
@@ -260,15 +243,22 @@ def tabulate(shape: Shape, half_width: float = HALF_WIDTH, knots: int = KNOTS) -
         raise ConfigError("half_width", half_width, "leaves no room for the taper", "The default is 8.")
     u = torch.linspace(-half_width, half_width, knots, dtype=torch.float64, device=shape.gain.device)
     step = 2 * half_width / (knots - 1)
+    table = _pieces(*_faded(shape(u), shape.slope(u) * step, u, half_width, step))
+    return table / (_steepest(table) / step).clamp(min=1.0)[..., None, None]
+
+
+def _faded(values: Tensor, slopes: Tensor, u: Tensor, half_width: float, step: float) -> tuple[Tensor, Tensor]:
+    """Return values and slopes per step, brought smoothly to 0 over the outermost standard deviation."""
     t = ((half_width - u.abs()) / _TAPER).clamp(0, 1)
-    fade, fade_slope = t * t * (3 - 2 * t), -u.sign() * 6 * t * (1 - t) / _TAPER
-    values, slopes = shape(u), shape.slope(u)
-    slopes = (slopes * fade + values * fade_slope) * step
-    values = values * fade
+    fade, fall = t * t * (3 - 2 * t), -u.sign() * 6 * t * (1 - t) * (step / _TAPER)
+    return values * fade, slopes * fade + values * fall
+
+
+def _pieces(values: Tensor, slopes: Tensor) -> Tensor:
+    """Return cubics with these values and slopes (per interval) at the knots, shape [..., 4, knots - 1]."""
     v0, v1, d0, d1 = values[..., :-1], values[..., 1:], slopes[..., :-1], slopes[..., 1:]
     rise = v1 - v0
-    table = torch.stack([v0, d0, 3 * rise - 2 * d0 - d1, d0 + d1 - 2 * rise], dim=-2)
-    return table / (_steepest(table) / step).clamp(min=1.0)[..., None, None]
+    return torch.stack([v0, d0, 3 * rise - 2 * d0 - d1, d0 + d1 - 2 * rise], dim=-2)
 
 
 def _steepest(table: Tensor) -> Tensor:
@@ -294,12 +284,19 @@ def evaluate_table(table: Tensor, u: Tensor, half_width: float = HALF_WIDTH) -> 
     Returns:
         Shape, [sites, m] or [m], dtype of the table.
     """
+    return _evaluate(table, u, half_width, order=0)
+
+
+def _evaluate(table: Tensor, u: Tensor, half_width: float, order: Literal[0, 1]) -> Tensor:
+    """Return the value or the slope of piecewise cubics, 0 outside [-half_width, half_width]."""
     intervals = table.shape[-1]
-    position = (u.to(table.dtype) + half_width) * (intervals / (2 * half_width))
+    per_unit = intervals / (2 * half_width)
+    position = (u.to(table.dtype) + half_width) * per_unit
     inside = (position >= 0) & (position <= intervals)
     safe = torch.where(inside, position, 0.0)
     index = safe.floor().clamp(max=intervals - 1)
     t = safe - index
     where = index.long().expand(*table.shape[:-2], u.shape[-1])
     a0, a1, a2, a3 = (row.gather(-1, where) for row in table.unbind(-2))
-    return torch.where(inside, a0 + t * (a1 + t * (a2 + t * a3)), 0.0)
+    value = a0 + t * (a1 + t * (a2 + t * a3)) if order == 0 else (a1 + t * (2 * a2 + t * 3 * a3)) * per_unit
+    return torch.where(inside, value, 0.0)

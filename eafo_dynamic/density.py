@@ -244,9 +244,7 @@ class Histogram(Density):
             ConfigError: new is no histogram.
         """
         if not isinstance(new, Histogram):
-            raise ConfigError(
-                "new", type(new).__name__, "is another kind of density", "Blend like with like."
-            )
+            raise ConfigError("new", type(new).__name__, "is another kind of density", "Blend like with like.")
         share = self._mix_share(new, weight)
         mixed = self._mix_moments(new, share)
         mass = _mix(self.mass, new.mass, share[..., None])
@@ -270,9 +268,7 @@ def gaussian(samples: Tensor, weights: Tensor | None = None) -> Gaussian:
     return Gaussian(found.mean, found.std, found.count if weights is None else None)
 
 
-def histogram(
-    samples: Tensor, weights: Tensor | None = None, bandwidth: float | Tensor | None = None
-) -> Histogram:
+def histogram(samples: Tensor, weights: Tensor | None = None, bandwidth: float | Tensor | None = None) -> Histogram:
     """Smoothed histogram of the standardised samples, for tails, skew and several modes [beyond].
 
     The bandwidth rule is the normal-reference optimum for the derivative p_u', which is what the

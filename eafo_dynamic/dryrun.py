@@ -71,12 +71,14 @@ class Trace:
 
     Args:
         calls: in their order; parts of a written-out activation have the function WRITTEN's role.
-        forwards: number of forwards of each module.
+        forwards: number of forwards of each module, those inside another forward of it not counted.
+        entered: number of all forwards.
         callees: modules whose forward a module's own forward has called.
     """
 
     calls: list[Call] = field(default_factory=list)
     forwards: Counter[str] = field(default_factory=Counter)
+    entered: int = 0
     callees: dict[str, dict[str, None]] = field(default_factory=dict)
 
 
@@ -86,14 +88,15 @@ class _Running:
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
         self.tracker = Tracker()
-        self.made: list[tuple[Tensor, Call]] = []
-        self.constants: list[Tensor] = []
+        # by id; the tensors are kept, so that no number is given twice
+        self.made: dict[int, tuple[Tensor, Call]] = {}
+        self.constants: dict[int, Tensor] = {}
 
-    def call_that_made(self, tensor: object) -> Call | None:
-        return next((call for out, call in self.made if out is tensor), None)
+    def call_that_made(self, tensor: Tensor) -> Call | None:
+        return self.made.get(id(tensor), (tensor, None))[1]
 
-    def is_constant(self, tensor: object) -> bool:
-        return isinstance(tensor, nn.Parameter) or any(tensor is known for known in self.constants)
+    def is_constant(self, tensor: Tensor) -> bool:
+        return isinstance(tensor, nn.Parameter) or id(tensor) in self.constants
 
 
 class _Listener(TorchFunctionMode):
@@ -130,13 +133,13 @@ class _Listener(TorchFunctionMode):
             call.role, call.reason = "unknown", "called as a function, softplus mostly makes a positive scale"
         if running.is_constant(args[0]):
             call.role, call.reason = "gate", "transforms a parameter"
-        running.made.append((out, call))
+        running.made[id(out)] = (out, call)
         self.trace.calls.append(call)
 
     def _follow(self, running: _Running, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         tensors = [a for a in args if isinstance(a, Tensor)]
         if tensors and all(running.is_constant(tensor) for tensor in tensors):
-            running.constants.append(out)
+            running.constants[id(out)] = out
         before = [running.tracker.find(tensor) for tensor in tensors]
         made = running.tracker.step(func, args, kwargs, out)
         if made is not None:
@@ -144,7 +147,7 @@ class _Listener(TorchFunctionMode):
             parameters: dict[str, object] = {"expression": made.node, "constants": values}
             call = Call(running.frame.module, self.path(), tuple(out.shape), WRITTEN, parameters)
             self.trace.calls.append(call)
-            for inner in _calls_inside(running, made.root, func, args):
+            for inner in _calls_inside(running, made.root):
                 inner.role, inner.reason = "part", "part of a written-out activation"
         name = getattr(func, "__name__", "")
         if name.strip("_") in ("mul", "multiply", "div", "true_divide", "rmul"):
@@ -158,15 +161,9 @@ class _Listener(TorchFunctionMode):
             if len(calls) == 2 and other is not None and other.role == "gate" and other.function == "sigmoid":
                 call.role, call.reason = "gate", "part of a gated cell: multiplied by a sigmoid"
             scale = next((a for a in args if isinstance(a, (int, float))), None)
-            inner = next((m for m in running.tracker.made if m.root is not None and _feeds(running, m, call)), None)
+            inner = before[0]
             if len(calls) == 1 and scale and inner is not None and _is_cap(inner.node, float(scale), name):
                 call.role, call.reason = "unknown", "a soft cap, not a hidden activation"
-
-
-def _feeds(running: _Running, made: Any, call: Call) -> bool:
-    """Whether the call's own expression is tanh of a scaled tensor."""
-    out = next((out for out, each in running.made if each is call), None)
-    return made.out is out and made.node[0] == "tanh"
 
 
 def _is_cap(node: Any, scale: float, name: str) -> bool:
@@ -181,9 +178,9 @@ def _is_cap(node: Any, scale: float, name: str) -> bool:
     return abs(before * after - 1.0) < 1e-6
 
 
-def _calls_inside(running: _Running, root: Tensor, func: Any, args: Any) -> Iterator[Call]:
+def _calls_inside(running: _Running, root: Tensor) -> Iterator[Call]:
     """Functional calls whose result lies on the way from the root to the product."""
-    for out, call in running.made:
+    for out, call in running.made.values():
         known = running.tracker.find(out)
         if known is not None and known.root is root and call.role != "part":
             yield call
@@ -240,8 +237,10 @@ def _listen(probe: nn.Module, listener: _Listener) -> None:
             inplace = bool(getattr(module, "inplace", False))
             trace.calls.append(Call(name, listener.path(), tuple(values[0].shape), inplace=inplace))
         trace.callees.setdefault(running[-1].frame.module, {})[name] = None
-        trace.forwards[name] += 1
-        running.append(_Running(Frame(name, trace.forwards.total())))
+        trace.entered += 1
+        if all(each.frame.module != name or not each.frame.is_forward for each in running):
+            trace.forwards[name] += 1
+        running.append(_Running(Frame(name, trace.entered)))
 
     def leave(module: nn.Module, args: object, output: object) -> None:
         running.pop()

@@ -28,6 +28,7 @@ __all__ = [
     "function_name",
     "hyper_parameters",
     "is_function_of_name",
+    "is_inplace",
     "parts",
     "written_node",
 ]
@@ -123,6 +124,7 @@ def _operation_table() -> dict[Any, tuple[str, bool]]:
 
 
 _FUNCTIONS = _function_table()
+_IN_PLACE = {func: True for func in _FUNCTIONS if func.__name__.endswith("_")}
 _OPERATIONS = _operation_table()
 
 
@@ -136,6 +138,18 @@ def function_name(func: Any) -> str | None:
         Its name, as in ``as_base``; None for any other function.
     """
     return _FUNCTIONS.get(func)
+
+
+def is_inplace(func: Any) -> bool:
+    """Whether an activation function overwrites its input whatever its arguments: ``x.relu_()``.
+
+    Args:
+        func: as a TorchFunctionMode gets it.
+
+    Returns:
+        Whether it does.
+    """
+    return _IN_PLACE.get(func, False)
 
 
 def is_function_of_name(name: str) -> bool:
@@ -268,11 +282,13 @@ class Tracker:
         wanted: expressions worth remembering; None: all. Remembered tensors live as long as the frame.
     """
 
-    __slots__ = ("made", "wanted")
+    __slots__ = ("_by_id", "made", "wanted")
 
     def __init__(self, wanted: Collection[Node] | None = None) -> None:
         self.wanted = wanted
         self.made: list[Made] = []
+        # the tensors are kept, so that no number is given twice; the compiler, which knows no id(), has wanted parts only
+        self._by_id: dict[int, Made] | None = {} if wanted is None else None
 
     def find(self, tensor: object) -> Made | None:
         """What is known of a tensor.
@@ -283,6 +299,8 @@ class Tracker:
         Returns:
             How it was made; None if it was not made here.
         """
+        if self._by_id is not None:
+            return self._by_id.get(id(tensor))
         for made in self.made:
             if made.out is tensor:
                 return made
@@ -330,7 +348,9 @@ class Tracker:
         made = Made(out, root, (name, *terms), scalars)
         if name == "mul" and _completes(terms):
             return made
-        if self.wanted is None or made.node in self.wanted:
+        if self._by_id is not None:
+            self._by_id[id(out)] = made
+        elif self.wanted is not None and made.node in self.wanted:
             self.made.append(made)
         return None
 

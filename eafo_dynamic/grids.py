@@ -126,9 +126,7 @@ def _present(rows: Tensor, samples: Tensor, weights: Tensor | None) -> tuple[Ten
     known = rows.isfinite()
     weight = known.to(rows.dtype)
     if weights is not None:
-        given = (
-            weights.detach().to(rows.device, rows.dtype).expand(samples.shape).reshape(-1, samples.shape[-1])
-        )
+        given = weights.detach().to(rows.device, rows.dtype).expand(samples.shape).reshape(-1, samples.shape[-1])
         weight = torch.where(known, given, 0.0) if samples.shape[-1] else weight
         known = weight > 0
     low = torch.where(known, rows, math.inf).amin(1, keepdim=True).double()
@@ -140,9 +138,7 @@ def _present(rows: Tensor, samples: Tensor, weights: Tensor | None) -> tuple[Ten
 def _unit_moments(unit: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if weight is None:
         mean = unit.mean(1, keepdim=True)
-        variance = (
-            torch.linalg.vector_norm(unit - mean, dim=1, keepdim=True).double().square() / unit.shape[1]
-        )
+        variance = torch.linalg.vector_norm(unit - mean, dim=1, keepdim=True).double().square() / unit.shape[1]
         return torch.full_like(variance, unit.shape[1]), mean.double(), variance
     count = weight.sum(1, keepdim=True).double()
     mean = (unit * weight).sum(1, keepdim=True).double() / count

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from eafo_dynamic.activation import Site, describe_state
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.functional import Node, Tracker, function_name
+from eafo_dynamic.functional import Node, Tracker, function_name, is_inplace
 from eafo_dynamic.recompute import current_hooks, region_since, replace_recomputation
 
 __all__ = ["ACTIVATION", "OWNER", "Hosting", "become", "is_activation", "plain_view", "revert"]
@@ -34,10 +34,11 @@ _STATE = ("eafo_sites", "eafo_name", "eafo_shared", "eafo_routes", "eafo_functio
 class _Frame:
     """One running forward of an owner: how often it has called each of its shared activations and functions."""
 
-    __slots__ = ("counts", "grad", "hooks", "mode", "owner", "task", "tracker")
+    __slots__ = ("counts", "grad", "hooks", "is_forward", "mode", "owner", "task", "tracker")
 
-    def __init__(self, owner: Hosting, counts: dict[str, int] | None = None) -> None:
+    def __init__(self, owner: Hosting, is_forward: bool = True, counts: dict[str, int] | None = None) -> None:
         self.owner = owner
+        self.is_forward = is_forward
         self.counts: dict[str, int] = {} if counts is None else counts
         self.mode: TorchFunctionMode | None = None
         self.tracker = Tracker(owner.eafo_written) if owner.eafo_written else None
@@ -153,15 +154,23 @@ def _route(key: str) -> tuple[Hosting | None, Site | None]:
         SiteError: in a recomputation whose forward could not be followed.
     """
     task = _graph_task()
+    counting: _Frame | None = None
     for frame in reversed(_STACK.frames):
-        routes = frame.owner.eafo_routes.get(key)
-        if routes is not None and frame.task == task:
-            if not torch.compiler.is_compiling():
-                _follow_recomputation(frame)
-            k = frame.counts.get(key, 0)
-            frame.counts[key] = k + 1
-            index = routes[min(k, len(routes) - 1)]
-            return frame.owner, None if index is None else frame.owner.eafo_sites[index]
+        if frame.task != task:
+            continue
+        if counting is None:
+            counting = frame if key in frame.owner.eafo_routes else None
+        elif frame.owner is counting.owner and frame.is_forward:
+            counting = frame  # a module that calls itself: the outermost of its forwards counts for all
+    if counting is not None:
+        if not torch.compiler.is_compiling():
+            _follow_recomputation(counting)
+        owner = counting.owner
+        routes = owner.eafo_routes[key]
+        k = counting.counts.get(key, 0)
+        counting.counts[key] = k + 1
+        index = routes[min(k, len(routes) - 1)]
+        return owner, None if index is None else owner.eafo_sites[index]
     if task != -1:
         raise SiteError(
             f"{key} is called in a backward pass, outside the forward of the module that owns it, and which of its "
@@ -177,11 +186,11 @@ def _follow_recomputation(frame: _Frame) -> None:
         return
     region.eafo_followed = True
     outside = [each for each in _STACK.frames if region_since(each.hooks, each.grad) is region]
-    kept = [(each.owner, dict(each.counts)) for each in outside]
+    kept = [(each.owner, each.is_forward, dict(each.counts)) for each in outside]
 
     def around(recompute: Callable[..., Any]) -> Callable[..., Any]:
         def again(*args: Any, **kwargs: Any) -> Any:
-            with _opened([_Frame(owner, dict(counts)) for owner, counts in kept]):
+            with _opened([_Frame(owner, is_forward, dict(counts)) for owner, is_forward, counts in kept]):
                 return recompute(*args, **kwargs)
 
         return again
@@ -228,8 +237,7 @@ def _call_function(caller: Hosting, func: Any, name: str, args: Any, kwargs: dic
     owner, site = _route(f"{caller.eafo_name}:{name}")
     if owner is None or site is None or kwargs.get("out") is not None:
         return func(*args, **kwargs)
-    spelling = getattr(func, "__name__", "")
-    inplace = bool(kwargs.get("inplace", False)) or (spelling.endswith("_") and not spelling.endswith("__"))
+    inplace = is_inplace(func) or bool(kwargs.get("inplace", False))
     rest = args[1:]
 
     def base(z: Tensor) -> Tensor:
@@ -249,12 +257,18 @@ def _follow_written(frame: _Frame, func: Any, args: Any, kwargs: dict[str, Any],
     return site(cast(nn.Module, owner), lambda z: out, made.root, False)
 
 
-def _shielded(owner: Hosting, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _shielded(
+    owner: Hosting,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    is_forward: bool = True,
+) -> Any:
     """Runs a call with a frame of its own on top, and the caller's mode off."""
     frames = _STACK.frames
     outer = frames[-1].mode if frames else None
     off = outer is not None and _switch_off(outer)
-    frames.append(_Frame(owner))
+    frames.append(_Frame(owner, is_forward))
     try:
         return call(*args, **kwargs)
     finally:
@@ -285,7 +299,7 @@ def _with_functions(self: Hosting, method: Callable[..., Any], args: tuple[Any, 
         return method(self, *args, **kwargs)
 
 
-def _counted(method: Callable[..., Any]) -> Callable[..., Any]:
+def _counted(method: Callable[..., Any], is_forward: bool) -> Callable[..., Any]:
     """An entry point of an owner that opens a frame around the original.
 
     Returns:
@@ -295,8 +309,8 @@ def _counted(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.eafo_functions and not _all_idle(self):
-            return _shielded(self, _with_functions, (self, method, args, kwargs), {})
-        return _shielded(self, method, (self, *args), kwargs)
+            return _shielded(self, _with_functions, (self, method, args, kwargs), {}, is_forward)
+        return _shielded(self, method, (self, *args), kwargs, is_forward)
 
     return entry
 
@@ -346,7 +360,7 @@ def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
     for name in _ENTRY_POINTS:
         method = getattr(cls, name, None)
         if callable(method):
-            body[name] = _counted(method)
+            body[name] = _counted(method, name == "forward")
     if issubclass(cls, nn.TransformerEncoderLayer):
         body["activation_relu_or_gelu"] = _FastPath()
     return type(cls.__name__, (Hosting, cls), body)

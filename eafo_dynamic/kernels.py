@@ -138,7 +138,7 @@ def correction(
 ) -> Tensor:
     """Correction term c(z) = sigma * (eps * ghat(u) + offset(u)), u = (z - mu) / sigma.
 
-    With eps = 0 and no offset, ``base(z) + correction(z, ...)`` equals ``base(z)`` bit for bit, and so does the gradient.
+    With eps = 0 and no offset, ``base(z) + correction(z, ...)`` equals ``base(z)`` bit for bit, gradient included.
 
     Args:
         z: pre-activations, any shape, floating point.

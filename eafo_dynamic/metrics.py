@@ -84,13 +84,9 @@ class ActivationEntropy(Metric):
         if self.num_channels is None:
             rows = values.reshape(1, -1)
         else:
-            found = (
-                values.shape[self.channel_dim] if -values.dim() <= self.channel_dim < values.dim() else None
-            )
+            found = values.shape[self.channel_dim] if -values.dim() <= self.channel_dim < values.dim() else None
             if found != self.num_channels:
-                problem = (
-                    f"the input of shape {tuple(values.shape)} has {found} along dimension {self.channel_dim}"
-                )
+                problem = f"the input of shape {tuple(values.shape)} has {found} along dimension {self.channel_dim}"
                 raise ConfigError("num_channels", self.num_channels, problem, "Set channel_dim as well.")
             rows = values.movedim(self.channel_dim, 0).reshape(self.num_channels, -1)
         index, offset = _bin(rows)
@@ -112,9 +108,7 @@ class ActivationEntropy(Metric):
         entropy = SmoothedOutput(values, self.resolution, counts, sampled=True).entropy
         return (entropy if self.num_channels else entropy[0]).to(self.counts.device, torch.float32)
 
-    def plot(
-        self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None
-    ) -> tuple[Figure, Axes]:
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw one entropy or a series of them.
 
         Args:

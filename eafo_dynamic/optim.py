@@ -147,9 +147,7 @@ def _homes(
     return homes, notes
 
 
-def _nearest(
-    name: str, holds: dict[int, tuple[Optimizer, int]], model: nn.Module
-) -> tuple[Optimizer, int] | None:
+def _nearest(name: str, holds: dict[int, tuple[Optimizer, int]], model: nn.Module) -> tuple[Optimizer, int] | None:
     while name:
         name = name.rpartition(".")[0]
         relatives = model.get_submodule(name).parameters()
@@ -195,9 +193,7 @@ def _copied(
     return group, scale
 
 
-def _add(
-    optimizer: Optimizer, source: int, amplitudes: dict[str, nn.Parameter], group: dict[str, Any]
-) -> None:
+def _add(optimizer: Optimizer, source: int, amplitudes: dict[str, nn.Parameter], group: dict[str, Any]) -> None:
     named = "param_names" in optimizer.param_groups[source]
     parameters: list[Any] = list(amplitudes.items()) if named else list(amplitudes.values())
     optimizer.add_param_group({**group, "params": parameters})

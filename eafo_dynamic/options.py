@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.policy import Policy, Rule, Schedule, TrustRegion, make_rules
+from eafo_dynamic.policy import Policy, Rule, Schedule, TrustRegion, at_least, make_rules, number
 from eafo_dynamic.sites import Selection
 from eafo_dynamic.update import make_estimator
 
@@ -21,7 +22,8 @@ class Options:
     """Everything that can be set about the corrections of one model; all checked at once when it is made.
 
     Args:
-        target_modules: class names, ends of FQNs or regular expressions of the sites to wrap; None: every hidden one.
+        target_modules: class names, ends of FQNs or regular expressions of the sites to wrap; None: every hidden
+            one.
         exclude_modules: likewise, of the sites to leave alone.
         filter_fn: called with (module, FQN); False leaves the site alone.
         policy: who moves eps: a name, a Policy, or a list of Rules by site of which the first match decides.
@@ -32,7 +34,7 @@ class Options:
         update_every_n_steps: optimiser steps between update rounds.
         update_starting_at_step: first step with a round.
         freeze_at_step: from this step on everything stays; None: never.
-        collect_every_n_steps: optimiser steps between sampled steps; None: about five a round.
+        collect_every_n_steps: optimiser steps between sampled steps; None: at most five a round.
         samples_per_site: pre-activations a site contributes to a round, over all ranks.
         momentum: weight of a new round in the running estimate of the density, in (0, 1].
         per_channel: one amplitude a channel in place of one a site; the log then shows their mean.
@@ -63,18 +65,23 @@ class Options:
     rollback_factor: float | None = None
 
     def __post_init__(self) -> None:
+        _check_patterns("target_modules", self.target_modules)
+        _check_patterns("exclude_modules", self.exclude_modules)
+        if self.filter_fn is not None and not callable(self.filter_fn):
+            mend = "Give a function of (module, FQN) that says whether to wrap."
+            raise ConfigError("filter_fn", self.filter_fn, "not a function", mend)
         _ = (self.selection, self.schedule, make_rules(self.policy), make_estimator(self.density))
         self.trust_region.check_start(self.eps_init)
-        if self.compounding:
-            # a settled correction may take one half of max_eps, the amplitude on top of it the other
-            TrustRegion(self.max_eps / 2, self.max_delta).check_start(self.eps_init)
-        if not isinstance(self.samples_per_site, int) or self.samples_per_site < 16:
-            raise ConfigError("samples_per_site", self.samples_per_site, "too few for an estimate", "Give 16 or more.")
-        if not 0.0 < self.momentum <= 1.0:
+        if self.compounding and abs(self.eps_init) > self.max_eps / 2:
+            # what has been settled may take one half of max_eps, the amplitude on top of it the other
+            problem = f"with compounding, eps has half of max_eps={self.max_eps} to move in"
+            raise ConfigError("eps_init", self.eps_init, problem, "Choose a smaller eps_init or a larger max_eps.")
+        at_least("samples_per_site", self.samples_per_site, 16)
+        if not 0.0 < number("momentum", self.momentum) <= 1.0:
             raise ConfigError("momentum", self.momentum, "must lie in (0, 1]", "1 forgets all earlier rounds.")
-        if not 0.0 < self.resolution <= 1.0:
-            raise ConfigError("resolution", self.resolution, "must lie in (0, 1]", "The default is 0.1.")
-        if self.rollback_factor is not None and not self.rollback_factor > 1.0:
+        if not 0.001 <= number("resolution", self.resolution) <= 1.0:
+            raise ConfigError("resolution", self.resolution, "must lie in [0.001, 1]", "The default is 0.1.")
+        if self.rollback_factor is not None and not number("rollback_factor", self.rollback_factor) > 1.0:
             raise ConfigError("rollback_factor", self.rollback_factor, "must be above 1", "Try 1.5.")
 
     @property
@@ -86,7 +93,10 @@ class Options:
     def schedule(self) -> Schedule:
         """The options that say when."""
         return Schedule(
-            self.update_every_n_steps, self.update_starting_at_step, self.freeze_at_step, self.collect_every_n_steps
+            self.update_every_n_steps,
+            self.update_starting_at_step,
+            self.freeze_at_step,
+            self.collect_every_n_steps,
         )
 
     @property
@@ -110,6 +120,18 @@ class Options:
         Returns:
             One entry an option.
         """
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain = (str, int, float, bool, type(None), list, tuple)
-        return {key: value if isinstance(value, plain) else repr(value) for key, value in values.items()}
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+def _check_patterns(option: str, patterns: str | Sequence[str] | None) -> None:
+    several = [] if patterns is None or isinstance(patterns, str) else patterns
+    if not isinstance(several, Sequence) or not all(isinstance(each, str) for each in several):
+        raise ConfigError(option, patterns, "neither a pattern nor a list of patterns", "Give text, such as 'ReLU'.")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)  # JSON has no infinity
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else repr(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ class Entropy(Policy):
     trains_eps = False
 
     def __post_init__(self) -> None:
-        if not 0 < _number("rate", self.rate) < math.inf:
+        if not 0 < number("rate", self.rate) < math.inf:
             problem = "the step along the entropy gradient must be positive and finite"
             raise ConfigError("rate", self.rate, problem, "Try 0.02.")
 
@@ -148,7 +149,7 @@ class Hybrid(Policy):
     name = "hybrid"
 
     def __post_init__(self) -> None:
-        if not abs(_number("weight", self.weight)) < math.inf:
+        if not abs(number("weight", self.weight)) < math.inf:
             raise ConfigError("weight", self.weight, "the weight of the entropy must be finite", "Try 0.01.")
 
     @property
@@ -267,10 +268,10 @@ class Schedule:
     collect_every_n_steps: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("update_every_n_steps", self.update_every_n_steps, 1)
-        _at_least("update_starting_at_step", self.update_starting_at_step, 0)
+        at_least("update_every_n_steps", self.update_every_n_steps, 1)
+        at_least("update_starting_at_step", self.update_starting_at_step, 0)
         if self.collect_every_n_steps is not None:
-            _at_least("collect_every_n_steps", self.collect_every_n_steps, 1)
+            at_least("collect_every_n_steps", self.collect_every_n_steps, 1)
             if self.collect_every_n_steps > self.update_every_n_steps:
                 raise ConfigError(
                     "collect_every_n_steps",
@@ -279,7 +280,7 @@ class Schedule:
                     "Collect at least once per update.",
                 )
         if self.freeze_at_step is not None:
-            _at_least("freeze_at_step", self.freeze_at_step, 0)
+            at_least("freeze_at_step", self.freeze_at_step, 0)
 
     @property
     def collect_period(self) -> int:
@@ -348,7 +349,7 @@ class TrustRegion:
     def __post_init__(self) -> None:
         for option in ("max_eps", "max_delta"):
             value = getattr(self, option)
-            if not _number(option, value) > 0:
+            if not number(option, value) > 0:
                 raise ConfigError(option, value, "a bound must be positive", "Leave it out for the default.")
 
     def check_start(self, eps: float) -> None:
@@ -360,7 +361,7 @@ class TrustRegion:
         Raises:
             ConfigError: if it lies outside the trust region.
         """
-        if not abs(_number("eps_init", eps)) <= self.max_eps:
+        if not abs(number("eps_init", eps)) <= self.max_eps:
             raise ConfigError(
                 "eps_init",
                 eps,
@@ -394,12 +395,34 @@ class TrustRegion:
         return torch.where(allowed.any(0), fractions[first], 0.0)
 
 
-def _number(option: str, value: object) -> float:
-    if not isinstance(value, (int, float)):
+def number(option: str, value: object) -> float:
+    """Checks that an option is a number.
+
+    Args:
+        option: its name.
+        value: what was given.
+
+    Returns:
+        The number; it may be infinite or NaN.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    if not isinstance(value, numbers.Real):
         raise ConfigError(option, value, "not a number", "Give a number.")
-    return value
+    return float(value)
 
 
-def _at_least(option: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
+def at_least(option: str, value: int, least: int) -> None:
+    """Checks that an option is a whole number and large enough.
+
+    Args:
+        option: its name.
+        value: what was given.
+        least: smallest value allowed.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    if not isinstance(value, numbers.Integral) or value < least:
         raise ConfigError(option, value, f"must be at least {least}", f"Give a whole number of {least} or more.")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from eafo_dynamic.activation import CorrectedActivation
 from eafo_dynamic.bases import activation_types, as_base
-from eafo_dynamic.dryrun import Call, Trace, forked_random_states, trace_calls
+from eafo_dynamic.dryrun import Call, Frame, Trace, forked_random_states, trace_calls
 from eafo_dynamic.functional import WRITTEN, function_base, is_function_of_name
 from eafo_dynamic.hosting import Hosting, is_activation, plain_view
 from eafo_dynamic.selection import FoundSite, Selection, SiteReport, matches
@@ -182,7 +182,6 @@ class _Naming:
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self.model = model
         self.trace = trace
-        self.totals = Counter(call.module for call in trace.calls if call.function is None)
         self.aliases: dict[str, list[str]] = {}
         first = {id(module): name for name, module in model.named_modules()}
         for name, module in model.named_modules(remove_duplicate=False):
@@ -197,35 +196,29 @@ class _Naming:
         Returns:
             The sites.
         """
-        found = [self._site(call, described) for call in self.trace.calls]
-        totals = Counter((site.owner, site.key) for site in found if site.owner is not None)
-        labels = Counter(site.name for site in found)
-        counts: Counter[tuple[str | None, str]] = Counter()
-        numbers: Counter[str] = Counter()
-        sites: list[FoundSite] = []
-        for site in found:
-            if site.owner is None:
-                sites.append(site)
-                continue
-            k = counts[site.owner, site.key]
-            counts[site.owner, site.key] += 1
-            number = numbers[site.name]
-            numbers[site.name] += 1
-            if k < MAX_CALLS:
-                several = site.parameters is None or labels[site.name] > 1
-                name = f"{site.name}#{number}" if several else site.name
-                total = min(totals[site.owner, site.key], MAX_CALLS)
-                sites.append(replace(site, name=name, call=k, calls=total))
-        return sites
-
-    def _site(self, call: Call, described: dict[str, FoundSite]) -> FoundSite:
-        if call.function is None and self.totals[call.module] == 1:
-            return replace(described[call.module], shape=call.shape[1:])
-        owner = self._owner(call)
-        if call.function is not None:
-            return replace(self._function_site(call), owner=owner)
-        name = self._local(call.module, owner)
-        return replace(described[call.module], name=name, shape=call.shape[1:], kind="shared", owner=owner)
+        found: list[tuple[FoundSite, int]] = []
+        counts: Counter[tuple[str, int, str]] = Counter()
+        for call in self.trace.calls:
+            frame = self._owner(call)
+            site = self._function_site(call) if call.function is not None else described[call.module]
+            k = counts[frame.module, frame.instance, site.key]
+            counts[frame.module, frame.instance, site.key] += 1
+            found.append((replace(site, owner=frame.module, call=k, shape=call.shape[1:]), frame.instance))
+        calls: Counter[tuple[str | None, str]] = Counter()
+        for (owner, _, key), count in counts.items():
+            calls[owner, key] = max(calls[owner, key], count)
+        # a module that is called once in each forward needs nobody to count for it
+        owners = Counter(site.module for site in {(s.owner, s.call, s.module): s for s, _ in found}.values())
+        distinct: dict[tuple[str | None, str, int], FoundSite] = {}
+        for site, _ in found:
+            if site.parameters is None and owners[site.module] == 1:
+                site = replace(site, owner=None, call=0)
+            elif site.parameters is None:
+                site = replace(site, name=self._local(site.module, site.owner or ""), kind="shared")
+            if site.call < MAX_CALLS:
+                total = min(calls[site.owner, site.key], MAX_CALLS) if site.owner is not None else 1
+                distinct.setdefault((site.owner, site.key, site.call), replace(site, calls=total))
+        return _numbered(list(distinct.values()))
 
     def _function_site(self, call: Call) -> FoundSite:
         assert call.function is not None
@@ -266,23 +259,39 @@ class _Naming:
         names |= dict.fromkeys(prefix + name for name, _ in module.named_children())
         return tuple(name for name in names if name != caller and _may_call_functions(self.model.get_submodule(name)))
 
-    def _owner(self, call: Call) -> str:
-        """The innermost module around the call whose forward runs once, so that it can count all calls.
+    def _owner(self, call: Call) -> Frame:
+        """The innermost forward around the call whose module runs once, so that it can count all calls.
 
-        A module without such a surrounding (a whole model that runs twice in a training step) keeps its own count.
+        Where even the outermost forward runs more than once (a whole model, twice in a training step), each of its
+        forwards counts anew, so that both use the same sites.
         """
         path = call.path
         place = len(path) - 1
-        while place > 0 and self.trace.forwards[path[place].module] > 1 and path[place - 1].is_forward:
+        while path[place].is_forward:
+            module = path[place].module
+            place = next(i for i, frame in enumerate(path) if frame.is_forward and frame.module == module)
+            if self.trace.forwards[module] == 1 or place == 0 or not path[place - 1].is_forward:
+                break
             place -= 1
-        if not path[place].is_forward or self.trace.forwards[path[place].module] == 1:
-            return path[place].module
-        return path[-1].module
+        return path[place]
 
     def _local(self, module: str, owner: str) -> str:
         prefix = owner + "." if owner else ""
         inside = [name for name in self.aliases[module] if name.startswith(prefix)]
         return inside[0] if inside else f"{owner}/{module}"
+
+
+def _numbered(sites: list[FoundSite]) -> list[FoundSite]:
+    """Gives every site a name of its own: ``#k`` for the k-th of those with the same name."""
+    several = Counter(site.name for site in sites)
+    seen: Counter[str] = Counter()
+    named: list[FoundSite] = []
+    for site in sites:
+        k = seen[site.name]
+        seen[site.name] += 1
+        numbered = site.kind == "shared" or several[site.name] > 1
+        named.append(replace(site, name=f"{site.name}#{k}") if numbered else site)
+    return named
 
 
 def _may_call_functions(module: nn.Module) -> bool:
@@ -308,7 +317,15 @@ def _is_activation(module: nn.Module) -> bool:
         return False
     if not all(_is_activation(child) for child in module.children()):
         return False
-    return _behaves_pointwise(kind)
+    return _behaves_pointwise(kind) and not any(_same_function(kind, child) for child in module.children())
+
+
+def _same_function(module: nn.Module, child: nn.Module) -> bool:
+    """Whether a module only hands its input to a child: then the child is the activation."""
+    values = torch.linspace(-3.0, 3.0, 24)
+    with forked_random_states(), torch.no_grad():
+        outer, inner = (copy.deepcopy(each).cpu().float()(values.clone()) for each in (module, child))
+    return torch.equal(outer, inner)
 
 
 def _behaves_pointwise(module: nn.Module) -> bool:

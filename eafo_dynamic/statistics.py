@@ -140,6 +140,30 @@ class Collector:
         units = torch.cat([_units(chunk).to(device) for chunk in chunks])
         return values.to(torch.promote_types(values.dtype, torch.float32)), units
 
+    def pending(self) -> list[tuple[Tensor, list[int], bool]]:
+        """The sample as tensors and primitives, for a checkpoint between two rounds; it stays where it is.
+
+        Returns:
+            One entry a forward, oldest first.
+        """
+        chunks: list[tuple[Tensor, list[int], bool]] = []
+        chunk = self._newest
+        while chunk is not None:
+            chunks.append((chunk.values, list(chunk.shape), chunk.channels_last))
+            chunk = chunk.previous
+        return chunks[::-1]
+
+    def restore(self, chunks: Sequence[tuple[Tensor, Sequence[int], bool]], device: torch.device) -> None:
+        """Puts back what ``pending`` gave, in place of the present sample.
+
+        Args:
+            chunks: one entry a forward, oldest first.
+            device: where the site lives.
+        """
+        self._newest = None
+        for values, shape, channels_last in chunks:
+            self._newest = _Chunk(values.to(device), tuple(shape), channels_last, self._newest)
+
     def __getstate__(self) -> dict[str, object]:
         # a copied or pickled model starts without its twin's sample
         return {"quota": self.quota, "_newest": None}

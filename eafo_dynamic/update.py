@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eafo_dynamic.bases import Base
-from eafo_dynamic.correction import HALF_WIDTH, correction_shape, evaluate_table, tabulate
+from eafo_dynamic.correction import HALF_WIDTH, KNOTS, _steepest, correction_shape, evaluate_table, tabulate
 from eafo_dynamic.density import Density, Gaussian, Histogram, gaussian, histogram
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.kernels import ghat_closed_form, ghat_table
@@ -23,6 +24,8 @@ Estimator = Callable[[Tensor], Density]
 _KINDS: dict[str, type[Any]] = {"Gaussian": Gaussian, "Histogram": Histogram}
 _ESTIMATORS: dict[str, Estimator] = {"gaussian": gaussian, "histogram": histogram}
 _FRACTIONS = (1.0, 0.5, 0.25, 0.125, 0.0625)
+_LEAST_SIGMA = 1e-6  # z / sigma must not become 0 / 0 in float16
+_FADE = 1.0  # standard deviations over which a settled correction goes to zero at the ends of its table
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,14 @@ class Functions:
     def sigma(self) -> Tensor:
         """Scales, shape [S, 1]."""
         return self.shape[:, 1:]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors, for a checkpoint.
+
+        Returns:
+            Tensors by the name of their field.
+        """
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def direction(self, z: Tensor) -> Tensor:
         """D f / d eps = sigma * ghat(u): what one unit of eps adds.
@@ -77,7 +88,9 @@ class Functions:
         c = self.eps.unsqueeze(-1) * self.direction(z)
         if self.offsets is not None:
             u = (z - self.shape[:, :1]) / self.sigma
-            c[self.tabulated] += self.sigma[self.tabulated] * evaluate_table(self.offsets, u[self.tabulated]).to(c.dtype)
+            c[self.tabulated] += self.sigma[self.tabulated] * evaluate_table(self.offsets, u[self.tabulated]).to(
+                c.dtype
+            )
         return c
 
     def outputs(self, z: Tensor) -> Tensor:
@@ -110,7 +123,7 @@ class Functions:
 
         Args:
             other: where to go.
-            fraction: share of the way, shape [S].
+            fraction: share of the way, shape [S]; a site with 0 stays as it is, whatever the other is.
 
         Returns:
             Functions between.
@@ -118,14 +131,19 @@ class Functions:
         share = fraction[self.tabulated].view(-1, 1, 1)
         settled = self.offsets
         if self.offsets is not None and other.offsets is not None:
-            settled = torch.lerp(self.offsets, other.offsets, share)
+            settled = _between(self.offsets, other.offsets, share)
         return replace(
             self,
-            eps=torch.lerp(self.eps, other.eps, fraction),
-            shape=torch.lerp(self.shape, other.shape, fraction.unsqueeze(-1)),
-            tables=torch.lerp(self.tables, other.tables, share),
+            eps=_between(self.eps, other.eps, fraction),
+            shape=_between(self.shape, other.shape, fraction.unsqueeze(-1)),
+            tables=_between(self.tables, other.tables, share),
             offsets=settled,
         )
+
+
+def _between(old: Tensor, new: Tensor, share: Tensor) -> Tensor:
+    # where, not lerp alone: 0 * NaN of a move that was refused would spoil what is kept
+    return torch.where(share == 0, old, torch.where(share == 1, new, torch.lerp(old, new, share)))
 
 
 def make_estimator(density: str | Estimator) -> Estimator:
@@ -140,18 +158,20 @@ def make_estimator(density: str | Estimator) -> Estimator:
     Raises:
         ConfigError: if there is none of that name.
     """
-    if not isinstance(density, str):
-        return density
-    if density not in _ESTIMATORS:
-        raise ConfigError("density", density, "no such density", f"Choose one of {', '.join(_ESTIMATORS)}.")
-    return _ESTIMATORS[density]
+    if isinstance(density, str) and density in _ESTIMATORS:
+        return _ESTIMATORS[density]
+    if isinstance(density, str) or not callable(density):
+        mend = f"Choose one of {', '.join(_ESTIMATORS)}, or give a function from samples to a Density."
+        raise ConfigError("density", density, "no such density", mend)
+    return density
 
 
 class LossWatch:
     """Mean training loss between rounds, without a transfer to the host before somebody asks.
 
     Args:
-        factor: a round is bad if the mean loss after it exceeds the mean before it by more than this factor.
+        factor: a round is bad if the mean loss after it exceeds the mean before it by more than (factor - 1) times
+            the latter's size: for losses above zero, if it is more than factor times as large.
     """
 
     def __init__(self, factor: float | None) -> None:
@@ -159,6 +179,7 @@ class LossWatch:
         self._sum: Tensor | float = 0.0
         self._count = 0
         self._before: float | None = None
+        self._blamed = False
 
     def observe(self, loss: Tensor) -> None:
         """Takes in the loss of one batch.
@@ -167,35 +188,65 @@ class LossWatch:
             loss: 0-dim.
         """
         if self.factor is not None:
-            self._sum = self._sum + loss.detach()
+            # a sum in half precision stops growing after a few hundred losses
+            self._sum = self._sum + loss.detach().to(torch.float32)
             self._count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only.
+
+        Returns:
+            The state.
+        """
+        return {"sum": self._sum, "count": self._count, "before": self._before}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores a state.
+
+        Args:
+            state: from ``state_dict``.
+        """
+        self._sum, self._count, self._before = state["sum"], state["count"], state["before"]
 
     def jumped(self) -> bool:
         """Whether the losses since the last call are worse than those before it by more than the factor.
 
-        A jump is not remembered as the new level; losses that are not finite count as a jump.
+        Losses that are not finite are a jump always. Other losses that stay high after a jump, when the round has
+        been undone, had another cause: they are the new level.
 
         Returns:
             Whether the last round should be undone.
         """
-        if self.factor is None or not self._count:
+        if self.factor is None:
             return False
         mean = _mean_over_ranks(self._sum, self._count)
         self._sum, self._count = 0.0, 0
-        if self._before is not None and not mean <= self.factor * abs(self._before):
+        if mean is None:
+            return False
+        if not math.isfinite(mean):
+            self._blamed = True
             return True
-        self._before = mean
+        jump = self._before is not None and mean > self._before + (self.factor - 1) * abs(self._before)
+        if jump and not self._blamed:
+            self._blamed = True
+            return True
+        self._before, self._blamed = mean, False
         return False
 
 
-def _mean_over_ranks(total: Tensor | float, count: int) -> float:
-    mean = torch.as_tensor(total, dtype=torch.float32) / count
+def _mean_over_ranks(total: Tensor | float, count: int) -> float | None:
+    """Mean of all ranks' losses; None where no rank has seen one.
+
+    Returns:
+        The mean, the same on every rank, which so come to the same decision.
+    """
+    losses = torch.as_tensor(total, dtype=torch.float32)
+    both = torch.stack([losses, torch.full_like(losses, count)])
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        # every rank has to come to the same decision
-        distributed.all_reduce(mean)
-        mean = mean / distributed.get_world_size()
-    return float(mean)
+        distributed.all_reduce(both)
+    value, number = both.tolist()
+    return value / number if number else None
 
 
 class RunningDensity:
@@ -270,8 +321,7 @@ def refreshed(old: Functions, density: Density, usable: Tensor, resolution: floa
     Returns:
         The refreshed functions.
     """
-    fitted = torch.stack([density.mean, density.std], dim=-1).to(old.shape.dtype)
-    shape = torch.where(usable.unsqueeze(-1), fitted, old.shape)
+    shape = torch.where(usable.unsqueeze(-1), _fitted(density, old.shape), old.shape)
     tables = old.tables.clone()
     place = {row: k for k, row in enumerate(old.tabulated.tolist())}
     good = usable.tolist()
@@ -281,6 +331,15 @@ def refreshed(old: Functions, density: Density, usable: Tensor, resolution: floa
             fresh = tabulate(correction_shape(base, density.select(wanted), resolution=resolution))
             tables[[place[row] for row in wanted]] = fresh.to(tables.dtype)
     return replace(old, shape=shape, tables=tables)
+
+
+def _fitted(density: Density, like: Tensor) -> Tensor:
+    """Mu and sigma of a density, shape [S, 2]; sigma is kept where half precision still has it.
+
+    Returns:
+        The two, dtype of ``like``.
+    """
+    return torch.stack([density.mean, density.std.clamp(min=_LEAST_SIGMA)], dim=-1).to(like)
 
 
 def compounded(old: Functions, density: Density, usable: Tensor, resolution: float, max_slope: float) -> Functions:
@@ -299,8 +358,7 @@ def compounded(old: Functions, density: Density, usable: Tensor, resolution: flo
     Returns:
         The new functions.
     """
-    shape = torch.stack([density.mean, density.std], dim=-1).to(old.shape.dtype)
-    shape = torch.where(usable.unsqueeze(-1), shape, old.shape)
+    shape = torch.where(usable.unsqueeze(-1), _fitted(density, old.shape), old.shape)
     settled = _settled(old, shape, max_slope)
     offsets = settled if old.offsets is None else torch.where(usable.view(-1, 1, 1), settled, old.offsets)
     new = replace(old, shape=shape, offsets=offsets, eps=torch.where(usable, 0.0, old.eps), tables=old.tables.clone())
@@ -312,7 +370,11 @@ def compounded(old: Functions, density: Density, usable: Tensor, resolution: flo
 
 
 def _settled(old: Functions, shape: Tensor, max_slope: float) -> Tensor:
-    """Tables of c(z) / sigma in the coordinates of a new shape, [S, 4, intervals]."""
+    """Tables of c(z) / sigma in the coordinates of a new shape, faded out at their ends, no steeper than max_slope.
+
+    Returns:
+        Coefficients, shape [S, 4, intervals].
+    """
     intervals = old.tables.shape[-1]
     step = 2 * HALF_WIDTH / intervals
     u = torch.linspace(-HALF_WIDTH, HALF_WIDTH, intervals + 1, device=shape.device, dtype=torch.float64)
@@ -321,13 +383,15 @@ def _settled(old: Functions, shape: Tensor, max_slope: float) -> Tensor:
         c = old.correction(z)
         (slope,) = torch.autograd.grad(c.sum(), z)
     value = c.detach() / shape[:, 1:]
-    scale = (max_slope / slope.abs().amax(-1, keepdim=True).clamp(min=max_slope)).clone()
-    inside = torch.ones_like(u)
-    inside[0] = inside[-1] = 0.0  # a table ends at zero
-    value, slope = value * scale * inside, slope * scale * inside * step
+    # where sigma has shrunk, c may be large still at the ends of the new table
+    t = ((HALF_WIDTH - u.abs()) / _FADE).clamp(0, 1)
+    fade, fade_slope = t * t * (3 - 2 * t), -u.sign() * 6 * t * (1 - t) / _FADE
+    value, slope = value * fade, (slope * fade + value * fade_slope) * step
     v0, v1, d0, d1 = value[:, :-1], value[:, 1:], slope[:, :-1], slope[:, 1:]
     rise = v1 - v0
-    return torch.stack([v0, d0, 3 * rise - 2 * d0 - d1, d0 + d1 - 2 * rise], dim=1).to(old.tables.dtype)
+    table = torch.stack([v0, d0, 3 * rise - 2 * d0 - d1, d0 + d1 - 2 * rise], dim=1)
+    steepest = _steepest(table)[:, None, None] / step
+    return torch.where(steepest > max_slope, table * (max_slope / steepest), table).to(old.tables.dtype)
 
 
 def _one_function(functions: Functions, row: int) -> Callable[[Tensor], Tensor]:
@@ -344,9 +408,10 @@ def _one_function(functions: Functions, row: int) -> Callable[[Tensor], Tensor]:
 
 
 def bounded_move(old: Functions, new: Functions, region: TrustRegion) -> tuple[Functions, Tensor]:
-    """The largest tried part of a move that keeps max over z of |c_new(z) - c_old(z)| / sigma within max_delta.
+    """The largest tried part of a move that keeps max over z of |c_taken(z) - c_old(z)| / sigma within max_delta.
 
-    sigma is the larger of the old and the new one, z runs over the tables' range of both.
+    sigma is the larger one of the functions taken and the old ones; z runs over the tables' range of both, knot by
+    knot. A function that is not finite or has no scale is never taken.
 
     Args:
         old: the functions now.
@@ -356,13 +421,17 @@ def bounded_move(old: Functions, new: Functions, region: TrustRegion) -> tuple[F
     Returns:
         The functions to take and the part of the way, shape [S]; 0 where nothing was admissible.
     """
-    grid = torch.linspace(-HALF_WIDTH, HALF_WIDTH, 65, device=old.eps.device, dtype=old.eps.dtype)
-    z = torch.cat([side.shape[:, :1] + side.sigma * grid for side in (old, new)], dim=-1)
-    before = old.correction(z)
     fractions = torch.tensor(_FRACTIONS, device=old.eps.device, dtype=old.eps.dtype)
-    jumps = [
-        (old.towards(new, fraction.expand_as(old.eps)).correction(z) - before).abs().amax(-1) for fraction in fractions
-    ]
-    scale = torch.maximum(old.shape[:, 1], new.shape[:, 1])
-    fraction = region.admissible(torch.stack(jumps) / scale, fractions)
+    jumps = [_jump(old, old.towards(new, fraction.expand_as(old.eps))) for fraction in fractions]
+    fraction = region.admissible(torch.stack(jumps), fractions)
     return old.towards(new, fraction), fraction
+
+
+def _jump(old: Functions, new: Functions) -> Tensor:
+    """Max |c_new - c_old| / sigma, shape [S]; NaN where the new function cannot be used."""
+    # every second point is a knot of the tables, the others lie between
+    grid = torch.linspace(-HALF_WIDTH, HALF_WIDTH, 2 * KNOTS - 1, device=old.eps.device, dtype=old.eps.dtype)
+    z = torch.cat([side.shape[:, :1] + side.sigma * grid for side in (old, new)], dim=-1)
+    jump = (new.correction(z) - old.correction(z)).abs().amax(-1) / torch.maximum(old.sigma, new.sigma)[:, 0]
+    sound = new.eps.isfinite() & new.shape.isfinite().all(-1) & (new.shape[:, 1] > 0)
+    return torch.where(sound, jump, math.nan)

@@ -197,7 +197,9 @@ def test_registration_gives_a_name_and_a_type() -> None:
     assert as_base("snipe_bird").traits.monotone
 
 
-@pytest.mark.parametrize("given", ["gleu", nn.Softmax(-1), nn.Softmax(0), nn.Softmax, nn.Threshold, nn.Linear(3, 3), 3, torch.sum])
+@pytest.mark.parametrize(
+    "given", ["gleu", nn.Softmax(-1), nn.Softmax(0), nn.Softmax, nn.Threshold, nn.Linear(3, 3), 3, torch.sum]
+)
 def test_what_is_not_pointwise_is_refused(given: object) -> None:
     with pytest.raises(ConfigError) as caught:
         as_base(given)

@@ -184,12 +184,22 @@ class _Interrupt(Callback):
             trainer.should_stop = True
 
 
-@pytest.mark.parametrize("options", [{}, {"density": "histogram", "policy": "hybrid"}], ids=["default", "histogram"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"update_every_n_steps": 4},
+        {"update_every_n_steps": 4, "density": "histogram", "policy": "hybrid"},
+        {"update_every_n_steps": 7, "collect_every_n_steps": 2},  # the checkpoint lies between two rounds
+        {"update_every_n_steps": 5, "rollback_factor": 1.01, "policy": "entropy", "collect_every_n_steps": 1},
+        {"update_every_n_steps": 4, "compounding": True},
+    ],
+    ids=["default", "histogram", "between rounds", "rollback", "compounding"],
+)
 def test_resume_equals_an_uninterrupted_run(tmp_path: Path, options: dict[str, Any]) -> None:
     def run(folder: Path, ckpt: str | None, epochs: int) -> tuple[Net, EAFOCallback]:
         torch.manual_seed(5)
         net = Net()
-        callback = EAFOCallback(update_every_n_steps=4, verbose=False, dirpath=folder / "eafo", **options)
+        callback = EAFOCallback(verbose=False, dirpath=folder / "eafo", **options)
         host = trainer(folder, callback, ModelCheckpoint(folder / f"until-{epochs}", filename="{step}", save_top_k=-1), max_epochs=epochs)
         host.fit(net, loader(), ckpt_path=ckpt)
         return net, callback
@@ -354,6 +364,20 @@ def test_table_of_sites_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFi
     assert out.count("activation sites wrapped") == 1
     for site in SITES:
         assert site in out
+
+
+def test_snapshots_of_the_functions_are_kept(tmp_path: Path) -> None:
+    callback = EAFOCallback(update_every_n_steps=2, verbose=False)
+    fit(tmp_path, callback)
+    shapes = CorrectionLog.load(tmp_path).shapes("body.1")
+    assert [shape["step"] for shape in shapes] == [1, 2, 6, 12]  # rounds 1, 2, 4 and the last one, 7
+    last = shapes[-1]
+    z = torch.tensor(last["z"])
+    torch.testing.assert_close(torch.tensor(last["base"]), F.gelu(z), atol=1e-5, rtol=0)
+    assert callback.controller is not None
+    (site, *_) = callback.controller.sites
+    corrected = F.gelu(z) + site.correction(callback.controller.model.get_submodule("body.1"), z)
+    torch.testing.assert_close(torch.tensor(last["function"]), corrected.detach(), atol=1e-5, rtol=0)
 
 
 def test_history_before_and_after(tmp_path: Path) -> None:

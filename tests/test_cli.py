@@ -123,7 +123,7 @@ def edited(tmp_path: Path, **init_args: Any) -> Path:
         ("eps_init", 0.9, "eps_init=0.9: outside the trust region |eps| <= max_eps=0.5"),
         ("eps_init", "abc", "eps_init"),
         ("eps_inti", 0.1, "unknown option 'eps_inti'. Did you mean 'eps_init'?"),
-        ("samples_per_site", 1, "samples_per_site=1: too few"),
+        ("samples_per_site", 1, "samples_per_site=1: must be at least 16"),
     ],
 )
 def test_wrong_options_cost_one_line_and_exit_code_2(

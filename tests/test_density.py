@@ -36,12 +36,16 @@ def assert_derivative_of(density: Density) -> None:
 def assert_integral(density: Density, expected: Tensor | float) -> None:
     whole = torch.linspace(-10, 10, 1281, dtype=torch.float64)
     total = density.pdf(whole).sum(-1) * (20 / 1280)
-    torch.testing.assert_close(total, torch.as_tensor(expected, dtype=torch.float64).expand_as(total), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        total, torch.as_tensor(expected, dtype=torch.float64).expand_as(total), atol=1e-4, rtol=0
+    )
 
 
 def assert_moments(samples: Tensor, mean: object, std: object) -> None:
     found = moments(samples)
-    torch.testing.assert_close(found.mean, torch.tensor(mean, dtype=torch.float64), rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(
+        found.mean, torch.tensor(mean, dtype=torch.float64), rtol=1e-5, atol=1e-6, equal_nan=True
+    )
     torch.testing.assert_close(found.std, torch.tensor(std, dtype=torch.float64), rtol=1e-5, atol=1e-6, equal_nan=True)
 
 

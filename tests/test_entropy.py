@@ -230,7 +230,9 @@ def test_every_input_has_a_defined_entropy(samples: np.ndarray) -> None:
 
 def test_missing_samples_do_not_count() -> None:
     a = draws((2, 300), seed=8)
-    holes = torch.cat([a[0], torch.tensor([math.nan, math.inf, -math.inf])])[torch.randperm(303, generator=torch.Generator().manual_seed(0))]
+    holes = torch.cat([a[0], torch.tensor([math.nan, math.inf, -math.inf])])[
+        torch.randperm(303, generator=torch.Generator().manual_seed(0))
+    ]
     padded = torch.stack([holes, torch.cat([a[1], torch.full((3,), math.nan)])])
     for found, expected in zip(mixed_entropy(padded), mixed_entropy(a), strict=True):
         torch.testing.assert_close(found, expected)

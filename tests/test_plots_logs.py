@@ -17,7 +17,7 @@ from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from eafo_dynamic.cli.log_views import FIGURE_NAMES
+from eafo_dynamic.cli.log_columns import FIGURE_NAMES
 from eafo_dynamic.errors import ConfigError, LogError
 from eafo_dynamic.plots.logs import FIGURES, plot
 from eafo_dynamic.plots.style import DARK, LIGHT, Style, save

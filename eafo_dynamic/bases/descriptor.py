@@ -117,9 +117,7 @@ def _difference(base: Base, z: Tensor) -> Tensor:
 def _slope(value: Tensor, points: Tensor, *, graph: bool) -> Tensor:
     if not value.requires_grad:  # constant, or linear one derivative earlier
         return torch.zeros_like(points)
-    (slope,) = torch.autograd.grad(
-        value.sum(), points, create_graph=graph, allow_unused=True, materialize_grads=True
-    )
+    (slope,) = torch.autograd.grad(value.sum(), points, create_graph=graph, allow_unused=True, materialize_grads=True)
     return slope
 
 

@@ -126,9 +126,7 @@ def activation_names() -> tuple[str, ...]:
     Returns:
         Sorted names.
     """
-    return tuple(
-        sorted({e.name if isinstance(e, _Entry) else _canonical(e.__name__) for e in _BY_NAME.values()})
-    )
+    return tuple(sorted({e.name if isinstance(e, _Entry) else _canonical(e.__name__) for e in _BY_NAME.values()}))
 
 
 def activation_types() -> tuple[type[nn.Module], ...]:
@@ -330,9 +328,7 @@ def _checked(function: Pointwise, name: str) -> Pointwise:
             changed = not torch.equal(given, probe)
             again = function(probe.reshape(64, 1).clone())
     except Exception as error:
-        raise ConfigError(
-            "activation", name, f"fails on a tensor ({error})", "Pass f(z) of one tensor."
-        ) from None
+        raise ConfigError("activation", name, f"fails on a tensor ({error})", "Pass f(z) of one tensor.") from None
     same = isinstance(out, Tensor) and out.shape == probe.shape and again.shape == (64, 1)
     if not same or not torch.allclose(again.view(8, 8), out, rtol=1e-5, atol=1e-6, equal_nan=True):
         problem = "is not a pointwise function: its output depends on the other elements or has another shape"

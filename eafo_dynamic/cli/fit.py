@@ -6,7 +6,9 @@ import argparse
 import difflib
 import importlib
 import inspect
+import logging
 import re
+import warnings
 from collections.abc import Sequence
 
 from lightning.pytorch.cli import LightningCLI
@@ -33,6 +35,7 @@ def train(argv: Sequence[str] | None) -> int:
         EAFOError: for a user's mistake, whatever layers it has come through.
         Exception: whatever else training raised.
     """
+    _quieten()
     try:
         LightningCLI(
             subclass_mode_model=True,
@@ -48,6 +51,14 @@ def train(argv: Sequence[str] | None) -> int:
     except Exception as error:
         raise _inner(error) or error from None
     return 0
+
+
+def _quieten() -> None:
+    """Leaves out what third parties say about themselves: their advertisements and their own deprecations."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip: For" not in str(record.msg))
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the data on board is in memory
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse|lightning")
 
 
 def _inner(error: BaseException | None) -> EAFOError | None:

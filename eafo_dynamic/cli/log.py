@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from eafo_dynamic.cli import log_views
+from eafo_dynamic.cli.log_columns import FIGURE_NAMES, TABLE_ROWS
 from eafo_dynamic.cli.output import add_format_option
 from eafo_dynamic.records import COLUMNS
 
@@ -78,9 +79,7 @@ def _add_summary(verbs: Commands) -> None:
 
 
 def _add_layers(verbs: Commands) -> None:
-    parser = _add_command(
-        verbs, "layers", log_views.layers, "one row a site: where it is and how it came there"
-    )
+    parser = _add_command(verbs, "layers", log_views.layers, "one row a site: where it is and how it came there")
     _add_site(parser)
     _add_sort(parser)
     _add_follow(parser)
@@ -93,15 +92,13 @@ def _add_show(verbs: Commands) -> None:
         "--limit",
         type=_count,
         metavar="N",
-        help=f"at most N rows, evenly spaced, 0 for all (default: all, in a table {log_views.TABLE_ROWS})",
+        help=f"at most N rows, evenly spaced, 0 for all (default: all, in a table {TABLE_ROWS})",
     )
     _add_sort(parser)
 
 
 def _add_events(verbs: Commands) -> None:
-    parser = _add_command(
-        verbs, "events", log_views.events, "updates where something was out of the ordinary"
-    )
+    parser = _add_command(verbs, "events", log_views.events, "updates where something was out of the ordinary")
     _add_site(parser)
 
 
@@ -118,7 +115,7 @@ def _add_plot(verbs: Commands) -> None:
     parser = verbs.add_parser("plot", help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(run=log_views.plot)
     parser.add_argument("folder", metavar="RUN", help="folder of a run, or one above a single run")
-    parser.add_argument("--what", default="heatmap", metavar="FIGURE", help=", ".join(log_views.FIGURE_NAMES))
+    parser.add_argument("--what", default="heatmap", metavar="FIGURE", help=", ".join(FIGURE_NAMES))
     parser.add_argument(
         "--column",
         default="entropy",
@@ -142,9 +139,7 @@ def _add_report(verbs: Commands) -> None:
 
 
 def _add_steps(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--steps", type=_step_range, metavar="A:B", help="only updates at steps A to B, A: or :B"
-    )
+    parser.add_argument("--steps", type=_step_range, metavar="A:B", help="only updates at steps A to B, A: or :B")
 
 
 def _add_site(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from eafo_dynamic.cli.log_columns import (
+    COMPARE_OPTIONAL,
+    LABELS,
+    LAYERS,
+    LAYERS_OPTIONAL,
+    SHOW,
+    SHOW_OPTIONAL,
+    TABLE_ROWS,
+    TRENDS,
+)
 from eafo_dynamic.cli.output import emit, emit_facts, is_unicode, sparkline, table_width
 from eafo_dynamic.errors import ConfigError, LogError
 from eafo_dynamic.records import CorrectionLog
@@ -15,8 +25,6 @@ from eafo_dynamic.records.names import shortened
 from eafo_dynamic.records.summary import compare_runs, compare_sites, layer_rows, summarise
 
 __all__ = [
-    "FIGURE_NAMES",
-    "TABLE_ROWS",
     "compare",
     "events",
     "layers",
@@ -26,95 +34,6 @@ __all__ = [
     "show",
     "summary",
 ]
-
-TABLE_ROWS = 40
-FIGURE_NAMES = ("heatmap", "trajectories", "functions", "densities", "prediction", "ranking")
-
-_LABELS = {
-    "eps_trend": "",
-    "entropy_trend": "",
-    "entropy_first": "H first",
-    "entropy": "H",
-    "entropy_last": "H last",
-    "entropy_change": "dH",
-    "d_entropy_d_eps": "dH/deps",
-    "atom_mass": "atoms",
-    "dead_fraction": "dead",
-    "delta_eps": "deps",
-    "mean_eps": "mean eps",
-    "mean_abs_eps": "mean |eps|",
-    "last_step": "last step",
-}
-_TRENDS = ("eps_trend", "entropy_trend")
-# Columns of a table from left to right, and those that a narrow one goes without, the first one first.
-_LAYERS = [
-    "site",
-    "base",
-    "eps",
-    "eps_trend",
-    "entropy_first",
-    "entropy",
-    "entropy_trend",
-    "d_entropy_d_eps",
-    "atom_mass",
-    "dead_fraction",
-    "mean",
-    "std",
-    "n",
-    "updates",
-    "policy",
-    "event",
-    "event_step",
-]
-_LAYERS_OPTIONAL = [
-    "event_step",
-    "policy",
-    "updates",
-    "n",
-    "std",
-    "mean",
-    "event",
-    "dead_fraction",
-    "atom_mass",
-    "base",
-    "d_entropy_d_eps",
-    "entropy_first",
-    "eps_trend",
-    "entropy_trend",
-]
-_SHOW = [
-    "site",
-    "step",
-    "epoch",
-    "eps",
-    "delta_eps",
-    "entropy",
-    "d_entropy_d_eps",
-    "atom_mass",
-    "dead_fraction",
-    "mean",
-    "std",
-    "skew",
-    "kurtosis",
-    "mu",
-    "sigma",
-    "n",
-    "event",
-]
-_SHOW_OPTIONAL = [
-    "n",
-    "sigma",
-    "mu",
-    "kurtosis",
-    "skew",
-    "epoch",
-    "event",
-    "atom_mass",
-    "dead_fraction",
-    "std",
-    "mean",
-]
-_COMPARE_OPTIONAL = ["updates", "mean_abs_eps", "last_step", "policy", "events", "sites", "entropy_first"]
 
 
 def summary(args: argparse.Namespace) -> int:
@@ -182,10 +101,10 @@ def layers(args: argparse.Namespace) -> int:
         rows = _sorted(layer_rows(log), args)
         drawn = args.format in ("table", "md")
         if drawn:
-            rows = [row | {name: sparkline(row[name], 8) for name in _TRENDS} for row in rows]
+            rows = [row | {name: sparkline(row[name], 8) for name in TRENDS} for row in rows]
         elif args.format == "csv":
-            rows = [{name: value for name, value in row.items() if name not in _TRENDS} for row in rows]
-        _emit(args, rows, _LAYERS if drawn else None, _LAYERS_OPTIONAL, title=str(log.path))
+            rows = [{name: value for name, value in row.items() if name not in TRENDS} for row in rows]
+        _emit(args, rows, LAYERS if drawn else None, LAYERS_OPTIONAL, title=str(log.path))
 
     return _shown(args, show)
 
@@ -203,11 +122,11 @@ def show(args: argparse.Namespace) -> int:
     rows = _sorted(log.rows, args)
     limit = TABLE_ROWS if args.limit is None and args.format == "table" else args.limit or len(rows)
     shown = _thinned(rows, limit)
-    names = _SHOW if args.format in ("table", "md") else log.columns
+    names = SHOW if args.format in ("table", "md") else log.columns
     title = None
     if args.format == "table" and len(log.sites) == 1:
         title, names = _site_title(log), [name for name in names if name != "site"]
-    _emit(args, shown, names, _SHOW_OPTIONAL, title)
+    _emit(args, shown, names, SHOW_OPTIONAL, title)
     if len(shown) < len(rows) and args.format == "table":
         sys.stdout.write(f"{len(shown)} of {len(rows)} rows, evenly spaced; --limit 0 shows all\n")
     return 0
@@ -216,11 +135,7 @@ def show(args: argparse.Namespace) -> int:
 def _site_title(log: CorrectionLog) -> str:
     site = log.sites[0]
     known = log.site_info(site)
-    facts = [
-        f"{name} {known[name]}"
-        for name in ("base", "class_name", "call", "shape")
-        if known.get(name) is not None
-    ]
+    facts = [f"{name} {known[name]}" for name in ("base", "class_name", "call", "shape") if known.get(name) is not None]
     return "  ".join([site, *facts])
 
 
@@ -254,7 +169,7 @@ def compare(args: argparse.Namespace) -> int:
     logs = [_selected(load_rows(run, args.steps), args) for run in args.runs]
     if args.by == "run":
         rows = compare_runs(logs)
-        names, optional = list(rows[0]), _COMPARE_OPTIONAL
+        names, optional = list(rows[0]), COMPARE_OPTIONAL
     else:
         if not any(args.column in log.columns for log in logs):
             _refuse_column("--column", args.column, sorted({name for log in logs for name in log.columns}))
@@ -384,11 +299,9 @@ def _emit(
     title: str | None,
 ) -> None:
     if args.format != "table" or args.wide:
-        emit(rows, columns=names, fmt=args.format, title=title, labels=_LABELS, width=10_000)
+        emit(rows, columns=names, fmt=args.format, title=title, labels=LABELS, width=10_000)
         return
     width = table_width()
-    sites = shortened(
-        [str(row.get("site")) for row in rows], max(20, width * 3 // 10), "…" if is_unicode() else "*"
-    )
+    sites = shortened([str(row.get("site")) for row in rows], max(20, width * 3 // 10), "…" if is_unicode() else "*")
     short = [{**row, "site": site} if "site" in row else row for row, site in zip(rows, sites, strict=True)]
-    emit(short, columns=names, title=title, optional=optional, labels=_LABELS, hint="; --wide shows all")
+    emit(short, columns=names, title=title, optional=optional, labels=LABELS, hint="; --wide shows all")

@@ -38,15 +38,9 @@ def register(commands: Commands) -> None:
         help=f"{', '.join(DENSITIES)}, or a file of samples",
     )
     parser.add_argument("--mean", type=float, default=0.0, help="mean of a named density (default: 0)")
-    parser.add_argument(
-        "--std", type=float, default=1.0, help="standard deviation of a named density (default: 1)"
-    )
-    parser.add_argument(
-        "--eps", type=float, default=0.3, help="amplitude of the correction shown (default: 0.3)"
-    )
-    parser.add_argument(
-        "--route", choices=("auto", "analytic", "score"), default="auto", help="how it is computed"
-    )
+    parser.add_argument("--std", type=float, default=1.0, help="standard deviation of a named density (default: 1)")
+    parser.add_argument("--eps", type=float, default=0.3, help="amplitude of the correction shown (default: 0.3)")
+    parser.add_argument("--route", choices=("auto", "analytic", "score"), default="auto", help="how it is computed")
     parser.add_argument("--resolution", type=float, default=0.1, metavar="R", help="r (default: 0.1)")
     parser.add_argument("--curve", action="store_true", help="print the curves instead of the summary")
     parser.add_argument("--out", metavar="FILE", help="a figure: .png, .svg or .pdf")
@@ -86,9 +80,7 @@ def _source(args: argparse.Namespace) -> Source:
     return from_density(args.density, args.mean, args.std)
 
 
-def study(
-    activation: str, source: Source, *, eps: float, route: str = "auto", resolution: float = 0.1
-) -> Study:
+def study(activation: str, source: Source, *, eps: float, route: str = "auto", resolution: float = 0.1) -> Study:
     """Everything that the figure and the summary of a correction show.
 
     Args:

@@ -63,12 +63,21 @@ def from_density(name: str, mean: float = 0.0, std: float = 1.0) -> Source:
         raise ConfigError("--density", name, "is neither a known density nor a file", mend)
     if not 0 < std < float("inf"):
         raise ConfigError("--std", std, "is not a positive number", "Give a standard deviation above 0.")
-    share = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
-    unit = _quantiles()[name](share)
-    points = (mean + std * (unit - unit.mean()) / unit.std(correction=0))[None]
-    known = Gaussian(torch.tensor([mean]), torch.tensor([std]))
-    density = known if name == "normal" else histogram(points, weights=torch.ones_like(points))
+    points = (mean + std * _standard(name))[None]
+    if name == "normal":
+        both = torch.tensor([[mean], [std]], dtype=torch.float64)
+        density = Gaussian(both[0], both[1])
+    else:
+        density = histogram(points, weights=torch.ones_like(points))
     return Source(f"{name} density, mean {mean:g}, std {std:g}", (name,), points, False, density)
+
+
+def _standard(name: str) -> Tensor:
+    """Return the quantiles of a named density with mean 0 and standard deviation 1."""
+    import torch
+
+    unit = _quantiles()[name]((torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES)
+    return (unit - unit.mean()) / unit.std(correction=0)
 
 
 def _quantiles() -> dict[str, Callable[[Tensor], Tensor]]:
@@ -123,7 +132,7 @@ def from_file(path: str) -> Source:
     try:
         values = numpy.load(file, allow_pickle=False) if file.suffix == ".npy" else _numbers(file)
         flat = numpy.asarray(values, dtype=numpy.float64).ravel()
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, EOFError) as error:
         problem = f"cannot be read as samples ({error})"
         raise ConfigError("--samples", path, problem, "Give a .npy file or a text file of numbers.") from None
     flat = flat[numpy.isfinite(flat)]
@@ -180,8 +189,7 @@ def from_log(run: str, site: str | None = None) -> Source:
     if not found:
         problem = "has no site with a mean and a positive standard deviation"
         raise ConfigError("--log", run, problem, "Let the run reach its first update.")
-    share = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
     mean, std = torch.tensor(list(found.values()), dtype=torch.float64).unbind(1)
-    points = mean[:, None] + std[:, None] * torch.special.ndtri(share)
+    points = mean[:, None] + std[:, None] * _standard("normal")
     label = f"normal densities of {len(found)} sites of {Path(run).name or run}"
     return Source(label, tuple(found), points, False, Gaussian(mean, std))

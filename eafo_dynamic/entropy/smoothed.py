@@ -148,9 +148,7 @@ class SmoothedOutput:
         """
         if self._weighted:
             problem = "cannot be used for atoms and spacings"
-            raise ConfigError(
-                "weights", "given", problem, "Repeat the samples instead, or ask for entropy alone."
-            )
+            raise ConfigError("weights", "given", problem, "Repeat the samples instead, or ask for entropy alone.")
         if self._outputs.shape[-1] == 0:
             return MixedEntropy(self.entropy, self.entropy, self.entropy)
         sites = self._outputs.shape[:-1]
@@ -167,9 +165,7 @@ class SmoothedOutput:
         """
         std = self._standard.std
         nodes = torch.arange(self._size, device=std.device) - _MARGIN * _PER_BANDWIDTH
-        return self._standard.low + nodes * (self._step * std), torch.where(
-            std > 0, self._density / std, math.nan
-        )
+        return self._standard.low + nodes * (self._step * std), torch.where(std > 0, self._density / std, math.nan)
 
     @functools.cached_property
     def _fisher(self) -> Tensor:

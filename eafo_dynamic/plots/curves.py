@@ -48,9 +48,7 @@ def functions(log: CorrectionLog, column: str = "entropy", style: Style = LIGHT)
         for snapshot in evenly(film, _FILM):
             ends = snapshot is film[-1]
             line = {"color": colour(snapshot["step"]), "linewidth": 1.8 if ends else 1.0}
-            moved = [
-                value - plain for value, plain in zip(snapshot["function"], snapshot["base"], strict=True)
-            ]
+            moved = [value - plain for value, plain in zip(snapshot["function"], snapshot["base"], strict=True)]
             upper.plot(snapshot["z"], snapshot["function"], **line)
             lower.plot(snapshot["z"], moved, **line)
         lower.axhline(0, color=style.ink, linewidth=0.8, linestyle=":")
@@ -86,9 +84,7 @@ def densities(log: CorrectionLog, column: str = "entropy", style: Style = LIGHT)
     """
     chosen = _chosen(log)
     if not any(_density(film[-1]) or _histogram(film[-1]) for film in chosen.values()):
-        raise LogError(
-            f"{log.path}: the snapshots hold neither a density (u, pdf) nor a histogram (edges, counts)"
-        )
+        raise LogError(f"{log.path}: the snapshots hold neither a density (u, pdf) nor a histogram (edges, counts)")
     first_colour, last_colour = style.lines[1], style.lines[0]
 
     def cell(part: SubFigure, site: str, film: list[Snapshot]) -> None:
@@ -114,9 +110,7 @@ def _chosen(log: CorrectionLog) -> dict[str, list[Snapshot]]:
         films.setdefault(snapshot["site"], []).append(snapshot)
     sites = [site for site in log.sites if site in films]
     if not sites:
-        raise LogError(
-            f"{log.path}: no snapshots of these sites' functions (shapes.jsonl); run with save_log=True"
-        )
+        raise LogError(f"{log.path}: no snapshots of these sites' functions (shapes.jsonl); run with save_log=True")
     return {site: films[site] for site in evenly(sites, _CELLS)}
 
 

@@ -160,9 +160,7 @@ def _mark_events(axes: Axes, log: CorrectionLog, column: str, style: Style) -> N
     points = [
         (step, value)
         for site in log.sites
-        for step, value, event in zip(
-            *(log.series(site, name) for name in ("step", column, "event")), strict=True
-        )
+        for step, value, event in zip(*(log.series(site, name) for name in ("step", column, "event")), strict=True)
         if event and value is not None
     ]
     x, y = [point[0] for point in points], [point[1] for point in points]
@@ -202,7 +200,7 @@ def prediction(log: CorrectionLog, column: str = "entropy", style: Style = LIGHT
     which, changes = entropy_changes(log)
     if not any(changes.values()):
         raise LogError(f"{log.path}: no two updates of a site have entropy, eps and d_entropy_d_eps")
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_changes(left, which, changes, style)
     layers = [layer for layer in layer_rows(log) if layer["eps"] is not None]
@@ -210,20 +208,17 @@ def prediction(log: CorrectionLog, column: str = "entropy", style: Style = LIGHT
     for number, layer in enumerate(largest):
         place = log.sites.index(layer["site"]) if len(changes) <= _NAMED else number
         _draw_sum(right, log, layer["site"], style.lines[place])
-    right.plot(
-        [], [], color=style.ink, linewidth=1.2, linestyle="--", label="what eps alone was predicted to do"
-    )
+    right.plot([], [], color=style.ink, linewidth=1.2, linestyle="--", label="what eps alone was predicted to do")
     right.set_xlabel("step")
     right.set_ylabel(_label("entropy"))
     right.set_title("sites with the largest |eps|")
-    right.legend()
+    # Below, as the lines may be anywhere.
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     figure.suptitle(f"{log.name}: entropy, predicted and measured", x=0.01, ha="left", fontsize=11)
     return figure
 
 
-def _draw_changes(
-    axes: Axes, which: str, changes: dict[str, list[tuple[float, float]]], style: Style
-) -> None:
+def _draw_changes(axes: Axes, which: str, changes: dict[str, list[tuple[float, float]]], style: Style) -> None:
     import numpy
 
     count = sum(map(len, changes.values()))
@@ -233,7 +228,7 @@ def _draw_changes(
         axes.scatter(*points.T, s=12, alpha=0.7, color=colour, linewidths=0, rasterized=True)
     every = numpy.array([pair for found in changes.values() for pair in found])
     steady = count < 3 or every.std(0).min() == 0
-    correlation = "" if steady else f", correlation {numpy.corrcoef(every.T)[0, 1]:.2f}"
+    correlation = "" if steady else f", correlation {numpy.corrcoef(every.T)[0, 1]:.4f}"
     axes.axline((0, 0), slope=1, color=style.ink, linewidth=0.8, linestyle="--", label="as predicted")
     axes.legend(loc="upper left")
     axes.locator_params(nbins=6)
@@ -284,9 +279,7 @@ def ranking(log: CorrectionLog, column: str, style: Style = LIGHT) -> Figure:
     places = range(len(shown))
     first, last = style.lines[1], style.lines[0]
     firsts, lasts = [series[site][0] for site in shown], [series[site][-1] for site in shown]
-    axes.scatter(
-        firsts, places, s=28, facecolor=style.ground, edgecolor=first, label="first update", zorder=2
-    )
+    axes.scatter(firsts, places, s=28, facecolor=style.ground, edgecolor=first, label="first update", zorder=2)
     axes.scatter(lasts, places, s=28, color=last, label="last update", zorder=3)
     if min([*firsts, *lasts, 0.0]) < 0 < max([*firsts, *lasts, 0.0]):
         axes.axvline(0, color=style.ink, linewidth=0.8)

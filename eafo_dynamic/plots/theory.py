@@ -116,9 +116,7 @@ def ranking(rows: Sequence[Mapping[str, Any]], label: str, resolution: float, st
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.set_xlim(lowest, column + 0.3 * (column - lowest))
-    axes.set_xlabel(
-        f"entropy of the output at resolution {resolution:g} [nats]; the axis starts at a constant's"
-    )
+    axes.set_xlabel(f"entropy of the output at resolution {resolution:g} [nats]; the axis starts at a constant's")
     figure.suptitle(f"Activations ranked by output entropy\n{label}", x=0.01, ha="left", fontsize=10)
     return figure
 
@@ -158,9 +156,7 @@ def _correction(axes: Axes, study: Study, style: Style) -> None:
     axes.plot(study.u, study.ghat, color=style.lines[0], linewidth=1.8, label=f"{study.route} route")
     peak = math.exp(-0.5)
     crrelu = [value * math.exp(-0.5 * value * value) for value in study.u]
-    axes.plot(
-        study.u, crrelu, color=style.lines[1], linewidth=1.2, linestyle=":", label="CRReLU's, u exp(-u²/2)"
-    )
+    axes.plot(study.u, crrelu, color=style.lines[1], linewidth=1.2, linestyle=":", label="CRReLU's, u exp(-u²/2)")
     reach = max(peak, *map(abs, study.ghat)) * 1.1
     axes.set(xlabel="standardised pre-activation u", ylabel="shape ĝ(u)", ylim=(-reach, reach))
     axes.set_title(f"correction, largest slope {study.gain:.2g}")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from itertools import islice, pairwise
+from operator import le
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +41,7 @@ class CorrectionLog:
         notes: what the reader passed over, in words.
     """
 
-    def __init__(
-        self, path: Path, manifest: Mapping[str, Any], table: Table, notes: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, path: Path, manifest: Mapping[str, Any], table: Table, notes: Sequence[str] = ()) -> None:
         self.path = path
         self.manifest: dict[str, Any] = dict(manifest)
         self.notes = list(notes)
@@ -76,7 +77,7 @@ class CorrectionLog:
             The number of new rows; of all rows if the file was replaced meanwhile, as a resumed run does.
 
         Raises:
-            LogError: if a line before the last is damaged.
+            LogError: if a line before the last is damaged, or rows of several runs are mixed.
         """
         file = self.path / CORRECTIONS
         if not file.exists():
@@ -92,8 +93,20 @@ class CorrectionLog:
             except (TypeError, OverflowError) as error:
                 raise LogError(f"{file}: a number is damaged near line {found.line} ({error})") from None
         self._offset, self._line = found.offset, found.line
+        self._refuse_mixed(before)
         self.notes = [found.note] if found.note else []
         return len(self._table) - before
+
+    def _refuse_mixed(self, before: int) -> None:
+        """Check the steps of new rows: in the log of one run they never go back."""
+        steps = self._table.column("step") if before == 0 else self._table.take("step", range(before - 1, len(self)))
+        if all(map(le, steps, islice(steps, 1, None))):
+            return
+        place = next(k for k, (left, right) in enumerate(pairwise(steps)) if right < left)
+        raise LogError(
+            f"{self.path / CORRECTIONS}: rows of several runs are mixed: "
+            f"step {steps[place]} is followed by step {steps[place + 1]}"
+        )
 
     def __len__(self) -> int:
         return len(self._table)
@@ -114,9 +127,7 @@ class CorrectionLog:
     def columns(self) -> list[str]:
         """Names of the columns present, the schema's first and in its order."""
         present = self._table.columns
-        return [name for name in COLUMNS if name in present] + [
-            name for name in present if name not in COLUMNS
-        ]
+        return [name for name in COLUMNS if name in present] + [name for name in present if name not in COLUMNS]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -233,5 +244,24 @@ class CorrectionLog:
             import pandas
         except ImportError:
             raise LogError("to_pandas needs pandas: pip install pandas") from None
-        columns = self._table.columns
-        return pandas.DataFrame({name: columns[name].numpy() for name in self.columns})
+        return pandas.DataFrame(self._arrays())
+
+    def to_arrow(self) -> Any:
+        """Return the rows as a `pyarrow.Table`, from which `polars.from_arrow` and Parquet are one call away.
+
+        Returns:
+            One line a row, `columns` as its columns; missing values are null.
+
+        Raises:
+            LogError: if pyarrow is not installed.
+        """
+        try:
+            pyarrow = import_module("pyarrow")
+        except ImportError:
+            raise LogError("to_arrow needs pyarrow: pip install pyarrow") from None
+        return pyarrow.Table.from_arrays(
+            [pyarrow.array(values, from_pandas=True) for values in self._arrays().values()], names=self.columns
+        )
+
+    def _arrays(self) -> dict[str, Any]:
+        return {name: self._table.columns[name].numpy() for name in self.columns}

@@ -54,9 +54,7 @@ def _is_short_for(glob: str, site: str) -> bool:
     if len(short) != len(whole):
         return False
     pairs = zip(short, whole, strict=True)
-    return all(
-        part == name if part.isdecimal() else fnmatch.fnmatchcase(name, f"{part}*") for part, name in pairs
-    )
+    return all(part == name if part.isdecimal() else fnmatch.fnmatchcase(name, f"{part}*") for part, name in pairs)
 
 
 def _regular(pattern: str, sites: Sequence[str]) -> list[str]:

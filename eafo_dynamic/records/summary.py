@@ -114,9 +114,7 @@ def entropy_changes(log: CorrectionLog) -> tuple[str, Changes]:
     within = {site: _update_changes(log, site) for site in log.sites}
     if any(within.values()):
         return "at updates, on the same samples", within
-    return "between updates, while the weights moved too", {
-        site: drift_changes(log, site) for site in log.sites
-    }
+    return "between updates, while the weights moved too", {site: drift_changes(log, site) for site in log.sites}
 
 
 def _update_changes(log: CorrectionLog, site: str) -> list[tuple[float, float]]:

@@ -126,9 +126,7 @@ class Table:
         """
         low = -math.inf if first is None else first
         high = math.inf if last is None else last
-        return self._at(
-            [position for position, step in enumerate(self.column("step")) if low <= step <= high]
-        )
+        return self._at([position for position, step in enumerate(self.column("step")) if low <= step <= high])
 
     def _at(self, positions: Sequence[int]) -> Table:
         return Table({name: column.at(positions) for name, column in self.columns.items()}, len(positions))

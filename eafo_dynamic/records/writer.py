@@ -255,9 +255,7 @@ def _step_of(line: bytes) -> int | None:
 def _has_rows(folder: Path) -> bool:
     """Return whether the folder has a log with at least one byte of rows."""
     try:
-        return any(
-            (folder / name).stat().st_size > 0 for name in (CORRECTIONS, SHAPES) if (folder / name).exists()
-        )
+        return any((folder / name).stat().st_size > 0 for name in (CORRECTIONS, SHAPES) if (folder / name).exists())
     except OSError:
         return False
 

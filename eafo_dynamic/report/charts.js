@@ -61,6 +61,13 @@ function number(value) {
   return text.replace("-", "−");
 }
 
+// Ticks of one axis have the same number of decimals.
+function tickName(all) {
+  const step = all.length > 1 ? Math.abs(all[1] - all[0]) : 0;
+  const decimals = step ? Math.max(0, -Math.floor(Math.log10(step) + 1e-9)) : 0;
+  return (value) => !step || decimals > 6 ? number(value) : value.toFixed(decimals).replace(/^-(?=0(\.0*)?$)/, "").replace("-", "−");
+}
+
 // An empty chart with axes: {plot, x, y, width, height, left, top} with x and y from values to pixels.
 function frame(box, options) {
   const width = Math.max(box.clientWidth, 200), height = options.height || 260;
@@ -69,13 +76,15 @@ function frame(box, options) {
   const span = { x: width - margin.left - margin.right, y: height - margin.top - margin.bottom };
   const x = (value) => margin.left + (value - options.x[0]) / (options.x[1] - options.x[0]) * span.x;
   const y = (value) => margin.top + span.y - (value - options.y[0]) / (options.y[1] - options.y[0]) * span.y;
-  for (const tick of options.xTicks || ticks(options.x, span.x / 70)) {
+  const xTicks = options.xTicks || ticks(options.x, span.x / 70), yTicks = options.yTicks || ticks(options.y, span.y / 45);
+  const xName = options.xName || tickName(xTicks), yName = options.yName || tickName(yTicks);
+  for (const tick of xTicks) {
     root.append(svg("line", { class: "grid", x1: x(tick), x2: x(tick), y1: margin.top, y2: margin.top + span.y }));
-    root.append(svg("text", { x: x(tick), y: height - 20, "text-anchor": "middle" }, options.xName ? options.xName(tick) : number(tick)));
+    root.append(svg("text", { x: x(tick), y: height - 20, "text-anchor": "middle" }, xName(tick)));
   }
-  for (const tick of options.yTicks || ticks(options.y, span.y / 45)) {
+  for (const tick of yTicks) {
     root.append(svg("line", { class: "grid", x1: margin.left, x2: width - margin.right, y1: y(tick), y2: y(tick) }));
-    root.append(svg("text", { x: margin.left - 6, y: y(tick) + 4, "text-anchor": "end" }, options.yName ? options.yName(tick) : number(tick)));
+    root.append(svg("text", { x: margin.left - 6, y: y(tick) + 4, "text-anchor": "end" }, yName(tick)));
   }
   root.append(svg("text", { x: margin.left + span.x, y: height - 5, "text-anchor": "end" }, options.xLabel || ""));
   const plot = svg("g");

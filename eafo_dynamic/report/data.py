@@ -47,9 +47,7 @@ def payload(logs: Sequence[CorrectionLog]) -> dict[str, Any]:
     steps = max(_STEPS[0], min(_STEPS[1], _SERIES_BUDGET // _NUMBER // max(fields, 1)))
     share = _SHAPES_BUDGET // len(logs)
     return {
-        "columns": {
-            name: {"unit": column.unit, "meaning": column.meaning} for name, column in COLUMNS.items()
-        },
+        "columns": {name: {"unit": column.unit, "meaning": column.meaning} for name, column in COLUMNS.items()},
         "runs": [
             {
                 "label": label,
@@ -99,10 +97,7 @@ def _snapshots(log: CorrectionLog, budget: int) -> dict[str, list[dict[str, Any]
     sites = [site for site in log.sites if site in films]
     shown = _evenly(sites, max(affordable // 2, 1))
     length = max(2, min(_FILM, affordable // len(shown)))
-    return {
-        str(log.sites.index(site)): [_snapshot(entry) for entry in _evenly(films[site], length)]
-        for site in shown
-    }
+    return {str(log.sites.index(site)): [_snapshot(entry) for entry in _evenly(films[site], length)] for site in shown}
 
 
 def _snapshot(entry: dict[str, Any]) -> dict[str, Any]:
@@ -131,9 +126,7 @@ def _correlation(pairs: Sequence[tuple[int, float, float]]) -> float | None:
         return None
     left, right = math.fsum(pair[1] for pair in pairs) / count, math.fsum(pair[2] for pair in pairs) / count
     both = math.fsum((pair[1] - left) * (pair[2] - right) for pair in pairs)
-    spread = math.fsum((pair[1] - left) ** 2 for pair in pairs) * math.fsum(
-        (pair[2] - right) ** 2 for pair in pairs
-    )
+    spread = math.fsum((pair[1] - left) ** 2 for pair in pairs) * math.fsum((pair[2] - right) ** 2 for pair in pairs)
     return _short(both / math.sqrt(spread)) if spread > 0 else None
 
 

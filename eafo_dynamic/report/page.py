@@ -109,16 +109,12 @@ def _embedded(value: object) -> str:
 def _choice(labels: Sequence[str]) -> str:
     if len(labels) == 1:
         return ""
-    options = "".join(
-        f'<option value="{number}">{escape(label)}</option>' for number, label in enumerate(labels)
-    )
+    options = "".join(f'<option value="{number}">{escape(label)}</option>' for number, label in enumerate(labels))
     return f'<p class="choice"><label for="run">Run</label> <select id="run">{options}</select></p>'
 
 
 def _per_run(parts: Sequence[str]) -> str:
-    return "".join(
-        f'<div class="of-run" data-run="{number}">{part}</div>' for number, part in enumerate(parts)
-    )
+    return "".join(f'<div class="of-run" data-run="{number}">{part}</div>' for number, part in enumerate(parts))
 
 
 def _summary(log: CorrectionLog) -> str:
@@ -140,11 +136,7 @@ def _summary(log: CorrectionLog) -> str:
         lines["Resumed at step"] = escape(", ".join(map(str, facts["resumed_at_steps"])))
     if facts["notes"]:
         lines["Note"] = escape("; ".join(facts["notes"]))
-    return (
-        '<dl class="facts">'
-        + "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in lines.items())
-        + "</dl>"
-    )
+    return '<dl class="facts">' + "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in lines.items()) + "</dl>"
 
 
 def _sites(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -190,24 +182,18 @@ def _settings(log: CorrectionLog) -> str:
 
 def _meanings() -> str:
     lines = [
-        f"<dt>{name}</dt><dd>{escape(column.meaning)}"
-        + (f" [{escape(column.unit)}]" if column.unit else "")
-        + "</dd>"
+        f"<dt>{name}</dt><dd>{escape(column.meaning)}" + (f" [{escape(column.unit)}]" if column.unit else "") + "</dd>"
         for name, column in COLUMNS.items()
     ]
     return '<dl class="meanings">' + "".join(lines) + "</dl>"
 
 
-def _table(
-    caption: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], chosen: str | None = None
-) -> str:
+def _table(caption: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], chosen: str | None = None) -> str:
     """Return a table whose headings are buttons, which the page's script makes sort it."""
     numeric = {name for name in columns if any(_is_number(row.get(name)) for row in rows)}
     head = "".join(_heading(name, name in numeric) for name in columns)
     body = "".join(
-        f'<tr data-place="{place}">'
-        + "".join(_cell(name, row.get(name), chosen) for name in columns)
-        + "</tr>"
+        f'<tr data-place="{place}">' + "".join(_cell(name, row.get(name), chosen) for name in columns) + "</tr>"
         for place, row in enumerate(rows)
     )
     return (

@@ -1,0 +1,105 @@
+"""Options: what cannot work is refused at once, by name and value; what can goes into the manifest as it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from eafo_dynamic.density import gaussian
+from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.options import Options
+from eafo_dynamic.policy import Entropy, Rule, Schedule, TrustRegion
+
+BAD: list[tuple[str, Any]] = [
+    ("policy", "greedy"),
+    ("policy", []),
+    ("density", "kde"),
+    ("density", 3),
+    ("eps_init", 0.6),
+    ("eps_init", math.nan),
+    ("max_eps", 0.0),
+    ("max_delta", -1.0),
+    ("update_every_n_steps", 0),
+    ("update_starting_at_step", -5),
+    ("freeze_at_step", -1),
+    ("collect_every_n_steps", 500),
+    ("samples_per_site", 15),
+    ("samples_per_site", 100.5),
+    ("momentum", 0.0),
+    ("momentum", 1.1),
+    ("momentum", math.nan),
+    ("momentum", "half"),
+    ("resolution", 0.0005),
+    ("resolution", 1.5),
+    ("rollback_factor", 1.0),
+    ("rollback_factor", math.nan),
+    ("target_modules", ["ReLU", 3]),
+    ("filter_fn", "ReLU"),
+]
+
+
+@pytest.mark.parametrize("option, value", BAD)
+def test_a_bad_option_is_named_with_its_value_and_the_mend(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        Options(**{option: value})
+    text = str(error.value)
+    assert error.value.option == option
+    assert text.startswith(f"{option}={value!r}: ") and text.endswith("."), text
+
+
+@pytest.mark.parametrize("option", [f.name for f in fields(Options) if f.type != "bool"])
+def test_no_option_takes_an_object_silently(option: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Options(**{option: object.__new__(_Nothing)})
+    assert error.value.option == option
+
+
+class _Nothing:
+    """Neither a number nor a text, and not callable."""
+
+
+def test_compounding_leaves_eps_one_half_of_its_bound() -> None:
+    Options(compounding=True, eps_init=0.25)
+    with pytest.raises(ConfigError, match=r"eps_init=0\.3: with compounding, eps has half of max_eps=0\.5"):
+        Options(compounding=True, eps_init=0.3)
+
+
+def test_parts_are_made_of_the_options() -> None:
+    options = Options(update_every_n_steps=8, update_starting_at_step=3, freeze_at_step=90, collect_every_n_steps=2)
+    assert options.schedule == Schedule(8, 3, 90, 2)
+    assert replace(options, max_eps=0.3, max_delta=0.2).trust_region == TrustRegion(0.3, 0.2)
+    with pytest.raises(ConfigError, match="max_eps"):
+        replace(options, max_eps=-1.0)
+
+
+def test_only_the_gaussian_density_goes_without_tables() -> None:
+    assert not Options().tabulated
+    assert Options(density="histogram").tabulated
+    assert Options(density=gaussian).tabulated
+    assert Options(compounding=True).tabulated
+    assert Options(per_channel=True).form == {"tabulated": False, "per_channel": True, "compounding": False}
+
+
+def test_primitives_are_json_and_complete() -> None:
+    options = Options(
+        target_modules=["ReLU", "head.act"],
+        filter_fn=lambda module, name: True,
+        policy=[Rule("ReLU", Entropy(0.1)), Rule(".*", "static")],
+        density=gaussian,
+        max_delta=math.inf,
+    )
+    plain = options.primitives()
+    assert list(plain) == [f.name for f in fields(Options)]
+    back = json.loads(json.dumps(plain, allow_nan=False))
+    assert back == plain
+    assert back["target_modules"] == ["ReLU", "head.act"]
+    assert "Entropy(rate=0.1" in back["policy"][0] and "'ReLU'" in back["policy"][0]
+    assert back["max_delta"] == "inf" and back["freeze_at_step"] is None
+
+
+def test_primitives_of_the_defaults_are_the_defaults() -> None:
+    assert Options().primitives() == {f.name: f.default for f in fields(Options)}
