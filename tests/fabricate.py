@@ -30,9 +30,7 @@ def fabricate_run(
         ],
     }
     writer = LogWriter(run / "eafo", manifest)
-    histories = [
-        site_rows(number, name, base, updates, policy, seed) for number, (name, base) in enumerate(sites)
-    ]
+    histories = [site_rows(number, name, base, updates, policy, seed) for number, (name, base) in enumerate(sites)]
     for update in range(updates):
         rows = [history[update] for history in histories]
         writer.write(rows)
@@ -42,9 +40,7 @@ def fabricate_run(
     return run
 
 
-def site_rows(
-    number: int, name: str, base: str, updates: int, policy: str, seed: int
-) -> list[dict[str, Any]]:
+def site_rows(number: int, name: str, base: str, updates: int, policy: str, seed: int) -> list[dict[str, Any]]:
     noise = random.Random(f"{seed} {name}")
     eps, entropy = 0.01, 1.02 - 0.09 * number
     rows: list[dict[str, Any]] = []

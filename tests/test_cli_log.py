@@ -161,9 +161,7 @@ VIEWS = [
 
 @pytest.mark.parametrize("view", VIEWS, ids=" ".join)
 @pytest.mark.parametrize("width", [60, 80, 200])
-def test_table_fits_the_terminal(
-    log: Run, view: list[str], width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_table_fits_the_terminal(log: Run, view: list[str], width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     assert_fits(log(*view), width)
 
@@ -244,9 +242,7 @@ def test_no_events_is_said(log: Run) -> None:
     assert json.loads(log("events", "run a", "--site", "blocks.0", "--format", "json")) == []
 
 
-def test_torn_line_is_noted_beside_the_output(
-    log: Run, runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_torn_line_is_noted_beside_the_output(log: Run, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = fabricate_run(runs / "torn")
     with (run / "eafo" / "corrections.jsonl").open("a") as file:
         file.write('{"step":650,"si')
@@ -280,9 +276,7 @@ def test_torn_line_is_noted_beside_the_output(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_input_is_one_line(
-    log: Run, arguments: list[str], error: type[EAFOError], parts: list[str]
-) -> None:
+def test_wrong_input_is_one_line(log: Run, arguments: list[str], error: type[EAFOError], parts: list[str]) -> None:
     with pytest.raises(error) as caught:
         log(*arguments)
     message = str(caught.value)
@@ -376,7 +370,5 @@ def test_follow_prints_again_when_the_run_goes_on(tmp_path: Path) -> None:
 def test_import_stays_light() -> None:
     heavy = ("torch", "pandas", "matplotlib", "rich")
     code = f"import sys, eafo_dynamic.cli.log; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert done.stdout.strip() == "[]"

@@ -238,9 +238,7 @@ def test_controls_have_names_and_tables_captions(fresh: Browser) -> None:
     nameless = """return [...document.querySelectorAll('input, select, button')].filter(node =>
         !node.textContent.trim() && !node.labels?.length && !node.ariaLabel).map(node => node.outerHTML)"""
     assert fresh.run(nameless) == []
-    assert fresh.run(
-        "return [...document.querySelectorAll('table')].every(table => table.caption.textContent)"
-    )
+    assert fresh.run("return [...document.querySelectorAll('table')].every(table => table.caption.textContent)")
     levels = fresh.run("return [...document.querySelectorAll('h1,h2,h3')].map(heading => heading.tagName)")
     assert levels[0] == "H1"
     assert set(levels[1:]) == {"H2"}
@@ -275,9 +273,7 @@ def test_filter_leaves_the_sites_that_match(fresh: Browser) -> None:
 
 @needs_browser
 def test_site_in_the_table_opens_its_film(fresh: Browser) -> None:
-    fresh.run(
-        "[...document.querySelectorAll('button.site')].find(node => node.textContent === 'head.act').click()"
-    )
+    fresh.run("[...document.querySelectorAll('button.site')].find(node => node.textContent === 'head.act').click()")
     assert text_of(fresh, "#readout").startswith("head.act, ")
     label = "document.querySelector('#function svg').getAttribute('aria-label')"
     assert fresh.run(f"return {label}") == "Function of head.act at step 2000"

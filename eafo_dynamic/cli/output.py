@@ -71,9 +71,7 @@ def emit(
         width: characters of a table; None for the terminal's.
         hint: how to see the columns that a table left out, to end the line that names them.
     """
-    names = (
-        list(columns) if columns is not None else list(dict.fromkeys(name for row in rows for name in row))
-    )
+    names = list(columns) if columns is not None else list(dict.fromkeys(name for row in rows for name in row))
     with quiet_pipe():
         if fmt == "json":
             plain = [{name: _json_value(row.get(name)) for name in names} for row in rows]
@@ -250,9 +248,7 @@ def _print(width: int, part: Any) -> None:
     sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
 
 
-def _fitting(
-    cells: Mapping[str, Sequence[str]], names: list[str], optional: Sequence[str], width: int
-) -> list[str]:
+def _fitting(cells: Mapping[str, Sequence[str]], names: list[str], optional: Sequence[str], width: int) -> list[str]:
     """Return the names without as many of the optional ones, the first one first, as it takes to fit."""
     from rich.cells import cell_len
 
