@@ -1,0 +1,92 @@
+"""A small training run as a process of its own, for tests that need real ranks or a real kill.
+
+Run: python training_process.py FOLDER RANKS STEPS OPTIONS_AS_JSON
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from eafo_dynamic import EAFOCallback
+
+
+class Net(LightningModule):
+    """One shared in-place ReLU and a GELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.relu, self.gelu = nn.ReLU(inplace=True), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(self.gelu(self.relu(self.two(self.relu(self.one(x))))))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Watch(Callback):
+    """Writes a digest of every correction after each step, and can slow a run down so that a kill hits it."""
+
+    def __init__(self, folder: Path, pause: float) -> None:
+        self.folder, self.pause = folder, pause
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        state = {key: value for key, value in pl_module.state_dict().items() if "eafo_" in key}
+        digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in state.values())).hexdigest()
+        with (self.folder / f"rank{trainer.global_rank}.txt").open("a") as file:
+            file.write(f"{trainer.global_step} {digest}\n")
+        time.sleep(self.pause)
+
+
+def data(n: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 8, generator=generator) * 2 + 0.5
+    return TensorDataset(x, x[:, :3].argmax(1))
+
+
+def main(folder: Path, ranks: int, steps: int, options: dict[str, Any]) -> None:
+    pause, save, resume = options.pop("pause", 0.0), options.pop("save_every", None), options.pop("resume", False)
+    n, batch = options.pop("n", 256), options.pop("batch", 32)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    callbacks: list[Callback] = [EAFOCallback(dirpath=folder / "eafo", verbose=False, **options)]
+    if save:
+        callbacks.append(ModelCheckpoint(folder / "ckpt", every_n_train_steps=save, save_top_k=-1, save_last=True))
+    callbacks.append(Watch(folder, pause))
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        max_steps=steps,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=save is not None,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(folder),
+        use_distributed_sampler=True,
+    )
+    last = folder / "ckpt" / "last.ckpt"
+    net = Net()
+    trainer.fit(net, DataLoader(data(n), batch), ckpt_path=str(last) if resume and last.exists() else None)
+    if trainer.is_global_zero:
+        torch.save(net.state_dict(), folder / "final.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))
