@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eafo_dynamic.activation import CorrectedActivation as CorrectedActivation
     from eafo_dynamic.activation import CRReLU as CRReLU
+    from eafo_dynamic.bake import merge as merge
     from eafo_dynamic.bases import register_activation as register_activation
     from eafo_dynamic.callback import EAFOCallback as EAFOCallback
     from eafo_dynamic.controller import EAFOController as EAFOController
@@ -44,6 +45,7 @@ _HOMES = {
     "apply_from_checkpoint": "manifest",
     "disabled": "surgery",
     "find_sites": "sites",
+    "merge": "bake",
     "register_activation": "bases",
     "unwrap": "surgery",
     "wrap": "surgery",

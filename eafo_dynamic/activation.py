@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from eafo_dynamic.bases import Base, as_base
 from eafo_dynamic.correction import HALF_WIDTH, correction_shape, is_closed_form, tabulate
 from eafo_dynamic.density import Density, Gaussian
-from eafo_dynamic.kernels import correction
+from eafo_dynamic.kernels import Backend, Known, Terms, corrected, correction, known_module
 from eafo_dynamic.statistics import Collector
 
-__all__ = ["CRReLU", "CorrectedActivation", "Form", "Site", "Switch", "shape_table", "standard_normal"]
+__all__ = ["CRReLU", "CorrectedActivation", "Form", "Site", "Switch", "register", "shape_table", "standard_normal"]
 
 
 def standard_normal() -> Gaussian:
@@ -67,10 +68,12 @@ class Switch:
     Args:
         collecting: whether forwards leave a sample of their pre-activations.
         enabled: whether corrections act.
+        backend: what computes them for plain tensors on the CPU.
     """
 
     collecting: bool = False
     enabled: bool = True
+    backend: Backend = "auto"
 
 
 @dataclass(eq=False)
@@ -97,7 +100,7 @@ class Site:
     function: tuple[str, dict[str, object]] | None = None
     _zero_seen: tuple[int, int] | None = field(default=None, init=False, repr=False)
 
-    @property
+    @functools.cached_property
     def keys(self) -> tuple[str, str, str, str]:
         """Attribute names of eps, shape, table and offset on the host."""
         stem = f"eafo_{self.index}_"
@@ -120,9 +123,9 @@ class Site:
         host.register_parameter(eps_key, nn.Parameter(torch.full(size, float(form.eps_init), device=device)))
         host.register_buffer(shape_key, torch.tensor([0.0, 1.0], device=device))
         table = shape_table(base, standard_normal(), form.tabulated or form.compounding)
-        host.register_buffer(table_key, None if table is None else table.to(device))
+        register(host, table_key, None if table is None else table.to(device))
         settled = torch.zeros_like(table, device=device) if form.compounding and table is not None else None
-        host.register_buffer(offset_key, settled)
+        register(host, offset_key, settled)
 
     def unregister(self, host: nn.Module) -> None:
         """Removes the site's tensors from its host.
@@ -130,13 +133,26 @@ class Site:
         Args:
             host: where they are registered.
         """
-        eps_key, *buffers = self.keys
-        del host._parameters[eps_key]
-        for key in buffers:
-            del host._buffers[key]
+        for key in self.keys:
+            host._parameters.pop(key, None)
+            host._buffers.pop(key, None)
+            vars(host).pop(key, None)
+
+    def terms(self, host: nn.Module, z: Tensor) -> Terms:
+        """The operands of the site's correction term.
+
+        Args:
+            host: where the site's tensors are registered.
+            z: pre-activations, any shape.
+
+        Returns:
+            Eps, shape and tables.
+        """
+        eps, shape, table, offset = (getattr(host, key) for key in self.keys)
+        return Terms(_per_channel(eps, z), shape, table, offset, HALF_WIDTH)
 
     def correction(self, host: nn.Module, z: Tensor) -> Tensor:
-        """The site's correction term.
+        """The site's correction term alone.
 
         Args:
             host: where the site's tensors are registered.
@@ -145,10 +161,8 @@ class Site:
         Returns:
             c(z), of the shape and dtype of z.
         """
-        eps, shape, table, offset = (getattr(host, key) for key in self.keys)
-        if eps.dim():  # one amplitude a channel: dimension 1 of images, the last of anything else
-            eps = eps.view(-1, *[1] * (z.dim() - 2)) if z.dim() >= 4 else eps
-        return correction(z, eps, shape, table, HALF_WIDTH, offset)
+        eps, shape, table, offset, half_width = self.terms(host, z)
+        return correction(z, eps, shape, table, half_width, offset)
 
     def idle(self, host: nn.Module) -> bool:
         """Whether the site has nothing to do: no sample to take, and a correction that is off or certainly zero.
@@ -188,7 +202,14 @@ class Site:
         self._zero_seen = stamp
         return True
 
-    def __call__(self, host: nn.Module, base: Callable[[Tensor], Tensor], z: Tensor, inplace: bool) -> Tensor:
+    def __call__(
+        self,
+        host: nn.Module,
+        base: Callable[[Tensor], Tensor],
+        z: Tensor,
+        inplace: bool,
+        known: Known | None = None,
+    ) -> Tensor:
         """Runs the corrected function.
 
         Args:
@@ -196,6 +217,7 @@ class Site:
             base: the original forward.
             z: pre-activations, any shape, floating point.
             inplace: whether the base overwrites its input; then so does the corrected function.
+            known: what the original forward computes, with its derivative, where that is known.
 
         Returns:
             f(z); z itself, overwritten, if inplace.
@@ -206,12 +228,35 @@ class Site:
             self.collector.observe(z)
         if not self.switch.enabled:
             return base(z)
-        if not inplace:
-            out = base(z)
-            return out + self.correction(host, z).to(out.dtype)
-        kept = z.clone()  # the correction's backward needs what is about to be overwritten
-        out = base(kept.clone())
-        return z.copy_(out + self.correction(host, kept).to(out.dtype))
+        return _corrected(base, functools.partial(self.terms, host), z, inplace, known, self.switch.backend)
+
+
+def register(host: nn.Module, key: str, value: Tensor | None) -> None:
+    """Registers a buffer; what is not there stays an attribute, since torch.export miscounts buffers that are None."""
+    if value is None:
+        vars(host)[key] = None
+    else:
+        host.register_buffer(key, value)
+
+
+def _per_channel(eps: Tensor, z: Tensor) -> Tensor:
+    """One amplitude a channel broadcasts along dimension 1 of images, the last of anything else."""
+    return eps.view(-1, *[1] * (z.dim() - 2)) if eps.dim() and z.dim() >= 4 else eps
+
+
+def _corrected(
+    base: Callable[[Tensor], Tensor],
+    terms: Callable[[Tensor], Terms],
+    z: Tensor,
+    inplace: bool,
+    known: Known | None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """base(z) + c(z); z itself, overwritten, if inplace."""
+    if not inplace:
+        return corrected(z, base, terms(z), known, backend)
+    kept = z.clone()  # the backward needs what is about to be overwritten
+    return z.copy_(corrected(kept, lambda x: base(x.clone()), terms(kept), known, backend))
 
 
 def _recomputing() -> bool:
@@ -235,8 +280,10 @@ class CorrectedActivation(nn.Module):
         trainable: whether eps is a parameter; otherwise a buffer.
     """
 
+    eps: Tensor
     shape: Tensor
     table: Tensor | None
+    offset: Tensor | None
 
     def __init__(
         self, base: nn.Module, eps: float = 0.01, density: Density | None = None, trainable: bool = True
@@ -250,7 +297,8 @@ class CorrectedActivation(nn.Module):
         else:
             self.register_buffer("eps", amplitude)
         self.register_buffer("shape", torch.stack([density.mean[0], density.std[0]]).to(torch.float32))
-        self.register_buffer("table", shape_table(as_base(base), density))
+        register(self, "table", shape_table(as_base(base), density))
+        register(self, "offset", None)
 
     def forward(self, z: Tensor) -> Tensor:
         """Applies the corrected function.
@@ -259,12 +307,12 @@ class CorrectedActivation(nn.Module):
             z: pre-activations, any shape, floating point.
 
         Returns:
-            f(z), of the shape of z.
+            f(z), of the shape of z; z itself, overwritten, if the base is in place.
         """
-        kept = z.clone() if getattr(self.base, "inplace", False) else z
-        c = correction(kept, self.eps, self.shape, self.table, HALF_WIDTH)
-        out = self.base(z)
-        return out + c.to(out.dtype)
+        return _corrected(self.base, self._terms, z, getattr(self.base, "inplace", False), known_module(self.base))
+
+    def _terms(self, z: Tensor) -> Terms:
+        return Terms(_per_channel(self.eps, z), self.shape, self.table, self.offset, HALF_WIDTH)
 
     def extra_repr(self) -> str:
         """Live amplitude and scale.

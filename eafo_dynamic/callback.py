@@ -20,8 +20,9 @@ from eafo_dynamic.errors import ConfigError, SiteError
 from eafo_dynamic.example import example_run
 from eafo_dynamic.manifest import CHECKPOINT_KEY, manifest, report_from_manifest, wrap_from_manifest
 from eafo_dynamic.optim import check_group, own_group
-from eafo_dynamic.policy import Policy, Rule, Schedule
+from eafo_dynamic.policy import Policy, Rule
 from eafo_dynamic.records import LogWriter
+from eafo_dynamic.schedule import Schedule
 from eafo_dynamic.sites import SiteReport, find_sites
 from eafo_dynamic.surgery import is_wrapped
 from eafo_dynamic.version import package_versions
@@ -56,7 +57,7 @@ class EAFOCallback(Callback):
         update_every_n_epochs: epochs between update rounds, in place of update_every_n_steps.
         update_starting_at_step: first step with an update round.
         freeze_at_step: from this step on every correction stays as it is; None: never.
-        collect_every_n_steps: optimiser steps between sampled steps; None: about five a round.
+        collect_every_n_steps: optimiser steps between sampled steps; None: at most five a round.
         samples_per_site: pre-activations a site contributes to an update round.
         momentum: weight of a new round in the running estimate of a density, in (0, 1].
         lr: learning rate of eps; None: that of the model's own parameters times lr_multiple.
@@ -130,10 +131,14 @@ class EAFOCallback(Callback):
             rollback_factor=rollback_factor,
         )
         if update_every_n_epochs is not None and update_every_n_epochs < 1:
-            raise ConfigError("update_every_n_epochs", update_every_n_epochs, "must be at least 1", "None counts steps.")
+            raise ConfigError(
+                "update_every_n_epochs", update_every_n_epochs, "must be at least 1", "None counts steps."
+            )
         self.update_every_n_epochs = update_every_n_epochs
         if log_every_n_steps is not None and log_every_n_steps < 1:
-            raise ConfigError("log_every_n_steps", log_every_n_steps, "must be at least 1", "None logs at every update.")
+            raise ConfigError(
+                "log_every_n_steps", log_every_n_steps, "must be at least 1", "None logs at every update."
+            )
         check_group(lr, lr_multiple, weight_decay)
         self.lr, self.lr_multiple, self.weight_decay = lr, lr_multiple, weight_decay
         self.log_every_n_steps = log_every_n_steps
@@ -143,6 +148,7 @@ class EAFOCallback(Callback):
         self.controller: EAFOController | None = None
         self._writer: LogWriter | None = None
         self._resumed: dict[str, Any] | None = None
+        self._earlier_log: str | None = None  # of the run that is resumed
         self._aggregates: dict[str, float] = {}
 
     # ------------------------------------------------------------------ before training
@@ -221,6 +227,7 @@ class EAFOCallback(Callback):
             warnings.warn(f"EAFO: {note}", stacklevel=2)
         if self._resumed is not None:
             controller.load_state_dict(self._resumed)
+            self._earlier_log = self._resumed.get("log")
             self._resumed = None
         folder = self._log_folder(trainer)
         if self.save_log and trainer.is_global_zero and not _is_fast_dev_run(trainer):
@@ -241,7 +248,7 @@ class EAFOCallback(Callback):
         if self.update_every_n_epochs is not None:
             self._controller.reschedule(_by_epochs(self._controller.schedule, self.update_every_n_epochs, trainer))
         if self._writer is not None and trainer.global_step:
-            self._writer.resume(trainer.global_step)
+            self._writer.resume(trainer.global_step, source=self._earlier_log)
 
     # ------------------------------------------------------------------ training
 
@@ -308,7 +315,10 @@ class EAFOCallback(Callback):
         Returns:
             The state.
         """
-        return {} if self.controller is None else self.controller.state_dict()
+        if self.controller is None:
+            return {}
+        log = None if self._writer is None else str(self._writer.path)
+        return {**self.controller.state_dict(), "log": log}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the restored state until the fit starts, when it is on the right device."""
@@ -387,5 +397,8 @@ def _check_order(callback: Callback, trainer: Trainer) -> None:
     for earlier in names[:place]:
         if earlier in ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"):
             raise ConfigError(
-                "callbacks", names, f"{earlier} copies the model before EAFOCallback wraps it", "Put EAFOCallback first."
+                "callbacks",
+                names,
+                f"{earlier} copies the model before EAFOCallback wraps it",
+                "Put EAFOCallback first.",
             )

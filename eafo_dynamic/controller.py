@@ -16,19 +16,13 @@ from eafo_dynamic.bases import as_base
 from eafo_dynamic.diagnostics import OutputEntropy, Record, describe_events, diagnostics, to_rows
 from eafo_dynamic.errors import ConfigError, PatternError, SiteError
 from eafo_dynamic.options import Options
-from eafo_dynamic.policy import Policy, Schedule, make_policy, make_rules
+from eafo_dynamic.policy import Policy, make_policy, make_rules
+from eafo_dynamic.running import LossWatch, RunningDensity, make_estimator
+from eafo_dynamic.schedule import Schedule
 from eafo_dynamic.sites import SiteReport, find_sites, matches
 from eafo_dynamic.statistics import dead_fraction, gather_ranks, moments, stack_samples
 from eafo_dynamic.surgery import site_source, unwrap, wrap
-from eafo_dynamic.update import (
-    Functions,
-    LossWatch,
-    RunningDensity,
-    bounded_move,
-    compounded,
-    make_estimator,
-    refreshed,
-)
+from eafo_dynamic.update import Functions, bounded_move, compounded, refreshed
 
 __all__ = ["EAFOController", "Record"]
 
@@ -248,11 +242,14 @@ class EAFOController:
         stats = moments(samples)
         usable = (stats.n >= 2) & (stats.std > 0) & stats.std.isfinite() & stats.mean.isfinite()
         old = self.functions()
+        broken = ~old.eps.isfinite()  # by a gradient that was not; the optimiser itself cannot mend it
+        old = replace(old, eps=torch.where(broken, self._eps_before, old.eps))
         before = OutputEntropy(old.outputs(samples), self.options.resolution)
         gradient = before.gradient(old.direction(samples))
         self._gradient = torch.where(usable, gradient, 0.0).nan_to_num().to(old.eps.dtype)
 
-        rolled_back = self._undo is not None and self._losses.jumped()
+        jumped = self._losses.jumped()  # every round: what is before it and what after must not mix
+        rolled_back = jumped and self._undo is not None
         wanted = self._reverted(old) if rolled_back else self._wanted(old, samples, usable)
         new, fraction = bounded_move(old, wanted, self.trust_region)
         self._commit(old, new)
@@ -262,19 +259,18 @@ class EAFOController:
         columns = diagnostics(samples, stats, before, old, new, delta_eps=moved - self._eps_before)
         columns.update(dead_fraction=dead, n_nonfinite=nonfinite)
         self._eps_before = new.eps
-        events = describe_events(stats.n, usable, fraction, rolled_back, nonfinite)
+        events = describe_events(stats.n, usable, fraction, rolled_back, nonfinite, broken)
         heads: list[Record] = [{"step": step, "epoch": epoch, "site": site.name} for site in self.sites]
-        tails = [
-            {"policy": policy.name, "event": event} for policy, event in zip(self.policies, events, strict=True)
-        ]
+        tails = [{"policy": policy.name, "event": event} for policy, event in zip(self.policies, events, strict=True)]
         rows = to_rows(heads, columns, tails)
         self.records.extend(rows)
         return rows
 
     def _samples(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples of all sites and ranks [S, n]; dead fractions and non-finite samples of this rank, [S].
+        """Empties the collectors.
 
-        The collectors are empty afterwards.
+        Returns:
+            Samples of all sites and ranks, [S, n]; dead fractions and non-finite samples of this rank, [S].
         """
         drained = [site.collector.drain() for site in self.sites]
         dead = [dead_fraction(values, units) for values, units in drained]
@@ -344,7 +340,8 @@ class EAFOController:
             eps, shape, table, offset = (getattr(host, key) for key in site.keys)
             targets += [eps.detach(), shape]
             # channels keep their differences; one amplitude is simply the new one
-            moved = eps.detach() + (new.eps[row] - old.eps[row]) if eps.dim() else new.eps[row]
+            kept = torch.where(eps.detach().isfinite(), eps.detach(), old.eps[row])
+            moved = kept + (new.eps[row] - old.eps[row]) if eps.dim() else new.eps[row]
             values += [moved, new.shape[row]]
             if table is not None:
                 targets.append(table)
@@ -410,8 +407,10 @@ class EAFOController:
             setattr(self, f"_{name}", None if state[name] is None else state[name].to(self._device))
         self._running.load_state_dict(state["running"], self._device)
         self._losses.load_state_dict(state["losses"])
-        self._undo = None if state["undo"] is None else replace(
-            self.functions(), **{name: value.to(self._device) for name, value in state["undo"].items()}
+        self._undo = (
+            None
+            if state["undo"] is None
+            else replace(self.functions(), **{name: value.to(self._device) for name, value in state["undo"].items()})
         )
         for site, pending in zip(self.sites, state["pending"] or [], strict=False):
             site.collector.restore(pending, self._device)

@@ -1,7 +1,8 @@
 """Pre-activation densities in standardised coordinates u = (z - mean) / std (Theory, section 1).
 
 Samples stand in the last dimension, all leading dimensions are sites. A non-finite sample is missing.
-float16 and bfloat16 are taken as they are; all arithmetic is done in float64.
+float16 and bfloat16 are read as float32; samples are handled in float32, or float64 if they are given so,
+moments and grids in float64.
 """
 
 from __future__ import annotations
@@ -331,8 +332,9 @@ def _grid_mass(standard: Standardised) -> tuple[Tensor, Tensor]:
 
 def _bandwidth(mass: Tensor, count: Tensor) -> Tensor:
     """Return the normal-reference bandwidth for the derivative, in standard deviations, shape [sites]."""
-    cumulative = mass.cumsum(-1).contiguous()
-    quartiles = torch.tensor([0.25, 0.75], dtype=mass.dtype, device=mass.device).expand(mass.shape[0], 2)
+    # In integers, whose running sum has a deterministic form on every device.
+    cumulative = (mass * 2**40).long().cumsum(-1).contiguous()
+    quartiles = torch.tensor([2**38, 3 * 2**38], device=mass.device).expand(mass.shape[0], 2)
     low, high = torch.searchsorted(cumulative, quartiles.contiguous()).unbind(-1)
     spread = ((high - low) * (_STEP / 1.349)).clamp(max=1.0)
     return (spread * (4 / (5 * count.clamp(min=1.0))) ** (1 / 7)).clamp(4 * _STEP, 1.0)

@@ -91,7 +91,12 @@ def diagnostics(
 
 
 def describe_events(
-    n: Tensor, usable: Tensor, fraction: Tensor, rolled_back: bool, nonfinite: Tensor
+    n: Tensor,
+    usable: Tensor,
+    fraction: Tensor,
+    rolled_back: bool,
+    nonfinite: Tensor,
+    broken: Tensor | None = None,
 ) -> list[str | None]:
     """What was out of the ordinary at each site.
 
@@ -101,13 +106,16 @@ def describe_events(
         fraction: part of the wanted move that the trust region admitted, shape [S].
         rolled_back: whether the round undid the previous one.
         nonfinite: NaN and infinite samples, shape [S].
+        broken: whether eps was found not finite and was put back, shape [S].
 
     Returns:
         One text a site, None where there is nothing to say.
     """
 
-    def describe(count: float, good: bool, taken: float, poisoned: float) -> str | None:
+    def describe(count: float, good: bool, taken: float, poisoned: float, mended: bool) -> str | None:
         found: list[str] = []
+        if mended:
+            found.append("eps was not finite and is back at its last good value")
         if poisoned:
             found.append("non-finite samples left out")
         if rolled_back:
@@ -122,7 +130,8 @@ def describe_events(
             found.append("bounded")
         return "; ".join(found) or None
 
-    columns = (n.tolist(), usable.tolist(), fraction.tolist(), nonfinite.tolist())
+    mended = torch.zeros_like(usable) if broken is None else broken
+    columns = (n.tolist(), usable.tolist(), fraction.tolist(), nonfinite.tolist(), mended.tolist())
     return [describe(*each) for each in zip(*columns, strict=True)]
 
 
@@ -145,6 +154,6 @@ def to_rows(
         for head, values, tail in zip(heads, table, tails, strict=True)
     ]
     for row in rows:
-        for count in ("n", "n_nonfinite"):
+        for count in {"n", "n_nonfinite"} & row.keys():
             row[count] = int(row[count])  # pyright: ignore[reportArgumentType]
     return rows

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import random
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from eafo_dynamic.activation import CorrectedActivation
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.functional import WRITTEN, Tracker, function_name, hyper_parameters
 
@@ -85,8 +87,9 @@ class Trace:
 class _Running:
     """One running forward, with what is needed to judge the functional calls in it."""
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: Frame, inside: bool = False) -> None:
         self.frame = frame
+        self.inside = inside  # an activation module, which is one site whatever it does there
         self.tracker = Tracker()
         # by id; the tensors are kept, so that no number is given twice
         self.made: dict[int, tuple[Tensor, Call]] = {}
@@ -112,8 +115,8 @@ class _Listener(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         running = self.running[-1]
-        if running.frame.module in self.activations and running.frame.is_forward:
-            return out  # the inside of an activation module
+        if running.inside:
+            return out
         name = function_name(func)
         if name is not None and _is_pointwise_call(args, kwargs, out):
             self._note(running, func, name, args, kwargs, out)
@@ -216,7 +219,8 @@ def trace_calls(model: nn.Module, activations: Collection[str], run: Callable[[n
     with _probe(model) as probe:
         _listen(probe, listener)
         try:
-            with listener:
+            with warnings.catch_warnings(), listener:
+                warnings.simplefilter("ignore")  # they concern the dry run (no gradient), or come again in training
                 run(probe)
         except Exception as error:
             raise SiteError(
@@ -233,14 +237,15 @@ def _listen(probe: nn.Module, listener: _Listener) -> None:
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = names[id(module)]
         values = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        if name in listener.activations and values:
+        if name in listener.activations and values and not running[-1].inside:
             inplace = bool(getattr(module, "inplace", False))
             trace.calls.append(Call(name, listener.path(), tuple(values[0].shape), inplace=inplace))
         trace.callees.setdefault(running[-1].frame.module, {})[name] = None
         trace.entered += 1
         if all(each.frame.module != name or not each.frame.is_forward for each in running):
             trace.forwards[name] += 1
-        running.append(_Running(Frame(name, trace.entered)))
+        inside = running[-1].inside or name in listener.activations or isinstance(module, CorrectedActivation)
+        running.append(_Running(Frame(name, trace.entered), inside))
 
     def leave(module: nn.Module, args: object, output: object) -> None:
         running.pop()
@@ -254,11 +259,14 @@ def _listen(probe: nn.Module, listener: _Listener) -> None:
 
 
 @contextmanager
-def _probe(model: nn.Module) -> Iterator[nn.Module]:
+def _probe(model: nn.Module) -> Generator[nn.Module]:
     """A structural copy of the model, to be run without a trace.
 
     Yields:
         The copy.
+
+    Raises:
+        SiteError: if the model refuses to be copied.
     """
     memo = _shared(model)
     try:
@@ -307,7 +315,7 @@ def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
 
 
 @contextmanager
-def forked_random_states() -> Iterator[None]:
+def forked_random_states() -> Generator[None]:
     """Restores the global random states of torch (all devices in use), numpy and Python afterwards.
 
     Yields:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,10 @@ def example_run(trainer: Any, module: Any) -> tuple[Callable[[nn.Module], object
         with forked_random_states():
             batch = _first_items(trainer, module)
     except Exception as error:  # user code that is not ready before the module's own setup
-        return None, f"the training data cannot be read ahead ({type(error).__name__}: {error}); set example_input_array"
+        return (
+            None,
+            f"the training data cannot be read ahead ({type(error).__name__}: {error}); set example_input_array",
+        )
     if batch is None:
         return None, "the training data is a stream; set example_input_array"
 
@@ -96,7 +99,7 @@ def _collated(loader: DataLoader[Any]) -> Any:
 
 
 @contextmanager
-def _kept_generators(dataset: object) -> Iterator[None]:
+def _kept_generators(dataset: object) -> Generator[None]:
     generators: Sequence[torch.Generator] = [
         value for value in getattr(dataset, "__dict__", {}).values() if isinstance(value, torch.Generator)
     ]

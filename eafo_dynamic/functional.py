@@ -88,7 +88,7 @@ _REFLECTED = {"__radd__": "add", "__rmul__": "mul", "__rsub__": "sub", "__rdiv__
 
 
 def _homes() -> list[Any]:
-    return [F, torch, torch.Tensor, torch.special, torch._C._nn]
+    return [F, torch, torch.Tensor, torch.special, cast(Any, torch._C)._nn]
 
 
 def _function_table() -> dict[Any, str]:
@@ -140,16 +140,20 @@ def function_name(func: Any) -> str | None:
     return _FUNCTIONS.get(func)
 
 
-def is_inplace(func: Any) -> bool:
-    """Whether an activation function overwrites its input whatever its arguments: ``x.relu_()``.
+def is_inplace(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of an activation function overwrites its input.
 
     Args:
         func: as a TorchFunctionMode gets it.
+        name: what ``function_name`` calls it.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
 
     Returns:
-        Whether it does.
+        Whether it does: ``x.relu_()``, ``F.relu(x, inplace=True)``, ``F.elu(x, 1.0, True)``.
     """
-    return _IN_PLACE.get(func, False)
+    place = 4 if name == "rrelu" else len(_HYPER[name]) + 1
+    return func in _IN_PLACE or bool(kwargs.get("inplace", False)) or (len(args) > place and args[place] is True)
 
 
 def is_function_of_name(name: str) -> bool:
@@ -287,7 +291,7 @@ class Tracker:
     def __init__(self, wanted: Collection[Node] | None = None) -> None:
         self.wanted = wanted
         self.made: list[Made] = []
-        # the tensors are kept, so that no number is given twice; the compiler, which knows no id(), has wanted parts only
+        # the tensors are kept, so that no number is given twice
         self._by_id: dict[int, Made] | None = {} if wanted is None else None
 
     def find(self, tensor: object) -> Made | None:
@@ -324,28 +328,32 @@ class Tracker:
         if len(args) != (1 if name in _UNARY else 2):
             return None
         terms: list[Any] = []
-        scalars: tuple[Tensor, ...] = ()
+        scalars: list[tuple[Tensor, ...]] = []
         root: Tensor | None = None
         for arg in reversed(args) if reflected else args:
             if isinstance(arg, (int, float)):
                 terms.append(float(arg))
+                scalars.append(())
                 continue
             if not isinstance(arg, Tensor):
                 return None
             known = self.find(arg)
             if known is None and arg.dim() == 0:
                 terms.append("?")
-                scalars = (*scalars, arg)
+                scalars.append((arg,))
                 continue
             start, node = (arg, "x") if known is None else (known.root, known.node)
             if root is not None and root is not start:
                 return None
             root = start
             terms.append(node)
-            scalars = scalars if known is None else (*scalars, *known.scalars)
+            scalars.append(() if known is None else known.scalars)
         if root is None or root.shape != out.shape:
             return None
-        made = Made(out, root, (name, *terms), scalars)
+        if name in ("mul", "add") and (terms[0] == "?" or isinstance(terms[0], float)):
+            terms.reverse()  # 2 * x and x * 2 are one expression, whichever of them a compiler makes of it
+            scalars.reverse()
+        made = Made(out, root, (name, *terms), tuple(scalar for each in scalars for scalar in each))
         if name == "mul" and _completes(terms):
             return made
         if self._by_id is not None:

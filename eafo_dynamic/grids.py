@@ -19,7 +19,7 @@ __all__ = ["SPLINE_VARIANCE", "Splines", "Standardised", "fourier_size", "hermit
 SPLINE_VARIANCE = 0.25
 
 _LARGE = 1 << 20  # samples a site from which sums need float64
-_HUGE = 1e37  # ranges above this overflow in float32
+_REACH = {torch.float32: 1e30, torch.float64: 1e300}  # ranges up to this, and down to its inverse, are safe
 
 
 def to_double(values: Tensor) -> Tensor:
@@ -70,15 +70,19 @@ class Standardised:
         """
         rows = _rows(samples)
         low, high = rows.amin(1, keepdim=True).double(), rows.amax(1, keepdim=True).double()
-        limit = _HUGE if rows.dtype == torch.float32 else 1e307
-        # The only waits for the device: whether anything is missing, and whether a range overflows.
+        # The only waits for the device: whether anything is missing, and whether a range is out of reach.
         weight = None
         if weights is not None or not bool((low.isfinite() & high.isfinite()).all()):
             weight, low, high = _present(rows, samples, weights)
             rows = torch.where(weight > 0, rows, low.to(rows.dtype))
-        if bool(((low.abs() > limit) | (high.abs() > limit)).any()):
-            return _shrunk(cls, rows, weight)
         span = high - low
+        reach = _REACH[rows.dtype]
+        if bool(((span > reach) | ((span > 0) & (span < 1 / reach))).any()):
+            if rows.dtype == torch.float32:
+                return cls.of(rows.double(), None if weight is None else weight.double())
+            if bool((span > reach).any()):
+                return _shrunk(cls, rows, weight)
+            span = torch.where(span < 1 / reach, 0.0, span)  # closer than any float64 arithmetic resolves
         inverse = torch.where(span > 0, 1 / span, 0.0)
         unit = (rows - low.to(rows.dtype)) * inverse.to(rows.dtype)
         count, mean, variance = _unit_moments(unit, weight)
@@ -103,9 +107,9 @@ class Standardised:
 
 
 def _shrunk(cls: type[Standardised], rows: Tensor, weight: Tensor | None) -> Standardised:
-    """Return samples of a range that overflows, standardised at a millionth of their size."""
-    factor = 2.0**-20
-    small = cls.of(rows.double() * factor, None if weight is None else weight.double())
+    """Return samples of a range that overflows, standardised at a fraction of their size."""
+    factor = 2.0**-40
+    small = cls.of(rows.clamp(-8e307, 8e307) * factor, weight)
     low, span, mean, std = (part / factor for part in (small.low, small.span, small.mean, small.std))
     return cls(small.unit, small.weight, low, span, small.count, mean, std)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from eafo_dynamic.activation import Site, describe_state
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.functional import Node, Tracker, function_name, is_inplace
+from eafo_dynamic.kernels import known_function, known_module
 from eafo_dynamic.recompute import current_hooks, region_since, replace_recomputation
 
 __all__ = ["ACTIVATION", "OWNER", "Hosting", "become", "is_activation", "plain_view", "revert"]
@@ -28,18 +29,21 @@ __all__ = ["ACTIVATION", "OWNER", "Hosting", "become", "is_activation", "plain_v
 ACTIVATION, OWNER = "activation", "owner"
 
 _ENTRY_POINTS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+# their backward in place starts from the result, which differs in the last bit from one that starts from the input
+_SLOPE_BY_RESULT = (nn.ELU, nn.CELU, nn.SELU)
 _STATE = ("eafo_sites", "eafo_name", "eafo_shared", "eafo_routes", "eafo_functions", "eafo_written")
 
 
 class _Frame:
     """One running forward of an owner: how often it has called each of its shared activations and functions."""
 
-    __slots__ = ("counts", "grad", "hooks", "is_forward", "mode", "owner", "task", "tracker")
+    __slots__ = ("counts", "depth", "grad", "hooks", "is_forward", "mode", "owner", "task", "tracker")
 
     def __init__(self, owner: Hosting, is_forward: bool = True, counts: dict[str, int] | None = None) -> None:
         self.owner = owner
         self.is_forward = is_forward
         self.counts: dict[str, int] = {} if counts is None else counts
+        self.depth = len(_STACK.frames) + 1
         self.mode: TorchFunctionMode | None = None
         self.tracker = Tracker(owner.eafo_written) if owner.eafo_written else None
         if torch.compiler.is_compiling():
@@ -72,7 +76,7 @@ class Hosting:
         eafo_sites: the sites it hosts.
         eafo_name: FQN of the module when it was wrapped, by which owners know it.
         eafo_shared: of an activation: whether owners host its sites.
-        eafo_routes: of an owner: for each of its activations and functions, the index of the site of call 0, 1, ...;
+        eafo_routes: of an owner: for each of its activations and functions, the sites of call 0, 1, ...;
             None for a call that is left alone.
         eafo_functions: of an owner: names of the functions that its own code calls and a site corrects.
         eafo_written: of an owner: expressions that written-out activations of its own code consist of.
@@ -83,13 +87,15 @@ class Hosting:
     eafo_sites: list[Site]
     eafo_name: str
     eafo_shared: bool
-    eafo_routes: dict[str, list[int | None]]
+    eafo_routes: dict[str, list[Site | None]]
     eafo_functions: frozenset[str]
     eafo_written: frozenset[Node]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the generated class has no importable name; build it again from the original class
-        state: Any = self.__getstate__() if hasattr(self, "__getstate__") else vars(self)  # Python 3.10 has none
+        state: Any = (
+            cast(Any, self).__getstate__() if hasattr(self, "__getstate__") else vars(self)
+        )  # Python 3.10 has none
         return _rebuild, (self.eafo_class, self.eafo_kind), state
 
     def extra_repr(self) -> str:
@@ -129,12 +135,15 @@ def _correct(host: Hosting, base: Callable[..., Any], args: tuple[Any, ...], kwa
     values = (*args, *kwargs.values())
     if len(values) != 1 or not _is_correctable(values[0]):
         return base(*args, **kwargs)
+    inplace, known = getattr(host, "inplace", False), None
+    if not torch.compiler.is_compiling() and not (inplace and isinstance(host, _SLOPE_BY_RESULT)):
+        known = known_module(cast(nn.Module, host), host.eafo_class)
     if not host.eafo_shared:
-        return host.eafo_sites[0](cast(nn.Module, host), base, values[0], getattr(host, "inplace", False))
+        return host.eafo_sites[0](cast(nn.Module, host), base, values[0], inplace, known)
     owner, site = _route(host.eafo_name)
     if owner is None or site is None:
         return base(values[0])
-    return site(cast(nn.Module, owner), base, values[0], getattr(host, "inplace", False))
+    return site(cast(nn.Module, owner), base, values[0], inplace, known)
 
 
 def _is_correctable(value: object) -> bool:
@@ -169,8 +178,7 @@ def _route(key: str) -> tuple[Hosting | None, Site | None]:
         routes = owner.eafo_routes[key]
         k = counting.counts.get(key, 0)
         counting.counts[key] = k + 1
-        index = routes[min(k, len(routes) - 1)]
-        return owner, None if index is None else owner.eafo_sites[index]
+        return owner, routes[min(k, len(routes) - 1)]
     if task != -1:
         raise SiteError(
             f"{key} is called in a backward pass, outside the forward of the module that owns it, and which of its "
@@ -190,7 +198,7 @@ def _follow_recomputation(frame: _Frame) -> None:
 
     def around(recompute: Callable[..., Any]) -> Callable[..., Any]:
         def again(*args: Any, **kwargs: Any) -> Any:
-            with _opened([_Frame(owner, is_forward, dict(counts)) for owner, is_forward, counts in kept]):
+            with _opened(kept):
                 return recompute(*args, **kwargs)
 
         return again
@@ -199,16 +207,21 @@ def _follow_recomputation(frame: _Frame) -> None:
 
 
 @contextmanager
-def _opened(frames: list[_Frame]) -> Iterator[None]:
-    _STACK.frames.extend(frames)
+def _opened(kept: list[tuple[Hosting, bool, dict[str, int]]]) -> Generator[None]:
+    """Opens copies of frames that have ended, the innermost last."""
+    frames = _STACK.frames
+    before = len(frames)
+    for owner, is_forward, counts in kept:
+        frames.append(_Frame(owner, is_forward, dict(counts)))
     try:
         if frames[-1].owner.eafo_functions:
-            with _FunctionMode(frames[-1]) as frames[-1].mode:
+            frames[-1].mode = mode = _FunctionMode(frames[-1])
+            with mode:
                 yield
         else:
             yield
     finally:
-        del _STACK.frames[-len(frames) :]
+        del frames[before:]
 
 
 class _FunctionMode(TorchFunctionMode):
@@ -221,7 +234,8 @@ class _FunctionMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         frame = self.frame
-        if _STACK.frames[-1] is not frame:
+        # not "is": the compiler does not always know two ways to the same object for one
+        if len(_STACK.frames) != frame.depth:
             return func(*args, **kwargs)
         name = function_name(func)
         if name is not None and name in frame.owner.eafo_functions and args and _is_correctable(args[0]):
@@ -237,13 +251,16 @@ def _call_function(caller: Hosting, func: Any, name: str, args: Any, kwargs: dic
     owner, site = _route(f"{caller.eafo_name}:{name}")
     if owner is None or site is None or kwargs.get("out") is not None:
         return func(*args, **kwargs)
-    inplace = is_inplace(func) or bool(kwargs.get("inplace", False))
+    inplace = is_inplace(func, name, args, kwargs)
     rest = args[1:]
 
     def base(z: Tensor) -> Tensor:
         return func(z, *rest, **kwargs)
 
-    return site(cast(nn.Module, owner), base, args[0], inplace)
+    known = None
+    if not torch.compiler.is_compiling() and not (inplace and name in ("elu", "celu", "selu")):
+        known = known_function(name, rest, kwargs)
+    return site(cast(nn.Module, owner), base, args[0], inplace, known)
 
 
 def _follow_written(frame: _Frame, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
@@ -278,15 +295,14 @@ def _shielded(
 
 
 def _switch_off(mode: TorchFunctionMode) -> bool:
-    """Takes a mode off the top of the stack of modes; the compiler, which pays nothing for a mode, leaves it on.
+    """Takes a mode off the top of the stack of modes.
 
     Returns:
-        Whether it was there.
+        Whether it was there; if not, somebody else's mode lies on top of it.
     """
-    if torch.compiler.is_compiling():
-        return False
     top = _pop_mode()
-    if top is mode:
+    # the compiler does not always know two ways to the same object for one
+    if torch.compiler.is_compiling() or top is mode:
         return True
     _push_mode(top)
     return False
@@ -294,8 +310,8 @@ def _switch_off(mode: TorchFunctionMode) -> bool:
 
 def _with_functions(self: Hosting, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     frame = _STACK.frames[-1]
-    with _FunctionMode(frame) as mode:
-        frame.mode = mode
+    frame.mode = mode = _FunctionMode(frame)
+    with mode:  # not "as": the compiler binds None
         return method(self, *args, **kwargs)
 
 
@@ -321,9 +337,7 @@ def _all_idle(owner: Hosting) -> bool:
 
 
 class _FastPath:
-    """In eval, nn.TransformerEncoderLayer runs a fused kernel that knows only plain ReLU and GELU, told by this
-    attribute. It may as long as no correction acts.
-    """
+    """Tells nn.TransformerEncoderLayer in eval which fused kernel to run: none that ignores a correction that acts."""
 
     def __get__(self, layer: Any, owner: type) -> Any:
         if layer is None:
@@ -331,7 +345,7 @@ class _FastPath:
         activation = layer.activation
         if isinstance(activation, Hosting) and activation.eafo_shared:
             return 0  # its sites are elsewhere
-        hosts = [layer, *([activation] if isinstance(activation, Hosting) else [])]
+        hosts: list[Any] = [layer, *([activation] if isinstance(activation, Hosting) else [])]
         if any(not site.idle(host) for host in hosts for site in host.eafo_sites):
             return 0
         return vars(layer)["activation_relu_or_gelu"]
@@ -356,14 +370,14 @@ def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
     body.update(eafo_class=cls, eafo_kind=kind, eafo_sites=[], eafo_routes={}, eafo_name="", eafo_shared=True)
     body.update(eafo_functions=frozenset(), eafo_written=frozenset())
     if kind == ACTIVATION:
-        return type(cls.__name__, (_Activation, cls), body)
+        return cast("type[nn.Module]", type(cls.__name__, (_Activation, cls), body))
     for name in _ENTRY_POINTS:
         method = getattr(cls, name, None)
         if callable(method):
             body[name] = _counted(method, name == "forward")
     if issubclass(cls, nn.TransformerEncoderLayer):
         body["activation_relu_or_gelu"] = _FastPath()
-    return type(cls.__name__, (Hosting, cls), body)
+    return cast("type[nn.Module]", type(cls.__name__, (Hosting, cls), body))
 
 
 def _rebuild(cls: type[nn.Module], kind: str) -> nn.Module:
@@ -384,7 +398,7 @@ def become(module: nn.Module, kind: str, name: str) -> Hosting:
     """
     if isinstance(module, Hosting):
         if module.eafo_kind != kind == ACTIVATION and not module.eafo_sites:
-            module.__class__ = _generated(module.eafo_class, kind)  # so far it only guarded its own code
+            cast(Any, module).__class__ = _generated(module.eafo_class, kind)  # so far it only guarded its own code
     else:
         module.__class__ = _generated(type(module), kind)
         vars(module).update(eafo_sites=[], eafo_name=name, eafo_routes={}, eafo_shared=False)
@@ -401,7 +415,7 @@ def revert(module: nn.Module) -> None:
         return
     for site in module.eafo_sites:
         site.unregister(module)
-    module.__class__ = module.eafo_class
+    cast(Any, module).__class__ = module.eafo_class
     for name in _STATE:
         vars(module).pop(name, None)
 

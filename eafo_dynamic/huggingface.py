@@ -80,6 +80,7 @@ class EAFOTrainerCallback(TrainerCallback):
             lr=self.lr,
             lr_multiple=self.lr_multiple,
             weight_decay=self.weight_decay,
+            save_ungrouped=True,  # this Trainer restores optimiser and scheduler before it says that training begins
         )
         for note in notes:
             warnings.warn(f"EAFO: {note}", stacklevel=2)

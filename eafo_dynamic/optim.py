@@ -32,6 +32,7 @@ def own_group(
     lr: float | None = None,
     lr_multiple: float = 1.0,
     weight_decay: float = 0.0,
+    save_ungrouped: bool = False,
 ) -> list[str]:
     """Moves every amplitude that trains into a parameter group of its own, and all of them out of other groups.
 
@@ -52,6 +53,8 @@ def own_group(
             lr_multiple.
         lr_multiple: see lr.
         weight_decay: of the group.
+        save_ungrouped: whether the state_dicts of optimisers and schedulers have the groups that there were before,
+            for trainers that restore them before they let anyone regroup (Hugging Face's).
 
     Returns:
         Notes, one line each, about what could not be done.
@@ -69,17 +72,52 @@ def own_group(
         sources = sorted({index for home, index in homes.values() if home is optimizer})
         groups = [_copied(optimizer.param_groups[index], lr, lr_multiple, weight_decay) for index in sources]
         ids = {id(p) for p in amplitudes.values()}
+        if save_ungrouped:
+            optimizer.register_state_dict_post_hook(_Ungrouped(optimizer))
         for group in optimizer.param_groups:
             _remove(group, ids)
+        for p in amplitudes.values():
+            if not p.requires_grad:
+                optimizer.state.pop(p, None)  # of a parameter in no group it would break state_dict
+        before = len(optimizer.param_groups)
         for number, (source, (group, scale)) in enumerate(zip(sources, groups, strict=True), start=1):
             mine = {name: amplitudes[name] for name, home in homes.items() if home == (optimizer, source)}
             # monitors of learning rates refuse two groups of one name
             group["name"] = GROUP_NAME if number == 1 else f"{GROUP_NAME}-{number}"
             _add(optimizer, source, mine, group)
-            for scheduler in flat:
-                if _unwrapped(getattr(scheduler, "optimizer", None)) is optimizer:
-                    _extend(scheduler, len(optimizer.param_groups) - 1, source, scale)
+            for scheduler in _of(optimizer, flat):
+                _extend(scheduler, len(optimizer.param_groups) - 1, source, scale)
+        if save_ungrouped and sources:
+            for scheduler in _of(optimizer, flat):
+                _save_first(scheduler, before)
     return notes
+
+
+class _Ungrouped:
+    """Rewrites the state_dict of an optimiser for the parameter groups that it has now.
+
+    Args:
+        optimizer: before it is regrouped.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.layout = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+
+    def __call__(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        number_of = {id(p): number for p, number in zip(parameters, numbers, strict=True)}
+        state: dict[int, Any] = {}
+        groups: list[dict[str, Any]] = []
+        place = 0
+        for keys, group in zip(self.layout, state_dict["param_groups"], strict=False):
+            for new, key in enumerate(keys, start=place):
+                if number_of.get(key) in state_dict["state"]:
+                    state[new] = state_dict["state"][number_of[key]]
+            plain = {name: value for name, value in group.items() if name != "param_names"}
+            groups.append({**plain, "params": list(range(place, place + len(keys)))})
+            place += len(keys)
+        return {**state_dict, "state": state, "param_groups": groups}
 
 
 def _grouped(optimizer: Optimizer) -> bool:
@@ -223,6 +261,23 @@ def _flatten(schedulers: Iterable[Any]) -> list[Any]:
         flat.append(scheduler)
         flat.extend(_flatten(getattr(scheduler, "_schedulers", ())))
     return flat
+
+
+def _of(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[Any]:
+    return [each for each in schedulers if _unwrapped(getattr(each, "optimizer", None)) is optimizer]
+
+
+def _save_first(scheduler: Any, count: int) -> None:
+    """Lets a scheduler save the entries of the first ``count`` parameter groups only."""
+    kind = type(scheduler)
+
+    def state_dict(self: Any) -> dict[str, Any]:
+        state: dict[str, Any] = kind.state_dict(self)
+        names = (*_RATES_PER_GROUP, *_OTHERS_PER_GROUP)
+        return {k: v[:count] if isinstance(v, list) and k.endswith(names) else v for k, v in state.items()}
+
+    # schedulers save every attribute of the instance, so that the method cannot be one
+    scheduler.__class__ = type(kind.__name__, (kind,), {"state_dict": state_dict})
 
 
 def _extend(scheduler: Any, count: int, source: int, scale: Any) -> None:

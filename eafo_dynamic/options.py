@@ -8,11 +8,13 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
 
+from eafo_dynamic.checks import at_least, number
 from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.policy import Policy, Rule, Schedule, TrustRegion, at_least, make_rules, number
+from eafo_dynamic.policy import Policy, Rule, make_rules
+from eafo_dynamic.running import make_estimator
+from eafo_dynamic.schedule import Schedule, TrustRegion
 from eafo_dynamic.sites import Selection
-from eafo_dynamic.update import make_estimator
 
 __all__ = ["Options"]
 
@@ -26,6 +28,7 @@ class Options:
             one.
         exclude_modules: likewise, of the sites to leave alone.
         filter_fn: called with (module, FQN); False leaves the site alone.
+        functional: what to do with activations called as functions: "wrap", "warn" (leave alone, say so) or "off".
         policy: who moves eps: a name, a Policy, or a list of Rules by site of which the first match decides.
         density: estimate of the pre-activations' density: "gaussian", "histogram" or a function of samples.
         eps_init: starting amplitude.
@@ -48,6 +51,7 @@ class Options:
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
     filter_fn: Callable[[nn.Module, str], bool] | None = None
+    functional: str = "wrap"
     policy: str | Policy | Sequence[Rule] = "learned"
     density: str | Callable[[Tensor], Density] = "gaussian"
     eps_init: float = 0.01
@@ -87,7 +91,7 @@ class Options:
     @property
     def selection(self) -> Selection:
         """The options that say which sites."""
-        return Selection(self.target_modules, self.exclude_modules, self.filter_fn)
+        return Selection(self.target_modules, self.exclude_modules, self.filter_fn, self.functional)
 
     @property
     def schedule(self) -> Schedule:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils import checkpoint as _checkpoint
@@ -26,7 +26,7 @@ def current_hooks() -> Any:
     Returns:
         Their pack function; None without any.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else hooks[0]
 
 
@@ -61,8 +61,8 @@ def _reentrant_region() -> Any:
         context = python_frame.f_locals.get("ctx") if code.co_name == "forward" else None
         if isinstance(context, torch.autograd.function.FunctionCtx):
             raise SiteError(
-                f"{code.co_filename}:{code.co_firstlineno} runs a part of a module's forward inside an autograd function "
-                "of its own; whether it will be recomputed, and with which corrections, cannot be known. Use "
+                f"{code.co_filename}:{code.co_firstlineno} runs a part of a module's forward inside an autograd "
+                "function of its own; whether it will be recomputed, and with which corrections, cannot be known. Use "
                 "torch.utils.checkpoint, run whole modules in it, or exclude the activations inside."
             )
         python_frame = python_frame.f_back

@@ -66,7 +66,7 @@ class FoundSite:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which of the sites found are wrapped.
+    r"""Which of the sites found are wrapped.
 
     A pattern matches a site by the class name of its module (``ReLU``) or the name of its function (``relu``), by the
     module's FQN or the end of it (``mlp.act``), or as a regular expression over the whole FQN

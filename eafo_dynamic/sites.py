@@ -57,21 +57,16 @@ def find_sites(
         PatternError: if a pattern of the selection matches nothing.
     """
     selection = selection or Selection()
-    if run is None and (example_args or example_kwargs):
-
-        def run(probe: nn.Module) -> object:
-            return probe(*example_args, **example_kwargs)
-
-    if run is None:
+    if run is None and not example_args and not example_kwargs:
         found, note = _static_sites(model)
     else:
-        found, note = _dynamic_sites(model, run)
+        found, note = _dynamic_sites(model, run or (lambda probe: probe(*example_args, **example_kwargs)))
     marked = selection.apply(found, model)
     if selection.functional == "warn":
         left = [site.name for site in marked if site.parameters is not None and site.role == "hidden"]
         if left:
             note = f"{note} Functional calls left alone: {', '.join(left)}.".strip()
-    return SiteReport(marked, dynamic=run is not None, note=note)
+    return SiteReport(marked, dynamic=run is not None or bool(example_args or example_kwargs), note=note)
 
 
 def _static_sites(model: nn.Module) -> tuple[list[FoundSite], str]:
@@ -103,7 +98,7 @@ def _activations(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if isinstance(module, CorrectedActivation):
             inside = name + "."
-        elif _is_activation(module):
+        elif name and _is_activation(module):
             found[name] = module
             inside = name + "."
     return found
@@ -264,6 +259,9 @@ class _Naming:
 
         Where even the outermost forward runs more than once (a whole model, twice in a training step), each of its
         forwards counts anew, so that both use the same sites.
+
+        Returns:
+            That forward.
         """
         path = call.path
         place = len(path) - 1
@@ -315,8 +313,8 @@ def _is_activation(module: nn.Module) -> bool:
     kind = plain_view(module)
     if type(kind).__module__.startswith("torch.nn."):
         return False
-    if not all(_is_activation(child) for child in module.children()):
-        return False
+    if not all(_is_activation(child) and as_base(child).traits.gate for child in module.children()):
+        return False  # a hidden activation inside has its own site
     return _behaves_pointwise(kind) and not any(_same_function(kind, child) for child in module.children())
 
 
@@ -338,9 +336,15 @@ def _behaves_pointwise(module: nn.Module) -> bool:
             one = probe(values.view(2, 12).clone())
             two = probe(values[order].view(2, 12).clone())
             flat = probe(values.view(1, 2, 3, 4).clone())
+            half = probe((values + (values > 0.5) * 2.0).view(2, 12).clone())
     except Exception:  # whatever a foreign module raises on a tensor it was not made for: it is no activation
         return False
     if not isinstance(one, Tensor) or one.shape != (2, 12) or not one.is_floating_point():
         return False
-    pointwise = torch.allclose(one.flatten()[order], two.flatten()) and torch.allclose(one.flatten(), flat.flatten())
-    return pointwise and not torch.equal(one.flatten(), values)
+    before, kept = one.flatten(), values <= 0.5
+    pointwise = (
+        torch.allclose(before[order], two.flatten())
+        and torch.allclose(before, flat.flatten())
+        and torch.allclose(before[kept], half.flatten()[kept])  # not even through a mean of all elements
+    )
+    return pointwise and not torch.equal(before, values)

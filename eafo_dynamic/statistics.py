@@ -134,7 +134,6 @@ class Collector:
             self._newest = self._newest.previous
         if not chunks:
             return torch.empty(0), torch.empty(0, dtype=torch.long)
-        chunks.reverse()
         device = chunks[0].values.device  # replicas of one module may have left samples on several
         values = torch.cat([chunk.values.to(device) for chunk in chunks])
         units = torch.cat([_units(chunk).to(device) for chunk in chunks])

@@ -8,7 +8,7 @@ the calls in each of its forwards, from zero, so that recomputation under activa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -132,7 +132,7 @@ def _channels(found: FoundSite) -> int:
             f"{found.name}: one amplitude a channel needs the shape of its pre-activations; "
             "search with an example input (example_input_array in Lightning)."
         )
-    return found.shape[0] if len(found.shape) >= 3 else found.shape[-1]
+    return found.shape[0 if len(found.shape) >= 3 else len(found.shape) - 1]
 
 
 def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> tuple[nn.Module, Site]:
@@ -143,7 +143,7 @@ def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> 
             return host, site
     target = become(module, ACTIVATION if found.parameters is None else OWNER, found.module)
     owner = become(host, OWNER, found.module if found.owner is None else found.owner)
-    site = Site(found.name, len(owner.eafo_sites), found.module, switch)
+    site = Site(found.name, 1 + max((each.index for each in owner.eafo_sites), default=-1), found.module, switch)
     key = target.eafo_name
     if found.parameters is None:
         target.eafo_shared = found.owner is not None
@@ -159,7 +159,7 @@ def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> 
     owner.eafo_sites.append(site)
     if found.owner is not None:
         routes = owner.eafo_routes.setdefault(key, [None] * max(found.calls, found.call + 1))
-        routes[found.call] = site.index
+        routes[found.call] = site
     return host, site
 
 
@@ -198,7 +198,7 @@ def unwrap(model: nn.Module) -> None:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
+def disabled(model: nn.Module) -> Generator[nn.Module]:
     """Runs the plain functions for a while; afterwards corrections act as before.
 
     Args:

@@ -200,7 +200,12 @@ def test_resume_equals_an_uninterrupted_run(tmp_path: Path, options: dict[str, A
         torch.manual_seed(5)
         net = Net()
         callback = EAFOCallback(verbose=False, dirpath=folder / "eafo", **options)
-        host = trainer(folder, callback, ModelCheckpoint(folder / f"until-{epochs}", filename="{step}", save_top_k=-1), max_epochs=epochs)
+        host = trainer(
+            folder,
+            callback,
+            ModelCheckpoint(folder / f"until-{epochs}", filename="{step}", save_top_k=-1),
+            max_epochs=epochs,
+        )
         host.fit(net, loader(), ckpt_path=ckpt)
         return net, callback
 
@@ -212,6 +217,15 @@ def test_resume_equals_an_uninterrupted_run(tmp_path: Path, options: dict[str, A
         assert torch.equal(one, two), key
     rows = [CorrectionLog.load(tmp_path / part).rows for part in ("whole", "parts")]
     assert rows[0] == rows[1]
+
+
+def test_a_resumed_run_in_a_new_folder_has_the_whole_log(tmp_path: Path) -> None:
+    host = fit(tmp_path, EAFOCallback(update_every_n_steps=4, verbose=False))
+    path = host.checkpoint_callback.best_model_path  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    fit_again = trainer(tmp_path, EAFOCallback(update_every_n_steps=4, verbose=False), max_epochs=3)
+    fit_again.fit(Net(), loader(), ckpt_path=path)
+    assert CorrectionLog.load(tmp_path / "run/version_0").steps == [1, 4, 8, 12]
+    assert CorrectionLog.load(tmp_path / "run/version_1").steps == [1, 4, 8, 12, 16]
 
 
 def test_evaluation_from_a_checkpoint_uses_the_corrections(tmp_path: Path) -> None:

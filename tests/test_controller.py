@@ -382,6 +382,19 @@ def test_evaluation_is_not_sampled() -> None:
     assert row["event"] == "no samples"
 
 
+def test_an_eps_that_is_not_finite_is_put_back() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    controller = EAFOController.attach(model, update_every_n_steps=1, eps_init=0.1)
+    (eps,) = controller.amplitudes.values()
+    with torch.no_grad():
+        eps.fill_(math.nan)
+    model(torch.randn(64, 4))
+    (row,) = controller.step(1)
+    assert eps.item() == pytest.approx(0.1)
+    assert row["event"] == "eps was not finite and is back at its last good value"
+    assert model(torch.randn(8, 4)).isfinite().all()
+
+
 class Skipping(nn.Module):
     """A model with a branch that some steps do not reach, a frozen layer and tied weights."""
 

@@ -259,6 +259,15 @@ def test_table_is_read_as_documented() -> None:
     torch.testing.assert_close(evaluate_table(table[1], knots, half_width=6.0), taken[1])
 
 
+def test_taper_is_part_of_the_function_and_of_its_slope() -> None:
+    u = torch.linspace(-2.5, 2.5, 999, dtype=torch.float64)
+    found = evaluate_table(tabulate(correction_shape("relu", normal()), half_width=2.5, knots=129), u, half_width=2.5)
+    t = (2.5 - u.abs()).clamp(0, 1)
+    expected = u * torch.exp(-(u**2) / 2) * t**2 * (3 - 2 * t)
+    expected = expected / (expected.diff().abs().max() / (u[1] - u[0])).clamp(min=1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 def test_shape_is_zero_beyond_its_range() -> None:
     for name in ("gelu", "tanh", "relu"):
         assert (correction_shape(name, known("student_t3"))(torch.tensor([-9.0, 9.0, 1e30])) == 0).all()

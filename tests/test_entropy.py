@@ -279,6 +279,7 @@ def test_degenerate_outputs_have_the_documented_values() -> None:
     assert_mixture(torch.tensor([5.0, math.nan]), 1.0, -math.inf, FLOOR)
     assert_mixture(torch.tensor([0.0, 1.0] * 2000), 1.0, -math.inf, two)
     assert_mixture(torch.tensor([-3e38, 3e38] * 2000), 1.0, -math.inf, two)
+    assert_mixture(torch.tensor([0.0, 1e-44] * 2000), 1.0, -math.inf, two)
     assert_mixture(torch.tensor([0.0] * 3999 + [1.0]), 3999 / 4000, -math.inf, FLOOR + 0.0023)
     assert_mixture(torch.tensor([]), math.nan, math.nan, math.nan)
     assert_mixture(torch.tensor([math.nan, math.inf]), math.nan, math.nan, math.nan)

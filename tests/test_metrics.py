@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import math
 import pickle
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, distributed
 from torch import multiprocessing as mp
 from torchmetrics import MetricCollection
 
+from eafo_dynamic import metrics
 from eafo_dynamic.bases import as_base
 from eafo_dynamic.entropy import resolution_entropy
 from eafo_dynamic.errors import ConfigError
@@ -161,6 +163,12 @@ def test_update_leaves_no_graph_and_no_trace_in_the_input() -> None:
     metric = fed(a)
     assert torch.equal(a, given)
     assert not metric.compute().requires_grad
+
+
+def test_example_of_the_docstring_runs() -> None:
+    failed, tried = doctest.testmod(metrics)
+    assert tried > 0
+    assert failed == 0
 
 
 def test_plot_draws_one_value_and_a_series() -> None:

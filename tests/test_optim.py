@@ -225,6 +225,15 @@ def test_every_optimiser_trains_eps_without_decay(kind: str, held: bool, named: 
 VARIES = ("params", "param_names", "name", "weight_decay")
 
 
+def test_a_new_amplitude_gets_the_state_that_adagrad_makes_when_it_is_built() -> None:
+    """Releases of torch before 2.13 look for it at the first step and find nothing otherwise."""
+    model = make_model()
+    optimizer = OPTIMIZERS["Adagrad"]([p for p in model.parameters() if p.dim()])
+    own_group([optimizer], amplitudes(model), model)
+    for eps in amplitudes(model).values():
+        assert optimizer.state[eps]["sum"].item() == 0.5 and optimizer.state[eps]["step"].item() == 0
+
+
 @pytest.mark.parametrize("kind", ["SGD", "AdamW", "Adagrad"])
 def test_the_base_trains_as_without_the_group(kind: str) -> None:
     """At the same rate and no decay, grouping changes not one bit of the trajectory."""
@@ -270,6 +279,39 @@ def test_states_survive_a_round_trip_after_regrouping() -> None:
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
     assert own_group([two], amplitudes(second), second) == [] and len(two.param_groups) == 2
+
+
+@pytest.mark.parametrize("schedule", ["LambdaLR from zero", "OneCycleLR", "SequentialLR", "ReduceLROnPlateau"])
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "Adagrad"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_state_saved_ungrouped_is_restored_before_regrouping(kind: str, frozen: bool, schedule: str) -> None:
+    """As the Hugging Face Trainer does it: the state comes back into what is as the user built it."""
+
+    def build() -> tuple[nn.Module, Optimizer, Any]:
+        model = make_model()
+        model[0].act.eafo_0_eps.requires_grad_(not frozen)
+        decayed = [p for p in model.parameters() if p.dim() != 1]
+        rest = [p for p in model.parameters() if p.dim() == 1]
+        optimizer = OPTIMIZERS[kind]([{"params": decayed}, {"params": rest, "weight_decay": 0.0}])
+        return model, optimizer, SCHEDULES[schedule](optimizer)
+
+    def regroup(model: nn.Module, optimizer: Optimizer, scheduler: Any) -> None:
+        options: dict[str, Any] = {"schedulers": [scheduler], "lr_multiple": 3.0, "save_ungrouped": True}
+        own_group([optimizer], amplitudes(model), model, **options)
+
+    first, second = build(), build()
+    plain = [len(group["params"]) for group in first[1].param_groups]
+    regroup(*first)
+    list(train(*first, 3))
+    saved = copy.deepcopy([part.state_dict() for part in first])
+    assert [len(group["params"]) for group in saved[1]["param_groups"]] == plain
+    for part, state in zip(second, saved, strict=True):
+        part.load_state_dict(state)
+    regroup(*second)
+    for one, two in zip(train(*first, 5), train(*second, 5), strict=True):
+        assert one == pytest.approx(two)
+    for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # ------------------------------------------------------------------ which optimiser, which group
@@ -361,13 +403,15 @@ def test_a_group_of_amplitudes_alone_may_become_empty() -> None:
 
 
 @pytest.mark.parametrize("frozen", [1, 2])
-def test_frozen_amplitudes_are_in_no_group(frozen: int) -> None:
+@pytest.mark.parametrize("kind", ["SGD", "Adagrad"])
+def test_frozen_amplitudes_are_in_no_group(frozen: int, kind: str) -> None:
     model = make_model()
     for layer in list(model)[:frozen]:
         layer.act.eafo_0_eps.requires_grad_(False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    optimizer = OPTIMIZERS[kind](model.parameters())
     own_group([optimizer], amplitudes(model), model)
     assert_each_once(optimizer, [p for p in model.parameters() if p.requires_grad])
+    optimizer.load_state_dict(optimizer.state_dict())
     assert len(own(optimizer)) == (1 if frozen == 1 else 0)
 
 

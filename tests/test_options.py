@@ -12,7 +12,8 @@ import pytest
 from eafo_dynamic.density import gaussian
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.options import Options
-from eafo_dynamic.policy import Entropy, Rule, Schedule, TrustRegion
+from eafo_dynamic.policy import Entropy, Rule
+from eafo_dynamic.schedule import Schedule, TrustRegion
 
 BAD: list[tuple[str, Any]] = [
     ("policy", "greedy"),

@@ -21,12 +21,11 @@ from eafo_dynamic.policy import (
     Learned,
     Policy,
     Rule,
-    Schedule,
     Static,
-    TrustRegion,
     make_policy,
     make_rules,
 )
+from eafo_dynamic.schedule import Schedule, TrustRegion
 
 EPS = torch.tensor([0.1, -0.2, 0.0, 0.5])
 GRADIENT = torch.tensor([2.0, -0.5, 0.0, 1e30])

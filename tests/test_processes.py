@@ -55,7 +55,13 @@ def test_ranks_hold_identical_corrections_after_every_step(tmp_path: Path, ranks
 
 @pytest.mark.slow
 def test_statistics_of_two_ranks_are_those_of_one_process_that_saw_all_data(tmp_path: Path) -> None:
-    common = {"n": 64, "update_every_n_steps": 1, "samples_per_site": 8192, "policy": "frozen", "collect_every_n_steps": 1}
+    common = {
+        "n": 64,
+        "update_every_n_steps": 1,
+        "samples_per_site": 8192,
+        "policy": "frozen",
+        "collect_every_n_steps": 1,
+    }
     finish(start(tmp_path / "one", 1, steps=1, batch=64, **common))
     finish(start(tmp_path / "two", 2, steps=1, batch=32, **common))
     one, two = (CorrectionLog.load(tmp_path / name).rows for name in ("one", "two"))

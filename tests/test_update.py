@@ -24,16 +24,9 @@ from eafo_dynamic.correction import HALF_WIDTH, KNOTS, correction_shape, tabulat
 from eafo_dynamic.density import Density, Gaussian, Histogram, gaussian, histogram
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.kernels import correction
-from eafo_dynamic.policy import TrustRegion
-from eafo_dynamic.update import (
-    Functions,
-    LossWatch,
-    RunningDensity,
-    bounded_move,
-    compounded,
-    make_estimator,
-    refreshed,
-)
+from eafo_dynamic.running import LossWatch, RunningDensity, make_estimator
+from eafo_dynamic.schedule import TrustRegion
+from eafo_dynamic.update import Functions, bounded_move, compounded, refreshed
 
 NAMES = ["relu", "gelu", "leaky_relu", "tanh", "relu"]
 CURVED = [1, 3]  # the sites without a closed form
@@ -231,7 +224,7 @@ def test_a_site_without_usable_samples_waits(estimator: Any) -> None:
         expected = torch.cat([getattr(each, name) for each in alone])
         torch.testing.assert_close(getattr(density, name), expected, rtol=1e-6, atol=0)
     u = torch.linspace(-3, 3, 13)
-    torch.testing.assert_close(density.pdf(u), torch.cat([each.pdf(u) for each in alone]), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(density.pdf(u), torch.cat([each.pdf(u) for each in alone]), rtol=1e-4, atol=1e-6)
     assert running.rounds is not None and running.rounds.tolist() == [1, 1, 1]
 
 
@@ -380,7 +373,7 @@ def test_a_vanishing_spread_keeps_a_scale_that_half_precision_can_divide_by() ->
     old = make_functions()
     density = Gaussian(torch.zeros(5), torch.full((5,), 1e-12))
     new = refreshed(old, density, torch.ones(5, dtype=torch.bool), 0.1)
-    assert (new.shape[:, 1] > 0).all()
+    assert (new.shape[:, 1].half() > 0).all()
     half = correction(torch.zeros(3, dtype=torch.float16), torch.tensor(0.5), new.shape[0].float())
     assert half.isfinite().all()
 
@@ -539,6 +532,13 @@ def test_a_small_move_is_taken_whole_and_a_larger_one_as_far_as_allowed() -> Non
     taken, fraction = bounded_move(old, replace(old, eps=old.eps + steps), TrustRegion(max_delta=0.1))
     assert fraction.tolist() == [1.0, 1.0, 0.5, 0.25, 0.0]
     torch.testing.assert_close(taken.eps - old.eps, steps * fraction)
+
+
+def test_a_scale_that_grows_is_followed_since_the_bound_grows_with_it() -> None:
+    old = replace(make_functions(()), eps=torch.full((5,), 0.15, dtype=torch.float64))
+    grown = old.shape.clone()
+    grown[:, 1] *= 50
+    assert (assert_bounded(old, replace(old, shape=grown), 0.1) == 1).all()
 
 
 def test_a_bump_that_would_appear_between_two_places_is_seen() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -123,8 +124,9 @@ def _slope(value: Tensor, points: Tensor, *, graph: bool) -> Tensor:
 
 def probe_points(count: int, reach: float) -> Tensor:
     """Return points from -reach to reach, denser at 0, none where a function of interest has a kink."""
-    t = torch.linspace(-1, 1, count, dtype=torch.float64)
-    return torch.sinh(6 * t) / torch.sinh(torch.tensor(6.0, dtype=torch.float64)) * reach + 1.2345e-3
+    # On the CPU whatever the default device is: a model may be built on "meta".
+    t = torch.linspace(-1, 1, count, dtype=torch.float64, device="cpu")
+    return torch.sinh(6 * t) * (reach / math.sinh(6)) + 1.2345e-3
 
 
 @functools.lru_cache(maxsize=1024)

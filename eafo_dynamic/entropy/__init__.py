@@ -1,8 +1,9 @@
 """Entropy of activation outputs in nats, its smoothed score, and dH/d eps (theory, sections 2 and 4).
 
 Samples stand in the last dimension, all leading dimensions are sites. A non-finite sample is missing; a
-site without any sample gives NaN. float16 and bfloat16 are taken as they are, all arithmetic is done in
-float64, results are float32 (float64 for float64 input). Nothing here is differentiable or random.
+site without any sample gives NaN. float16 and bfloat16 are read as float32; samples are handled in float32,
+or float64 if they are given so, grids in float64; results have the samples' precision. Nothing here is
+differentiable or random.
 
 The resolution-r entropy is computed from q_r, the density of the standardised output plus r N, on a grid
 of step r / 4. Binning by quadratic splines and a kernel narrowed by what the binning adds leave a
@@ -35,8 +36,10 @@ def resolution_entropy(samples: Tensor, resolution: float = 0.1, *, weights: Ten
     """H_r(a) = h((a - E a) / sd(a) + r N), N standard normal: finite with and without atoms.
 
     Unchanged by shift and scale of the samples; at most 1/2 log(2 pi e (1 + r^2)) up to estimation error;
-    1/2 log(2 pi e r^2) for a constant. Plug-in estimate with the first-order bias removed: the remaining
-    bias falls as 1 / n^2 in the bulk (below 0.002 at n = 256 for a Gaussian, r = 0.1).
+    1/2 log(2 pi e r^2) for a constant. A plug-in estimate with the bias of order 1 / n removed. What is left,
+    measured at r = 0.1 for identity, GELU, tanh and ReLU of a normal: within 0.024 at n = 64, 0.004 at
+    256, 0.001 at 1024 and later (uncorrected: -0.11, -0.03, -0.009). Standard error about 0.8 / sqrt(n);
+    0.04 / sqrt(n) and falling for a Gaussian output, where H_r is at its bound.
 
     Args:
         samples: activation outputs, shape [..., n]; non-finite ones are missing.
@@ -52,7 +55,9 @@ def resolution_entropy(samples: Tensor, resolution: float = 0.1, *, weights: Ten
 def fisher_information(samples: Tensor, resolution: float = 0.1, *, weights: Tensor | None = None) -> Tensor:
     """J = E[s_r^2]: Fisher information of the standardised output plus r N.
 
-    Between 1 / (1 + r^2) (a Gaussian) and 1 / r^2 (a constant).
+    Between 1 / (1 + r^2) (a Gaussian) and 1 / r^2 (a constant). A plug-in: every sample that stands alone
+    within r adds up to 1 / (n r^2), so that the bias is upward, of order 1 / (n r^3) (at r = 0.1 for a
+    Gaussian 3.5 at n = 256, 0.27 at 4096, 0.07 at 16384). (1') takes it times r^2.
 
     Args:
         samples: activation outputs, shape [..., n]; non-finite ones are missing.
@@ -86,6 +91,10 @@ def entropy_gradient(
 ) -> Tensor:
     """dH_r/d eps = -E[sbar_r(a) g] - (1 - r^2 J) Cov(a, g) / sd(a)^2, equation (1').
 
+    The exact derivative of the plug-in entropy of these samples. Its bias as an estimate of the true one is
+    below 0.01 at n = 256 and 0.003 at 1024, its standard error 1.3 / sqrt(n), for GELU, tanh and ReLU of a
+    normal along CRReLU's direction.
+
     Args:
         outputs: a = f(z), shape [..., n]; non-finite ones are missing.
         direction: g(z), the change of f per unit of eps at the same samples, same shape and units.
@@ -113,8 +122,9 @@ def mixed_entropy(samples: Tensor, resolution: float = 0.1) -> MixedEntropy:
     a single sample, is one atom. ``continuous_entropy`` is the mean of log m-spacings (Vasicek) of the
     other samples, m = count^(1/3), with the exact mean of a uniform's spacings removed, so that it is
     unbiased where the density is constant over a window, edges included. The bias left is of order
-    (m / n)^2 for a smooth density and m / n in tails: -0.02 for a Gaussian at n = 256, -0.005 at 4096.
-    Spacings are not resolved below the rounding of the samples' dtype.
+    (m / n)^2 for a smooth density and m / n in tails: measured for a Gaussian and for ReLU's half-normal
+    within 0.015 at n = 64 and 0.004 from 256 on; standard error 0.75 / sqrt(n) for a Gaussian. Spacings are
+    not resolved below the rounding of the samples' dtype.
 
     Args:
         samples: activation outputs, shape [..., n]; non-finite ones are missing.

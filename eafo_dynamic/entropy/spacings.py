@@ -108,11 +108,18 @@ def _spacing_entropy(
     high = torch.minimum(centre + half, enough - 1)
     bottom, top = (_off_atoms(ordered, rank, *atoms) for rank in (low, high))
     width = torch.maximum(top - bottom, epsilon * torch.maximum(top.abs(), bottom.abs())).clamp(min=1e-300)
-    steps, all_steps = (high - low).double(), enough.double()
-    # The mean log of the share that k spacings of random points cover, or of quantiles.
-    share = torch.digamma(steps) - torch.digamma(all_steps + 1) if sampled else (steps / all_steps).log()
+    # The mean log of the share of all samples that this many spacings cover.
+    share = _log_share(high - low, enough, 2 * round(ordered.shape[1] ** (1 / 3)) + 1, sampled)
     mean = torch.where(j < places, width.log() - share, 0.0).sum(1, keepdim=True) / places
     return torch.where(count >= 2, mean, -math.inf)
+
+
+def _log_share(spacings: Tensor, count: Tensor, most: int, sampled: bool) -> Tensor:
+    """Return E log of the share that k spacings of random points cover, or log of it for quantiles."""
+    if not sampled:
+        return (spacings.double() / count).log()
+    table = torch.digamma(torch.arange(most + 1, device=count.device, dtype=torch.float64))
+    return table[spacings] - torch.digamma((count + 1).double())
 
 
 def _off_atoms(ordered: Tensor, rank: Tensor, start: Tensor, length: Tensor) -> Tensor:

@@ -81,11 +81,11 @@ class EveryFunction(Layers):
 
     def forward(self, x: Tensor) -> Tensor:
         for f in (F.relu, torch.relu, F.relu6, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish, F.hardtanh):
-            x = self.one(f(x))
+            x = x + self.one(f(x))
         for f in (F.softsign, F.logsigmoid, F.tanhshrink, F.softshrink, F.hardshrink, F.tanh, torch.tanh, torch.selu):
-            x = self.two(f(x))
-        x = self.one(F.gelu(x, approximate="tanh"))
-        x = self.one(F.threshold(x, 0.1, -0.2)) + F.prelu(x, self.slope)
+            x = 0.5 * x + self.two(f(x))
+        x = x + self.one(F.gelu(x, approximate="tanh"))
+        x = self.one(F.threshold(x, 0.1, -0.2)) + x + F.prelu(x, self.slope)
         return self.three(x.relu()) + x.tanh() + F.leaky_relu(input=self.two(x), negative_slope=0.1)
 
 

@@ -19,13 +19,59 @@ from torch.utils._pytree import tree_leaves
 
 Key = tuple[int, int, int]
 
-_KERNELS = set(
-    ["relu", "gelu", "silu", "tanh", "elu", "celu", "selu", "leaky_relu", "hardtanh", "relu6", "hardswish", "mish", "softplus", "log_sigmoid_forward", "threshold", "_prelu_kernel", "softshrink", "hardshrink", "rrelu_with_noise", "sigmoid", "hardsigmoid", "erf"]
-)
+_KERNELS = {
+    "relu",
+    "gelu",
+    "silu",
+    "tanh",
+    "elu",
+    "celu",
+    "selu",
+    "leaky_relu",
+    "hardtanh",
+    "relu6",
+    "hardswish",
+    "mish",
+    "softplus",
+    "log_sigmoid_forward",
+    "threshold",
+    "_prelu_kernel",
+    "softshrink",
+    "hardshrink",
+    "rrelu_with_noise",
+    "sigmoid",
+    "hardsigmoid",
+    "erf",
+}
 _GATES = {"sigmoid", "hardsigmoid", "erf"}
-_POINTWISE = _KERNELS | set(
-    ["mul", "add", "sub", "div", "rsub", "pow", "neg", "exp", "square", "sqrt", "rsqrt", "reciprocal", "clamp", "clamp_min", "clamp_max", "sin", "cos", "abs", "_to_copy", "clone", "log", "log1p", "expm1", "detach", "alias", "where"]
-)
+_POINTWISE = _KERNELS | {
+    "mul",
+    "add",
+    "sub",
+    "div",
+    "rsub",
+    "pow",
+    "neg",
+    "exp",
+    "square",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "sin",
+    "cos",
+    "abs",
+    "_to_copy",
+    "clone",
+    "log",
+    "log1p",
+    "expm1",
+    "detach",
+    "alias",
+    "where",
+}
 _HARMLESS = {"detach", "alias", "_to_copy", "clone", "view", "_unsafe_view", "t", "transpose", "expand", "unsqueeze"}
 _BATCHED = _HARMLESS | {"permute", "select", "slice", "squeeze", "unbind", "split", "chunk"}
 
@@ -92,8 +138,8 @@ class _Flow(TorchDispatchMode):
             self.events.append(event)
             self.made_by[key] = event
         elif name in {"add", "rsub", "mul", "div", "neg"} | _BATCHED and len(tensors) == 1 and makers[0] is not None:
-            if not (name in ("mul", "div") and makers[0].op == "tanh"):
-                self.made_by.setdefault(key, makers[0])
+            scaled_tanh = name in ("mul", "div") and makers[0].op == "tanh"
+            self.made_by |= {} if scaled_tanh or key in self.made_by else {key: makers[0]}
         return out
 
     def _products(self, name: str, args: Any, inputs: Any, before: Any, makers: Any, scales: Any, out: Key) -> None:
@@ -102,9 +148,9 @@ class _Flow(TorchDispatchMode):
             scale = float(numbers[0]) if name == "mul" else 1.0 / float(numbers[0] or 1.0)
             self.scaled_by[out] = scale
             maker = makers[0]
-            if maker is not None and maker.op == "tanh" and maker.why.startswith("scaled"):
-                if abs(float(maker.why.split()[1]) * scale - 1.0) < 1e-6:
-                    maker.hidden, maker.why = False, "soft cap"
+            before_tanh = maker.why.removeprefix("scaled ") if maker is not None and maker.op == "tanh" else ""
+            if maker is not None and before_tanh != maker.why and abs(float(before_tanh or 0) * scale - 1.0) < 1e-6:
+                maker.hidden, maker.why = False, "soft cap"
         if name != "mul" or len(inputs) != 2:
             return
         for this, other in ((0, 1), (1, 0)):
@@ -193,10 +239,10 @@ def _marked_sites(flow: _Flow) -> Iterator[None]:
             flow.running_sites.pop()
         if len(flow.events) == before:
             for event in reversed(flow.events):
-                if event.module == frame and not event.sites and event.source is not None:
-                    if source in flow.lineage(event.source):
-                        event.sites.append(label)
-                        break
+                mine = event.module == frame and not event.sites and event.source is not None
+                if mine and source in flow.lineage(event.source):
+                    event.sites.append(label)
+                    break
         return out
 
     Site.__call__ = marked  # type: ignore[method-assign]

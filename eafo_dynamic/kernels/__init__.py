@@ -1,0 +1,28 @@
+"""Base plus correction: one equation (formula), a traceable form of it, and faster ways to compute it on a CPU.
+
+- ``formula`` is the equation as operations that autograd, compilers, transforms and every device understand.
+- ``native`` computes it in one pass each way, compiled from C on the user's machine.
+- ``eager`` computes it by torch's operations, in place and by parts, where there is no compiler.
+- ``fused`` chooses, and joins the backward of base and correction, so that the input alone is kept.
+"""
+
+from eafo_dynamic.kernels.formula import MAX_U, correction, ghat_closed_form, ghat_table
+from eafo_dynamic.kernels.fused import BACKENDS, Backend, check_backend, corrected, resolve_backend
+from eafo_dynamic.kernels.known import Known, known_function, known_module
+from eafo_dynamic.kernels.terms import Terms
+
+__all__ = [
+    "BACKENDS",
+    "MAX_U",
+    "Backend",
+    "Known",
+    "Terms",
+    "check_backend",
+    "corrected",
+    "correction",
+    "ghat_closed_form",
+    "ghat_table",
+    "known_function",
+    "known_module",
+    "resolve_backend",
+]

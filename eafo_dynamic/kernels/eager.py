@@ -1,0 +1,194 @@
+"""The correction term with torch's own operations, in place, a part of the tensor at a time that fits the cache."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.kernels.formula import MAX_U
+from eafo_dynamic.kernels.known import Known
+from eafo_dynamic.kernels.terms import Terms, flat
+
+__all__ = ["EagerKernel"]
+
+_CHUNK = 32768  # elements a thread: what torch splits no further
+_HALF_LOG2_E = 0.5 / math.log(2.0)
+
+
+class EagerKernel:
+    """The same functions as the compiled kernel's, for any machine; float32 and float64."""
+
+    name = "eager"
+
+    @staticmethod
+    def takes(z: Tensor, terms: Terms) -> bool:
+        """Whether these tensors can be worked on.
+
+        Args:
+            z: pre-activations, dense, on the CPU.
+            terms: the other operands, on the CPU.
+
+        Returns:
+            Whether z is float32 or float64.
+        """
+        return z.dtype in (torch.float32, torch.float64)
+
+    @staticmethod
+    def add(out: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> None:
+        """Adds c(z) to the base's output, in place; see the compiled kernel.
+
+        Args:
+            out: base(z), strides of z.
+            z: pre-activations, dense.
+            terms: the other operands.
+            inside: not used: the base's output is there.
+        """
+        eps, size = float(terms.eps), _size(z)
+        shape, offset = _shape(terms, z, size), _offset(terms, z, size)
+        for into, chunk in zip(flat(out).split(size), flat(z).split(size), strict=True):
+            if eps != 0.0:  # otherwise every bit of the base stays
+                shape.add_value(into, chunk, eps)
+            if offset is not None:
+                offset.add_value(into, chunk, 1.0)
+
+    @staticmethod
+    def add_gradient(out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> Tensor:
+        """Adds grad * c'(z) to the base's gradient, in place; see the compiled kernel.
+
+        Args:
+            out: grad * base'(z), strides of z.
+            grad: gradient of the loss by the output, strides of z.
+            z: pre-activations, dense.
+            terms: the other operands.
+            inside: not used: the base's gradient is there.
+
+        Returns:
+            Gradient by eps, 0-dim.
+        """
+        eps, size = float(terms.eps), _size(z)
+        shape, offset = _shape(terms, z, size), _offset(terms, z, size)
+        total = z.new_zeros((), dtype=torch.float64)
+        for into, g, chunk in zip(*(flat(each).split(size) for each in (out, grad, z)), strict=True):
+            total += shape.add_slope(into, g, chunk, eps)
+            if offset is not None:
+                offset.add_slope(into, g, chunk, 1.0)
+        return total.to(terms.eps.dtype)
+
+
+def _size(z: Tensor) -> int:
+    return max(1, min(_CHUNK * torch.get_num_threads(), z.numel()))
+
+
+def _shape(terms: Terms, z: Tensor, size: int) -> _Bell | _Table:
+    mu, sigma = terms.shape.tolist()
+    if terms.table is None:
+        return _Bell(mu, sigma, z, size)
+    return _Table(terms.table, terms.half_width, mu, sigma, z, size)
+
+
+def _offset(terms: Terms, z: Tensor, size: int) -> _Table | None:
+    if terms.offset is None:
+        return None
+    return _Table(terms.offset, terms.half_width, *terms.shape.tolist(), z, size, careful=True)
+
+
+class _Bell:
+    """Sigma u exp(-u^2 / 2), with room for the intermediate results of one part."""
+
+    def __init__(self, mu: float, sigma: float, z: Tensor, size: int) -> None:
+        self.mu, self.sigma = mu, sigma
+        self.room = z.new_empty(2, size)
+
+    def _parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Z - mu, no further from 0 than MAX_U sigma, and exp(-u^2 / 2)."""
+        centred, bell = self.room[:, : z.numel()]
+        reach = MAX_U * self.sigma
+        torch.sub(z, self.mu, out=centred).clamp_(-reach, reach)
+        # exp2 is vectorised by torch itself and takes a third of the time of exp
+        torch.mul(centred, centred, out=bell).mul_(-_HALF_LOG2_E / self.sigma**2).exp2_()
+        return centred, bell
+
+    def add_value(self, into: Tensor, z: Tensor, amplitude: float) -> None:
+        """Adds the correction to the outputs."""
+        into.addcmul_(*self._parts(z), value=amplitude)
+
+    def add_slope(self, into: Tensor, grad: Tensor, z: Tensor, amplitude: float) -> Tensor:
+        """Adds the gradient by z, and returns the gradient by the amplitude."""
+        centred, bell = self._parts(z)
+        bell.mul_(grad)
+        by_amplitude = torch.dot(bell, centred)
+        if amplitude != 0.0:
+            square = centred.square_()
+            into.addcmul_(bell, torch.rsub(square, 1.0, alpha=self.sigma**-2), value=amplitude)
+        return by_amplitude
+
+
+class _Table:
+    """Sigma times piecewise cubics, with room for the intermediate results of one part.
+
+    A careful one leaves what it adds nothing to bit for bit, -0.0 included; an offset may be all zeros.
+    """
+
+    def __init__(
+        self,
+        table: Tensor,
+        half_width: float,
+        mu: float,
+        sigma: float,
+        z: Tensor,
+        size: int,
+        *,
+        careful: bool = False,
+    ) -> None:
+        self.mu, self.sigma, self.half_width, self.careful = mu, sigma, half_width, careful
+        self.intervals = table.shape[-1]
+        self.per_sd = self.intervals / (2.0 * half_width)
+        table = table.to(z.dtype)
+        a0, a1, a2, a3 = table[:, -1:]
+        nothing = torch.zeros_like(a0)
+        # one more interval stands for the right end and beyond
+        end = torch.stack([a0 + a1 + a2 + a3, a1 + 2.0 * a2 + 3.0 * a3, nothing, nothing])
+        self.rows = torch.cat([table, end], dim=1).unbind()
+        self.slopes = [self.rows[1], 2.0 * self.rows[2], 3.0 * self.rows[3]]
+        self.room = z.new_empty(4, size)
+        self.index = torch.empty(size, dtype=torch.long)
+
+    def _places(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Interval of each pre-activation, and its place inside it in [0, 1]."""
+        t, floor = self.room[:2, : z.numel()]
+        index = self.index[: z.numel()]
+        torch.sub(z, self.mu, out=t).mul_(1.0 / self.sigma).add_(self.half_width).mul_(self.per_sd)
+        t.clamp_(0.0, float(self.intervals)).nan_to_num_(nan=0.0)  # a NaN is no place; the base passes it on
+        torch.floor(t, out=floor)
+        return index.copy_(floor), t.sub_(floor)
+
+    def _read(self, rows: list[Tensor] | tuple[Tensor, ...], index: Tensor, t: Tensor) -> Tensor:
+        """Polynomials with the coefficients of their intervals, lowest power first."""
+        result, row = self.room[2:, : t.numel()]
+        torch.index_select(rows[-1], 0, index, out=result)
+        for lower in rows[-2::-1]:
+            torch.index_select(lower, 0, index, out=row)
+            result.mul_(t).add_(row)
+        return result
+
+    def add_value(self, into: Tensor, z: Tensor, amplitude: float) -> None:
+        """Adds the correction to the outputs."""
+        value = self._read(self.rows, *self._places(z))
+        if self.careful:
+            value.masked_fill_(value == 0, -0.0)
+        into.add_(value, alpha=amplitude * self.sigma)
+
+    def add_slope(self, into: Tensor, grad: Tensor, z: Tensor, amplitude: float) -> Tensor:
+        """Adds the gradient by z, and returns the gradient by the amplitude."""
+        index, t = self._places(z)
+        by_amplitude = torch.dot(grad, self._read(self.rows, index, t)) * self.sigma
+        if amplitude != 0.0:
+            slope = self._read(self.slopes, index, t)
+            if self.careful:
+                slope.mul_(grad)
+                into.add_(slope.masked_fill_(slope == 0, -0.0), alpha=amplitude * self.per_sd)
+            else:
+                into.addcmul_(grad, slope, value=amplitude * self.per_sd)
+        return by_amplitude

@@ -1,0 +1,200 @@
+"""Base and correction as one function: which back end runs it, and one backward for both that keeps the input alone.
+
+f(z) = base(z) + c(z),   f'(z) = base'(z) + c'(z)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.kernels.eager import EagerKernel
+from eafo_dynamic.kernels.formula import correction
+from eafo_dynamic.kernels.known import NOTHING, Known
+from eafo_dynamic.kernels.native import native_kernel
+from eafo_dynamic.kernels.terms import Terms, is_dense
+
+__all__ = ["BACKENDS", "Backend", "check_backend", "corrected", "resolve_backend"]
+
+Backend = Literal["auto", "eager", "native"]
+BACKENDS: tuple[Backend, ...] = ("auto", "eager", "native")
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_EAGER = EagerKernel()
+
+
+class _Kernel(Protocol):
+    """A back end: the two functions that the equation needs."""
+
+    name: str
+
+    def takes(self, z: Tensor, terms: Terms) -> bool: ...
+    def add(self, out: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> None: ...
+    def add_gradient(
+        self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None
+    ) -> Tensor: ...
+
+
+def check_backend(backend: str) -> Backend:
+    """The back end of that name.
+
+    Args:
+        backend: "auto", "eager" or "native".
+
+    Returns:
+        The same.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    for known in BACKENDS:
+        if backend == known:
+            return known
+    raise ConfigError("backend", backend, "is no back end", f"Choose one of {', '.join(BACKENDS)}.")
+
+
+def resolve_backend(backend: Backend) -> Literal["eager", "native"]:
+    """Which back end float32 tensors on the CPU get; the first call on a machine compiles, about 0.3 s.
+
+    Args:
+        backend: what was asked for; "auto" is native where it can be had.
+
+    Returns:
+        The back end.
+
+    Raises:
+        ConfigError: if "native" was asked for and there is no compiler that makes it.
+    """
+    if backend == "eager":
+        return "eager"
+    if native_kernel() is not None:
+        return "native"
+    if backend == "native":
+        mend = "Install cc, gcc or clang, or name one in the environment variable CC; or leave it at 'auto'."
+        raise ConfigError("backend", backend, "needs a C compiler that makes a working library", mend)
+    return "eager"
+
+
+def corrected(
+    z: Tensor,
+    base: Callable[[Tensor], Tensor],
+    terms: Terms,
+    known: Known | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """f(z) = base(z) + sigma * (eps * ghat(u) + offset(u)), u = (z - mu) / sigma.
+
+    With eps = 0 and no offset it equals ``base(z)`` bit for bit, gradient included. Compilers, transforms and other
+    devices see plain operations.
+
+    Args:
+        z: pre-activations, any shape, floating point.
+        base: the base function, out of place.
+        terms: amplitude, shape and tables.
+        known: the same base with its derivative, where that is known.
+        backend: what to compute plain CPU tensors with.
+
+    Returns:
+        f(z), of the shape and dtype of z; differentiable in z and eps, also twice.
+    """
+    kernel = _kernel_for(z, terms, backend)
+    if kernel is None:
+        out = base(z)
+        eps, shape, table, offset, half_width = terms
+        return out + correction(z, eps, shape, table, half_width, offset).to(out.dtype)
+    function = NOTHING if known is None else known
+    if torch.is_grad_enabled() and (z.requires_grad or terms.eps.requires_grad):
+        c: Tensor = _Corrected.apply(z, *terms, function, kernel)  # pyright: ignore[reportAssignmentType]
+    else:
+        c = _forward(z, terms, function, kernel)
+    return c if known is not None else base(z) + c
+
+
+def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
+    """The back end for these tensors; None where they are not plain, dense ones on the CPU."""
+    eps = terms.eps
+    if torch.compiler.is_compiling() or type(z) not in _PLAIN or type(eps) not in _PLAIN:
+        return None
+    if z.device.type != "cpu" or eps.dim() or not is_dense(z):
+        return None
+    # transforms, tracers and modes that watch operations must see operations
+    watched = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    if watched or torch.jit.is_tracing() or not (eps.device == terms.shape.device == z.device):
+        return None
+    if backend != "eager":
+        native = native_kernel()
+        if native is not None and native.takes(z, terms):
+            return native
+    return _EAGER if _EAGER.takes(z, terms) else None
+
+
+def _inside(known: Known, terms: Terms, kernel: _Kernel) -> Known | None:
+    """The base, if the kernel may compute it itself; an eps of 0 wants the bits of torch's own."""
+    # the closed form is that of piecewise linear functions, and compiled for no others
+    able = known.code == 1 or (known.code > 1 and terms.table is not None)
+    return known if able and kernel is not _EAGER and terms.eps.item() != 0.0 else None
+
+
+def _forward(z: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> Tensor:
+    inside = _inside(known, terms, kernel)
+    out = known.value(z) if inside is None else torch.empty_like(z)
+    kernel.add(out, z, terms, inside)
+    return out
+
+
+class _Corrected(torch.autograd.Function):
+    """f(z), or c(z) alone; keeps z for the backward and recomputes the rest."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        eps: Tensor,
+        shape: Tensor,
+        table: Tensor | None,
+        offset: Tensor | None,
+        half_width: float,
+        known: Known,
+        kernel: _Kernel,
+    ) -> Tensor:
+        ctx.half_width, ctx.known, ctx.kernel = half_width, known, kernel
+        ctx.save_for_backward(z, eps, shape, table, offset)
+        return _forward(z, Terms(eps, shape, table, offset, half_width), known, kernel)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        z, *tensors = ctx.saved_tensors
+        terms = Terms(*tensors, ctx.half_width)
+        by_z, by_eps = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled() or not _is_plain(grad, z):
+            return (*_traceable(z, terms, ctx.known, grad, by_z, by_eps), *[None] * 6)
+        if grad.stride() != z.stride():
+            grad = torch.empty_like(z).copy_(grad)
+        inside = _inside(ctx.known, terms, ctx.kernel)
+        out = ctx.known.gradient(grad, z) if inside is None else torch.empty_like(z)
+        grad_eps = ctx.kernel.add_gradient(out, grad, z, terms, inside)
+        return out if by_z else None, grad_eps if by_eps else None, *[None] * 6
+
+
+def _is_plain(grad: Tensor, z: Tensor) -> bool:
+    """Whether the gradient is a tensor with memory of its own: not one of a transform or of a batch of gradients."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._are_functorch_transforms_active()
+    return type(grad) in _PLAIN and grad.dtype == z.dtype and not batched
+
+
+def _traceable(
+    z: Tensor, terms: Terms, known: Known, grad: Tensor, by_z: bool, by_eps: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same gradients by operations that can be differentiated again."""
+    again = torch.is_grad_enabled()
+    eps, shape, table, offset, half_width = terms
+    with torch.enable_grad():
+        out = known.value(z) + correction(z, eps, shape, table, half_width, offset)
+        wanted = [tensor for tensor, needed in ((z, by_z), (eps, by_eps)) if needed]
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
+    return next(found) if by_z else None, next(found) if by_eps else None

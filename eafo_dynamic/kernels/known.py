@@ -1,0 +1,164 @@
+"""Base functions whose derivative is one of torch's operations, so that base and correction share one backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["INSIDE", "NOTHING", "Known", "known_function", "known_module"]
+
+_ATEN: Any = torch.ops.aten
+_SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  # alpha, scale; as in torch
+
+
+class Known(NamedTuple):
+    """A base function and the gradient that torch's autograd would compute for it, bit for bit.
+
+    Args:
+        value: base(z), out of place, in a new tensor.
+        gradient: grad * base'(z) from grad and z, in a new tensor.
+        code: its number among those that the compiled kernel can compute itself; 0 for the others.
+        below: slope below 0 of a function that is z above, for code 1.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+    code: int = 0
+    below: float = 0.0
+
+
+def _minus_zeros(*tensors: Tensor) -> Tensor:
+    # x + (-0.0) is x bit for bit for every x, +0.0 and -0.0 included
+    return torch.full_like(tensors[0], -0.0)
+
+
+NOTHING = Known(_minus_zeros, _minus_zeros)
+"""Stands for no base at all: the correction term alone."""
+
+
+def _relu() -> Known:
+    # autograd keeps the output; the input has the same sign and is kept anyway
+    return Known(torch.relu, lambda g, z: _ATEN.threshold_backward.default(g, z, 0), 1)
+
+
+def _leaky_relu(negative_slope: float = 0.01) -> Known:
+    def gradient(g: Tensor, z: Tensor) -> Tensor:
+        return _ATEN.leaky_relu_backward.default(g, z, negative_slope, False)
+
+    return Known(lambda z: _ATEN.leaky_relu.default(z, negative_slope), gradient, 1, negative_slope)
+
+
+def _gelu(approximate: str = "none") -> Known:
+    def gradient(g: Tensor, z: Tensor) -> Tensor:
+        return _ATEN.gelu_backward.default(g, z, approximate=approximate)
+
+    return Known(lambda z: _ATEN.gelu.default(z, approximate=approximate), gradient, 4 if approximate == "tanh" else 3)
+
+
+def _silu() -> Known:
+    return Known(_ATEN.silu.default, lambda g, z: _ATEN.silu_backward.default(g, z), 2)
+
+
+def _mish() -> Known:
+    return Known(_ATEN.mish.default, lambda g, z: _ATEN.mish_backward.default(g, z))
+
+
+def _hardswish() -> Known:
+    return Known(_ATEN.hardswish.default, lambda g, z: _ATEN.hardswish_backward.default(g, z))
+
+
+def _elu(alpha: float = 1.0) -> Known:
+    return _scaled_elu(alpha, 1.0)
+
+
+def _selu() -> Known:
+    return _scaled_elu(*_SELU)
+
+
+def _scaled_elu(alpha: float, scale: float) -> Known:
+    def gradient(g: Tensor, z: Tensor) -> Tensor:
+        return _ATEN.elu_backward.default(g, alpha, scale, 1.0, False, z)
+
+    return Known(lambda z: _ATEN.elu.default(z, alpha, scale), gradient)
+
+
+def _tanh() -> Known:
+    return Known(torch.tanh, lambda g, z: _ATEN.tanh_backward.default(g, torch.tanh(z)))
+
+
+def _sigmoid() -> Known:
+    return Known(torch.sigmoid, lambda g, z: _ATEN.sigmoid_backward.default(g, torch.sigmoid(z)))
+
+
+def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Known:
+    def gradient(g: Tensor, z: Tensor) -> Tensor:
+        return _ATEN.softplus_backward.default(g, z, beta, threshold)
+
+    return Known(lambda z: _ATEN.softplus.default(z, beta, threshold), gradient)
+
+
+_MAKERS: dict[type[nn.Module], tuple[str, Callable[..., Known], tuple[str, ...]]] = {
+    nn.ReLU: ("relu", _relu, ()),
+    nn.LeakyReLU: ("leaky_relu", _leaky_relu, ("negative_slope",)),
+    nn.GELU: ("gelu", _gelu, ("approximate",)),
+    nn.SiLU: ("silu", _silu, ()),
+    nn.Mish: ("mish", _mish, ()),
+    nn.Hardswish: ("hardswish", _hardswish, ()),
+    nn.ELU: ("elu", _elu, ("alpha",)),
+    nn.SELU: ("selu", _selu, ()),
+    nn.Tanh: ("tanh", _tanh, ()),
+    nn.Sigmoid: ("sigmoid", _sigmoid, ()),
+    nn.Softplus: ("softplus", _softplus, ("beta", "threshold")),
+}
+_FUNCTIONS = {name: (maker, keys) for name, maker, keys in _MAKERS.values()}
+
+
+INSIDE = (_relu(), _leaky_relu(), _silu(), _gelu(), _gelu("tanh"))
+"""Those that the compiled kernel computes itself."""
+
+
+@functools.lru_cache(maxsize=256)
+def _made(maker: Callable[..., Known], values: tuple[object, ...]) -> Known:
+    return maker(*values)
+
+
+def known_module(module: nn.Module, cls: type[nn.Module] | None = None) -> Known | None:
+    """The function of an activation module with its present hyper-parameters.
+
+    Args:
+        module: the activation.
+        cls: its class, where it is another one than the module shows.
+
+    Returns:
+        The function; None for a class that is not in the table. A subclass may compute anything.
+    """
+    entry = _MAKERS.get(cls or type(module))
+    if entry is None:
+        return None
+    _, maker, keys = entry
+    return _made(maker, tuple(getattr(module, key) for key in keys))
+
+
+def known_function(name: str, rest: tuple[object, ...], options: Mapping[str, object]) -> Known | None:
+    """The function that a call such as ``F.gelu(z, approximate="tanh")`` computes.
+
+    Args:
+        name: of the function.
+        rest: positional arguments after z.
+        options: named arguments.
+
+    Returns:
+        The function; None where it is not in the table, or hyper-parameters are not given by name.
+    """
+    entry = _FUNCTIONS.get(name)
+    given = {key: value for key, value in options.items() if key != "inplace"}
+    if entry is None or rest or not set(given) <= set(entry[1]):
+        return None
+    if not given:
+        return _made(entry[0], ())
+    # names in the order of the maker's parameters; those left out have its defaults
+    return entry[0](**given)

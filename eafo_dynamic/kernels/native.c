@@ -1,0 +1,313 @@
+/* The correction term on float32 arrays: one pass forward, one pass backward.
+
+       c(z) = sigma * (eps * ghat(u) + offset(u)),   u = (z - mu) / sigma
+
+   ghat is u exp(-u^2 / 2), or piecewise cubics read from a table, as in formula.py; the offset is always a table.
+   Results do not depend on the number of threads: sums are taken over blocks of fixed size, then in their order. */
+
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 4096         /* elements that one thread takes at a time */
+#define PART 256           /* elements whose places in the table are kept at hand */
+#define MOST_INTERVALS 1024
+
+typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
+
+/* What f is made of beside the correction: what out holds already, or a function computed here in the same pass.
+   The latter are float32 approximations as good as torch's own, but not bit for bit the same. */
+enum base { GIVEN, KINK, SILU, GELU, GELU_TANH };
+
+struct terms {
+    float eps, mu, sigma, inverse, clamp;   /* inverse = 1 / sigma */
+    float per_sd, half_width;               /* intervals per standard deviation, end of the tables */
+    int intervals;
+    enum base base;
+    float below;
+};
+
+/* exp(x) for x in [-87, 0], to about one unit in the last place. */
+static inline float bell_exp(float x) {
+    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+/* a + c, and a bit for bit where c is zero: +0.0 would make a +0.0 of -0.0. */
+static inline float plus(float a, float c) { return c == 0.0f ? a : a + c; }
+
+static inline float clamped(float u, float bound) {
+    u = u < -bound ? -bound : u;   /* comparisons that leave a NaN what it is */
+    return u > bound ? bound : u;
+}
+
+static inline float sigmoid(float x) {
+    float size = x < 0.0f ? -x : x, e = bell_exp(size < 87.0f ? -size : -87.0f);
+    e = size > 87.0f ? 0.0f : e;   /* so that infinities come out as those of torch do */
+    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+/* Values and slopes of the bases. GELU: normal CDF by Abramowitz and Stegun, 7.1.26, off by at most 1.5e-7. */
+static inline __attribute__((always_inline)) void
+apply_base(enum base base, float below, float z, float *value, float *slope) {
+    if (base == KINK) {
+        *value = z > 0.0f || z != z ? z : (below == 0.0f ? 0.0f : below * z);
+        *slope = z > 0.0f || z != z ? 1.0f : below;
+    } else if (base == SILU) {
+        float s = sigmoid(z);
+        *value = z * s;
+        *slope = s * (1.0f + z * (1.0f - s));
+    } else if (base == GELU) {
+        float x = z < 0.0f ? -z : z, near = x < 13.0f ? x : 13.0f;
+        float e = bell_exp(-0.5f * near * near);
+        e = x > 13.0f ? 0.0f : e;
+        float t = 1.0f / (1.0f + 0.23164189f * near);   /* 0.3275911 / sqrt(2) */
+        float tail = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+        tail = 0.5f * tail * e;
+        float cdf = z < 0.0f ? tail : 1.0f - tail;
+        *value = z * cdf;
+        *slope = cdf + z * (0.39894228f * e);
+    } else {
+        float s = sigmoid(1.59576912f * (z + 0.044715f * z * z * z));   /* 2 sqrt(2 / pi) */
+        *value = z * s;
+        *slope = s + z * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * z * z);
+    }
+}
+
+static inline __attribute__((always_inline)) void
+combine_values(enum base base, float below, const float *z, const float *c, float *out, int m) {
+#pragma omp simd
+    for (int i = 0; i < m; i++) {
+        if (base == GIVEN) {
+            out[i] = plus(out[i], c[i]);
+        } else {
+            float value, slope;
+            apply_base(base, below, z[i], &value, &slope);
+            out[i] = value + c[i];
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void
+combine_slopes(enum base base, float below, const float *z, const float *grad, const float *c, float *out, int m) {
+#pragma omp simd
+    for (int i = 0; i < m; i++) {
+        if (base == GIVEN) {
+            out[i] = plus(out[i], grad[i] * c[i]);
+        } else {
+            float value, slope;
+            apply_base(base, below, z[i], &value, &slope);
+            out[i] = grad[i] * (slope + c[i]);
+        }
+    }
+}
+
+/* One loop for each base, so that the compiler sees which. */
+#define FOR_EACH_BASE(base, call) \
+    switch (base) { \
+    case GIVEN: call(GIVEN); break; \
+    case KINK: call(KINK); break; \
+    case SILU: call(SILU); break; \
+    case GELU: call(GELU); break; \
+    default: call(GELU_TANH); \
+    }
+
+static void finish_values(enum base base, float below, const float *z, const float *c, float *out, int m) {
+#define CALL(which) combine_values(which, below, z, c, out, m)
+    FOR_EACH_BASE(base, CALL)
+#undef CALL
+}
+
+static void finish_slopes(
+    enum base base, float below, const float *z, const float *grad, const float *c, float *out, int m) {
+#define CALL(which) combine_slopes(which, below, z, grad, c, out, m)
+    FOR_EACH_BASE(base, CALL)
+#undef CALL
+}
+
+/* Rows a0..a3 of one interval side by side; a last row stands for the right end and beyond. */
+static void to_rows(const float *table, int intervals, float *rows) {
+    for (int k = 0; k < intervals; k++)
+        for (int j = 0; j < 4; j++) rows[4 * k + j] = table[j * intervals + k];
+    const float *end = rows + 4 * (intervals - 1);
+    float *beyond = rows + 4 * intervals;
+    beyond[0] = end[0] + end[1] + end[2] + end[3];
+    beyond[1] = end[1] + 2 * end[2] + 3 * end[3];
+    beyond[2] = beyond[3] = 0.0f;
+}
+
+static inline void places(const float *z, int m, const struct terms *s, int32_t *row, float *t) {
+    float mu = s->mu, inverse = s->inverse, half = s->half_width, per_sd = s->per_sd, top = (float)s->intervals;
+    for (int i = 0; i < m; i++) {
+        float place = ((z[i] - mu) * inverse + half) * per_sd;
+        place = place > 0.0f ? place : 0.0f;   /* a NaN too: the base passes it on */
+        place = place < top ? place : top;
+        int32_t k = (int32_t)place;
+        row[i] = 4 * k;
+        t[i] = place - (float)k;
+    }
+    for (int i = m; i < ((m + 7) & ~7); i++) row[i] = 0, t[i] = 0.0f;
+}
+
+#define SHUFFLE __builtin_shufflevector
+#define JOINED(i, j) SHUFFLE(*(const v4 *)(rows + row[i]), *(const v4 *)(rows + row[j]), 0, 1, 2, 3, 4, 5, 6, 7)
+
+/* Values, and slopes per interval where wanted. Whole rows are loaded and transposed: several times faster than
+   gathering a0..a3 one by one. */
+static inline void read_rows(const float *rows, const int32_t *row, const float *t, int m, float *value, float *slope) {
+    for (int i = 0; i < m; i += 8) {
+        v8 a = JOINED(i, i + 4), b = JOINED(i + 1, i + 5), c = JOINED(i + 2, i + 6), d = JOINED(i + 3, i + 7);
+        v8 ab0 = SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13), ab1 = SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+        v8 cd0 = SHUFFLE(c, d, 0, 8, 1, 9, 4, 12, 5, 13), cd1 = SHUFFLE(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
+        v8 a0 = SHUFFLE(ab0, cd0, 0, 1, 8, 9, 4, 5, 12, 13), a1 = SHUFFLE(ab0, cd0, 2, 3, 10, 11, 6, 7, 14, 15);
+        v8 a2 = SHUFFLE(ab1, cd1, 0, 1, 8, 9, 4, 5, 12, 13), a3 = SHUFFLE(ab1, cd1, 2, 3, 10, 11, 6, 7, 14, 15);
+        v8 x = *(const v8 *)(t + i);
+        if (value) *(v8 *)(value + i) = ((a3 * x + a2) * x + a1) * x + a0;
+        if (slope) *(v8 *)(slope + i) = (3.0f * a3 * x + 2.0f * a2) * x + a1;
+    }
+}
+
+/* The closed form, in one loop with its base: GIVEN or a KINK. */
+static inline __attribute__((always_inline)) void
+bell_values(enum base base, const float *z, float *out, int64_t n, const struct terms *s) {
+    float amplitude = s->eps * s->sigma, mu = s->mu, inverse = s->inverse, bound = s->clamp, below = s->below;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        float u = clamped((z[i] - mu) * inverse, bound), c = amplitude * u * bell_exp(-0.5f * u * u);
+        float value = out[i], slope;
+        if (base == GIVEN) {
+            out[i] = plus(value, c);
+        } else {
+            apply_base(base, below, z[i], &value, &slope);
+            out[i] = value + c;
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) double
+bell_slopes(enum base base, const float *z, const float *grad, float *out, int64_t n, const struct terms *s) {
+    float eps = s->eps, mu = s->mu, inverse = s->inverse, bound = s->clamp, below = s->below, sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) {
+        float u = clamped((z[i] - mu) * inverse, bound), e = bell_exp(-0.5f * u * u);
+        float value, slope, c = eps * ((1.0f - u * u) * e);
+        sum += grad[i] * (u * e);
+        if (base == GIVEN) {
+            out[i] = eps == 0.0f ? out[i] : plus(out[i], grad[i] * c);   /* 0 * inf is no 0 */
+        } else {
+            apply_base(base, below, z[i], &value, &slope);
+            out[i] = grad[i] * (slope + c);
+        }
+    }
+    return (double)sum;
+}
+
+static float weighted_sum(const float *a, const float *b, int m) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < m; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+static void forward(const float *z, float *out, int64_t n, struct terms s, const float *rows) {
+    int32_t row[PART];
+    float t[PART], value[PART];
+    if (!rows) {
+        if (s.base == GIVEN) bell_values(GIVEN, z, out, n, &s);
+        else bell_values(KINK, z, out, n, &s);
+        return;
+    }
+    for (int64_t start = 0; start < n; start += PART) {
+        int m = n - start < PART ? (int)(n - start) : PART;
+        places(z + start, m, &s, row, t);
+        read_rows(rows, row, t, m, value, 0);   /* these are sigma * (eps * ghat + offset) */
+        finish_values(s.base, s.below, z + start, value, out + start, m);
+    }
+}
+
+static double backward(const float *z, const float *grad, float *out, int64_t n, struct terms s, const float *rows,
+                       const float *settled) {
+    int32_t row[PART];
+    float t[PART], value[PART], slope[PART], more[PART];
+    float amplitude = s.eps * s.per_sd;
+    double total = 0.0;
+    if (!rows)
+        return s.base == GIVEN ? bell_slopes(GIVEN, z, grad, out, n, &s) : bell_slopes(KINK, z, grad, out, n, &s);
+    for (int64_t start = 0; start < n; start += PART) {
+        int m = n - start < PART ? (int)(n - start) : PART;
+        places(z + start, m, &s, row, t);
+        read_rows(rows, row, t, m, value, slope);
+        for (int i = 0; i < m; i++) slope[i] *= amplitude;
+        if (settled) {
+            read_rows(settled, row, t, m, 0, more);
+            for (int i = 0; i < m; i++) slope[i] += s.per_sd * more[i];
+        }
+        total += weighted_sum(grad + start, value, m);
+        if (s.eps != 0.0f || settled || s.base != GIVEN)   /* 0 * inf is no 0 */
+            finish_slopes(s.base, s.below, z + start, grad + start, slope, out + start, m);
+    }
+    return total;
+}
+
+static struct terms read_terms(
+    const float *eps, const float *shape, int intervals, float half_width, float clamp, int base, float below) {
+    struct terms s = {*eps, shape[0], shape[1], 1.0f / shape[1], clamp, 0.0f, half_width, intervals,
+                      (enum base)base, below};
+    if (intervals) s.per_sd = (float)intervals / (2.0f * half_width);
+    return s;
+}
+
+/* out = base(z) + c(z), where out holds base(z) already if the base is GIVEN.
+
+   eps [1], shape [2] = mu, sigma; table and offset [4, intervals] or null; below: slope of a KINK for z < 0.
+   The closed form takes GIVEN and KINK only. */
+void eafo_forward(const float *z, float *out, int64_t n, const float *eps, const float *shape, const float *table,
+                  const float *offset, int intervals, float half_width, float clamp, int base, float below,
+                  int threads) {
+    float rows[4 * (MOST_INTERVALS + 1)], settled[4 * (MOST_INTERVALS + 1)];
+    struct terms s = read_terms(eps, shape, intervals, half_width, clamp, base, below);
+    if (s.eps == 0.0f && !offset && base == GIVEN) return;   /* every bit of the base stays */
+    if (table) {
+        to_rows(table, intervals, rows);
+        if (offset) to_rows(offset, intervals, settled);
+        for (int k = 0; k < 4 * (intervals + 1); k++)
+            rows[k] = s.sigma * (s.eps * rows[k] + (offset ? settled[k] : 0.0f));
+    }
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        int64_t m = n - start < BLOCK ? n - start : BLOCK;
+        forward(z + start, out + start, m, s, table ? rows : 0);
+    }
+}
+
+/* out = grad (base' + c')(z), where out holds grad base'(z) already if the base is GIVEN; grad_eps = sum of grad ghat.
+
+   partial: room for one number a block of 4096. */
+void eafo_backward(const float *z, const float *grad, float *out, int64_t n, const float *eps, const float *shape,
+                   const float *table, const float *offset, int intervals, float half_width, float clamp, int base,
+                   float below, int threads, double *partial, float *grad_eps) {
+    float rows[4 * (MOST_INTERVALS + 1)], settled[4 * (MOST_INTERVALS + 1)];
+    struct terms s = read_terms(eps, shape, intervals, half_width, clamp, base, below);
+    double sum = 0.0;
+    if (table) to_rows(table, intervals, rows);
+    if (offset) to_rows(offset, intervals, settled);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        int64_t m = n - start < BLOCK ? n - start : BLOCK;
+        partial[start / BLOCK] =
+            backward(z + start, grad + start, out + start, m, s, table ? rows : 0, offset ? settled : 0);
+    }
+    for (int64_t b = 0; b < (n + BLOCK - 1) / BLOCK; b++) sum += partial[b];
+    *grad_eps = (float)(sum * s.sigma);
+}

@@ -1,0 +1,219 @@
+"""The correction term in C, compiled once on the user's machine by the compiler it has; about 0.3 s, then kept on disk.
+
+Plain C without torch's headers, so that compiling is a matter of a blink and can be waited for: a kernel that arrived
+in the middle of a run would make the run's numbers depend on the clock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.kernels.formula import MAX_U, correction
+from eafo_dynamic.kernels.known import INSIDE, Known
+from eafo_dynamic.kernels.terms import Terms
+
+__all__ = ["NativeKernel", "native_kernel"]
+
+_SOURCE = Path(__file__).with_name("native.c")
+_COMMON = ("-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+# best first; a compiler that does not know an option fails, and the next set is tried
+_FLAGS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ())
+_PATIENCE = 20.0  # seconds for one run of the compiler
+_BLOCK = 4096  # as in the source
+_LEAST_PARALLEL = 32768  # elements, as torch's own pointwise kernels
+_MOST_INTERVALS = 1024  # as in the source
+
+
+class NativeKernel:
+    """The compiled functions.
+
+    Args:
+        library: path of the shared library.
+    """
+
+    name = "native"
+
+    def __init__(self, library: Path) -> None:
+        loaded = ctypes.CDLL(str(library))
+        pointer, real, integer = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
+        term = [pointer, pointer, pointer, pointer, integer, real, real, integer, real, integer]  # as in the source
+        self._forward, self._backward = loaded.eafo_forward, loaded.eafo_backward
+        self._forward.argtypes = [pointer, pointer, ctypes.c_int64, *term]
+        self._backward.argtypes = [pointer, pointer, pointer, ctypes.c_int64, *term, pointer, pointer]
+
+    @staticmethod
+    def takes(z: Tensor, terms: Terms) -> bool:
+        """Whether the compiled functions can work on these tensors.
+
+        Args:
+            z: pre-activations, dense, on the CPU.
+            terms: the other operands, on the CPU.
+
+        Returns:
+            Whether all are float32, and the tables of one length, which is not too long.
+        """
+        if terms.offset is not None and (terms.table is None or terms.table.shape != terms.offset.shape):
+            return False
+        present = [each for each in terms[:4] if each is not None]
+        if z.dtype != torch.float32 or any(each.dtype != torch.float32 for each in present):
+            return False
+        return terms.table is None or terms.table.shape[-1] <= _MOST_INTERVALS
+
+    def add(self, out: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> None:
+        """Adds c(z) to the base's output, in place.
+
+        Args:
+            out: base(z), strides of z; overwritten whatever it holds where the base is computed inside.
+            z: pre-activations, dense.
+            terms: the other operands.
+            inside: the base, to be computed in the same pass; its values may differ from torch's in the last bits.
+        """
+        self._forward(z.data_ptr(), out.data_ptr(), z.numel(), *_arguments(terms, inside, z.numel()))
+
+    def add_gradient(
+        self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None
+    ) -> Tensor:
+        """Adds grad * c'(z) to the base's gradient, in place.
+
+        Args:
+            out: grad * base'(z), strides of z; overwritten likewise.
+            grad: gradient of the loss by the output, strides of z.
+            z: pre-activations, dense.
+            terms: the other operands.
+            inside: see :meth:`add`.
+
+        Returns:
+            Gradient by eps, 0-dim.
+        """
+        n = z.numel()
+        partial = torch.empty(n // _BLOCK + 1, dtype=torch.float64)
+        grad_eps = torch.empty((), dtype=torch.float32)
+        pointers = z.data_ptr(), grad.data_ptr(), out.data_ptr()
+        self._backward(*pointers, n, *_arguments(terms, inside, n), partial.data_ptr(), grad_eps.data_ptr())
+        return grad_eps
+
+
+def _arguments(terms: Terms, inside: Known | None, n: int) -> tuple[object, ...]:
+    eps, shape, table, offset, half_width = terms
+    return (
+        eps.data_ptr(),
+        shape.data_ptr(),
+        None if table is None else table.data_ptr(),
+        None if offset is None else offset.data_ptr(),
+        0 if table is None else table.shape[-1],
+        half_width,
+        MAX_U,
+        0 if inside is None else inside.code,
+        0.0 if inside is None else inside.below,
+        torch.get_num_threads() if n >= _LEAST_PARALLEL else 1,
+    )
+
+
+@functools.cache
+def native_kernel() -> NativeKernel | None:
+    """The compiled kernel, compiled now if this machine has not compiled it before.
+
+    Returns:
+        The kernel; None without a compiler, or where its result is not what the formula says.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        return None
+    try:
+        folder = _cache_folder()
+        if folder is not None:
+            return _checked(_library(compiler, folder))
+        with tempfile.TemporaryDirectory() as folder:  # a loaded library stays when its file goes
+            return _checked(_library(compiler, Path(folder)))
+    except OSError:  # no room, a folder without the right to execute, a library of another machine
+        return None
+
+
+def _compiler() -> str | None:
+    if os.name != "posix":
+        return None
+    candidates = (os.environ.get("CC", ""), "cc", "gcc", "clang")
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+
+
+def _cache_folder() -> Path | None:
+    """A folder that nobody else can write to, for what is going to be executed."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(home) / "eafo-dynamic"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError:
+        return None
+    open_to_others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    mine = status.st_uid == os.getuid() and not open_to_others and os.access(folder, os.W_OK | os.X_OK)
+    return folder if mine else None
+
+
+def _library(compiler: str, folder: Path) -> Path | None:
+    """Compiles the source, unless the folder has what this compiler made of it on such a processor."""
+    source = _SOURCE.read_bytes()
+    where = f"{os.path.realpath(compiler)} {os.stat(compiler).st_mtime_ns} {_processor()} {torch.__version__}"
+    library = folder / f"{hashlib.sha256(source + where.encode()).hexdigest()[:24]}.so"
+    if library.exists():
+        return library
+    # several processes may be at it: each writes a file of its own, and the last one to be done stays
+    made = folder / f"{library.stem}.{os.getpid()}.tmp"
+    for flags in _FLAGS:
+        command = [compiler, *_COMMON, *flags, str(_SOURCE), "-o", str(made)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, timeout=_PATIENCE)
+        except (subprocess.SubprocessError, OSError):
+            continue
+        made.replace(library)
+        return library
+    return None
+
+
+def _processor() -> str:
+    """What tells processors apart whose instructions differ, for a home that several machines share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    known = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return " ".join([platform.platform(), platform.machine(), platform.processor(), *sorted(known)])
+
+
+def _checked(library: Path | None) -> NativeKernel | None:
+    """A kernel whose results are those of the formula; a compiler may be broken.
+
+    Returns:
+        The kernel, or None.
+    """
+    if library is None:
+        return None
+    kernel = NativeKernel(library)
+    z = torch.linspace(-9.0, 9.0, 301)
+    knots = torch.cos(torch.arange(17.0))
+    # t^2 - t^3 vanishes at both ends: the table is continuous, and a place rounded across a knot does not matter
+    table = torch.stack([knots[:-1], knots.diff(), knots[1:], -knots[1:]])
+    for each, offset in ((None, None), (table, None), (table, -0.7 * table)):
+        terms = Terms(torch.tensor(0.3), torch.tensor([0.2, 1.4]), each, offset, 4.0)
+        out = torch.zeros_like(z)
+        kernel.add(out, z, terms)
+        c = correction(z, *terms[:3], terms.half_width, terms.offset)
+        kernels_agree = torch.allclose(out, c, rtol=0.0, atol=1e-5)
+        for base in INSIDE if each is not None else INSIDE[:2]:
+            kernel.add(out, z, terms, base)
+            kernels_agree &= torch.allclose(out, base.value(z) + c, rtol=0.0, atol=1e-5)
+        if not kernels_agree:
+            return None
+    return kernel

@@ -1,0 +1,56 @@
+"""What a back end gets beside the pre-activations, and in which layout."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Terms", "flat", "is_dense"]
+
+
+class Terms(NamedTuple):
+    """The operands of c(z) = sigma * (eps * ghat(u) + offset(u)), u = (z - mu) / sigma.
+
+    Args:
+        eps: amplitude, 0-dim.
+        shape: mu and sigma, shape [2].
+        table: coefficients of ghat, shape [4, intervals]; None for the closed form.
+        offset: coefficients of what earlier rounds have settled, of the table's shape; None for nothing.
+        half_width: end of the tables in standard deviations.
+    """
+
+    eps: Tensor
+    shape: Tensor
+    table: Tensor | None
+    offset: Tensor | None
+    half_width: float
+
+
+def is_dense(z: Tensor) -> bool:
+    """Whether a tensor's elements lie one after the other, in the order of its dimensions or channels last.
+
+    Args:
+        z: any tensor.
+
+    Returns:
+        Whether they do.
+    """
+    if z.is_contiguous():
+        return True
+    return (z.dim() == 4 and z.is_contiguous(memory_format=torch.channels_last)) or (
+        z.dim() == 5 and z.is_contiguous(memory_format=torch.channels_last_3d)
+    )
+
+
+def flat(z: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order in which they lie in memory.
+
+    Args:
+        z: a dense tensor.
+
+    Returns:
+        A view, shape [numel].
+    """
+    return z.as_strided((z.numel(),), (1,))

@@ -1,0 +1,183 @@
+"""What runs along from round to round: the estimate of every site's density, and the training loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.density import Density, Gaussian, Histogram, gaussian, histogram
+from eafo_dynamic.errors import ConfigError
+
+__all__ = ["LossWatch", "RunningDensity", "make_estimator"]
+
+Estimator = Callable[[Tensor], Density]
+
+_KINDS: dict[str, type[Any]] = {"Gaussian": Gaussian, "Histogram": Histogram}
+_ESTIMATORS: dict[str, Estimator] = {"gaussian": gaussian, "histogram": histogram}
+
+
+def make_estimator(density: str | Estimator) -> Estimator:
+    """A density estimator from its name, or the estimator itself.
+
+    Args:
+        density: "gaussian", "histogram", or a function from samples [sites, n] to a Density.
+
+    Returns:
+        The estimator.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    if isinstance(density, str) and density in _ESTIMATORS:
+        return _ESTIMATORS[density]
+    if isinstance(density, str) or not callable(density):
+        mend = f"Choose one of {', '.join(_ESTIMATORS)}, or give a function from samples to a Density."
+        raise ConfigError("density", density, "no such density", mend)
+    return density
+
+
+class LossWatch:
+    """Mean training loss between rounds, without a transfer to the host before somebody asks.
+
+    Args:
+        factor: a round is bad if the mean loss after it exceeds the mean before it by more than (factor - 1) times
+            the latter's size: for losses above zero, if it is more than factor times as large.
+    """
+
+    def __init__(self, factor: float | None) -> None:
+        self.factor = factor
+        self._sum: Tensor | float = 0.0
+        self._count = 0
+        self._before: float | None = None
+        self._blamed = False
+
+    def observe(self, loss: Tensor) -> None:
+        """Takes in the loss of one batch.
+
+        Args:
+            loss: 0-dim.
+        """
+        if self.factor is not None:
+            # a sum in half precision stops growing after a few hundred losses
+            self._sum = self._sum + loss.detach().to(torch.float32)
+            self._count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only.
+
+        Returns:
+            The state.
+        """
+        return {"sum": self._sum, "count": self._count, "before": self._before}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores a state.
+
+        Args:
+            state: from ``state_dict``.
+        """
+        self._sum, self._count, self._before = state["sum"], state["count"], state["before"]
+
+    def jumped(self) -> bool:
+        """Whether the losses since the last call are worse than those before it by more than the factor.
+
+        Losses that are not finite are a jump always. Other losses that stay high after a jump, when the round has
+        been undone, had another cause: they are the new level.
+
+        Returns:
+            Whether the last round should be undone.
+        """
+        if self.factor is None:
+            return False
+        mean = _mean_over_ranks(self._sum, self._count)
+        self._sum, self._count = 0.0, 0
+        if mean is None:
+            return False
+        if not math.isfinite(mean):
+            self._blamed = True
+            return True
+        jump = self._before is not None and mean > self._before + (self.factor - 1) * abs(self._before)
+        if jump and not self._blamed:
+            self._blamed = True
+            return True
+        self._before, self._blamed = mean, False
+        return False
+
+
+def _mean_over_ranks(total: Tensor | float, count: int) -> float | None:
+    """Mean of all ranks' losses; None where no rank has seen one.
+
+    Returns:
+        The mean, the same on every rank, which so come to the same decision.
+    """
+    losses = torch.as_tensor(total, dtype=torch.float32)
+    both = torch.stack([losses, torch.full_like(losses, count)])
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.all_reduce(both)
+    value, number = both.tolist()
+    return value / number if number else None
+
+
+class RunningDensity:
+    """Estimate of every site's density that follows training.
+
+    A plain mean over a site's first rounds, then an exponential average: the weight of a new round is
+    max(1 / rounds, momentum), so that there is no bias towards a starting value.
+
+    Args:
+        estimator: from samples [S, n] to a Density.
+        momentum: weight of a new round in the long run, in (0, 1].
+    """
+
+    def __init__(self, estimator: Estimator, momentum: float) -> None:
+        self.estimator = estimator
+        self.momentum = momentum
+        self.density: Density | None = None
+        self.rounds: Tensor | None = None
+
+    def follow(self, samples: Tensor, usable: Tensor) -> Density:
+        """Takes in the samples of one round.
+
+        Args:
+            samples: pre-activations, shape [S, n], NaN where missing.
+            usable: sites whose samples may count, shape [S], bool.
+
+        Returns:
+            The estimate after it.
+        """
+        fresh = self.estimator(samples)
+        if self.density is None or self.rounds is None:
+            self.density, self.rounds = fresh, usable.to(torch.long)
+        else:
+            self.rounds = self.rounds + usable
+            weight = (1.0 / self.rounds.clamp(min=1)).clamp(min=self.momentum)
+            self.density = self.density.blend(fresh, torch.where(usable, weight, 0.0))
+        return self.density
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only.
+
+        Returns:
+            The state; the density only where it is one of this package's own kinds.
+        """
+        kind = type(self.density).__name__
+        tensors = {k: v for k, v in vars(self.density).items() if isinstance(v, Tensor)} if kind in _KINDS else None
+        return {"rounds": self.rounds, "kind": kind, "density": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Restores a state.
+
+        Args:
+            state: from ``state_dict``.
+            device: where the sites live.
+        """
+        if state["density"] is None:
+            self.rounds = self.density = None
+            return
+        self.rounds = state["rounds"].to(device)
+        self.density = _KINDS[state["kind"]](**{k: v.to(device) for k, v in state["density"].items()})

@@ -1,0 +1,165 @@
+"""When update rounds run and how far they may go: schedule and trust region (Theory, section 5)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.checks import at_least, number
+from eafo_dynamic.errors import ConfigError
+
+__all__ = ["Schedule", "TrustRegion"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When statistics are collected and when an update round runs, counted in optimiser steps.
+
+    The first round runs after step max(1, update_starting_at_step), so that the log shows how training began and
+    the shapes fit the data early; the next ones after every multiple of update_every_n_steps. Counted from the
+    last such multiple, every ``collect_every_n_steps``-th step is sampled, and so is the step of every round.
+
+    Args:
+        update_every_n_steps: optimiser steps from one update round to the next.
+        update_starting_at_step: first step after which a round may run.
+        freeze_at_step: from this step on nothing is collected, updated or learned; None: never.
+        collect_every_n_steps: optimiser steps from one sampled step to the next; None: at most five a round.
+
+    Raises:
+        ConfigError: if a number is out of range.
+    """
+
+    update_every_n_steps: int = 50
+    update_starting_at_step: int = 0
+    freeze_at_step: int | None = None
+    collect_every_n_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least("update_every_n_steps", self.update_every_n_steps, 1)
+        at_least("update_starting_at_step", self.update_starting_at_step, 0)
+        if self.collect_every_n_steps is not None:
+            at_least("collect_every_n_steps", self.collect_every_n_steps, 1)
+            if self.collect_every_n_steps > self.update_every_n_steps:
+                raise ConfigError(
+                    "collect_every_n_steps",
+                    self.collect_every_n_steps,
+                    f"larger than update_every_n_steps={self.update_every_n_steps}: rounds would find no sample",
+                    "Collect at least once per update.",
+                )
+        if self.freeze_at_step is not None:
+            at_least("freeze_at_step", self.freeze_at_step, 0)
+
+    @property
+    def collect_period(self) -> int:
+        """Optimiser steps from one sampled step to the next."""
+        return self.collect_every_n_steps or math.ceil(self.update_every_n_steps / 5)
+
+    @property
+    def first_update(self) -> int:
+        """The step after which the first round runs."""
+        return max(1, self.update_starting_at_step)
+
+    def updates(self, step: int) -> bool:
+        """Whether an update round runs after this many optimiser steps.
+
+        Args:
+            step: optimiser steps taken so far.
+
+        Returns:
+            Whether it is time.
+        """
+        if step < self.first_update or self.frozen(step):
+            return False
+        return step == self.first_update or step % self.update_every_n_steps == 0
+
+    def collects(self, step: int) -> bool:
+        """Whether the batches of the coming step are sampled.
+
+        Args:
+            step: optimiser steps taken so far, so that the coming one is step + 1.
+
+        Returns:
+            Whether to collect.
+        """
+        coming = step + 1
+        if coming < self.first_update or self.frozen(coming):
+            return False
+        return coming == self.first_update or coming % self.update_every_n_steps % self.collect_period == 0
+
+    def frozen(self, step: int) -> bool:
+        """Whether everything is frozen after this many optimiser steps.
+
+        Args:
+            step: optimiser steps taken so far.
+
+        Returns:
+            Whether it is.
+        """
+        return self.freeze_at_step is not None and step >= self.freeze_at_step
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """Bounds that keep a correction harmless (Theory, section 5).
+
+    Args:
+        max_eps: kappa, bound of |eps|; the slope of f stays within kappa of the base's, since |ghat'| <= 1.
+        max_delta: bound of max over z of |c_new(z) - c_old(z)| / sigma at one update round.
+
+    Raises:
+        ConfigError: if a bound is not positive.
+    """
+
+    max_eps: float = 0.5
+    max_delta: float = 0.1
+
+    def __post_init__(self) -> None:
+        for option in ("max_eps", "max_delta"):
+            value = getattr(self, option)
+            if not number(option, value) > 0:
+                raise ConfigError(option, value, "a bound must be positive", "Leave it out for the default.")
+
+    def check_start(self, eps: float) -> None:
+        """Checks a starting value of eps.
+
+        Args:
+            eps: the option eps_init.
+
+        Raises:
+            ConfigError: if it lies outside the trust region.
+        """
+        if not abs(number("eps_init", eps)) <= self.max_eps:
+            raise ConfigError(
+                "eps_init",
+                eps,
+                f"outside the trust region |eps| <= max_eps={self.max_eps}",
+                "Choose a smaller eps_init or a larger max_eps.",
+            )
+
+    def clamp(self, eps: Tensor) -> Tensor:
+        """Eps brought back into the trust region.
+
+        Args:
+            eps: amplitudes, any shape.
+
+        Returns:
+            The amplitudes, none larger than max_eps in absolute value.
+        """
+        return eps.clamp(-self.max_eps, self.max_eps)
+
+    def admissible(self, jumps: Tensor, fractions: Tensor) -> Tensor:
+        """The largest tried fraction of a move whose jump is within bounds.
+
+        Args:
+            jumps: max |c_new - c_old| / sigma of each tried fraction, shape [fractions, sites].
+            fractions: the fractions tried, shape [fractions], from large to small.
+
+        Returns:
+            The fraction to take, shape [sites]; 0 where even the smallest jumps too far or is not finite.
+        """
+        allowed = jumps <= self.max_delta  # false for NaN too
+        first = allowed.to(torch.int8).argmax(0)
+        return torch.where(allowed.any(0), fractions[first], 0.0)
