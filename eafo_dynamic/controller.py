@@ -20,7 +20,7 @@ from eafo_dynamic.policy import Policy, make_policy, make_rules
 from eafo_dynamic.running import LossWatch, RunningDensity, make_estimator
 from eafo_dynamic.schedule import Schedule
 from eafo_dynamic.sites import SiteReport, find_sites, matches
-from eafo_dynamic.statistics import dead_fraction, gather_ranks, moments, stack_samples
+from eafo_dynamic.statistics import dead_fractions, gather_ranks, moments, stack_samples
 from eafo_dynamic.surgery import site_source, unwrap, wrap
 from eafo_dynamic.update import Functions, bounded_move, compounded, refreshed
 
@@ -244,8 +244,9 @@ class EAFOController:
         old = self.functions()
         broken = ~old.eps.isfinite()  # by a gradient that was not; the optimiser itself cannot mend it
         old = replace(old, eps=torch.where(broken, self._eps_before, old.eps))
-        before = OutputEntropy(old.outputs(samples), self.options.resolution)
-        gradient = before.gradient(old.direction(samples))
+        direction = old.direction(samples)
+        before = OutputEntropy(old.outputs(samples, direction), self.options.resolution)
+        gradient = before.gradient(direction)
         self._gradient = torch.where(usable, gradient, 0.0).nan_to_num().to(old.eps.dtype)
 
         jumped = self._losses.jumped()  # every round: what is before it and what after must not mix
@@ -256,7 +257,9 @@ class EAFOController:
         self._undo = None if rolled_back or self.options.rollback_factor is None else old
         self.rounds += 1
         moved = old.eps if self.options.compounding else new.eps  # a settled eps starts again from 0
-        columns = diagnostics(samples, stats, before, old, new, delta_eps=moved - self._eps_before)
+        columns = diagnostics(
+            samples, stats, before, old, new, delta_eps=moved - self._eps_before, gradient=gradient
+        )
         columns.update(dead_fraction=dead, n_nonfinite=nonfinite)
         self._eps_before = new.eps
         events = describe_events(stats.n, usable, fraction, rolled_back, nonfinite, broken)
@@ -272,13 +275,17 @@ class EAFOController:
         Returns:
             Samples of all sites and ranks, [S, n]; dead fractions and non-finite samples of this rank, [S].
         """
-        drained = [site.collector.drain() for site in self.sites]
-        dead = [dead_fraction(values, units) for values, units in drained]
-        nonfinite = [int((~values.isfinite()).sum()) for values, _ in drained]
-        width = math.ceil(self.options.samples_per_site / _world_size())
-        stacked = stack_samples([values.to(self._device) for values, _ in drained], width)
         device = self._device
-        return gather_ranks(stacked, width), torch.tensor(dead, device=device), torch.tensor(nonfinite, device=device)
+        drained = [site.collector.drain() for site in self.sites]
+        values = [sample.to(device) for sample, _ in drained]
+        longest = max(sample.numel() for sample in values)
+        padded = stack_samples(values, longest)
+        units = torch.nn.utils.rnn.pad_sequence([each.to(device) for _, each in drained], batch_first=True)
+        missing = torch.tensor([longest - sample.numel() for sample in values], device=device)
+        nonfinite = (~padded.isfinite()).sum(1) - missing
+        width = math.ceil(self.options.samples_per_site / _world_size())
+        stacked = padded if longest <= width else stack_samples(values, width)
+        return gather_ranks(stacked, width), dead_fractions(padded, units), nonfinite
 
     def functions(self) -> Functions:
         """All sites' functions as they are now.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from eafo_dynamic.entropy import SmoothedOutput, mixed_entropy
+from eafo_dynamic.entropy import MixedEntropy, SmoothedOutput
 from eafo_dynamic.statistics import Moments
 from eafo_dynamic.update import Functions
 
@@ -36,6 +36,11 @@ class OutputEntropy:
         """H_r in nats, shape [S]."""
         return self._smoothed.entropy
 
+    @property
+    def mixed(self) -> MixedEntropy:
+        """Atom mass, entropy of the rest and H_r."""
+        return self._smoothed.mixed
+
     def gradient(self, direction: Tensor) -> Tensor:
         """First-order change of H_r when the outputs move along a direction, equation (1').
 
@@ -49,7 +54,14 @@ class OutputEntropy:
 
 
 def diagnostics(
-    samples: Tensor, stats: Moments, before: OutputEntropy, old: Functions, new: Functions, *, delta_eps: Tensor
+    samples: Tensor,
+    stats: Moments,
+    before: OutputEntropy,
+    old: Functions,
+    new: Functions,
+    *,
+    delta_eps: Tensor,
+    gradient: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Columns that describe one update round, each of shape [S].
 
@@ -60,14 +72,16 @@ def diagnostics(
         old: functions before the round.
         new: functions after it.
         delta_eps: how far the amplitudes have moved since the previous round, shape [S].
+        gradient: dH_r/d eps of the old functions, shape [S], if somebody has it already.
 
     Returns:
         Columns by name; their meaning and units are documented with the log.
     """
     r = before.resolution
     after = new.outputs(samples)
-    gradient = before.gradient(old.direction(samples))
-    mixed = mixed_entropy(before.outputs, resolution=r)
+    if gradient is None:
+        gradient = before.gradient(old.direction(samples))
+    mixed = before.mixed
     gaussian = 0.5 * math.log(2 * math.pi * math.e * (1 + r * r))
     return {
         "eps": new.eps,

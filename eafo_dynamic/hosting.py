@@ -34,39 +34,6 @@ _SLOPE_BY_RESULT = (nn.ELU, nn.CELU, nn.SELU)
 _STATE = ("eafo_sites", "eafo_name", "eafo_shared", "eafo_routes", "eafo_functions", "eafo_written")
 
 
-class _Frame:
-    """One running forward of an owner: how often it has called each of its shared activations and functions."""
-
-    __slots__ = ("counts", "depth", "grad", "hooks", "is_forward", "mode", "owner", "task", "tracker")
-
-    def __init__(self, owner: Hosting, is_forward: bool = True, counts: dict[str, int] | None = None) -> None:
-        self.owner = owner
-        self.is_forward = is_forward
-        self.counts: dict[str, int] = {} if counts is None else counts
-        self.depth = len(_STACK.frames) + 1
-        self.mode: TorchFunctionMode | None = None
-        self.tracker = Tracker(owner.eafo_written) if owner.eafo_written else None
-        if torch.compiler.is_compiling():
-            self.grad, self.hooks, self.task = False, None, -1
-        else:
-            self.grad, self.hooks, self.task = torch.is_grad_enabled(), current_hooks(), _graph_task()
-
-
-class _FrameStack(threading.local):
-    """Running forwards of owners, innermost last; one stack a thread."""
-
-    def __init__(self) -> None:
-        self.frames: list[_Frame] = []
-
-
-_STACK = _FrameStack()
-
-
-def _graph_task() -> int:
-    """Number of the backward that this code runs in; -1 outside any."""
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-
-
 class Hosting:
     """Part of every generated class: copying, pickling, loading and the repr of a module with sites.
 
@@ -124,195 +91,26 @@ class _Activation(Hosting):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         base = cast("Callable[..., Any]", super().forward)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
-        frames = _STACK.frames
+        frames = STACK.frames
         if frames and frames[-1].mode is not None:
             # the caller's mode must not take the functions inside the activation for the caller's own
-            return _shielded(self, _correct, (self, base, args, kwargs), {})
+            return shielded(self, _correct, (self, base, args, kwargs), {})
         return _correct(self, base, args, kwargs)
 
 
 def _correct(host: Hosting, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     values = (*args, *kwargs.values())
-    if len(values) != 1 or not _is_correctable(values[0]):
+    if len(values) != 1 or not is_correctable(values[0]):
         return base(*args, **kwargs)
     inplace, known = getattr(host, "inplace", False), None
     if not torch.compiler.is_compiling() and not (inplace and isinstance(host, _SLOPE_BY_RESULT)):
         known = known_module(cast(nn.Module, host), host.eafo_class)
     if not host.eafo_shared:
         return host.eafo_sites[0](cast(nn.Module, host), base, values[0], inplace, known)
-    owner, site = _route(host.eafo_name)
+    owner, site = route(host.eafo_name)
     if owner is None or site is None:
         return base(values[0])
     return site(cast(nn.Module, owner), base, values[0], inplace, known)
-
-
-def _is_correctable(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and not value.is_nested
-
-
-def _route(key: str) -> tuple[Hosting | None, Site | None]:
-    """The site of the coming call of a shared activation or function, by the innermost owner that knows it.
-
-    A call beyond those discovered (a longer loop than in the example) belongs to the last site; a call from outside any
-    owner (a part of the model run on its own) is not corrected.
-
-    Returns:
-        The owner and the site; None where the call is left alone.
-
-    Raises:
-        SiteError: in a recomputation whose forward could not be followed.
-    """
-    task = _graph_task()
-    counting: _Frame | None = None
-    for frame in reversed(_STACK.frames):
-        if frame.task != task:
-            continue
-        if counting is None:
-            counting = frame if key in frame.owner.eafo_routes else None
-        elif frame.owner is counting.owner and frame.is_forward:
-            counting = frame  # a module that calls itself: the outermost of its forwards counts for all
-    if counting is not None:
-        if not torch.compiler.is_compiling():
-            _follow_recomputation(counting)
-        owner = counting.owner
-        routes = owner.eafo_routes[key]
-        k = counting.counts.get(key, 0)
-        counting.counts[key] = k + 1
-        return owner, routes[min(k, len(routes) - 1)]
-    if task != -1:
-        raise SiteError(
-            f"{key} is called in a backward pass, outside the forward of the module that owns it, and which of its "
-            "sites it is cannot be known. Checkpoint whole modules with torch.utils.checkpoint, or exclude it."
-        )
-    return None, None
-
-
-def _follow_recomputation(frame: _Frame) -> None:
-    """If this call lies in a checkpointed part of the frame, sees to it that the recomputation finds the frame."""
-    region = region_since(frame.hooks, frame.grad)
-    if region is None or getattr(region, "eafo_followed", False):
-        return
-    region.eafo_followed = True
-    outside = [each for each in _STACK.frames if region_since(each.hooks, each.grad) is region]
-    kept = [(each.owner, each.is_forward, dict(each.counts)) for each in outside]
-
-    def around(recompute: Callable[..., Any]) -> Callable[..., Any]:
-        def again(*args: Any, **kwargs: Any) -> Any:
-            with _opened(kept):
-                return recompute(*args, **kwargs)
-
-        return again
-
-    replace_recomputation(region, around)
-
-
-@contextmanager
-def _opened(kept: list[tuple[Hosting, bool, dict[str, int]]]) -> Generator[None]:
-    """Opens copies of frames that have ended, the innermost last."""
-    frames = _STACK.frames
-    before = len(frames)
-    for owner, is_forward, counts in kept:
-        frames.append(_Frame(owner, is_forward, dict(counts)))
-    try:
-        if frames[-1].owner.eafo_functions:
-            frames[-1].mode = mode = _FunctionMode(frames[-1])
-            with mode:
-                yield
-        else:
-            yield
-    finally:
-        del frames[before:]
-
-
-class _FunctionMode(TorchFunctionMode):
-    """Corrects the functions that the own code of one running forward calls."""
-
-    def __init__(self, frame: _Frame) -> None:
-        super().__init__()
-        self.frame = frame
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        frame = self.frame
-        # not "is": the compiler does not always know two ways to the same object for one
-        if len(_STACK.frames) != frame.depth:
-            return func(*args, **kwargs)
-        name = function_name(func)
-        if name is not None and name in frame.owner.eafo_functions and args and _is_correctable(args[0]):
-            out = _call_function(frame.owner, func, name, args, kwargs)
-        else:
-            out = func(*args, **kwargs)
-        if frame.tracker is not None:
-            out = _follow_written(frame, func, args, kwargs, out)
-        return out
-
-
-def _call_function(caller: Hosting, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    owner, site = _route(f"{caller.eafo_name}:{name}")
-    if owner is None or site is None or kwargs.get("out") is not None:
-        return func(*args, **kwargs)
-    inplace = is_inplace(func, name, args, kwargs)
-    rest = args[1:]
-
-    def base(z: Tensor) -> Tensor:
-        return func(z, *rest, **kwargs)
-
-    known = None
-    if not torch.compiler.is_compiling() and not (inplace and name in ("elu", "celu", "selu")):
-        known = known_function(name, rest, kwargs)
-    return site(cast(nn.Module, owner), base, args[0], inplace, known)
-
-
-def _follow_written(frame: _Frame, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
-    assert frame.tracker is not None
-    made = frame.tracker.step(func, args, kwargs, out)
-    if made is None or made.node not in frame.owner.eafo_written:
-        return out
-    owner, site = _route(f"{frame.owner.eafo_name}:{made.node}")
-    if owner is None or site is None:
-        return out
-    return site(cast(nn.Module, owner), lambda z: out, made.root, False)
-
-
-def _shielded(
-    owner: Hosting,
-    call: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    is_forward: bool = True,
-) -> Any:
-    """Runs a call with a frame of its own on top, and the caller's mode off."""
-    frames = _STACK.frames
-    outer = frames[-1].mode if frames else None
-    off = outer is not None and _switch_off(outer)
-    frames.append(_Frame(owner, is_forward))
-    try:
-        return call(*args, **kwargs)
-    finally:
-        frames.pop()
-        if off:
-            _push_mode(outer)
-
-
-def _switch_off(mode: TorchFunctionMode) -> bool:
-    """Takes a mode off the top of the stack of modes.
-
-    Returns:
-        Whether it was there; if not, somebody else's mode lies on top of it.
-    """
-    top = _pop_mode()
-    # the compiler does not always know two ways to the same object for one
-    if torch.compiler.is_compiling() or top is mode:
-        return True
-    _push_mode(top)
-    return False
-
-
-def _with_functions(self: Hosting, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    frame = _STACK.frames[-1]
-    frame.mode = mode = _FunctionMode(frame)
-    with mode:  # not "as": the compiler binds None
-        return method(self, *args, **kwargs)
 
 
 def _counted(method: Callable[..., Any], is_forward: bool) -> Callable[..., Any]:
@@ -324,9 +122,12 @@ def _counted(method: Callable[..., Any], is_forward: bool) -> Callable[..., Any]
 
     @functools.wraps(method)
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.eafo_functions and not _all_idle(self):
-            return _shielded(self, _with_functions, (self, method, args, kwargs), {}, is_forward)
-        return _shielded(self, method, (self, *args), kwargs, is_forward)
+        idle = _all_idle(self)
+        if idle and not STACK.frames and not torch.is_grad_enabled():
+            return method(self, *args, **kwargs)  # nothing acts, and nothing will be recomputed
+        if self.eafo_functions and not idle:
+            return shielded(self, with_functions, (self, method, args, kwargs), {}, is_forward)
+        return shielded(self, method, (self, *args), kwargs, is_forward)
 
     return entry
 

@@ -6,6 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from eafo_dynamic.controller import EAFOController
 from eafo_dynamic.errors import EAFOError
 from eafo_dynamic.manifest import manifest
@@ -21,6 +23,13 @@ except ImportError as error:
     raise EAFOError("EAFOTrainerCallback needs transformers: pip install transformers") from error
 
 __all__ = ["EAFOTrainerCallback"]
+
+
+_STATE = "eafo_state.pt"
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 class EAFOTrainerCallback(TrainerCallback):
@@ -92,6 +101,22 @@ class EAFOTrainerCallback(TrainerCallback):
                 **manifest(controller.report, **self.options.form),
             }
             self._writer = LogWriter(Path(args.output_dir) / "eafo", about)
+        if state.global_step:
+            self._resume(_checkpoint(args, state), state.global_step)
+
+    def _resume(self, folder: Path, step: int) -> None:
+        saved = folder / _STATE
+        if saved.exists():
+            self._controller.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
+        else:
+            warnings.warn(f"EAFO: {saved} is missing; density estimates start anew", stacklevel=2)
+        if self._writer is not None:
+            self._writer.resume(step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keeps the running estimates beside the checkpoint's weights."""
+        if state.is_world_process_zero:
+            torch.save(self._controller.state_dict(), _checkpoint(args, state) / _STATE)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Lets the policy add to eps.grad, or drops it once frozen."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Collector", "Moments", "dead_fraction", "gather_ranks", "moments", "stack_samples"]
+__all__ = ["Collector", "Moments", "dead_fraction", "dead_fractions", "gather_ranks", "moments", "stack_samples"]
 
 
 def _spread(numel: int, count: int, device: torch.device) -> Tensor:
@@ -174,11 +174,16 @@ def _units(chunk: _Chunk) -> Tensor:
     Returns:
         Units, shape [count], int64.
     """
-    place = _places(math.prod(chunk.shape), chunk.values.numel(), chunk.values)
-    shape, dim = chunk.shape, 1 if len(chunk.shape) >= 4 else len(chunk.shape) - 1
+    return _kept_units(chunk.shape, chunk.values.numel(), chunk.channels_last, chunk.values.device)
+
+
+@lru_cache(maxsize=256)
+def _kept_units(shape: tuple[int, ...], count: int, channels_last: bool, device: torch.device) -> Tensor:
+    place = _kept_spread(math.prod(shape), count, device)
+    dim = 1 if len(shape) >= 4 else len(shape) - 1
     if dim < 0:
         return place
-    if chunk.channels_last:  # the places count along dimension 1 first
+    if channels_last:  # the places count along dimension 1 first
         shape = (shape[0], *shape[2:], shape[1])
         dim = len(shape) - 1 if dim == 1 else dim - 1
     return (place // math.prod(shape[dim + 1 :])) % shape[dim]
@@ -195,16 +200,44 @@ def dead_fraction(values: Tensor, units: Tensor, per_unit: int = 8) -> float:
     Returns:
         The fraction, in [0, 1]; NaN with fewer than ``per_unit`` samples a unit.
     """
+    return float(dead_fractions(values.unsqueeze(0), units.unsqueeze(0), per_unit))
+
+
+_MOST_CELLS = 1 << 24  # sites times units that are counted in one table
+
+
+def dead_fractions(values: Tensor, units: Tensor, per_unit: int = 8) -> Tensor:
+    """Fraction of units that never fired, of all sites at once; see :func:`dead_fraction`.
+
+    Args:
+        values: pre-activations, shape [S, n]; NaN ones are left out.
+        units: unit of each, shape [S, n], int64.
+        per_unit: samples a unit needs on average for the answer to mean something.
+
+    Returns:
+        The fractions, float32, shape [S]; NaN with fewer than ``per_unit`` samples a unit.
+    """
+    sites, n = values.shape
+    if not n:
+        return torch.full((sites,), math.nan, device=values.device)
+    width = int(units.max()) + 1
+    if sites * width > _MOST_CELLS and sites > 1:
+        return torch.cat([dead_fractions(v, u, per_unit) for v, u in zip(values.split(1), units.split(1), strict=True)])
+    if sites * width > _MOST_CELLS:  # units of a site that are few among many numbers
+        present, units = units.unique(return_inverse=True)
+        width = len(present)
+    cell = units + width * torch.arange(sites, device=values.device).unsqueeze(1)
     known = ~values.isnan()
-    values, units = values[known], units[known]
-    if not values.numel():
-        return math.nan
-    present, index = units.unique(return_inverse=True)
-    if values.numel() < per_unit * present.numel():
-        return math.nan
-    largest = torch.full((present.numel(),), -math.inf, dtype=values.dtype, device=values.device)
-    largest.scatter_reduce_(0, index, values, reduce="amax")
-    return float((largest <= 0).to(torch.float32).mean())
+    present, fired = (_marked(cell, mask, sites * width).view(sites, width).sum(1) for mask in (known, values > 0))
+    dead = (present - fired) / present
+    return torch.where(known.sum(1) < per_unit * present, math.nan, dead)
+
+
+def _marked(cell: Tensor, mask: Tensor, size: int) -> Tensor:
+    """Which of ``size`` cells are named where the mask is set."""
+    # what is not set marks one cell more; many marks of one cell are one, in any order
+    wanted = torch.where(mask, cell, size).view(-1)
+    return torch.zeros(size + 1, dtype=torch.bool, device=cell.device).index_fill_(0, wanted, True)[:size]
 
 
 def stack_samples(samples: Sequence[Tensor], limit: int) -> Tensor:

@@ -65,21 +65,24 @@ class Functions:
             Shape [S, n], units of z.
         """
         u = (z - self.shape[:, :1]) / self.sigma
+        if len(self.tabulated) == len(self.bases):  # not first the closed form of all, and no copies
+            return self.sigma * evaluate_table(self.tables, u).to(u.dtype)
         value, _ = ghat_closed_form(u)
         if self.tabulated.numel():
             value[self.tabulated] = evaluate_table(self.tables, u[self.tabulated]).to(value.dtype)
         return self.sigma * value
 
-    def correction(self, z: Tensor) -> Tensor:
+    def correction(self, z: Tensor, direction: Tensor | None = None) -> Tensor:
         """c(z), shape [S, n].
 
         Args:
             z: pre-activations, shape [S, n].
+            direction: ``self.direction(z)``, if somebody has it already.
 
         Returns:
             Corrections, units of z.
         """
-        c = self.eps.unsqueeze(-1) * self.direction(z)
+        c = self.eps.unsqueeze(-1) * (self.direction(z) if direction is None else direction)
         if self.offsets is not None:
             u = (z - self.shape[:, :1]) / self.sigma
             c[self.tabulated] += self.sigma[self.tabulated] * evaluate_table(self.offsets, u[self.tabulated]).to(
@@ -87,17 +90,21 @@ class Functions:
             )
         return c
 
-    def outputs(self, z: Tensor) -> Tensor:
+    def outputs(self, z: Tensor, direction: Tensor | None = None) -> Tensor:
         """f(z), sites with equal bases in one call.
 
         Args:
             z: pre-activations, shape [S, n].
+            direction: ``self.direction(z)``, if somebody has it already.
 
         Returns:
             Activations, shape [S, n].
         """
-        out = self.correction(z)
-        for base, rows in self.groups().items():
+        out = self.correction(z, direction)
+        groups = self.groups()
+        for base, rows in groups.items():
+            if len(groups) == 1:
+                return out.add_(base.fn(z))
             out[rows] += base.fn(z[rows])
         return out
 
@@ -253,7 +260,11 @@ def bounded_move(old: Functions, new: Functions, region: TrustRegion) -> tuple[F
         The functions to take and the part of the way, shape [S]; 0 where nothing was admissible.
     """
     fractions = torch.tensor(_FRACTIONS, device=old.eps.device, dtype=old.eps.dtype)
-    jumps = [_jump(old, old.towards(new, fraction.expand_as(old.eps))) for fraction in fractions]
+    whole = _jump(old, old.towards(new, fractions[0].expand_as(old.eps)))
+    if bool((whole <= region.max_delta).all()):  # as nearly always: then the smaller parts need no look
+        fractions, jumps = fractions[:1], [whole]
+    else:
+        jumps = [whole, *(_jump(old, old.towards(new, part.expand_as(old.eps))) for part in fractions[1:])]
     fraction = region.admissible(torch.stack(jumps), fractions)
     return old.towards(new, fraction), fraction
 

@@ -139,6 +139,25 @@ def test_wrong_options_cost_one_line_and_exit_code_2(
     assert words in line
 
 
+def test_policies_by_site_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entropy = {"class_path": "eafo_dynamic.policy.Entropy", "init_args": {"rate": 0.05, "ascent": True}}
+    rules = [{"sites": r"model\.2", "policy": "frozen"}, {"sites": r"model\.4", "policy": entropy}]
+    config = edited(tmp_path, policy=[*rules, {"sites": ".*", "policy": "learned"}], density="histogram")
+    assert run(monkeypatch, tmp_path, *quick(config)) == 0
+    log = CorrectionLog.load(tmp_path / "runs")
+    assert {row["site"]: row["policy"] for row in log.rows} == {
+        "model.2": "frozen",
+        "model.4": "entropy",
+        "model.6": "learned",
+    }
+
+
+def test_a_policy_object_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hybrid = {"class_path": "eafo_dynamic.policy.Hybrid", "init_args": {"weight": -0.5}}
+    assert run(monkeypatch, tmp_path, *quick(edited(tmp_path, policy=hybrid))) == 0
+    assert "weight=-0.5" in CorrectionLog.load(tmp_path / "runs").manifest["options"]["policy"]
+
+
 def test_yaml_numbers_written_as_text_are_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = edited(tmp_path)
     text = path.read_text().replace("eps_init: 0.01", "eps_init: 1e-3")

@@ -395,6 +395,21 @@ def test_an_eps_that_is_not_finite_is_put_back() -> None:
     assert model(torch.randn(8, 4)).isfinite().all()
 
 
+@pytest.mark.parametrize("policy", ["learned", "entropy", "hybrid"])
+def test_extreme_amplitudes_stay_finite_and_can_come_back(policy: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 1))
+    controller = EAFOController.attach(model, policy=policy, eps_init=1e3, max_eps=1e4, update_every_n_steps=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(1, 11):
+        optimizer.zero_grad()
+        F.smooth_l1_loss(model(torch.randn(32, 4)), torch.zeros(32, 1)).backward()
+        optimizer.step()
+        rows = controller.step(step)
+        assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 class Skipping(nn.Module):
     """A model with a branch that some steps do not reach, a frozen layer and tied weights."""
 

@@ -1,0 +1,237 @@
+"""Which site a call belongs to: the frames of running forwards, and the function mode that sees functional calls.
+
+An owner opens a frame in each of its forwards, in which the calls of shared activations and of functions are counted
+from zero. Functions are seen by a TorchFunctionMode that is on only while the owner's own code runs, and only where one
+of them is corrected; a module called from there shields its own code with a frame of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+
+from eafo_dynamic.activation import Site
+from eafo_dynamic.errors import SiteError
+from eafo_dynamic.functional import Node, Tracker, function_name, is_inplace
+from eafo_dynamic.kernels import known_function
+from eafo_dynamic.recompute import current_hooks, region_since, replace_recomputation
+
+__all__ = ["STACK", "Owner", "is_correctable", "route", "shielded", "with_functions"]
+
+
+class Owner(Protocol):
+    """A module that can tell the calls of its forward apart; see ``hosting.Hosting``."""
+
+    eafo_sites: list[Site]
+    eafo_name: str
+    eafo_routes: dict[str, list[Site | None]]
+    eafo_functions: frozenset[str]
+    eafo_written: frozenset[Node]
+
+
+class _Frame:
+    """One running forward of an owner: how often it has called each of its shared activations and functions."""
+
+    __slots__ = ("counts", "depth", "grad", "hooks", "is_forward", "mode", "owner", "task", "tracker")
+
+    def __init__(self, owner: Owner, is_forward: bool = True, counts: dict[str, int] | None = None) -> None:
+        self.owner = owner
+        self.is_forward = is_forward
+        self.counts: dict[str, int] = {} if counts is None else counts
+        self.depth = len(STACK.frames) + 1
+        self.mode: TorchFunctionMode | None = None
+        self.tracker = Tracker(owner.eafo_written) if owner.eafo_written else None
+        if torch.compiler.is_compiling():
+            self.grad, self.hooks, self.task = False, None, -1
+        else:
+            self.grad, self.hooks, self.task = torch.is_grad_enabled(), current_hooks(), _graph_task()
+
+
+class _FrameStack(threading.local):
+    """Running forwards of owners, innermost last; one stack a thread."""
+
+    def __init__(self) -> None:
+        self.frames: list[_Frame] = []
+
+
+STACK = _FrameStack()
+
+
+def _graph_task() -> int:
+    """Number of the backward that this code runs in; -1 outside any."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def is_correctable(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and not value.is_nested
+
+
+def route(key: str) -> tuple[Owner | None, Site | None]:
+    """The site of the coming call of a shared activation or function, by the innermost owner that knows it.
+
+    A call beyond those discovered (a longer loop than in the example) belongs to the last site; a call from outside any
+    owner (a part of the model run on its own) is not corrected.
+
+    Returns:
+        The owner and the site; None where the call is left alone.
+
+    Raises:
+        SiteError: in a recomputation whose forward could not be followed.
+    """
+    task = _graph_task()
+    counting: _Frame | None = None
+    for frame in reversed(STACK.frames):
+        if frame.task != task:
+            continue
+        if counting is None:
+            counting = frame if key in frame.owner.eafo_routes else None
+        elif frame.owner is counting.owner and frame.is_forward:
+            counting = frame  # a module that calls itself: the outermost of its forwards counts for all
+    if counting is not None:
+        if not torch.compiler.is_compiling():
+            _follow_recomputation(counting)
+        owner = counting.owner
+        routes = owner.eafo_routes[key]
+        k = counting.counts.get(key, 0)
+        counting.counts[key] = k + 1
+        return owner, routes[min(k, len(routes) - 1)]
+    if task != -1:
+        raise SiteError(
+            f"{key} is called in a backward pass, outside the forward of the module that owns it, and which of its "
+            "sites it is cannot be known. Checkpoint whole modules with torch.utils.checkpoint, or exclude it."
+        )
+    return None, None
+
+
+def _follow_recomputation(frame: _Frame) -> None:
+    """If this call lies in a checkpointed part of the frame, sees to it that the recomputation finds the frame."""
+    region = region_since(frame.hooks, frame.grad)
+    if region is None or getattr(region, "eafo_followed", False):
+        return
+    region.eafo_followed = True
+    outside = [each for each in STACK.frames if region_since(each.hooks, each.grad) is region]
+    kept = [(each.owner, each.is_forward, dict(each.counts)) for each in outside]
+
+    def around(recompute: Callable[..., Any]) -> Callable[..., Any]:
+        def again(*args: Any, **kwargs: Any) -> Any:
+            with _opened(kept):
+                return recompute(*args, **kwargs)
+
+        return again
+
+    replace_recomputation(region, around)
+
+
+@contextmanager
+def _opened(kept: list[tuple[Owner, bool, dict[str, int]]]) -> Generator[None]:
+    """Opens copies of frames that have ended, the innermost last."""
+    frames = STACK.frames
+    before = len(frames)
+    for owner, is_forward, counts in kept:
+        frames.append(_Frame(owner, is_forward, dict(counts)))
+    try:
+        if frames[-1].owner.eafo_functions:
+            frames[-1].mode = mode = _FunctionMode(frames[-1])
+            with mode:
+                yield
+        else:
+            yield
+    finally:
+        del frames[before:]
+
+
+class _FunctionMode(TorchFunctionMode):
+    """Corrects the functions that the own code of one running forward calls."""
+
+    def __init__(self, frame: _Frame) -> None:
+        super().__init__()
+        self.frame = frame
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        frame = self.frame
+        # not "is": the compiler does not always know two ways to the same object for one
+        if len(STACK.frames) != frame.depth:
+            return func(*args, **kwargs)
+        name = function_name(func)
+        if name is not None and name in frame.owner.eafo_functions and args and is_correctable(args[0]):
+            out = _call_function(frame.owner, func, name, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
+        if frame.tracker is not None:
+            out = _follow_written(frame, func, args, kwargs, out)
+        return out
+
+
+def _call_function(caller: Owner, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    owner, site = route(f"{caller.eafo_name}:{name}")
+    if owner is None or site is None or kwargs.get("out") is not None:
+        return func(*args, **kwargs)
+    inplace = is_inplace(func, name, args, kwargs)
+    rest = args[1:]
+
+    def base(z: Tensor) -> Tensor:
+        return func(z, *rest, **kwargs)
+
+    known = None
+    if not torch.compiler.is_compiling() and not (inplace and name in ("elu", "celu", "selu")):
+        known = known_function(name, rest, kwargs)
+    return site(cast(nn.Module, owner), base, args[0], inplace, known)
+
+
+def _follow_written(frame: _Frame, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
+    assert frame.tracker is not None
+    made = frame.tracker.step(func, args, kwargs, out)
+    if made is None or made.node not in frame.owner.eafo_written:
+        return out
+    owner, site = route(f"{frame.owner.eafo_name}:{made.node}")
+    if owner is None or site is None:
+        return out
+    return site(cast(nn.Module, owner), lambda z: out, made.root, False)
+
+
+def shielded(
+    owner: Owner,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    is_forward: bool = True,
+) -> Any:
+    """Runs a call with a frame of its own on top, and the caller's mode off."""
+    frames = STACK.frames
+    outer = frames[-1].mode if frames else None
+    off = outer is not None and _switch_off(outer)
+    frames.append(_Frame(owner, is_forward))
+    try:
+        return call(*args, **kwargs)
+    finally:
+        frames.pop()
+        if off:
+            _push_mode(outer)
+
+
+def _switch_off(mode: TorchFunctionMode) -> bool:
+    """Takes a mode off the top of the stack of modes.
+
+    Returns:
+        Whether it was there; if not, somebody else's mode lies on top of it.
+    """
+    top = _pop_mode()
+    # the compiler does not always know two ways to the same object for one
+    if torch.compiler.is_compiling() or top is mode:
+        return True
+    _push_mode(top)
+    return False
+
+
+def with_functions(self: Owner, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    frame = STACK.frames[-1]
+    frame.mode = mode = _FunctionMode(frame)
+    with mode:  # not "as": the compiler binds None
+        return method(self, *args, **kwargs)
