@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eafo_dynamic.bases import Base, as_base
 from eafo_dynamic.correction import HALF_WIDTH, correction_shape, is_closed_form, tabulate
 from eafo_dynamic.density import Density, Gaussian
-from eafo_dynamic.kernels import Backend, Known, Terms, corrected, correction, known_module
+from eafo_dynamic.kernels import Backend, Known, Terms, corrected, correction, known_module, resolve_backend
 from eafo_dynamic.statistics import Collector
 
 __all__ = ["CRReLU", "CorrectedActivation", "Form", "Site", "Switch", "register", "shape_table", "standard_normal"]
@@ -318,7 +318,7 @@ class CorrectedActivation(nn.Module):
         """Live amplitude and scale.
 
         Returns:
-            For example ``eps=+0.0100, mu=+0.000, sigma=1.000``.
+            For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``.
         """
         return describe_state(self.eps, self.shape)
 
@@ -336,18 +336,20 @@ class CRReLU(CorrectedActivation):
         super().__init__(nn.ReLU(), eps)
 
 
-def describe_state(eps: Tensor, shape: Tensor) -> str:
+def describe_state(eps: Tensor, shape: Tensor, backend: Backend = "auto") -> str:
     """Short text of a site's state.
 
     Args:
         eps: amplitude, 0-dim or one a channel (then their mean is shown).
         shape: mu and sigma.
+        backend: what was asked for; shown is what float32 tensors on the CPU get.
 
     Returns:
-        For example ``eps=+0.0100, mu=+0.000, sigma=1.000``.
+        For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``; without the last off the CPU.
     """
     if eps.is_meta or shape.is_meta:
         return "eps, mu, sigma on meta"
     mu, sigma = shape.tolist()
     value = float(eps.detach().mean()) if eps.numel() else math.nan
-    return f"eps={value:+.4f}, mu={mu:+.3f}, sigma={sigma:.3f}"
+    state = f"eps={value:+.4f}, mu={mu:+.3f}, sigma={sigma:.3f}"
+    return f"{state}, backend={resolve_backend(backend)}" if eps.device.type == "cpu" else state

@@ -18,6 +18,7 @@ from eafo_dynamic.controller import EAFOController, Options, Record
 from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError, SiteError
 from eafo_dynamic.example import example_run
+from eafo_dynamic.kernels import Backend
 from eafo_dynamic.manifest import CHECKPOINT_KEY, manifest, report_from_manifest, wrap_from_manifest
 from eafo_dynamic.optim import check_group, own_group
 from eafo_dynamic.policy import Policy, Rule
@@ -47,6 +48,8 @@ class EAFOCallback(Callback):
             module names; None: every hidden activation.
         exclude_modules: likewise, the sites to leave alone.
         filter_fn: called with (module, module name); False leaves the site alone.
+        functional: what to do with activations called as functions (``F.relu(x)``, ``x.relu()``, an attribute
+            ``self.act = F.gelu``): ``"wrap"``, ``"warn"`` (leave them alone and say so) or ``"off"``.
         policy: ``"static"`` (the paper's CRReLU), ``"learned"``, ``"entropy"``, ``"hybrid"``, ``"frozen"``, a
             Policy object, or a list of Rules by site of which the first match decides.
         density: ``"gaussian"``, ``"histogram"`` or a function from samples [sites, n] to a Density.
@@ -67,6 +70,8 @@ class EAFOCallback(Callback):
         compounding: each round settles the correction so far and corrects the corrected function, in place of
             refreshing the correction of the base.
         resolution: r of the resolution-r entropy, in standard deviations of the output.
+        backend: what computes float32 activations on a CPU: "native", compiled from C on this machine; "eager",
+            torch's operations; "auto", native where there is a C compiler.
         rollback_factor: undo a round after which the mean training loss is larger than before it by more than this
             factor; None: never.
         log_every_n_steps: optimiser steps between aggregates sent to the loggers; None: at every update round.
@@ -86,6 +91,7 @@ class EAFOCallback(Callback):
         target_modules: str | list[str] | None = None,
         exclude_modules: str | list[str] | None = None,
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
+        functional: str = "wrap",
         policy: str | Policy | list[Rule] = "learned",
         density: str | Callable[[Tensor], Density] = "gaussian",
         eps_init: float = 0.01,
@@ -104,6 +110,7 @@ class EAFOCallback(Callback):
         per_channel: bool = False,
         compounding: bool = False,
         resolution: float = 0.1,
+        backend: Backend = "auto",
         rollback_factor: float | None = None,
         log_every_n_steps: int | None = None,
         dirpath: str | Path | None = None,
@@ -114,6 +121,7 @@ class EAFOCallback(Callback):
             target_modules=target_modules,
             exclude_modules=exclude_modules,
             filter_fn=filter_fn,
+            functional=functional,
             policy=policy,
             density=density,
             eps_init=eps_init,
@@ -128,6 +136,7 @@ class EAFOCallback(Callback):
             per_channel=per_channel,
             compounding=compounding,
             resolution=resolution,
+            backend=backend,
             rollback_factor=rollback_factor,
         )
         if update_every_n_epochs is not None and update_every_n_epochs < 1:
@@ -235,6 +244,7 @@ class EAFOCallback(Callback):
                 "model": type(pl_module).__name__,
                 "packages": package_versions(),
                 "options": self.options.primitives(),
+                "backend": controller.backend,
                 **manifest(controller.report, **self.options.form),
             }
             self._writer = LogWriter(folder, about)

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.activation import Site
-from eafo_dynamic.bases import as_base
-from eafo_dynamic.diagnostics import OutputEntropy, Record, describe_events, diagnostics, to_rows
+from eafo_dynamic.bank import Bank
+from eafo_dynamic.diagnostics import OutputEntropy, Record, describe_events, diagnostics, snapshot, to_rows
 from eafo_dynamic.errors import ConfigError, PatternError, SiteError
+from eafo_dynamic.kernels import resolve_backend
 from eafo_dynamic.options import Options
 from eafo_dynamic.policy import Policy, make_policy, make_rules
 from eafo_dynamic.running import LossWatch, RunningDensity, make_estimator
 from eafo_dynamic.schedule import Schedule
 from eafo_dynamic.sites import SiteReport, find_sites, matches
 from eafo_dynamic.statistics import dead_fractions, gather_ranks, moments, stack_samples
-from eafo_dynamic.surgery import site_source, unwrap, wrap
+from eafo_dynamic.surgery import unwrap, wrap
 from eafo_dynamic.update import Functions, bounded_move, compounded, refreshed
 
 __all__ = ["EAFOController", "Record"]
@@ -45,6 +46,7 @@ class EAFOController:
     Attributes:
         records: the newest rows of the correction log, oldest first; at most ``KEPT_RECORDS``.
         report: what was found in the model.
+        bank: the sites' tensors, read and written together.
 
     Raises:
         SiteError: if the model has nothing to wrap.
@@ -67,7 +69,8 @@ class EAFOController:
         self._losses = LossWatch(self.options.rollback_factor)
         self._undo: Functions | None = None  # what the last round replaced
         self._gradient: Tensor | None = None
-        self._hosted = wrap(model, self.report, self.options.eps_init, **self.options.form)
+        hosted = wrap(model, self.report, self.options.eps_init, **self.options.form)
+        self.bank = Bank(model, hosted)
         self._prepare()
 
     @classmethod
@@ -98,13 +101,13 @@ class EAFOController:
         return [make_policy(policy) for policy in chosen if policy is not None]
 
     def _prepare(self) -> None:
-        self._plain = [site_source(self.model, site) for site in self.sites]
         self._set_quota()
-        for (host, site), policy in zip(self._hosted, self.policies, strict=True):
-            self._eps(host, site).requires_grad_(policy.trains_eps)
+        for eps, policy in zip(self.bank.eps, self.policies, strict=True):
+            eps.requires_grad_(policy.trains_eps)
         self._follows = torch.tensor([policy.follows_data for policy in self.policies])
-        self._eps_before = self.functions().eps
-        self._switch = self._hosted[0][1].switch
+        self._eps_before = self.bank.functions().eps
+        self._switch = self.sites[0].switch
+        self._switch.backend = self.options.backend
         self._switch.collecting = self.schedule.collects(0)
 
     def _set_quota(self) -> None:
@@ -126,13 +129,18 @@ class EAFOController:
     @property
     def sites(self) -> list[Site]:
         """The wrapped sites, in the order of the log."""
-        return [site for _, site in self._hosted]
+        return self.bank.sites
 
     @property
     def amplitudes(self) -> dict[str, nn.Parameter]:
         """Eps of every site by its parameter name in the model, for an optimiser."""
         names = {id(p): name for name, p in self.model.named_parameters()}
-        return {names[id(eps)]: eps for host, site in self._hosted for eps in [self._eps(host, site)]}
+        return {names[id(eps)]: eps for eps in self.bank.eps}
+
+    @property
+    def backend(self) -> str:
+        """What computes float32 activations on a CPU: "native" or "eager"."""
+        return resolve_backend(self.options.backend)
 
     @property
     def collecting(self) -> bool:
@@ -143,32 +151,13 @@ class EAFOController:
     def collecting(self, value: bool) -> None:
         self._switch.collecting = value
 
-    def snapshot(self, points: int = 65) -> list[Record]:
-        """Every site's function on a grid of 4 standard deviations around its mean, with the density it was fitted to.
-
-        Args:
-            points: of the grid.
+    def snapshot(self) -> list[Record]:
+        """Every site's function on a grid, with the density it was fitted to.
 
         Returns:
-            One row a site, as the log keeps them: site, z, base, function, eps, mu, sigma and, where the shape follows
-            the data, u and pdf (density per standard deviation).
+            One row a site, as the log keeps them; see ``diagnostics.snapshot``.
         """
-        functions = self.functions()
-        u = torch.linspace(-4.0, 4.0, points, device=self._device)
-        z = functions.shape[:, :1] + functions.sigma * u
-        corrected = functions.outputs(z)
-        base = corrected - functions.correction(z)
-        density = self._running.density
-        pdf = None if density is None else density.pdf(u)
-        rows: list[Record] = []
-        for row, site in enumerate(self.sites):
-            mu, sigma = functions.shape[row].tolist()
-            entry: Record = {"site": site.name, "eps": functions.eps[row].item(), "mu": mu, "sigma": sigma}
-            entry.update(z=z[row].tolist(), base=base[row].tolist(), function=corrected[row].tolist())
-            if pdf is not None:
-                entry.update(u=u.tolist(), pdf=pdf[row].tolist())
-            rows.append(entry)
-        return rows
+        return snapshot([site.name for site in self.sites], self.bank.functions(), self._running.density)
 
     def detach(self) -> nn.Module:
         """Takes all corrections out of the model.
@@ -196,7 +185,9 @@ class EAFOController:
         if global_step == self._last_step:
             return []
         self._last_step = global_step
-        self._bound_eps()
+        # a settled offset may take half of what the trust region allows, so that eps keeps room to move
+        bound = self.trust_region.max_eps / 2 if self.options.compounding else self.trust_region.max_eps
+        self.bank.bound(bound)
         rows = self.update(global_step, epoch) if self.schedule.updates(global_step) else []
         self._switch.collecting = self.schedule.collects(global_step)
         return rows
@@ -210,12 +201,11 @@ class EAFOController:
             global_step: optimiser steps taken so far.
         """
         if self.schedule.frozen(global_step + 1):
-            for host, site in self._hosted:
-                self._eps(host, site).grad = None
+            for eps in self.bank.eps:
+                eps.grad = None
         elif self._gradient is not None:
-            for (host, site), policy, gradient in zip(self._hosted, self.policies, self._gradient, strict=True):
+            for eps, policy, gradient in zip(self.bank.eps, self.policies, self._gradient, strict=True):
                 if policy.adds_gradient:
-                    eps = self._eps(host, site)
                     extra = (policy.adds_gradient * gradient).to(eps.dtype)
                     eps.grad = extra.clone() if eps.grad is None else eps.grad + extra
 
@@ -241,7 +231,7 @@ class EAFOController:
         samples, dead, nonfinite = self._samples()
         stats = moments(samples)
         usable = (stats.n >= 2) & (stats.std > 0) & stats.std.isfinite() & stats.mean.isfinite()
-        old = self.functions()
+        old = self.bank.functions()
         broken = ~old.eps.isfinite()  # by a gradient that was not; the optimiser itself cannot mend it
         old = replace(old, eps=torch.where(broken, self._eps_before, old.eps))
         direction = old.direction(samples)
@@ -253,13 +243,11 @@ class EAFOController:
         rolled_back = jumped and self._undo is not None
         wanted = self._reverted(old) if rolled_back else self._wanted(old, samples, usable)
         new, fraction = bounded_move(old, wanted, self.trust_region)
-        self._commit(old, new)
+        self.bank.commit(old, new)
         self._undo = None if rolled_back or self.options.rollback_factor is None else old
         self.rounds += 1
         moved = old.eps if self.options.compounding else new.eps  # a settled eps starts again from 0
-        columns = diagnostics(
-            samples, stats, before, old, new, delta_eps=moved - self._eps_before, gradient=gradient
-        )
+        columns = diagnostics(samples, stats, before, old, new, delta_eps=moved - self._eps_before, gradient=gradient)
         columns.update(dead_fraction=dead, n_nonfinite=nonfinite)
         self._eps_before = new.eps
         events = describe_events(stats.n, usable, fraction, rolled_back, nonfinite, broken)
@@ -275,7 +263,7 @@ class EAFOController:
         Returns:
             Samples of all sites and ranks, [S, n]; dead fractions and non-finite samples of this rank, [S].
         """
-        device = self._device
+        device = self.bank.device
         drained = [site.collector.drain() for site in self.sites]
         values = [sample.to(device) for sample, _ in drained]
         longest = max(sample.numel() for sample in values)
@@ -286,30 +274,6 @@ class EAFOController:
         width = math.ceil(self.options.samples_per_site / _world_size())
         stacked = padded if longest <= width else stack_samples(values, width)
         return gather_ranks(stacked, width), dead_fractions(padded, units), nonfinite
-
-    def functions(self) -> Functions:
-        """All sites' functions as they are now.
-
-        Returns:
-            Stacked copies of eps, mu, sigma and tables.
-        """
-        states = [[getattr(host, key) for key in site.keys] for host, site in self._hosted]
-        with torch.no_grad():
-            return Functions(
-                bases=[as_base(view) for view in self._plain],
-                # one amplitude a channel: the log and the entropies see their mean
-                eps=torch.stack([eps.to(self._device, torch.float32).mean() for eps, *_ in states]),
-                shape=torch.stack([shape.to(self._device, torch.float32) for _, shape, *_ in states]),
-                tables=self._stacked([table for _, _, table, _ in states]),
-                tabulated=torch.tensor(
-                    [i for i, s in enumerate(states) if s[2] is not None], dtype=torch.long, device=self._device
-                ),
-                offsets=self._stacked([offset for *_, offset in states]) if self.options.compounding else None,
-            )
-
-    def _stacked(self, tables: list[Tensor | None]) -> Tensor:
-        present = [table.to(self._device, torch.float32) for table in tables if table is not None]
-        return torch.stack(present) if present else torch.empty(0, 4, 1, device=self._device)
 
     def _wanted(self, old: Functions, samples: Tensor, usable: Tensor) -> Functions:
         """Where the policy wants every function to be, before the trust region bounds the move."""
@@ -323,7 +287,6 @@ class EAFOController:
             return wanted
         density = self._running.follow(samples, usable)
         if self.options.compounding:
-            # the offset may take half of what the trust region allows, so that eps keeps room to move
             return compounded(wanted, density, follows, self.options.resolution, self.trust_region.max_eps / 2)
         return refreshed(wanted, density, follows, self.options.resolution)
 
@@ -338,38 +301,6 @@ class EAFOController:
         for row, policy in enumerate(self.policies):
             rows.setdefault(policy, []).append(row)
         return list(rows.items())
-
-    def _commit(self, old: Functions, new: Functions) -> None:
-        place = {row: k for k, row in enumerate(new.tabulated.tolist())}
-        targets: list[Tensor] = []
-        values: list[Tensor] = []
-        for row, (host, site) in enumerate(self._hosted):
-            eps, shape, table, offset = (getattr(host, key) for key in site.keys)
-            targets += [eps.detach(), shape]
-            # channels keep their differences; one amplitude is simply the new one
-            kept = torch.where(eps.detach().isfinite(), eps.detach(), old.eps[row])
-            moved = kept + (new.eps[row] - old.eps[row]) if eps.dim() else new.eps[row]
-            values += [moved, new.shape[row]]
-            if table is not None:
-                targets.append(table)
-                values.append(new.tables[place[row]])
-            if offset is not None and new.offsets is not None:
-                targets.append(offset)
-                values.append(new.offsets[place[row]])
-        torch._foreach_copy_(targets, values)
-
-    def _bound_eps(self) -> None:
-        bound = self.trust_region.max_eps / 2 if self.options.compounding else self.trust_region.max_eps
-        amplitudes = [self._eps(host, site).detach() for host, site in self._hosted]
-        torch._foreach_clamp_min_(amplitudes, -bound)
-        torch._foreach_clamp_max_(amplitudes, bound)
-
-    @property
-    def _device(self) -> torch.device:
-        return self._eps(*self._hosted[0]).device
-
-    def _eps(self, host: nn.Module, site: Site) -> nn.Parameter:
-        return getattr(host, site.keys[0])
 
     # ------------------------------------------------------------------ checkpoint
 
@@ -411,16 +342,18 @@ class EAFOController:
             )
         self.rounds, self._last_step = int(state["rounds"]), int(state["last_step"])
         for name in ("gradient", "eps_before"):
-            setattr(self, f"_{name}", None if state[name] is None else state[name].to(self._device))
-        self._running.load_state_dict(state["running"], self._device)
+            setattr(self, f"_{name}", None if state[name] is None else state[name].to(self.bank.device))
+        self._running.load_state_dict(state["running"], self.bank.device)
         self._losses.load_state_dict(state["losses"])
         self._undo = (
             None
             if state["undo"] is None
-            else replace(self.functions(), **{name: value.to(self._device) for name, value in state["undo"].items()})
+            else replace(
+                self.bank.functions(), **{name: value.to(self.bank.device) for name, value in state["undo"].items()}
+            )
         )
         for site, pending in zip(self.sites, state["pending"] or [], strict=False):
-            site.collector.restore(pending, self._device)
+            site.collector.restore(pending, self.bank.device)
         self._switch.collecting = self.schedule.collects(self._last_step)
 
 

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from eafo_dynamic.density import Density
 from eafo_dynamic.entropy import MixedEntropy, SmoothedOutput
 from eafo_dynamic.statistics import Moments
 from eafo_dynamic.update import Functions
 
-__all__ = ["OutputEntropy", "Record", "describe_events", "diagnostics", "to_rows"]
+__all__ = ["OutputEntropy", "Record", "describe_events", "diagnostics", "snapshot", "to_rows"]
 
 Record = dict[str, object]
 """One row of the correction log: one site at one update round."""
@@ -170,4 +171,32 @@ def to_rows(
     for row in rows:
         for count in {"n", "n_nonfinite"} & row.keys():
             row[count] = int(row[count])  # pyright: ignore[reportArgumentType]
+    return rows
+
+
+def snapshot(sites: Sequence[str], functions: Functions, density: Density | None, points: int = 65) -> list[Record]:
+    """Every site's function on a grid of 4 standard deviations around its mean, with the density it was fitted to.
+
+    Args:
+        sites: names.
+        functions: of all sites.
+        density: of all sites; None where no round has followed the data.
+        points: of the grid.
+
+    Returns:
+        One row a site: site, eps, mu, sigma, z, base, function and, with a density, u and pdf (per standard deviation).
+    """
+    u = torch.linspace(-4.0, 4.0, points, device=functions.eps.device)
+    z = functions.shape[:, :1] + functions.sigma * u
+    corrected = functions.outputs(z)
+    base = corrected - functions.correction(z)
+    pdf = None if density is None else density.pdf(u)
+    rows: list[Record] = []
+    for row, name in enumerate(sites):
+        mu, sigma = functions.shape[row].tolist()
+        entry: Record = {"site": name, "eps": functions.eps[row].item(), "mu": mu, "sigma": sigma}
+        entry.update(z=z[row].tolist(), base=base[row].tolist(), function=corrected[row].tolist())
+        if pdf is not None:
+            entry.update(u=u.tolist(), pdf=pdf[row].tolist())
+        rows.append(entry)
     return rows

@@ -69,6 +69,14 @@ def _graph_task() -> int:
 
 
 def is_correctable(value: object) -> bool:
+    """Whether a value can be a pre-activation.
+
+    Args:
+        value: what an activation is called with.
+
+    Returns:
+        Whether it is a floating-point tensor, and no nested one.
+    """
     return isinstance(value, Tensor) and value.is_floating_point() and not value.is_nested
 
 
@@ -231,6 +239,17 @@ def _switch_off(mode: TorchFunctionMode) -> bool:
 
 
 def with_functions(self: Owner, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs an entry point with the function mode of the frame that has just been opened for it.
+
+    Args:
+        self: the owner.
+        method: its original entry point.
+        args: positional arguments.
+        kwargs: keyword arguments.
+
+    Returns:
+        What the entry point returns.
+    """
     frame = STACK.frames[-1]
     frame.mode = mode = _FunctionMode(frame)
     with mode:  # not "as": the compiler binds None

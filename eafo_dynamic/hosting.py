@@ -1,28 +1,21 @@
-"""What a wrapped module does in its forward: which site a call belongs to, and the classes that ask.
+"""What a wrapped module is: an instance of a generated subclass of its own class.
 
-Every module with a part in it becomes an instance of a generated subclass of its own class. An *activation* runs its
-site. An *owner* opens a frame in each of its forwards, in which the calls of shared activations and of functions are
-counted from zero. Functions are seen by a TorchFunctionMode that is on only while the owner's own code runs, and only
-where one of them is corrected; a module called from there shields its own code with a frame of its own.
+An *activation* runs its site; an *owner* opens a frame in each of its forwards, in which calls are counted.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch import nn
 
 from eafo_dynamic.activation import Site, describe_state
-from eafo_dynamic.errors import SiteError
-from eafo_dynamic.functional import Node, Tracker, function_name, is_inplace
-from eafo_dynamic.kernels import known_function, known_module
-from eafo_dynamic.recompute import current_hooks, region_since, replace_recomputation
+from eafo_dynamic.frames import STACK, is_correctable, route, shielded, with_functions
+from eafo_dynamic.functional import Node
+from eafo_dynamic.kernels import known_module
 
 __all__ = ["ACTIVATION", "OWNER", "Hosting", "become", "is_activation", "plain_view", "revert"]
 
@@ -69,12 +62,12 @@ class Hosting:
         """The original text, then the live state of the sites.
 
         Returns:
-            For example ``inplace=True, eps=+0.0100, mu=+0.000, sigma=1.000``.
+            For example ``inplace=True, eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``.
         """
         parts = [self.eafo_class.extra_repr(cast(nn.Module, self))]
         for site in self.eafo_sites:
             eps, shape = (getattr(self, key) for key in site.keys[:2])
-            parts.append(describe_state(eps, shape))
+            parts.append(describe_state(eps, shape, site.switch.backend))
         return ", ".join(part for part in parts if part)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from eafo_dynamic.checks import at_least, number
 from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.kernels import Backend, check_backend
 from eafo_dynamic.policy import Policy, Rule, make_rules
 from eafo_dynamic.running import make_estimator
 from eafo_dynamic.schedule import Schedule, TrustRegion
@@ -44,6 +45,8 @@ class Options:
         compounding: each round settles the correction so far and corrects the corrected function, in place of
             refreshing the correction of the base.
         resolution: r of the resolution-r entropy, in standard deviations of the output.
+        backend: what computes float32 activations on a CPU: "native", compiled from C on this machine; "eager",
+            torch's operations; "auto", native where there is a C compiler.
         rollback_factor: undo a round after which the mean training loss is larger than before it by more than this
             factor; None: never. Needs the losses, see ``EAFOController.observe_loss``.
     """
@@ -66,6 +69,7 @@ class Options:
     per_channel: bool = False
     compounding: bool = False
     resolution: float = 0.1
+    backend: Backend = "auto"
     rollback_factor: float | None = None
 
     def __post_init__(self) -> None:
@@ -74,6 +78,7 @@ class Options:
         if self.filter_fn is not None and not callable(self.filter_fn):
             mend = "Give a function of (module, FQN) that says whether to wrap."
             raise ConfigError("filter_fn", self.filter_fn, "not a function", mend)
+        check_backend(self.backend)
         _ = (self.selection, self.schedule, make_rules(self.policy), make_estimator(self.density))
         self.trust_region.check_start(self.eps_init)
         if self.compounding and abs(self.eps_init) > self.max_eps / 2:

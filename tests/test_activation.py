@@ -14,6 +14,7 @@ from eafo_dynamic import CorrectedActivation, CRReLU
 from eafo_dynamic.activation import describe_state
 from eafo_dynamic.bases import activation_types
 from eafo_dynamic.density import Gaussian
+from eafo_dynamic.kernels import resolve_backend
 from eafo_dynamic.surgery import wrap
 
 BASES = [cls for cls in activation_types() if inspect.getmodule(cls).__name__.startswith("torch.nn")]  # pyright: ignore
@@ -134,13 +135,13 @@ def test_a_buffer_eps_does_not_train() -> None:
 
 def test_repr_shows_the_live_state() -> None:
     activation = CRReLU(0.25)
-    assert activation.extra_repr() == "eps=+0.2500, mu=+0.000, sigma=1.000"
+    assert activation.extra_repr() == f"eps=+0.2500, mu=+0.000, sigma=1.000, backend={resolve_backend('auto')}"
     with torch.no_grad():
         activation.eps.fill_(-0.5)
     assert "eps=-0.5000" in repr(activation)
     model = nn.Sequential(nn.ReLU(inplace=True))
     wrap(model)
-    assert repr(model[0]) == "ReLU(inplace=True, eps=+0.0100, mu=+0.000, sigma=1.000)"
+    assert repr(model[0]) == f"ReLU(inplace=True, eps=+0.0100, mu=+0.000, sigma=1.000, backend={resolve_backend('auto')})"
 
 
 def test_state_of_channels_shows_their_mean() -> None:

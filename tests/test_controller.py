@@ -308,7 +308,7 @@ def test_trust_region_bounds_the_change_of_the_function() -> None:
     for step, scale in enumerate([1.0, 30.0, 0.01, 5.0], start=4):
         controller.collecting = False
         before = controller.model(grid)
-        sigma_before = controller.functions().sigma.item()
+        sigma_before = controller.bank.functions().sigma.item()
         controller.collecting = True
         controller.model(standard_normal(4096) * scale + scale)
         (row,) = controller.step(step)

@@ -489,7 +489,9 @@ def compiled_counts(model: nn.Module, run: Callable[[nn.Module], Any], fullgraph
 
 class TestCompile:
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", [n for n in MODELS if n not in ("Experts", "Checkpointed", "FunctionalInPlace")])
+    @pytest.mark.parametrize(
+        "name", ["InPlace", "OneReluForAll", "MixedCalls", "WrittenOut", "Recursive", "TransformerLayers"]
+    )
     def test_fullgraph_without_more_graphs_breaks_or_recompilations(self, name: str) -> None:
         plain, run = make_awkward(name)
         graphs, breaks, _ = compiled_counts(plain, run, fullgraph=True)
@@ -585,7 +587,9 @@ def test_device_of_a_site_is_that_of_its_surroundings() -> None:
 def test_repr_shows_live_state() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))
     wrap(model, eps_init=0.25)
-    assert repr(model[1]) == "ReLU(inplace=True, eps=+0.2500, mu=+0.000, sigma=1.000)"
+    assert (
+        repr(model[1]) == f"ReLU(inplace=True, eps=+0.2500, mu=+0.000, sigma=1.000, backend={resolve_backend('auto')})"
+    )
 
 
 def test_site_is_idle_only_where_it_changes_nothing() -> None:

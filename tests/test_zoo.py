@@ -100,7 +100,7 @@ def score_family(name: str) -> Score:
     model, run = make_family(name)
     score = score_coverage(name, model, run)
     for train in (False, True):
-        score.problems += bit_differences(model, run, train)
+        score.problems += bit_differences(model, run, train, score.report)
     return score
 
 

@@ -28,10 +28,11 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("model", help="package.module:callable that returns the model, for example my_project.net:make")
     parser.add_argument(
-        "--shape", type=_shape, help="run a forward on zeros of this shape, for example 2,3,32,32, to see shared calls"
+        "--shape", type=_shape, help="run a forward on zeros of this shape, for example 2,3,32,32, to see shared and functional calls"
     )
     parser.add_argument("--target-modules", nargs="+", help="as in EAFOCallback")
     parser.add_argument("--exclude-modules", nargs="+", help="as in EAFOCallback")
+    parser.add_argument("--functional", choices=["wrap", "warn", "off"], default="wrap", help="as in EAFOCallback")
     add_format_option(parser)
     parser.set_defaults(run=_run)
 
@@ -48,7 +49,8 @@ def _run(args: argparse.Namespace) -> int:
 
     model = _make(args.model)
     example = () if args.shape is None else (torch.zeros(args.shape),)
-    report = find_sites(model, *example, selection=Selection(args.target_modules, args.exclude_modules))
+    selection = Selection(args.target_modules, args.exclude_modules, functional=args.functional)
+    report = find_sites(model, *example, selection=selection)
     title = f"{len(report.wrapped)} of {len(report.sites)} activation sites would be wrapped. {report.note}".strip()
     emit(report.rows(), fmt=args.format, title=title)
     return 0

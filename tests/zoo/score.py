@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from eafo_dynamic.sites import find_sites, forked_random_states
+from eafo_dynamic.sites import SiteReport, find_sites, forked_random_states
 from eafo_dynamic.surgery import unwrap, wrap
 from tests.zoo.truth import Event, witness
 
@@ -28,6 +28,7 @@ class Score:
     covered: Counter[str] = field(default_factory=Counter)
     own: Counter[str] = field(default_factory=Counter)
     gates: int = 0
+    report: SiteReport | None = None
     false_positives: list[str] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -46,6 +47,7 @@ def score_coverage(name: str, model: nn.Module, run: Run) -> Score:
         report = find_sites(model, run=run)
     if not _same(before, _state(model)):
         score.problems.append("the dry run changed the model")
+    score.report = report
     if not report.wrapped:
         seen: list[Event] = truth
     else:
@@ -75,10 +77,10 @@ def score_coverage(name: str, model: nn.Module, run: Run) -> Score:
     return score
 
 
-def bit_differences(model: nn.Module, run: Run, train: bool) -> list[str]:
+def bit_differences(model: nn.Module, run: Run, train: bool, report: SiteReport | None = None) -> list[str]:
     """What differs between a plain model and a copy wrapped at eps = 0: outputs, gradients, buffers."""
     plain, wrapped = copy.deepcopy(model).train(train), copy.deepcopy(model).train(train)
-    report = find_sites(wrapped, run=run)
+    report = report or find_sites(wrapped, run=run)
     if not report.wrapped:
         return []
     keys = list(wrapped.state_dict())
