@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from eafo_dynamic.controller import EAFOController, Options, Record
 from eafo_dynamic.density import Density
+from eafo_dynamic.diagnostics import aggregate
 from eafo_dynamic.errors import ConfigError, SiteError
 from eafo_dynamic.example import example_run
 from eafo_dynamic.kernels import Backend
@@ -23,7 +22,7 @@ from eafo_dynamic.manifest import CHECKPOINT_KEY, manifest, report_from_manifest
 from eafo_dynamic.optim import check_group, own_group
 from eafo_dynamic.policy import Policy, Rule
 from eafo_dynamic.records import LogWriter
-from eafo_dynamic.schedule import Schedule
+from eafo_dynamic.schedule import steps_of_epochs
 from eafo_dynamic.sites import SiteReport, find_sites
 from eafo_dynamic.surgery import is_wrapped
 from eafo_dynamic.version import package_versions
@@ -256,7 +255,11 @@ class EAFOCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Turns epochs into steps, and drops rows of the log that lie past the restored step."""
         if self.update_every_n_epochs is not None:
-            self._controller.reschedule(_by_epochs(self._controller.schedule, self.update_every_n_epochs, trainer))
+            steps = steps_of_epochs(
+                self.update_every_n_epochs, trainer.num_training_batches, trainer.accumulate_grad_batches
+            )
+            schedule = replace(self._controller.schedule, update_every_n_steps=steps, collect_every_n_steps=None)
+            self._controller.reschedule(schedule)
         if self._writer is not None and trainer.global_step:
             self._writer.resume(trainer.global_step, source=self._earlier_log)
 
@@ -283,7 +286,7 @@ class EAFOCallback(Callback):
         rows = controller.step(step, trainer.current_epoch)
         controller.collecting = False
         if rows:
-            self._aggregates = _aggregate(rows)
+            self._aggregates = aggregate(rows)
             if self._writer is not None:
                 self._writer.write(rows)
                 if controller.rounds & (controller.rounds - 1) == 0:  # rounds 1, 2, 4, 8, ...
@@ -348,17 +351,6 @@ class EAFOCallback(Callback):
         return self.controller
 
 
-def _aggregate(rows: list[Record]) -> dict[str, float]:
-    """Means over the sites that had samples."""
-
-    def mean(column: str) -> float:
-        values = torch.tensor([float(row[column]) for row in rows], dtype=torch.float64)  # pyright: ignore[reportArgumentType]
-        return float(values.nanmean())
-
-    names = ("entropy", "eps", "atom_mass", "d_entropy_d_eps")
-    return {f"mean_{name}": mean(name) for name in names}
-
-
 class _LoadListener:
     """Stands before a module's own ``on_load_checkpoint``, the one hook that sees a checkpoint before its weights load.
 
@@ -378,16 +370,6 @@ class _LoadListener:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _LoadListener:
         return self  # a copied module must not copy the callback
-
-
-def _by_epochs(schedule: Schedule, epochs: int, trainer: Trainer) -> Schedule:
-    batches = trainer.num_training_batches
-    if not math.isfinite(batches):
-        raise ConfigError(
-            "update_every_n_epochs", epochs, "the training data has no known length", "Use update_every_n_steps."
-        )
-    steps = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
-    return replace(schedule, update_every_n_steps=steps, collect_every_n_steps=None)
 
 
 def _is_fast_dev_run(trainer: Trainer) -> bool:

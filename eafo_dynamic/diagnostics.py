@@ -13,7 +13,7 @@ from eafo_dynamic.entropy import MixedEntropy, SmoothedOutput
 from eafo_dynamic.statistics import Moments
 from eafo_dynamic.update import Functions
 
-__all__ = ["OutputEntropy", "Record", "describe_events", "diagnostics", "snapshot", "to_rows"]
+__all__ = ["OutputEntropy", "Record", "aggregate", "describe_events", "diagnostics", "snapshot", "to_rows"]
 
 Record = dict[str, object]
 """One row of the correction log: one site at one update round."""
@@ -200,3 +200,20 @@ def snapshot(sites: Sequence[str], functions: Functions, density: Density | None
             entry.update(u=u.tolist(), pdf=pdf[row].tolist())
         rows.append(entry)
     return rows
+
+
+def aggregate(rows: Sequence[Record]) -> dict[str, float]:
+    """Means over the sites that had samples, for loggers.
+
+    Args:
+        rows: of one round.
+
+    Returns:
+        ``mean_entropy``, ``mean_eps``, ``mean_atom_mass`` and ``mean_d_entropy_d_eps``.
+    """
+
+    def mean(column: str) -> float:
+        values = torch.tensor([float(row[column]) for row in rows], dtype=torch.float64)  # pyright: ignore[reportArgumentType]
+        return float(values.nanmean())
+
+    return {f"mean_{name}": mean(name) for name in ("entropy", "eps", "atom_mass", "d_entropy_d_eps")}

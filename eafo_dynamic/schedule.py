@@ -11,7 +11,7 @@ from torch import Tensor
 from eafo_dynamic.checks import at_least, number
 from eafo_dynamic.errors import ConfigError
 
-__all__ = ["Schedule", "TrustRegion"]
+__all__ = ["Schedule", "TrustRegion", "steps_of_epochs"]
 
 
 @dataclass(frozen=True)
@@ -163,3 +163,24 @@ class TrustRegion:
         allowed = jumps <= self.max_delta  # false for NaN too
         first = allowed.to(torch.int8).argmax(0)
         return torch.where(allowed.any(0), fractions[first], 0.0)
+
+
+def steps_of_epochs(epochs: int, batches: float, accumulate: int) -> int:
+    """Optimiser steps in a number of epochs.
+
+    Args:
+        epochs: how many.
+        batches: batches of an epoch; infinite for a stream.
+        accumulate: batches an optimiser step.
+
+    Returns:
+        The steps.
+
+    Raises:
+        ConfigError: if an epoch has no known length.
+    """
+    if not math.isfinite(batches):
+        raise ConfigError(
+            "update_every_n_epochs", epochs, "the training data has no known length", "Use update_every_n_steps."
+        )
+    return math.ceil(batches / accumulate) * epochs

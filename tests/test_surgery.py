@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eafo_dynamic.activation import Site
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.kernels import correction
+from eafo_dynamic.kernels import correction, resolve_backend
 from eafo_dynamic.manifest import manifest, wrap_from_manifest
 from eafo_dynamic.sites import Selection, find_sites
 from eafo_dynamic.statistics import Collector
