@@ -345,11 +345,12 @@ def describe_state(eps: Tensor, shape: Tensor, backend: Backend = "auto") -> str
         backend: what was asked for; shown is what float32 tensors on the CPU get.
 
     Returns:
-        For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``; without the last off the CPU.
+        For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``; without the last off the CPU
+        and for amplitudes a channel, which have one way only.
     """
     if eps.is_meta or shape.is_meta:
         return "eps, mu, sigma on meta"
     mu, sigma = shape.tolist()
     value = float(eps.detach().mean()) if eps.numel() else math.nan
     state = f"eps={value:+.4f}, mu={mu:+.3f}, sigma={sigma:.3f}"
-    return f"{state}, backend={resolve_backend(backend)}" if eps.device.type == "cpu" else state
+    return f"{state}, backend={resolve_backend(backend)}" if eps.device.type == "cpu" and not eps.dim() else state

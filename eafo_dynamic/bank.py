@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from eafo_dynamic.activation import Site
+from eafo_dynamic.activation import Site, describe_state
 from eafo_dynamic.bases import as_base
 from eafo_dynamic.surgery import site_source
 from eafo_dynamic.update import Functions
@@ -34,6 +34,14 @@ class Bank:
     def eps(self) -> list[nn.Parameter]:
         """Amplitudes, one parameter a site."""
         return [getattr(host, site.keys[0]) for host, site in self._hosted]
+
+    def states(self) -> list[str]:
+        """Eps, mu and sigma of every site, as text.
+
+        Returns:
+            For example ``eps=+0.0100, mu=+0.000, sigma=1.000``.
+        """
+        return [describe_state(getattr(host, s.keys[0]), getattr(host, s.keys[1])) for host, s in self._hosted]
 
     @property
     def device(self) -> torch.device:

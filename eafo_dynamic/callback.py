@@ -12,17 +12,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from eafo_dynamic.controller import EAFOController, Options, Record
+from eafo_dynamic.controller import EAFOController, Options
 from eafo_dynamic.density import Density
-from eafo_dynamic.diagnostics import aggregate
-from eafo_dynamic.errors import ConfigError, SiteError
+from eafo_dynamic.errors import ConfigError, LogError, SiteError
 from eafo_dynamic.example import example_run
 from eafo_dynamic.kernels import Backend
 from eafo_dynamic.manifest import CHECKPOINT_KEY, manifest, report_from_manifest, wrap_from_manifest
 from eafo_dynamic.optim import check_group, own_group
 from eafo_dynamic.policy import Policy, Rule
-from eafo_dynamic.records import LogWriter
+from eafo_dynamic.records import CorrectionLog, LogWriter
 from eafo_dynamic.schedule import steps_of_epochs
+from eafo_dynamic.showing import History, Reporter
 from eafo_dynamic.sites import SiteReport, find_sites
 from eafo_dynamic.surgery import is_wrapped
 from eafo_dynamic.version import package_versions
@@ -74,6 +74,9 @@ class EAFOCallback(Callback):
         rollback_factor: undo a round after which the mean training loss is larger than before it by more than this
             factor; None: never.
         log_every_n_steps: optimiser steps between aggregates sent to the loggers; None: at every update round.
+        log_sites: columns of the correction log that go to the loggers for every site, as ``eafo/<column>/<site>``;
+            empty: aggregates only, since thousands of charts freeze a page.
+        log_figures: whether the loggers that take figures get every site's function, whenever a snapshot is kept.
         dirpath: folder of the correction log; None: ``eafo`` in the run's folder.
         save_log: whether to write the correction log.
         verbose: whether to print the table of sites at the start.
@@ -112,6 +115,8 @@ class EAFOCallback(Callback):
         backend: Backend = "auto",
         rollback_factor: float | None = None,
         log_every_n_steps: int | None = None,
+        log_sites: list[str] | None = None,
+        log_figures: bool = False,
         dirpath: str | Path | None = None,
         save_log: bool = True,
         verbose: bool = True,
@@ -143,13 +148,11 @@ class EAFOCallback(Callback):
                 "update_every_n_epochs", update_every_n_epochs, "must be at least 1", "None counts steps."
             )
         self.update_every_n_epochs = update_every_n_epochs
-        if log_every_n_steps is not None and log_every_n_steps < 1:
-            raise ConfigError(
-                "log_every_n_steps", log_every_n_steps, "must be at least 1", "None logs at every update."
-            )
         check_group(lr, lr_multiple, weight_decay)
         self.lr, self.lr_multiple, self.weight_decay = lr, lr_multiple, weight_decay
-        self.log_every_n_steps = log_every_n_steps
+        if log_figures and not save_log:
+            raise ConfigError("log_figures", log_figures, "figures are drawn from the log", "Leave save_log=True.")
+        self._reporter = Reporter(log_every_n_steps, log_sites or (), log_figures)
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.save_log = save_log
         self.verbose = verbose
@@ -157,9 +160,7 @@ class EAFOCallback(Callback):
         self._writer: LogWriter | None = None
         self._resumed: dict[str, Any] | None = None
         self._earlier_log: str | None = None  # of the run that is resumed
-        self._aggregates: dict[str, float] = {}
-
-    # ------------------------------------------------------------------ before training
+        self._log_path: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wraps the model for a fit, once; before optimisers are built and weights restored.
@@ -247,6 +248,7 @@ class EAFOCallback(Callback):
                 **manifest(controller.report, **self.options.form),
             }
             self._writer = LogWriter(folder, about)
+            self._log_path = self._writer.path
 
     def _log_folder(self, trainer: Trainer) -> Path:
         run = trainer.log_dir or trainer.default_root_dir  # on every rank: log_dir is a broadcast
@@ -262,8 +264,6 @@ class EAFOCallback(Callback):
             self._controller.reschedule(schedule)
         if self._writer is not None and trainer.global_step:
             self._writer.resume(trainer.global_step, source=self._earlier_log)
-
-    # ------------------------------------------------------------------ training
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Lets the forwards of this batch leave samples when it is time."""
@@ -285,22 +285,31 @@ class EAFOCallback(Callback):
             controller.observe_loss(loss)
         rows = controller.step(step, trainer.current_epoch)
         controller.collecting = False
-        if rows:
-            self._aggregates = aggregate(rows)
-            if self._writer is not None:
-                self._writer.write(rows)
-                if controller.rounds & (controller.rounds - 1) == 0:  # rounds 1, 2, 4, 8, ...
-                    self._writer.write_shapes(step, controller.snapshot())
-        if self._aggregates and (rows if self.log_every_n_steps is None else step % self.log_every_n_steps == 0):
-            self._log(trainer, pl_module)
+        if rows and self._writer is not None:
+            self._writer.write(rows)
+            if controller.rounds & (controller.rounds - 1) == 0:  # rounds 1, 2, 4, 8, ...
+                self._writer.write_shapes(step, controller.snapshot())
+                self._reporter.send_figure(trainer, lambda: self.plot("functions"))
+        self._reporter.send(trainer, pl_module, rows)
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.barebones:
-            return
-        shown = {f"eafo/{key}": value for key, value in self._aggregates.items()}
-        bar = {key: shown.pop(key) for key in ("eafo/mean_entropy", "eafo/mean_eps")}
-        pl_module.log_dict(bar, prog_bar=True, on_step=True, on_epoch=False, rank_zero_only=False)
-        pl_module.log_dict(shown, on_step=True, on_epoch=False)
+    def plot(self, what: str = "heatmap", column: str = "entropy") -> Any:
+        """Draws the run's log.
+
+        Args:
+            what: ``heatmap``, ``trajectories``, ``functions``, ``densities``, ``prediction`` or ``ranking``.
+            column: of the log, for the figures that show one.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            LogError: if no log has been written.
+        """
+        from eafo_dynamic.plots.logs import plot
+
+        if self._log_path is None:
+            raise LogError("there is no correction log yet: fit with save_log=True first.")
+        return plot(CorrectionLog.load(self._log_path), what, column)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the last shape of every function in the log."""
@@ -314,8 +323,6 @@ class EAFOCallback(Callback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-
-    # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the list of sites, so that a plain model can be wrapped the same way before its weights are loaded."""
@@ -337,12 +344,10 @@ class EAFOCallback(Callback):
         """Keeps the restored state until the fit starts, when it is on the right device."""
         self._resumed = state_dict or None
 
-    # ------------------------------------------------------------------ for the reader
-
     @property
-    def history(self) -> list[Record]:
-        """The newest rows of the correction log."""
-        return [] if self.controller is None else list(self.controller.records)
+    def history(self) -> History:
+        """The newest rows of the correction log; shows as a table in a notebook."""
+        return History() if self.controller is None else History(self.controller.records)
 
     @property
     def _controller(self) -> EAFOController:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eafo_dynamic.activation import Site
 from eafo_dynamic.bank import Bank
 from eafo_dynamic.diagnostics import OutputEntropy, Record, describe_events, diagnostics, snapshot, to_rows
 from eafo_dynamic.errors import ConfigError, PatternError, SiteError
@@ -20,6 +19,7 @@ from eafo_dynamic.options import Options
 from eafo_dynamic.policy import Policy, make_policy, make_rules
 from eafo_dynamic.running import LossWatch, RunningDensity, make_estimator
 from eafo_dynamic.schedule import Schedule
+from eafo_dynamic.showing import SiteList
 from eafo_dynamic.sites import SiteReport, find_sites, matches
 from eafo_dynamic.statistics import dead_fractions, gather_ranks, moments, stack_samples
 from eafo_dynamic.surgery import unwrap, wrap
@@ -106,13 +106,13 @@ class EAFOController:
             eps.requires_grad_(policy.trains_eps)
         self._follows = torch.tensor([policy.follows_data for policy in self.policies])
         self._eps_before = self.bank.functions().eps
-        self._switch = self.sites[0].switch
+        self._switch = self.bank.sites[0].switch
         self._switch.backend = self.options.backend
         self._switch.collecting = self.schedule.collects(0)
 
     def _set_quota(self) -> None:
         collects = max(1, math.ceil(self.schedule.update_every_n_steps / self.schedule.collect_period))
-        for site in self.sites:
+        for site in self.bank.sites:
             site.collector.quota = math.ceil(self.options.samples_per_site / (collects * _world_size()))
 
     def reschedule(self, schedule: Schedule) -> None:
@@ -124,12 +124,10 @@ class EAFOController:
         self.schedule = schedule
         self._set_quota()
 
-    # ------------------------------------------------------------------ what others ask
-
     @property
-    def sites(self) -> list[Site]:
-        """The wrapped sites, in the order of the log."""
-        return self.bank.sites
+    def sites(self) -> SiteList:
+        """The wrapped sites, in the order of the log; shows as a table with their live state in a notebook."""
+        return SiteList(self.bank.sites, self.bank.states())
 
     @property
     def amplitudes(self) -> dict[str, nn.Parameter]:
@@ -157,7 +155,7 @@ class EAFOController:
         Returns:
             One row a site, as the log keeps them; see ``diagnostics.snapshot``.
         """
-        return snapshot([site.name for site in self.sites], self.bank.functions(), self._running.density)
+        return snapshot([site.name for site in self.bank.sites], self.bank.functions(), self._running.density)
 
     def detach(self) -> nn.Module:
         """Takes all corrections out of the model.
@@ -167,8 +165,6 @@ class EAFOController:
         """
         unwrap(self.model)
         return self.model
-
-    # ------------------------------------------------------------------ the training loop's calls
 
     def step(self, global_step: int, epoch: int = 0) -> list[Record]:
         """Call after each optimiser step (or after each micro-batch: only a changed step counts).
@@ -251,7 +247,7 @@ class EAFOController:
         columns.update(dead_fraction=dead, n_nonfinite=nonfinite)
         self._eps_before = new.eps
         events = describe_events(stats.n, usable, fraction, rolled_back, nonfinite, broken)
-        heads: list[Record] = [{"step": step, "epoch": epoch, "site": site.name} for site in self.sites]
+        heads: list[Record] = [{"step": step, "epoch": epoch, "site": site.name} for site in self.bank.sites]
         tails = [{"policy": policy.name, "event": event} for policy, event in zip(self.policies, events, strict=True)]
         rows = to_rows(heads, columns, tails)
         self.records.extend(rows)
@@ -264,7 +260,7 @@ class EAFOController:
             Samples of all sites and ranks, [S, n]; dead fractions and non-finite samples of this rank, [S].
         """
         device = self.bank.device
-        drained = [site.collector.drain() for site in self.sites]
+        drained = [site.collector.drain() for site in self.bank.sites]
         values = [sample.to(device) for sample, _ in drained]
         longest = max(sample.numel() for sample in values)
         padded = stack_samples(values, longest)
@@ -302,8 +298,6 @@ class EAFOController:
             rows.setdefault(policy, []).append(row)
         return list(rows.items())
 
-    # ------------------------------------------------------------------ checkpoint
-
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on where training stopped; tensors and primitives only.
 
@@ -313,14 +307,14 @@ class EAFOController:
         return {
             "rounds": self.rounds,
             "last_step": self._last_step,
-            "sites": [site.name for site in self.sites],
+            "sites": [site.name for site in self.bank.sites],
             "running": self._running.state_dict(),
             "gradient": self._gradient,
             "eps_before": self._eps_before,
             "losses": self._losses.state_dict(),
             "undo": None if self._undo is None else self._undo.tensors(),
             # each rank has its own sample, a checkpoint has one: several ranks collect anew after a resume
-            "pending": [site.collector.pending() for site in self.sites] if _world_size() == 1 else None,
+            "pending": [site.collector.pending() for site in self.bank.sites] if _world_size() == 1 else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -332,7 +326,7 @@ class EAFOController:
         Raises:
             SiteError: if the sites differ; the message lists them.
         """
-        names, saved = [site.name for site in self.sites], list(state["sites"])
+        names, saved = [site.name for site in self.bank.sites], list(state["sites"])
         if names != saved:
             missing = ", ".join(sorted(set(saved) - set(names))) or "none"
             extra = ", ".join(sorted(set(names) - set(saved))) or "none"
@@ -352,7 +346,7 @@ class EAFOController:
                 self.bank.functions(), **{name: value.to(self.bank.device) for name, value in state["undo"].items()}
             )
         )
-        for site, pending in zip(self.sites, state["pending"] or [], strict=False):
+        for site, pending in zip(self.bank.sites, state["pending"] or [], strict=False):
             site.collector.restore(pending, self.bank.device)
         self._switch.collecting = self.schedule.collects(self._last_step)
 

@@ -365,6 +365,8 @@ def test_the_users_generator_is_not_advanced(tmp_path: Path) -> None:
         ({"lr": -1.0}, ConfigError, "lr=-1.0"),
         ({"lr": 1.0, "lr_multiple": 2.0}, ConfigError, "lr_multiple=2.0"),
         ({"weight_decay": -1.0}, ConfigError, "weight_decay=-1.0"),
+        ({"log_sites": ["epsilon"]}, ConfigError, "log_sites='epsilon'.*eps"),
+        ({"log_figures": True, "save_log": False}, ConfigError, "log_figures=True"),
     ],
 )
 def test_bad_options(tmp_path: Path, options: dict[str, Any], error: type[EAFOError], words: str) -> None:
@@ -392,6 +394,50 @@ def test_snapshots_of_the_functions_are_kept(tmp_path: Path) -> None:
     (site, *_) = callback.controller.sites
     corrected = F.gelu(z) + site.correction(callback.controller.model.get_submodule("body.1"), z)
     torch.testing.assert_close(torch.tensor(last["function"]), corrected.detach(), atol=1e-5, rtol=0)
+
+
+def test_sites_and_figures_reach_the_loggers_on_request(tmp_path: Path) -> None:
+    tensorboard = TensorBoardLogger(str(tmp_path), name="tb")
+    table = CSVLogger(str(tmp_path), name="csv")
+    callback = EAFOCallback(update_every_n_steps=2, log_sites=["eps", "entropy"], log_figures=True, verbose=False)
+    trainer(tmp_path, callback, logger=[tensorboard, table]).fit(Net(), loader())
+    header = (tmp_path / "csv/version_0/metrics.csv").read_text().splitlines()[0].split(",")
+    assert {f"eafo/{column}/{site}" for column in ("eps", "entropy") for site in SITES} <= set(header)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tb/version_0"))
+    events.Reload()
+    assert [image.step for image in events.Images("eafo/functions")] == [1, 2, 6]
+    assert "eafo/eps/body.1" in events.Tags()["scalars"]
+
+
+def test_callback_plots_its_own_log(tmp_path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    callback = EAFOCallback(update_every_n_steps=2, verbose=False)
+    with pytest.raises(EAFOError, match="no correction log yet"):
+        callback.plot()
+    fit(tmp_path, callback)
+    for what in ("heatmap", "functions", "ranking"):
+        figure = callback.plot(what)
+        assert figure.axes or figure.subfigs
+        matplotlib.pyplot.close(figure)
+
+
+def test_history_and_sites_show_as_tables(tmp_path: Path) -> None:
+    callback = EAFOCallback(update_every_n_steps=6, verbose=False)
+    fit(tmp_path, callback)
+    html = callback.history._repr_html_()
+    assert html.count("<tr>") == 1 + 9
+    assert "body.2.relu#1" in html
+    assert callback.controller is not None
+    assert "eps=" in callback.controller.sites._repr_html_()
+    from rich.console import Console
+
+    console = Console(width=200, file=__import__("io").StringIO())
+    console.print(callback.history, callback.controller.sites)
+    assert "body.2.relu#0" in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_history_before_and_after(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ _TRAINING = {
     "test": "run the test loop on a checkpoint",
     "predict": "run the prediction loop on a checkpoint",
 }
-_INSPECTION = ("log", "sites", "rank", "shape")
+_INSPECTION = ("log", "sites", "rank", "shape", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

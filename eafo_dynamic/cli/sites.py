@@ -28,7 +28,9 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("model", help="package.module:callable that returns the model, for example my_project.net:make")
     parser.add_argument(
-        "--shape", type=_shape, help="run a forward on zeros of this shape, for example 2,3,32,32, to see shared and functional calls"
+        "--shape",
+        type=_shape,
+        help="run a forward on zeros of this shape, for example 2,3,32,32, to see shared and functional calls",
     )
     parser.add_argument("--target-modules", nargs="+", help="as in EAFOCallback")
     parser.add_argument("--exclude-modules", nargs="+", help="as in EAFOCallback")

@@ -1,0 +1,93 @@
+"""Whole training steps of three kinds of models, with the corrections and without."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eafo_dynamic.bake import merge
+from eafo_dynamic.benchmark.timing import milliseconds, paired
+from eafo_dynamic.controller import EAFOController
+from eafo_dynamic.experiments import GPT, ResNet, VisionTransformer
+
+__all__ = ["step_cases"]
+
+
+def _models(quick: bool) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
+    """Models with a batch of inputs and targets each."""
+    torch.manual_seed(0)
+    classes = torch.randint(0, 10, (64,))
+    if quick:
+        images = torch.randn(16, 3, 32, 32)
+        return {
+            "small ResNet": (ResNet(width=8, depths=[1, 1]), images, classes[:16]),
+            "small ViT": (VisionTransformer(dim=48, depth=2), images, classes[:16]),
+        }
+    tokens = torch.randint(0, 256, (8, 128))
+    images = torch.randn(64, 3, 32, 32)
+    return {
+        "ResNet-18, 32x32, batch 64": (ResNet(width=64, depths=[2, 2, 2, 2]), images, classes),
+        "ViT-Tiny, 32x32, batch 16": (VisionTransformer(), images[:16], classes[:16]),
+        "GPT, 12 layers of 128": (GPT(dim=128, depth=12, heads=4), tokens, tokens),
+        "digits ViT, 8x8, batch 64": (
+            VisionTransformer(8, 2, 1, dim=64, depth=4, heads=4, mlp_ratio=2.0),
+            images[:, :1, :8, :8],
+            classes,
+        ),
+    }
+
+
+def _step(
+    model: nn.Module, x: Tensor, y: Tensor, controller: EAFOController | None = None
+) -> tuple[Callable[[], None], list[int]]:
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    count = [0]
+
+    def step() -> None:
+        loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        count[0] += 1
+        if controller is not None:
+            controller.step(count[0])
+
+    return step, count
+
+
+def step_cases(quick: bool) -> Iterator[dict[str, Any]]:
+    """CPU time of a step with default options over that of the plain model; rounds are added at their share."""
+    for name, (model, x, y) in _models(quick).items():
+        pairs = 3 if quick else (41 if "digits" in name else 9)
+        plain, _ = _step(model, x, y)
+        ours = copy.deepcopy(model)
+        controller = EAFOController.attach(ours)
+        step, count = _step(ours, x, y, controller)
+        found = paired(step, plain, pairs, cpu=True)
+        for site in controller.sites:
+            site.collector.drain()
+        period = controller.options.update_every_n_steps
+        count[0] = period * (count[0] // period + 1) - 2
+        controller.collecting = True
+        for _ in range(1 if quick else 3):
+            step()
+            count[0] -= 1
+        share = milliseconds(lambda controller=controller: controller.update(1), 3) / period / found.beside_ms
+        spread = {"low": found.low + share, "high": found.high + share, "ms": found.ms, "beside_ms": found.beside_ms}
+        row = {"beside": "plain", "unit": "x", **spread}
+        yield {"case": name, "value": found.ratio + share, "target": 1.03, **row, "round_share": share}
+        yield _frozen(name, model, x, y, pairs)
+
+
+def _frozen(name: str, model: nn.Module, x: Tensor, y: Tensor, pairs: int) -> dict[str, Any]:
+    ours = copy.deepcopy(model)
+    EAFOController.attach(ours)
+    merge(ours)
+    found = paired(_step(ours, x, y)[0], _step(model, x, y)[0], pairs, cpu=True)
+    spread = {"low": found.low, "high": found.high, "ms": found.ms, "beside_ms": found.beside_ms}
+    return {"case": f"{name}, merged", "beside": "plain", "value": found.ratio, "unit": "x", "target": 1.01, **spread}

@@ -1,0 +1,113 @@
+"""Two things timed in alternation, and the memory that a backward keeps."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Paired", "kept_bytes", "milliseconds", "paired"]
+
+_LEAST = 2e-3  # seconds: what is shorter is repeated within one measurement
+
+
+class Paired(NamedTuple):
+    """Two things measured in alternation.
+
+    Args:
+        ms: median time of the first, in milliseconds.
+        beside_ms: median time of the second.
+        ratio: median of the pairs' ratios, first over second.
+        low: first quartile of the ratios.
+        high: third quartile of the ratios.
+    """
+
+    ms: float
+    beside_ms: float
+    ratio: float
+    low: float
+    high: float
+
+
+def paired(first: Callable[[], object], second: Callable[[], object], pairs: int, *, cpu: bool = False) -> Paired:
+    """Times two functions in alternation, the order changing from pair to pair.
+
+    Each is run once untimed before it is timed, so that neither pays for what the other has left in the caches.
+
+    Args:
+        first: what is measured.
+        second: what it is held against.
+        pairs: number of pairs, at least 2.
+        cpu: whether to count the process's CPU time in place of the time on the clock, for what takes long while other
+            jobs run.
+
+    Returns:
+        Medians and quartiles.
+    """
+    clock = time.process_time if cpu else time.perf_counter
+    times: tuple[list[float], list[float]] = [], []
+    repeats = [_repeats(function) for function in (first, second)]
+    for pair in range(pairs):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            function = (first, second)[which]
+            if not cpu:
+                function()
+            start = clock()
+            for _ in range(repeats[which]):
+                function()
+            times[which].append((clock() - start) / repeats[which])
+    ratios = [one / two for one, two in zip(*times, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    mine, other = (1e3 * statistics.median(each) for each in times)
+    return Paired(mine, other, middle, low, high)
+
+
+def _repeats(function: Callable[[], object]) -> int:
+    function()
+    start = time.perf_counter()
+    function()
+    return max(1, round(_LEAST / max(time.perf_counter() - start, 1e-7)))
+
+
+def milliseconds(function: Callable[[], object], runs: int) -> float:
+    """Median time of a function by itself.
+
+    Args:
+        function: what is measured.
+        runs: how many times.
+
+    Returns:
+        Milliseconds of CPU time.
+    """
+    times: list[float] = []
+    for _ in range(runs):
+        start = time.process_time()
+        function()
+        times.append(time.process_time() - start)
+    return 1e3 * statistics.median(times)
+
+
+def kept_bytes(function: Callable[[], Tensor]) -> int:
+    """Bytes that the autograd graph of a result keeps for its backward, each memory counted once.
+
+    Args:
+        function: makes the result.
+
+    Returns:
+        Bytes.
+    """
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    del result
+    return sum(kept.values())
