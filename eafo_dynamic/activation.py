@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eafo_dynamic.bases import Base, as_base
 from eafo_dynamic.correction import HALF_WIDTH, correction_shape, is_closed_form, tabulate
 from eafo_dynamic.density import Density, Gaussian
-from eafo_dynamic.kernels import Backend, Known, Terms, corrected, correction, known_module, resolve_backend
+from eafo_dynamic.kernels import Backend, Known, Terms, corrected, corrected_, correction, known_module, resolve_backend
 from eafo_dynamic.statistics import Collector
 
 __all__ = ["CRReLU", "CorrectedActivation", "Form", "Site", "Switch", "register", "shape_table", "standard_normal"]
@@ -78,10 +78,12 @@ class Switch:
 
 @dataclass(eq=False)
 class Site:
-    """One corrected call. Its tensors are registered on its host, so they train, move and are saved with the model:
-    parameter ``eafo_<index>_eps`` (0-dim, or one a channel), buffers ``eafo_<index>_shape`` (mu, sigma),
-    ``eafo_<index>_table`` (ghat, where it has no closed form) and ``eafo_<index>_offset`` (what earlier rounds have
-    settled, where corrections compound).
+    """One corrected call.
+
+    Its tensors are registered on its host, so they train, move and are saved with the model: parameter
+    ``eafo_<index>_eps`` (0-dim, or one a channel), buffers ``eafo_<index>_shape`` (mu, sigma), ``eafo_<index>_table``
+    (ghat, where it has no closed form) and ``eafo_<index>_offset`` (what earlier rounds have settled, where corrections
+    compound).
 
     Args:
         name: the site's name, as in the report of ``find_sites``.
@@ -253,10 +255,7 @@ def _corrected(
     backend: Backend = "auto",
 ) -> Tensor:
     """base(z) + c(z); z itself, overwritten, if inplace."""
-    if not inplace:
-        return corrected(z, base, terms(z), known, backend)
-    kept = z.clone()  # the backward needs what is about to be overwritten
-    return z.copy_(corrected(kept, lambda x: base(x.clone()), terms(kept), known, backend))
+    return (corrected_ if inplace else corrected)(z, base, terms(z), known, backend)
 
 
 def _recomputing() -> bool:

@@ -7,7 +7,7 @@
 """
 
 from eafo_dynamic.kernels.formula import MAX_U, correction, ghat_closed_form, ghat_table
-from eafo_dynamic.kernels.fused import BACKENDS, Backend, check_backend, corrected, resolve_backend
+from eafo_dynamic.kernels.fused import BACKENDS, Backend, check_backend, corrected, corrected_, resolve_backend
 from eafo_dynamic.kernels.known import Known, known_function, known_module
 from eafo_dynamic.kernels.terms import Terms
 
@@ -19,6 +19,7 @@ __all__ = [
     "Terms",
     "check_backend",
     "corrected",
+    "corrected_",
     "correction",
     "ghat_closed_form",
     "ghat_table",

@@ -18,7 +18,7 @@ from eafo_dynamic.kernels.known import NOTHING, Known
 from eafo_dynamic.kernels.native import native_kernel
 from eafo_dynamic.kernels.terms import Terms, is_dense
 
-__all__ = ["BACKENDS", "Backend", "check_backend", "corrected", "resolve_backend"]
+__all__ = ["BACKENDS", "Backend", "check_backend", "corrected", "corrected_", "resolve_backend"]
 
 Backend = Literal["auto", "eager", "native"]
 BACKENDS: tuple[Backend, ...] = ("auto", "eager", "native")
@@ -114,6 +114,36 @@ def corrected(
     return c if known is not None else base(z) + c
 
 
+def corrected_(
+    z: Tensor,
+    base: Callable[[Tensor], Tensor],
+    terms: Terms,
+    known: Known | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The same function, written over z, as bases that work in place do.
+
+    Args:
+        z: pre-activations, any shape, floating point; f(z) afterwards.
+        base: the base function; it may overwrite its argument.
+        terms: amplitude, shape and tables.
+        known: the same base with its derivative, where that is known.
+        backend: what to compute plain CPU tensors with.
+
+    Returns:
+        z.
+    """
+    kernel = None if known is None else _kernel_for(z, terms, backend)
+    if kernel is None or known is None:
+        kept = z.clone()  # the backward needs what is about to be overwritten
+        return z.copy_(corrected(kept, lambda x: base(x.clone()), terms, known, backend))
+    if torch.is_grad_enabled() and (z.requires_grad or terms.eps.requires_grad):
+        result: Tensor = _CorrectedInPlace.apply(z, *terms, known, kernel)  # pyright: ignore[reportAssignmentType]
+        return result
+    _overwrite(z, z.clone(), terms, known, kernel)
+    return z
+
+
 def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
     """The back end for these tensors; None where they are not plain, dense ones on the CPU."""
     eps = terms.eps
@@ -144,6 +174,13 @@ def _forward(z: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> Tensor:
     out = known.value(z) if inside is None else torch.empty_like(z)
     kernel.add(out, z, terms, inside)
     return out
+
+
+def _overwrite(z: Tensor, kept: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> None:
+    inside = _inside(known, terms, kernel)
+    if inside is None:
+        z.copy_(known.value(kept))
+    kernel.add(z, kept, terms, inside)
 
 
 class _Corrected(torch.autograd.Function):
@@ -179,6 +216,33 @@ class _Corrected(torch.autograd.Function):
         out = ctx.known.gradient(grad, z) if inside is None else torch.empty_like(z)
         grad_eps = ctx.kernel.add_gradient(out, grad, z, terms, inside)
         return out if by_z else None, grad_eps if by_eps else None, *[None] * 6
+
+
+class _CorrectedInPlace(torch.autograd.Function):
+    """f(z) written over z; keeps a copy of z for the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        eps: Tensor,
+        shape: Tensor,
+        table: Tensor | None,
+        offset: Tensor | None,
+        half_width: float,
+        known: Known,
+        kernel: _Kernel,
+    ) -> Tensor:
+        kept = z.clone()
+        ctx.half_width, ctx.known, ctx.kernel = half_width, known, kernel
+        ctx.mark_dirty(z)
+        ctx.save_for_backward(kept, eps, shape, table, offset)
+        _overwrite(z, kept, Terms(eps, shape, table, offset, half_width), known, kernel)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _Corrected.backward(ctx, *grads)
 
 
 def _is_plain(grad: Tensor, z: Tensor) -> bool:
