@@ -508,7 +508,7 @@ def test_per_channel_amplitudes_learn_apart() -> None:
 
 
 def test_per_channel_without_an_example_says_what_to_do() -> None:
-    with pytest.raises(SiteError, match="1: one amplitude a channel needs the shape .* example"):
+    with pytest.raises(SiteError, match=r"1: one amplitude a channel needs the shape .* example"):
         EAFOController.attach(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), per_channel=True)
 
 

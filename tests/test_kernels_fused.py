@@ -21,6 +21,7 @@ from eafo_dynamic.kernels import (
     Terms,
     check_backend,
     corrected,
+    corrected_,
     known_function,
     known_module,
     native,
@@ -185,6 +186,38 @@ def test_second_derivatives_in_single_are_those_of_the_formula(backend: Backend)
         return torch.autograd.grad(first[0].square().sum() + first[1], (z, given.eps))
 
     actual = twice(corrected(z, F.silu, given, known_module(nn.SiLU()), backend))
+    torch.testing.assert_close(actual, twice(by_formula(z, nn.SiLU(), given)), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("base", [nn.ReLU(inplace=True), nn.Mish(inplace=True), nn.PReLU(), nn.Hardtanh()], ids=str)
+def test_in_place_is_the_same_function_written_over_its_input(
+    base: nn.Module, table: Tensor | None, backend: Backend
+) -> None:
+    z, given = points(6, 50).requires_grad_(), terms(0.3, table)
+    overwritten = z.view(3, 100) * 1.0
+    out = corrected_(overwritten[:, 50:], base, given, known_module(base), backend)
+    assert out.data_ptr() == overwritten[:, 50:].data_ptr()
+    expected = by_formula((z.view(3, 100)[:, 50:] * 1.0).clone(), base, given)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(gradients(out, z, given.eps), gradients(expected, z, given.eps), rtol=1e-5, atol=1e-4)
+    whole = points(6, 50).requires_grad_() * 1.0
+    kept = whole.detach().clone()
+    assert corrected_(whole, base, given, known_module(base), backend) is whole
+    with torch.no_grad():
+        assert corrected_(kept, base, given, known_module(base), backend) is kept
+    assert_same_bits(kept, whole.detach())
+    whole.sum().backward()
+
+
+def test_in_place_can_be_differentiated_twice(backend: Backend) -> None:
+    z, given, known = points(60).requires_grad_(), terms(), known_module(nn.SiLU())
+
+    def twice(out: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(out.square().sum(), (z, given.eps), create_graph=True)
+        return torch.autograd.grad(first[0].square().sum() + first[1], (z, given.eps))
+
+    actual = twice(corrected_(z * 1.0, F.silu, given, known, backend))
     torch.testing.assert_close(actual, twice(by_formula(z, nn.SiLU(), given)), rtol=1e-4, atol=1e-3)
 
 

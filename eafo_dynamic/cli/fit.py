@@ -55,7 +55,8 @@ def train(argv: Sequence[str] | None) -> int:
 
 def _quieten() -> None:
     """Leaves out what third parties say about themselves: their advertisements and their own deprecations."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip: For" not in str(record.msg))
+    speaker = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    speaker.addFilter(lambda record: "Tip: For" not in str(record.msg))
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # the data on board is in memory
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse|lightning")

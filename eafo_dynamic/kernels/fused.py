@@ -138,7 +138,8 @@ def corrected_(
         kept = z.clone()  # the backward needs what is about to be overwritten
         return z.copy_(corrected(kept, lambda x: base(x.clone()), terms, known, backend))
     if torch.is_grad_enabled() and (z.requires_grad or terms.eps.requires_grad):
-        result: Tensor = _CorrectedInPlace.apply(z, *terms, known, kernel)  # pyright: ignore[reportAssignmentType]
+        # the copy is an input of its own, so that a second derivative finds its way through it
+        result: Tensor = _CorrectedInPlace.apply(z.clone(), z, *terms, known, kernel)  # pyright: ignore[reportAssignmentType]
         return result
     _overwrite(z, z.clone(), terms, known, kernel)
     return z
@@ -205,25 +206,30 @@ class _Corrected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        z, *tensors = ctx.saved_tensors
-        terms = Terms(*tensors, ctx.half_width)
-        by_z, by_eps = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() or not _is_plain(grad, z):
-            return (*_traceable(z, terms, ctx.known, grad, by_z, by_eps), *[None] * 6)
-        if grad.stride() != z.stride():
-            grad = torch.empty_like(z).copy_(grad)
-        inside = _inside(ctx.known, terms, ctx.kernel)
-        out = ctx.known.gradient(grad, z) if inside is None else torch.empty_like(z)
-        grad_eps = ctx.kernel.add_gradient(out, grad, z, terms, inside)
-        return out if by_z else None, grad_eps if by_eps else None, *[None] * 6
+        return (*_gradients(ctx, grad, *ctx.needs_input_grad[:2]), *[None] * 6)
+
+
+def _gradients(ctx: Any, grad: Tensor, by_z: bool, by_eps: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients by z and eps, each where it is needed."""
+    z, *tensors = ctx.saved_tensors
+    terms = Terms(*tensors, ctx.half_width)
+    if torch.is_grad_enabled() or not _is_plain(grad, z):
+        return _traceable(z, terms, ctx.known, grad, by_z, by_eps)
+    if grad.stride() != z.stride():
+        grad = torch.empty_like(z).copy_(grad)
+    inside = _inside(ctx.known, terms, ctx.kernel)
+    out = ctx.known.gradient(grad, z) if inside is None else torch.empty_like(z)
+    grad_eps = ctx.kernel.add_gradient(out, grad, z, terms, inside)
+    return out if by_z else None, grad_eps if by_eps else None
 
 
 class _CorrectedInPlace(torch.autograd.Function):
-    """f(z) written over z; keeps a copy of z for the backward."""
+    """f(z) written over z, of which there is a copy for the backward."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        kept: Tensor,
         z: Tensor,
         eps: Tensor,
         shape: Tensor,
@@ -233,7 +239,6 @@ class _CorrectedInPlace(torch.autograd.Function):
         known: Known,
         kernel: _Kernel,
     ) -> Tensor:
-        kept = z.clone()
         ctx.half_width, ctx.known, ctx.kernel = half_width, known, kernel
         ctx.mark_dirty(z)
         ctx.save_for_backward(kept, eps, shape, table, offset)
@@ -242,7 +247,10 @@ class _CorrectedInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _Corrected.backward(ctx, *grads)
+        (grad,) = grads
+        by_kept, _, by_eps = ctx.needs_input_grad[:3]
+        by_z, by_amplitude = _gradients(ctx, grad, by_kept, by_eps)
+        return by_z, None, by_amplitude, *[None] * 6
 
 
 def _is_plain(grad: Tensor, z: Tensor) -> bool:
