@@ -140,6 +140,17 @@ class Site:
             host._buffers.pop(key, None)
             vars(host).pop(key, None)
 
+    def _tensors(self, host: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        if torch.compiler.is_compiling():
+            eps, shape, table, offset = (getattr(host, key) for key in self.keys)
+            return eps, shape, table, offset
+        # a module's own __getattr__ takes ten times as long as a look where it looks
+        parameters, buffers = host._parameters, host._buffers
+        first, *others = self.keys
+        eps = parameters[first] if first in parameters else getattr(host, first)
+        shape, table, offset = (buffers[key] if key in buffers else getattr(host, key) for key in others)
+        return eps, shape, table, offset  # pyright: ignore[reportReturnType]
+
     def terms(self, host: nn.Module, z: Tensor) -> Terms:
         """The operands of the site's correction term.
 
@@ -150,7 +161,7 @@ class Site:
         Returns:
             Eps, shape and tables.
         """
-        eps, shape, table, offset = (getattr(host, key) for key in self.keys)
+        eps, shape, table, offset = self._tensors(host)
         return Terms(_per_channel(eps, z), shape, table, offset, HALF_WIDTH)
 
     def correction(self, host: nn.Module, z: Tensor) -> Tensor:
@@ -179,7 +190,7 @@ class Site:
             return False
         if not self.switch.enabled:
             return True
-        eps, _, _, offset = (getattr(host, key) for key in self.keys)
+        eps, _, _, offset = self._tensors(host)
         if offset is not None or (eps.requires_grad and torch.is_grad_enabled()):
             return False
         return self._is_zero(eps)

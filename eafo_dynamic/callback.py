@@ -24,7 +24,7 @@ from eafo_dynamic.records import CorrectionLog, LogWriter
 from eafo_dynamic.schedule import steps_of_epochs
 from eafo_dynamic.showing import History, Reporter
 from eafo_dynamic.sites import SiteReport, find_sites
-from eafo_dynamic.surgery import is_wrapped
+from eafo_dynamic.surgery import is_wrapped, put_back, take_off
 from eafo_dynamic.version import package_versions
 
 __all__ = ["EAFOCallback"]
@@ -173,8 +173,10 @@ class EAFOCallback(Callback):
         _check_order(self, trainer)
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()
+        earlier = take_off(pl_module)  # of another callback's fit
         report = self._find(trainer, pl_module)
         self._attach(pl_module, report)
+        put_back(pl_module, earlier)
         if self.verbose and trainer.is_global_zero:
             _print(report)
 
@@ -239,7 +241,7 @@ class EAFOCallback(Callback):
             self._earlier_log = self._resumed.get("log")
             self._resumed = None
         folder = self._log_folder(trainer)
-        if self.save_log and trainer.is_global_zero and not _is_fast_dev_run(trainer):
+        if self.save_log and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             about = {
                 "model": type(pl_module).__name__,
                 "packages": package_versions(),
@@ -317,6 +319,12 @@ class EAFOCallback(Callback):
         if self._writer is not None and controller.rounds and controller.rounds & (controller.rounds - 1):
             self._writer.write_shapes(trainer.global_step, controller.snapshot())
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stops collecting and closes the log, also when a run is interrupted by hand."""
+        if self.controller is not None:
+            self.controller.collecting = False
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Closes the log; the model keeps its corrections."""
         vars(pl_module).pop("on_load_checkpoint", None)
@@ -375,10 +383,6 @@ class _LoadListener:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _LoadListener:
         return self  # a copied module must not copy the callback
-
-
-def _is_fast_dev_run(trainer: Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def _print(report: SiteReport) -> None:

@@ -22,7 +22,7 @@ from eafo_dynamic.schedule import Schedule
 from eafo_dynamic.showing import SiteList
 from eafo_dynamic.sites import SiteReport, find_sites, matches
 from eafo_dynamic.statistics import dead_fractions, gather_ranks, moments, stack_samples
-from eafo_dynamic.surgery import unwrap, wrap
+from eafo_dynamic.surgery import put_back, take_off, unwrap, wrap
 from eafo_dynamic.update import Functions, bounded_move, compounded, refreshed
 
 __all__ = ["EAFOController", "Record"]
@@ -75,7 +75,7 @@ class EAFOController:
 
     @classmethod
     def attach(cls, model: nn.Module, *example_args: Any, **options: Any) -> EAFOController:
-        """Wraps a model and returns its controller.
+        """Wraps a model and returns its controller; one that is wrapped already keeps the corrections it has learned.
 
         Args:
             model: any module.
@@ -86,7 +86,10 @@ class EAFOController:
             The controller; call ``step(global_step)`` after each optimiser step.
         """
         checked = Options(**options)
-        return cls(model, checked, find_sites(model, *example_args, selection=checked.selection))
+        earlier = take_off(model)
+        controller = cls(model, checked, find_sites(model, *example_args, selection=checked.selection))
+        put_back(model, earlier)
+        return controller
 
     def _assign_policies(self) -> list[Policy]:
         rules = make_rules(self.options.policy)

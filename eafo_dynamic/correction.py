@@ -298,10 +298,9 @@ def _evaluate(table: Tensor, u: Tensor, half_width: float, order: Literal[0, 1])
     t = safe - index
     where = index.long().expand(*table.shape[:-2], u.shape[-1])
     if table.dim() > 2:
-        where = where + intervals * torch.arange(math.prod(table.shape[:-2]), device=u.device).view(*table.shape[:-2], 1)
+        site = torch.arange(math.prod(table.shape[:-2]), device=u.device)
+        where = where + intervals * site.view(*table.shape[:-2], 1)
     # from one row of all sites: a lookup along one dimension is several times faster than a gather along the last
-    a0, a1, a2, a3 = (
-        row.reshape(-1).index_select(0, where.reshape(-1)).view(where.shape) for row in table.unbind(-2)
-    )
+    a0, a1, a2, a3 = (row.reshape(-1).index_select(0, where.reshape(-1)).view(where.shape) for row in table.unbind(-2))
     value = a0 + t * (a1 + t * (a2 + t * a3)) if order == 0 else (a1 + t * (2 * a2 + t * 3 * a3)) * per_unit
     return torch.where(inside, value, 0.0)

@@ -179,14 +179,14 @@ def _units(chunk: _Chunk) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _kept_units(shape: tuple[int, ...], count: int, channels_last: bool, device: torch.device) -> Tensor:
-    place = _kept_spread(math.prod(shape), count, device)
-    dim = 1 if len(shape) >= 4 else len(shape) - 1
+    place, sizes = _kept_spread(math.prod(shape), count, device), list(shape)
+    dim = 1 if len(sizes) >= 4 else len(sizes) - 1
     if dim < 0:
         return place
     if channels_last:  # the places count along dimension 1 first
-        shape = (shape[0], *shape[2:], shape[1])
-        dim = len(shape) - 1 if dim == 1 else dim - 1
-    return (place // math.prod(shape[dim + 1 :])) % shape[dim]
+        sizes.append(sizes.pop(1))
+        dim = len(sizes) - 1 if dim == 1 else dim - 1
+    return (place // math.prod(sizes[dim + 1 :])) % sizes[dim]
 
 
 def dead_fraction(values: Tensor, units: Tensor, per_unit: int = 8) -> float:

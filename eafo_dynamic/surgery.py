@@ -8,11 +8,11 @@ the calls in each of its forwards, from zero, so that recomputation under activa
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eafo_dynamic.activation import Form, Site, Switch
 from eafo_dynamic.bases import Base, as_base
@@ -26,7 +26,9 @@ __all__ = [
     "hosted_sites",
     "is_wrapped",
     "plain_view",
+    "put_back",
     "site_source",
+    "take_off",
     "unwrap",
     "wrap",
 ]
@@ -216,3 +218,42 @@ def disabled(model: nn.Module) -> Generator[nn.Module]:
     finally:
         for switch, enabled in zip(switches, before, strict=True):
             switch.enabled = enabled
+
+
+def take_off(model: nn.Module) -> dict[str, Tensor]:
+    """Unwraps a model but remembers its corrections, so that it can be searched and wrapped anew.
+
+    Args:
+        model: wrapped or not.
+
+    Returns:
+        The sites' tensors by their keys in the state_dict; empty for a model that is not wrapped.
+    """
+    own = {id(host): {key for site in sites for key in site.keys} for host, sites in _by_host(model).items()}
+    state = {
+        f"{name}.{key}" if name else key: tensor.detach().clone()
+        for name, module in model.named_modules()
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        if key in own.get(id(module), ())
+    }
+    unwrap(model)
+    return state
+
+
+def put_back(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Gives the sites of a newly wrapped model the corrections that it had before, where site and form are the same.
+
+    Args:
+        model: wrapped.
+        state: from ``take_off``.
+    """
+    present = model.state_dict()
+    fitting = {key: value for key, value in state.items() if key in present and present[key].shape == value.shape}
+    model.load_state_dict(fitting, strict=False)
+
+
+def _by_host(model: nn.Module) -> dict[nn.Module, list[Site]]:
+    hosts: dict[nn.Module, list[Site]] = {}
+    for host, site in hosted_sites(model):
+        hosts.setdefault(host, []).append(site)
+    return hosts

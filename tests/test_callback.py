@@ -396,6 +396,35 @@ def test_snapshots_of_the_functions_are_kept(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(last["function"]), corrected.detach(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("again", ["same callback", "new callback"])
+def test_a_second_fit_goes_on_with_the_same_sites(tmp_path: Path, again: str) -> None:
+    net = Net()
+    first = EAFOCallback(update_every_n_steps=3, verbose=False)
+    trainer(tmp_path, first).fit(net, loader())
+    eps = {name: p.item() for name, p in net.named_parameters() if "eafo_" in name}
+    second = first if again == "same callback" else EAFOCallback(update_every_n_steps=3, verbose=False)
+    trainer(tmp_path, second).fit(net, loader())
+    now = {name: p.item() for name, p in net.named_parameters() if "eafo_" in name}
+    assert now.keys() == eps.keys()
+    assert all(now[name] != eps[name] for name in eps)
+    for version in ("version_0", "version_1"):
+        assert CorrectionLog.load(tmp_path / "run" / version).steps == [1, 3, 6, 9, 12]
+
+
+def test_an_interrupted_run_leaves_a_clean_model(tmp_path: Path) -> None:
+    class Break(Callback):
+        def on_before_backward(self, *args: Any) -> None:
+            raise RuntimeError("out of patience")
+
+    net = Net()
+    callback = EAFOCallback(verbose=False)
+    with pytest.raises(RuntimeError, match="patience"):
+        trainer(tmp_path, callback, Break()).fit(net, loader())
+    assert callback.controller is not None
+    assert not callback.controller.collecting
+    assert "on_load_checkpoint" not in vars(net)
+
+
 def test_sites_and_figures_reach_the_loggers_on_request(tmp_path: Path) -> None:
     tensorboard = TensorBoardLogger(str(tmp_path), name="tb")
     table = CSVLogger(str(tmp_path), name="csv")

@@ -15,7 +15,7 @@ from eafo_dynamic.activation import CorrectedActivation as Corrected
 from eafo_dynamic.activation import CRReLU
 from eafo_dynamic.benchmark.peers import Pade, ThreeLineCRReLU, hook_statistics, observer
 from eafo_dynamic.benchmark.steps import step_cases
-from eafo_dynamic.benchmark.timing import kept_bytes, milliseconds, paired
+from eafo_dynamic.benchmark.timing import kept_bytes, milliseconds, paired, settle_allocator
 from eafo_dynamic.controller import EAFOController
 from eafo_dynamic.kernels import Terms, corrected, known_module, native, resolve_backend
 from eafo_dynamic.sites import find_sites
@@ -38,7 +38,7 @@ def _compare(
 ) -> Row:
     found = paired(first, second, pairs)
     more = {"low": found.low, "high": found.high, "ms": found.ms, "beside_ms": found.beside_ms}
-    return _row(case, beside, found.ratio, target, **more)
+    return _row(case, beside, found.ratio, target, "x", **more)
 
 
 def _both_ways(module: Callable[[Tensor], Tensor], z: Tensor, grad: Tensor) -> Callable[[], None]:
@@ -73,6 +73,8 @@ def activation_cases(quick: bool) -> Iterator[Row]:
     three = _both_ways(ThreeLineCRReLU(), z, grad)
     closed, backend = _both_ways(CRReLU(), z, grad), resolve_backend("auto")
     is_native = backend == "native"
+    for each in (silu, gelu, three, closed):
+        each()
     yield _compare(f"CRReLU, {backend}", "SiLU", closed, silu, pairs, 1.25 if is_native else None)
     yield _compare(f"CRReLU, {backend}", "three-line CRReLU", closed, three, pairs, 0.15 if is_native else 0.6)
     eager = _both_ways(_Eager(CRReLU()), z, grad)
@@ -216,6 +218,7 @@ def run_benchmark(
         The rows, each with its group.
     """
     rows: list[Row] = []
+    settle_allocator()
     for name in only or GROUPS:
         for row in GROUPS[name](quick):
             rows.append({"group": name, **row})

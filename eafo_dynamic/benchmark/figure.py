@@ -28,12 +28,13 @@ def draw(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
     overs = list(dict.fromkeys(row["over"] for row in growth))
     with drawing(LIGHT):
         height = 0.24 * len(ratios) + 1.2 + (2.4 if growth else 0.0)
-        figure = plt.figure(figsize=(7.5, max(height, 3.0)), layout="constrained")
-        parts = figure.subfigures(2, 1, height_ratios=[height - 2.4, 2.4]) if growth else [figure]
-        _bars(parts[0].subplots(), ratios)
-        if growth:
-            for axes, over in zip(parts[1].subplots(1, len(overs), squeeze=False)[0], overs, strict=True):
-                _line(axes, over, [row for row in growth if row["over"] == over])
+        figure = plt.figure(figsize=(6.5, max(height, 3.0)), layout="constrained")
+        grid = figure.add_gridspec(2, max(len(overs), 1), height_ratios=[height - 2.4, 2.4 if growth else 1e-3])
+        if ratios:
+            _bars(figure.add_subplot(grid[0, :]), ratios)
+        for column, over in enumerate(overs):
+            axes = figure.add_subplot(grid[1, column])
+            _line(axes, over, [row for row in growth if row["over"] == over])
         save(figure, path)
 
 
@@ -59,6 +60,6 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 def _line(axes: Axes, over: str, rows: Sequence[dict[str, Any]]) -> None:
     axes.plot([row["at"] for row in rows], [row["value"] for row in rows], marker="o")
     axes.set_xscale("log")
-    axes.set_yscale("symlog", linthresh=10.0)
+    axes.set_yscale("log")
     axes.set_xlabel(over)
     axes.set_ylabel("us a site and step")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Paired", "kept_bytes", "milliseconds", "paired"]
+__all__ = ["Paired", "kept_bytes", "milliseconds", "paired", "settle_allocator"]
 
 _LEAST = 2e-3  # seconds: what is shorter is repeated within one measurement
 
@@ -71,6 +71,15 @@ def _repeats(function: Callable[[], object]) -> int:
     start = time.perf_counter()
     function()
     return max(1, round(_LEAST / max(time.perf_counter() - start, 1e-7)))
+
+
+def settle_allocator() -> None:
+    """Brings the C library's allocator into the state that it has in a training run.
+
+    glibc hands blocks back to the system, and pays for fresh pages each time, until it has seen a large one go; then
+    it keeps blocks of that size. Whichever came first would otherwise pay for all.
+    """
+    torch.empty(31 << 18).zero_()  # just under the 32 MiB from which on it always asks the system
 
 
 def milliseconds(function: Callable[[], object], runs: int) -> float:

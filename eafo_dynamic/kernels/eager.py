@@ -91,7 +91,8 @@ def _shape(terms: Terms, z: Tensor, size: int) -> _Bell | _Table:
 def _offset(terms: Terms, z: Tensor, size: int) -> _Table | None:
     if terms.offset is None:
         return None
-    return _Table(terms.offset, terms.half_width, *terms.shape.tolist(), z, size, careful=True)
+    mu, sigma = terms.shape.tolist()
+    return _Table(terms.offset, terms.half_width, mu, sigma, z, size, careful=True)
 
 
 class _Bell:

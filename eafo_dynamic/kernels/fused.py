@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.kernels.eager import EagerKernel
@@ -206,13 +207,15 @@ class _Corrected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        return (*_gradients(ctx, grad, *ctx.needs_input_grad[:2]), *[None] * 6)
+        by_z, by_eps = ctx.needs_input_grad[:2]
+        return (*_gradients(ctx, grad, by_z, by_eps), *[None] * 6)
 
 
 def _gradients(ctx: Any, grad: Tensor, by_z: bool, by_eps: bool) -> tuple[Tensor | None, Tensor | None]:
     """Gradients by z and eps, each where it is needed."""
     z, *tensors = ctx.saved_tensors
-    terms = Terms(*tensors, ctx.half_width)
+    eps, shape, table, offset = tensors
+    terms = Terms(eps, shape, table, offset, ctx.half_width)
     if torch.is_grad_enabled() or not _is_plain(grad, z):
         return _traceable(z, terms, ctx.known, grad, by_z, by_eps)
     if grad.stride() != z.stride():
@@ -255,7 +258,7 @@ class _CorrectedInPlace(torch.autograd.Function):
 
 def _is_plain(grad: Tensor, z: Tensor) -> bool:
     """Whether the gradient is a tensor with memory of its own: not one of a transform or of a batch of gradients."""
-    batched = torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._are_functorch_transforms_active()
+    batched = is_legacy_batchedtensor(grad) or torch._C._are_functorch_transforms_active()
     return type(grad) in _PLAIN and grad.dtype == z.dtype and not batched
 
 

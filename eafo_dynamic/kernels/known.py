@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ _ATEN: Any = torch.ops.aten
 _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  # alpha, scale; as in torch
 
 
-class Known(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Known:
     """A base function and the gradient that torch's autograd would compute for it, bit for bit.
 
     Args:

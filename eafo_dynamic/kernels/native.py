@@ -82,9 +82,7 @@ class NativeKernel:
         """
         self._forward(z.data_ptr(), out.data_ptr(), z.numel(), *_arguments(terms, inside, z.numel()))
 
-    def add_gradient(
-        self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None
-    ) -> Tensor:
+    def add_gradient(self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> Tensor:
         """Adds grad * c'(z) to the base's gradient, in place.
 
         Args:
