@@ -17,7 +17,7 @@ from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError, LogError, SiteError
 from eafo_dynamic.example import example_run
 from eafo_dynamic.kernels import Backend
-from eafo_dynamic.manifest import CHECKPOINT_KEY, manifest, report_from_manifest, wrap_from_manifest
+from eafo_dynamic.manifest import CHECKPOINT_KEY, LoadListener, manifest, report_from_manifest, wrap_from_manifest
 from eafo_dynamic.optim import check_group, own_group
 from eafo_dynamic.policy import Policy, Rule
 from eafo_dynamic.records import CorrectionLog, LogWriter
@@ -167,7 +167,7 @@ class EAFOCallback(Callback):
 
         For other stages the model stays as it is, unless a checkpoint with corrections is about to be restored.
         """
-        vars(pl_module)["on_load_checkpoint"] = _LoadListener(self, pl_module)
+        vars(pl_module)["on_load_checkpoint"] = LoadListener(pl_module, self.adopt)
         if stage != "fit" or (self.controller is not None and self.controller.model is pl_module):
             return
         _check_order(self, trainer)
@@ -184,7 +184,7 @@ class EAFOCallback(Callback):
         self.controller = EAFOController(pl_module, self.options, report)
         self.controller.collecting = False
 
-    def adopt(self, pl_module: LightningModule, saved: dict[str, Any]) -> None:
+    def adopt(self, pl_module: Any, saved: dict[str, Any]) -> None:
         """Wraps a model as a checkpoint lists it, just before its weights are restored.
 
         Args:
@@ -362,27 +362,6 @@ class EAFOCallback(Callback):
         if self.controller is None:
             raise SiteError("EAFOCallback has not wrapped a model yet: its setup hook did not run.")
         return self.controller
-
-
-class _LoadListener:
-    """Stands before a module's own ``on_load_checkpoint``, the one hook that sees a checkpoint before its weights load.
-
-    Args:
-        callback: who is told.
-        module: whose hook it is.
-    """
-
-    def __init__(self, callback: EAFOCallback, module: LightningModule) -> None:
-        self.callback = callback
-        self.module = module
-
-    def __call__(self, checkpoint: dict[str, Any]) -> None:
-        if CHECKPOINT_KEY in checkpoint:
-            self.callback.adopt(self.module, checkpoint[CHECKPOINT_KEY])
-        type(self.module).on_load_checkpoint(self.module, checkpoint)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _LoadListener:
-        return self  # a copied module must not copy the callback
 
 
 def _print(report: SiteReport) -> None:

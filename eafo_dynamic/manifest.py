@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,14 @@ from eafo_dynamic.errors import SiteError
 from eafo_dynamic.sites import FoundSite, SiteReport
 from eafo_dynamic.surgery import wrap
 
-__all__ = ["CHECKPOINT_KEY", "apply_from_checkpoint", "manifest", "report_from_manifest", "wrap_from_manifest"]
+__all__ = [
+    "CHECKPOINT_KEY",
+    "LoadListener",
+    "apply_from_checkpoint",
+    "manifest",
+    "report_from_manifest",
+    "wrap_from_manifest",
+]
 
 CHECKPOINT_KEY = "eafo"
 
@@ -111,3 +118,29 @@ def apply_from_checkpoint(model: nn.Module, checkpoint: str | Path | Mapping[str
     wrap_from_manifest(model, checkpoint[CHECKPOINT_KEY])
     model.load_state_dict(checkpoint["state_dict"])
     return model
+
+
+class LoadListener:
+    """Stands before a LightningModule's own ``on_load_checkpoint``, which sees a checkpoint before its weights load.
+
+    Args:
+        module: whose hook it is.
+        adopt: called with the module and the checkpoint's manifest, where it has one.
+    """
+
+    def __init__(self, module: Any, adopt: Callable[[Any, dict[str, Any]], None]) -> None:
+        self.module = module
+        self.adopt = adopt
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        """Adopts the checkpoint's sites, then runs the module's own hook.
+
+        Args:
+            checkpoint: as Lightning has loaded it.
+        """
+        if CHECKPOINT_KEY in checkpoint:
+            self.adopt(self.module, checkpoint[CHECKPOINT_KEY])
+        type(self.module).on_load_checkpoint(self.module, checkpoint)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadListener:
+        return self  # a copied module must not copy the callback

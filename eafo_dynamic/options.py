@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eafo_dynamic.checks import at_least, number
 from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.kernels import Backend, check_backend
+from eafo_dynamic.kernels import Backend, check_backend, resolve_backend
 from eafo_dynamic.policy import Policy, Rule, make_rules
 from eafo_dynamic.running import make_estimator
 from eafo_dynamic.schedule import Schedule, TrustRegion
@@ -78,7 +78,8 @@ class Options:
         if self.filter_fn is not None and not callable(self.filter_fn):
             mend = "Give a function of (module, FQN) that says whether to wrap."
             raise ConfigError("filter_fn", self.filter_fn, "not a function", mend)
-        check_backend(self.backend)
+        if check_backend(self.backend) == "native":
+            resolve_backend("native")  # an error where there is no compiler
         _ = (self.selection, self.schedule, make_rules(self.policy), make_estimator(self.density))
         self.trust_region.check_start(self.eps_init)
         if self.compounding and abs(self.eps_init) > self.max_eps / 2:

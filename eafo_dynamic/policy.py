@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -45,9 +45,8 @@ class Policy(ABC):
         """Weight of the entropy gradient in eps.grad."""
         return 0.0
 
-    @abstractmethod
     def move(self, eps: Tensor, gradient: Tensor) -> Tensor:
-        """Eps after an update round, before the trust region bounds it.
+        """Eps after an update round, before the trust region bounds it; by default the optimiser's alone.
 
         Args:
             eps: amplitudes before, shape [sites], no unit.
@@ -56,6 +55,7 @@ class Policy(ABC):
         Returns:
             Amplitudes after, shape [sites].
         """
+        return eps
 
 
 @final
@@ -66,14 +66,6 @@ class Static(Policy):
     name = "static"
     follows_data = False
 
-    def move(self, eps: Tensor, gradient: Tensor) -> Tensor:
-        """Leaves eps to the optimiser.
-
-        Returns:
-            eps.
-        """
-        return eps
-
 
 @final
 @dataclass(frozen=True)
@@ -81,14 +73,6 @@ class Learned(Policy):
     """The shape follows the data, eps is learned by the task loss."""
 
     name = "learned"
-
-    def move(self, eps: Tensor, gradient: Tensor) -> Tensor:
-        """Leaves eps to the optimiser.
-
-        Returns:
-            eps.
-        """
-        return eps
 
 
 @final
@@ -154,14 +138,6 @@ class Hybrid(Policy):
         """Weight of the entropy gradient in eps.grad."""
         return self.weight
 
-    def move(self, eps: Tensor, gradient: Tensor) -> Tensor:
-        """Leaves eps to the optimiser.
-
-        Returns:
-            eps.
-        """
-        return eps
-
 
 @final
 @dataclass(frozen=True)
@@ -171,14 +147,6 @@ class Frozen(Policy):
     name = "frozen"
     follows_data = False
     trains_eps = False
-
-    def move(self, eps: Tensor, gradient: Tensor) -> Tensor:
-        """Leaves eps alone.
-
-        Returns:
-            eps.
-        """
-        return eps
 
 
 @dataclass(frozen=True)

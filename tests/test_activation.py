@@ -141,7 +141,9 @@ def test_repr_shows_the_live_state() -> None:
     assert "eps=-0.5000" in repr(activation)
     model = nn.Sequential(nn.ReLU(inplace=True))
     wrap(model)
-    assert repr(model[0]) == f"ReLU(inplace=True, eps=+0.0100, mu=+0.000, sigma=1.000, backend={resolve_backend('auto')})"
+    assert (
+        repr(model[0]) == f"ReLU(inplace=True, eps=+0.0100, mu=+0.000, sigma=1.000, backend={resolve_backend('auto')})"
+    )
 
 
 def test_state_of_channels_shows_their_mean() -> None:

@@ -249,6 +249,8 @@ def test_a_plain_checkpoint_loads_into_a_wrapped_model_and_back(tmp_path: Path) 
     wrapped.load_state_dict(plain.state_dict())
     kept = {key: value for key, value in wrapped.state_dict().items() if "eafo_" not in key}
     plain.load_state_dict(kept)
+    assert all(torch.equal(value, wrapped.state_dict()[key]) for key, value in plain.state_dict().items())
+    assert len(wrapped.state_dict()) > len(kept)
 
 
 def test_another_models_checkpoint_is_refused_with_a_readable_difference(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
+from eafo_dynamic.controller import EAFOController
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.kernels import (
     Backend,
@@ -23,12 +24,14 @@ from eafo_dynamic.kernels import (
     check_backend,
     corrected,
     corrected_,
+    fused,
     known_function,
     known_module,
     native,
     resolve_backend,
 )
 from eafo_dynamic.kernels.formula import correction
+from eafo_dynamic.options import Options
 
 BACKENDS: list[Backend] = ["eager", "native"]
 BASES = [
@@ -324,6 +327,26 @@ def test_names_of_back_ends() -> None:
     with pytest.raises(ConfigError, match="cuda"):
         check_backend("cuda")
     assert resolve_backend("eager") == "eager"
+
+
+def test_a_forced_back_end_computes_and_shows(backend: Backend) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 1))
+    controller = EAFOController.attach(model, backend=backend, eps_init=0.2)
+    assert repr(model).count(f"backend={backend}") == 2 and controller.backend == backend
+    assert controller.options.primitives()["backend"] == backend
+    used: list[str] = []
+    kernel = native.native_kernel() if backend == "native" else fused._EAGER
+    assert kernel is not None
+    add = kernel.add
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "add", lambda *args: used.append(backend) or add(*args))
+        model(torch.randn(8, 4))
+    assert used == [backend] * 2
+
+
+def test_an_unknown_back_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match="backend='gpu'"):
+        Options(backend="gpu")  # pyright: ignore[reportArgumentType]
 
 
 WITHOUT_COMPILER = """

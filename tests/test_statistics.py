@@ -21,7 +21,15 @@ from scipy import stats as scipy_stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eafo_dynamic.statistics import Collector, Moments, dead_fraction, gather_ranks, moments, stack_samples
+from eafo_dynamic.statistics import (
+    Collector,
+    Moments,
+    dead_fraction,
+    dead_fractions,
+    gather_ranks,
+    moments,
+    stack_samples,
+)
 
 
 def sample(z: Tensor, quota: int = 1024) -> tuple[Tensor, Tensor]:
@@ -393,6 +401,28 @@ def test_dead_fraction_needs_enough_samples_a_unit() -> None:
     assert dead_fraction(torch.ones(80), torch.arange(10).repeat(8)) == 0.0
     assert dead_fraction(torch.zeros(80), torch.arange(10).repeat(8)) == 1.0
     assert math.isnan(dead_fraction(torch.empty(0), torch.empty(0, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("far", [1, 1 << 22], ids=["few units", "units with large numbers"])
+def test_dead_fractions_of_all_sites_are_those_of_each(far: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    units = torch.randint(0, 12, (5, 400), generator=generator)
+    values = torch.randn(5, 400, generator=generator) - units.float() / 3
+    values[0, ::3] = math.nan
+    values[1] = math.nan
+    values[2, 20:] = math.nan  # fewer than 8 a unit
+    values[3] = -values[3].abs()
+    found = dead_fractions(values, units * far)
+    for row in range(5):
+        known = ~values[row].isnan()
+        fired = {int(u) for u, v in zip(units[row][known], values[row][known], strict=True) if v > 0}
+        present = {int(u) for u in units[row][known]}
+        if known.sum() < 8 * len(present) or not present:
+            assert found[row].isnan()
+        else:
+            assert found[row] == pytest.approx(1 - len(fired) / len(present))
+    assert found[3] == 1.0 and found[1].isnan() and found[2].isnan() and 0 < found[4] < 1
+    assert dead_fractions(torch.empty(3, 0), torch.empty(3, 0, dtype=torch.long)).isnan().all()
 
 
 def test_dead_fraction_does_not_count_what_is_no_number() -> None:

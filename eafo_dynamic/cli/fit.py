@@ -107,4 +107,3 @@ def _nearest(owner: str | None, option: str) -> str:
     known = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
     near = difflib.get_close_matches(option, known, n=1)
     return f"Did you mean {near[0]!r}?" if near else f"Options are: {', '.join(known)}."
-

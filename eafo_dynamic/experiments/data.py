@@ -196,9 +196,7 @@ class TabularData(_ScikitData):
     ) -> None:
         super().__init__(batch_size, seed, split_seed, val_fraction, test_fraction, num_workers)
         if name not in get_args(TabularName):
-            raise ConfigError(
-                "name", name, "no such table", f"Use one of {', '.join(get_args(TabularName))}."
-            )
+            raise ConfigError("name", name, "no such table", f"Use one of {', '.join(get_args(TabularName))}.")
         self.table = name
 
     def setup(self, stage: str) -> None:

@@ -40,9 +40,7 @@ class MLP(nn.Sequential):
         normalisation: Literal["none", "batch", "layer"] = "none",
     ) -> None:
         if normalisation != "none" and normalisation not in _NORMALISATIONS:
-            raise ConfigError(
-                "normalisation", normalisation, "no such normalisation", "Use none, batch or layer."
-            )
+            raise ConfigError("normalisation", normalisation, "no such normalisation", "Use none, batch or layer.")
         layers: list[nn.Module] = [nn.Flatten()]
         width = in_features
         for units in hidden:

@@ -27,9 +27,7 @@ class EpochSampler(DistributedSampler[Any]):
         rank: which of them this one is.
     """
 
-    def __init__(
-        self, population: int, seed: int, draws: int | None = None, replicas: int = 1, rank: int = 0
-    ) -> None:
+    def __init__(self, population: int, seed: int, draws: int | None = None, replicas: int = 1, rank: int = 0) -> None:
         # A DistributedSampler by type: Lightning leaves it alone under DDP instead of replacing it.
         super().__init__(range(population), num_replicas=replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
         self.population = population

@@ -53,9 +53,7 @@ class Task(LightningModule, ABC):
         ConfigError: for a learning rate, weight decay or warm-up that cannot work.
     """
 
-    def __init__(
-        self, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.05, warmup_steps: int = 50
-    ) -> None:
+    def __init__(self, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.05, warmup_steps: int = 50) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["model"])
         for option, value in {"weight_decay": weight_decay, "warmup_steps": warmup_steps}.items():
@@ -195,9 +193,7 @@ class Regressor(Task):
         warmup_steps: optimiser steps until the learning rate is at its largest.
     """
 
-    def __init__(
-        self, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.05, warmup_steps: int = 50
-    ) -> None:
+    def __init__(self, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.05, warmup_steps: int = 50) -> None:
         super().__init__(model, lr, weight_decay, warmup_steps)
         self.val_r2 = R2Score()
         self.test_r2 = R2Score()

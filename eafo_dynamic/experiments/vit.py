@@ -51,9 +51,7 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if patch_size < 1 or image_size % patch_size:
-            raise ConfigError(
-                "patch_size", patch_size, f"does not divide image_size={image_size}", "Choose a divisor."
-            )
+            raise ConfigError("patch_size", patch_size, f"does not divide image_size={image_size}", "Choose a divisor.")
         if pool not in ("cls", "mean"):
             raise ConfigError("pool", pool, "no such pooling", "Use cls or mean.")
         patches = (image_size // patch_size) ** 2
