@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import eafo_dynamic.experiments  # noqa: F401  (its classes can be named in YAML without a path)
+import eafo_dynamic.experiments  # noqa: F401  # pyright: ignore[reportUnusedImport] (YAML may name its classes without a path)
 from eafo_dynamic.errors import EAFOError
 
 __all__ = ["train"]
