@@ -442,6 +442,44 @@ def test_sites_and_figures_reach_the_loggers_on_request(tmp_path: Path) -> None:
     assert "eafo/eps/body.1" in events.Tags()["scalars"]
 
 
+class _Images:
+    """The part of WandbLogger's interface that takes figures."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, int]] = []
+
+    def log_image(self, key: str, images: list[Any], step: int) -> None:
+        assert images[0].get_size_inches().prod() > 0
+        self.sent.append((key, step))
+
+
+class _Runs:
+    """The part of MLFlowLogger's interface that takes figures."""
+
+    run_id = "a-run"
+
+    def __init__(self) -> None:
+        self.experiment = self
+        self.sent: list[tuple[str, str]] = []
+
+    def log_figure(self, run_id: str, figure: Any, artifact_file: str) -> None:
+        assert figure.get_size_inches().prod() > 0
+        self.sent.append((run_id, artifact_file))
+
+
+def test_figures_go_through_each_loggers_own_interface(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from eafo_dynamic.showing import log_figure
+
+    images, runs = _Images(), _Runs()
+    assert log_figure(images, "eafo/functions", Figure(), 7)
+    assert images.sent == [("eafo/functions", 7)]
+    assert log_figure(runs, "eafo/functions", Figure(), 7)
+    assert runs.sent == [("a-run", "eafo/functions-7.png")]
+    assert not log_figure(CSVLogger(str(tmp_path)), "eafo/functions", Figure(), 7)
+
+
 def test_callback_plots_its_own_log(tmp_path: Path) -> None:
     import matplotlib
 

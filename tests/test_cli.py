@@ -61,6 +61,26 @@ def test_every_configuration_trains_and_logs(
     assert saved["seed_everything"] is not None
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_view_reads_the_log_of_every_configuration(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    updates = "--trainer.callbacks.init_args.update_every_n_steps=1"
+    assert run(monkeypatch, tmp_path, *quick(config, updates)) == 0
+    site = CorrectionLog.load(tmp_path / "runs").sites[0]
+    capsys.readouterr()
+    for command in (["summary"], ["layers"], ["show", site], ["events"], ["layers", "--format", "md"]):
+        assert run(monkeypatch, tmp_path, "log", command[0], "runs", *command[1:]) == 0
+    assert site in capsys.readouterr().out.replace("\n", "")
+    for what in ("heatmap", "trajectories", "functions", "densities", "prediction", "ranking"):
+        assert run(monkeypatch, tmp_path, "log", "plot", "runs", "--what", what, "--out", f"{what}.png") == 0
+        assert (tmp_path / f"{what}.png").stat().st_size > 10_000
+    assert run(monkeypatch, tmp_path, "log", "report", "runs", "--out", "report.html") == 0
+    page = (tmp_path / "report.html").read_text()
+    assert site in page
+    assert "http://" not in page.replace("http://www.w3.org", ""), "nothing is fetched from elsewhere"
+
+
 def test_a_shared_relu_is_one_site_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(monkeypatch, tmp_path, *quick(ROOT / "configs/digits_resnet.yaml"))
     sites = CorrectionLog.load(tmp_path / "runs").sites
