@@ -25,7 +25,6 @@ from eafo_dynamic.schedule import steps_of_epochs
 from eafo_dynamic.showing import History, Reporter
 from eafo_dynamic.sites import SiteReport, find_sites
 from eafo_dynamic.surgery import is_wrapped, put_back, take_off
-from eafo_dynamic.version import package_versions
 
 __all__ = ["EAFOCallback"]
 
@@ -242,14 +241,7 @@ class EAFOCallback(Callback):
             self._resumed = None
         folder = self._log_folder(trainer)
         if self.save_log and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            about = {
-                "model": type(pl_module).__name__,
-                "packages": package_versions(),
-                "options": self.options.primitives(),
-                "backend": controller.backend,
-                **manifest(controller.report, **self.options.form),
-            }
-            self._writer = LogWriter(folder, about)
+            self._writer = LogWriter(folder, controller.about())
             self._log_path = self._writer.path
 
     def _log_folder(self, trainer: Trainer) -> Path:

@@ -15,15 +15,17 @@ from eafo_dynamic.bank import Bank
 from eafo_dynamic.diagnostics import OutputEntropy, Record, describe_events, diagnostics, snapshot, to_rows
 from eafo_dynamic.errors import ConfigError, PatternError, SiteError
 from eafo_dynamic.kernels import resolve_backend
+from eafo_dynamic.manifest import manifest
 from eafo_dynamic.options import Options
 from eafo_dynamic.policy import Policy, make_policy, make_rules
 from eafo_dynamic.running import LossWatch, RunningDensity, make_estimator
 from eafo_dynamic.schedule import Schedule
 from eafo_dynamic.showing import SiteList
 from eafo_dynamic.sites import SiteReport, find_sites, matches
-from eafo_dynamic.statistics import dead_fractions, gather_ranks, moments, stack_samples
+from eafo_dynamic.statistics import dead_fractions, gather_ranks, moments, stack_samples, world_size
 from eafo_dynamic.surgery import put_back, take_off, unwrap, wrap
 from eafo_dynamic.update import Functions, bounded_move, compounded, refreshed
+from eafo_dynamic.version import package_versions
 
 __all__ = ["EAFOController", "Record"]
 
@@ -108,6 +110,7 @@ class EAFOController:
         for eps, policy in zip(self.bank.eps, self.policies, strict=True):
             eps.requires_grad_(policy.trains_eps)
         self._follows = torch.tensor([policy.follows_data for policy in self.policies])
+        self._adds_gradient = any(policy.adds_gradient for policy in self.policies)
         self._eps_before = self.bank.functions().eps
         self._switch = self.bank.sites[0].switch
         self._switch.backend = self.options.backend
@@ -116,7 +119,7 @@ class EAFOController:
     def _set_quota(self) -> None:
         collects = max(1, math.ceil(self.schedule.update_every_n_steps / self.schedule.collect_period))
         for site in self.bank.sites:
-            site.collector.quota = math.ceil(self.options.samples_per_site / (collects * _world_size()))
+            site.collector.quota = math.ceil(self.options.samples_per_site / (collects * world_size()))
 
     def reschedule(self, schedule: Schedule) -> None:
         """Changes when rounds run.
@@ -160,6 +163,20 @@ class EAFOController:
         """
         return snapshot([site.name for site in self.bank.sites], self.bank.functions(), self._running.density)
 
+    def about(self) -> dict[str, Any]:
+        """What the correction log's manifest says of this run.
+
+        Returns:
+            The model's class, package versions, options, back end and sites; text and numbers only.
+        """
+        return {
+            "model": type(self.model).__name__,
+            "packages": package_versions(),
+            "options": self.options.primitives(),
+            "backend": self.backend,
+            **manifest(self.report, **self.options.form),
+        }
+
     def detach(self) -> nn.Module:
         """Takes all corrections out of the model.
 
@@ -202,7 +219,7 @@ class EAFOController:
         if self.schedule.frozen(global_step + 1):
             for eps in self.bank.eps:
                 eps.grad = None
-        elif self._gradient is not None:
+        elif self._adds_gradient and self._gradient is not None:
             for eps, policy, gradient in zip(self.bank.eps, self.policies, self._gradient, strict=True):
                 if policy.adds_gradient:
                     extra = (policy.adds_gradient * gradient).to(eps.dtype)
@@ -270,7 +287,7 @@ class EAFOController:
         units = torch.nn.utils.rnn.pad_sequence([each.to(device) for _, each in drained], batch_first=True)
         missing = torch.tensor([longest - sample.numel() for sample in values], device=device)
         nonfinite = (~padded.isfinite()).sum(1) - missing
-        width = math.ceil(self.options.samples_per_site / _world_size())
+        width = math.ceil(self.options.samples_per_site / world_size())
         stacked = padded if longest <= width else stack_samples(values, width)
         return gather_ranks(stacked, width), dead_fractions(padded, units), nonfinite
 
@@ -317,7 +334,7 @@ class EAFOController:
             "losses": self._losses.state_dict(),
             "undo": None if self._undo is None else self._undo.tensors(),
             # each rank has its own sample, a checkpoint has one: several ranks collect anew after a resume
-            "pending": [site.collector.pending() for site in self.bank.sites] if _world_size() == 1 else None,
+            "pending": [site.collector.pending() for site in self.bank.sites] if world_size() == 1 else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -352,8 +369,3 @@ class EAFOController:
         for site, pending in zip(self.bank.sites, state["pending"] or [], strict=False):
             site.collector.restore(pending, self.bank.device)
         self._switch.collecting = self.schedule.collects(self._last_step)
-
-
-def _world_size() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

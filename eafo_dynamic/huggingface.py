@@ -10,12 +10,10 @@ import torch
 
 from eafo_dynamic.controller import EAFOController
 from eafo_dynamic.errors import EAFOError
-from eafo_dynamic.manifest import manifest
 from eafo_dynamic.optim import check_group, own_group
 from eafo_dynamic.options import Options
 from eafo_dynamic.records import LogWriter
 from eafo_dynamic.sites import find_sites
-from eafo_dynamic.version import package_versions
 
 try:
     from transformers import TrainerCallback
@@ -94,13 +92,7 @@ class EAFOTrainerCallback(TrainerCallback):
         for note in notes:
             warnings.warn(f"EAFO: {note}", stacklevel=2)
         if state.is_world_process_zero:
-            about = {
-                "model": type(controller.model).__name__,
-                "packages": package_versions(),
-                "options": self.options.primitives(),
-                **manifest(controller.report, **self.options.form),
-            }
-            self._writer = LogWriter(Path(args.output_dir) / "eafo", about)
+            self._writer = LogWriter(Path(args.output_dir) / "eafo", controller.about())
         if state.global_step:
             self._resume(_checkpoint(args, state), state.global_step)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eafo_dynamic.density import Density, Gaussian, Histogram, gaussian, histogram
 from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.statistics import world_size
 
 __all__ = ["LossWatch", "RunningDensity", "make_estimator"]
 
@@ -116,9 +117,8 @@ def _mean_over_ranks(total: Tensor | float, count: int) -> float | None:
     """
     losses = torch.as_tensor(total, dtype=torch.float32)
     both = torch.stack([losses, torch.full_like(losses, count)])
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.all_reduce(both)
+    if world_size() > 1:
+        torch.distributed.all_reduce(both)
     value, number = both.tolist()
     return value / number if number else None
 

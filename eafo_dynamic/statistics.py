@@ -15,7 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Collector", "Moments", "dead_fraction", "dead_fractions", "gather_ranks", "moments", "stack_samples"]
+__all__ = [
+    "Collector",
+    "Moments",
+    "dead_fraction",
+    "dead_fractions",
+    "gather_ranks",
+    "moments",
+    "stack_samples",
+    "world_size",
+]
 
 
 def _spread(numel: int, count: int, device: torch.device) -> Tensor:
@@ -265,6 +274,16 @@ def _thin(values: Tensor, limit: int) -> Tensor:
     return values[_places(values.numel(), limit, values)]
 
 
+def world_size() -> int:
+    """Number of processes that train together.
+
+    Returns:
+        1 where there is no process group.
+    """
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 def gather_ranks(samples: Tensor, width: int) -> Tensor:
     """Samples of all ranks side by side, by one collective; every rank gets the same tensor.
 
@@ -275,13 +294,13 @@ def gather_ranks(samples: Tensor, width: int) -> Tensor:
     Returns:
         Shape [sites, ranks * width]; samples itself where there is one process.
     """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    ranks = world_size()
+    if ranks == 1:
         return samples
     mine = samples.new_full((samples.shape[0], width), math.nan)
     mine[:, : samples.shape[1]] = samples
-    everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(everyone, mine)
+    everyone = [torch.empty_like(mine) for _ in range(ranks)]
+    torch.distributed.all_gather(everyone, mine)
     return torch.cat(everyone, dim=-1)
 
 

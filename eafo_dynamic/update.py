@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from eafo_dynamic.bases import Base
-from eafo_dynamic.correction import HALF_WIDTH, KNOTS, _steepest, correction_shape, evaluate_table, tabulate
+from eafo_dynamic.correction import (
+    HALF_WIDTH,
+    KNOTS,
+    correction_shape,
+    evaluate_table,
+    faded_table,
+    steepest_slope,
+    tabulate,
+)
 from eafo_dynamic.density import Density
 from eafo_dynamic.kernels import ghat_closed_form, ghat_table
 from eafo_dynamic.schedule import TrustRegion
@@ -19,7 +27,6 @@ __all__ = ["Functions", "bounded_move", "compounded", "refreshed"]
 
 _FRACTIONS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 _LEAST_SIGMA = 1e-6  # z / sigma must not become 0 / 0 in float16
-_FADE = 1.0  # standard deviations over which a settled correction goes to zero at the ends of its table
 
 
 @dataclass(frozen=True)
@@ -220,15 +227,9 @@ def _settled(old: Functions, shape: Tensor, max_slope: float) -> Tensor:
         z = (shape[:, :1] + shape[:, 1:] * u).requires_grad_()
         c = old.correction(z)
         (slope,) = torch.autograd.grad(c.sum(), z)
-    value = c.detach() / shape[:, 1:]
     # where sigma has shrunk, c may be large still at the ends of the new table
-    t = ((HALF_WIDTH - u.abs()) / _FADE).clamp(0, 1)
-    fade, fade_slope = t * t * (3 - 2 * t), -u.sign() * 6 * t * (1 - t) / _FADE
-    value, slope = value * fade, (slope * fade + value * fade_slope) * step
-    v0, v1, d0, d1 = value[:, :-1], value[:, 1:], slope[:, :-1], slope[:, 1:]
-    rise = v1 - v0
-    table = torch.stack([v0, d0, 3 * rise - 2 * d0 - d1, d0 + d1 - 2 * rise], dim=1)
-    steepest = _steepest(table)[:, None, None] / step
+    table = faded_table(c.detach() / shape[:, 1:], slope)
+    steepest = steepest_slope(table)[:, None, None] / step
     return torch.where(steepest > max_slope, table * (max_slope / steepest), table).to(old.tables.dtype)
 
 

@@ -18,7 +18,7 @@ import pytest
 import reference
 import torch
 from fabricate import fabricate_run
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from figures import assert_inside
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -43,16 +43,6 @@ def run(*arguments: str) -> int:
 def rows(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
     assert run(*arguments, "--format", "json") == 0
     return json.loads(capsys.readouterr().out)
-
-
-def assert_inside(figure: Figure) -> None:
-    """Nothing is cut off by the edge of the picture: its border shows the ground only."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    assert (border == pixels[0, 0]).all()
-    assert (pixels != pixels[0, 0]).any()
 
 
 def texts(figure: Figure) -> str:
