@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from eafo_dynamic.benchmark import GROUPS, cases, paired, run_benchmark
+from eafo_dynamic.benchmark import GROUPS, limits, paired, run_benchmark
 from eafo_dynamic.benchmark.peers import Pade, ThreeLineCRReLU, hook_statistics, observer
-from eafo_dynamic.benchmark.timing import kept_bytes, milliseconds
+from eafo_dynamic.benchmark.timing import kept_bytes, milliseconds, peak_bytes
 from eafo_dynamic.cli import main
 from eafo_dynamic.cli.bench import GROUPS as NAMES
 
@@ -74,6 +74,21 @@ def test_kept_bytes_counts_each_memory_once() -> None:
     assert kept_bytes(lambda: torch.exp(z) * z) == 8000
 
 
+def test_peak_bytes_is_what_is_alive_at_one_time() -> None:
+    def chain() -> None:
+        a = torch.zeros(1 << 18)  # 1 MiB each
+        b = torch.exp(a)
+        del a
+        c = torch.exp(b)
+        d = torch.exp(c)
+        del b, c, d
+
+    assert peak_bytes(chain) == 3 << 20
+    kept: list[torch.Tensor] = []
+    assert peak_bytes(lambda: kept.append(torch.zeros(1 << 18))) == 1 << 20
+    assert peak_bytes(lambda: None) == 0
+
+
 def test_peers_are_what_they_are_called() -> None:
     x = torch.linspace(-3, 3, 61, dtype=torch.float64)
     pade = Pade().double()
@@ -107,7 +122,7 @@ def assert_rows_are_complete(rows: list[dict[str, Any]]) -> None:
             assert row["low"] <= row["high"]
 
 
-@pytest.mark.parametrize("group", ["activation", "memory", "statistics", "round", "start"])
+@pytest.mark.parametrize("group", ["activation", "memory", "floor", "statistics", "round", "start"])
 def test_quick_groups_measure(group: str) -> None:
     heard: list[str] = []
     rows = run_benchmark([group], True, lambda name, row: heard.append(row["case"]))
@@ -122,9 +137,11 @@ def test_quick_groups_of_whole_steps_measure(group: str) -> None:
 
 
 def test_the_input_alone_is_kept_for_the_backward() -> None:
-    kept = {row["case"]: row["value"] for row in cases.memory_cases(True)}
+    kept = {row["case"]: row["value"] for row in limits.memory_cases(True)}
     assert kept["kept by CRReLU"] <= 1.01 and kept["kept by GELU with a table"] <= 1.01
     assert kept["kept by three-line CRReLU"] > 3
+    assert kept["peak of a step with CRReLU"] <= 1.01 and kept["peak of a step with GELU with a table"] <= 1.01
+    assert kept["peak of a step with three-line CRReLU"] > 2
 
 
 def canned(quick: bool) -> Iterator[dict[str, Any]]:

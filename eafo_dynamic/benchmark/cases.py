@@ -6,62 +6,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.activation import CorrectedActivation as Corrected
 from eafo_dynamic.activation import CRReLU
+from eafo_dynamic.benchmark.limits import floor_cases, memory_cases
 from eafo_dynamic.benchmark.peers import Pade, ThreeLineCRReLU, hook_statistics, observer
+from eafo_dynamic.benchmark.rows import Eager, Row, both_ways, compare, row
 from eafo_dynamic.benchmark.steps import step_cases
-from eafo_dynamic.benchmark.timing import kept_bytes, milliseconds, paired, settle_allocator
+from eafo_dynamic.benchmark.timing import milliseconds, paired, settle_allocator
 from eafo_dynamic.controller import EAFOController
-from eafo_dynamic.kernels import Terms, corrected, known_module, native, resolve_backend
+from eafo_dynamic.kernels import native, resolve_backend
 from eafo_dynamic.sites import find_sites
 from eafo_dynamic.statistics import Collector
 from eafo_dynamic.surgery import unwrap, wrap
 
-__all__ = ["GROUPS", "Row", "run_benchmark"]
-
-Row = dict[str, Any]
-"""One measurement: group, case, beside, value (a ratio unless the unit says otherwise), low, high, ms, beside_ms, unit,
-target (what the value should not exceed)."""
-
-
-def _row(case: str, beside: str, value: float, target: float | None = None, unit: str = "x", **more: float) -> Row:
-    return {"case": case, "beside": beside, "value": value, "unit": unit, "target": target, **more}
-
-
-def _compare(
-    case: str, beside: str, first: Callable[[], object], second: Callable[[], object], pairs: int, target: float | None
-) -> Row:
-    found = paired(first, second, pairs)
-    more = {"low": found.low, "high": found.high, "ms": found.ms, "beside_ms": found.beside_ms}
-    return _row(case, beside, found.ratio, target, "x", **more)
-
-
-def _both_ways(module: Callable[[Tensor], Tensor], z: Tensor, grad: Tensor) -> Callable[[], None]:
-    """Forward and backward of a module, its parameters included."""
-    parameters = list(module.parameters()) if isinstance(module, nn.Module) else []
-
-    def run() -> None:
-        torch.autograd.grad(module(z), [z, *parameters], grad)
-
-    return run
-
-
-class _Eager(nn.Module):
-    """A corrected activation that must not use the compiled kernel."""
-
-    def __init__(self, inner: Corrected) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, z: Tensor) -> Tensor:
-        inner = self.inner
-        terms = Terms(inner.eps, inner.shape, inner.table, None, 8.0)
-        return corrected(z, inner.base, terms, known_module(inner.base), "eager")
+__all__ = ["GROUPS", "run_benchmark"]
 
 
 def activation_cases(quick: bool) -> Iterator[Row]:
@@ -69,34 +31,37 @@ def activation_cases(quick: bool) -> Iterator[Row]:
     n, pairs = (200_000, 5) if quick else (2_000_000, 21)
     z = torch.randn(n, generator=torch.Generator().manual_seed(0)).requires_grad_()
     grad = torch.randn(n, generator=torch.Generator().manual_seed(1))
-    silu, gelu = _both_ways(nn.SiLU(), z, grad), _both_ways(nn.GELU(), z, grad)
-    three = _both_ways(ThreeLineCRReLU(), z, grad)
-    closed, backend = _both_ways(CRReLU(), z, grad), resolve_backend("auto")
+    silu, gelu = both_ways(nn.SiLU(), z, grad), both_ways(nn.GELU(), z, grad)
+    three = both_ways(ThreeLineCRReLU(), z, grad)
+    closed, backend = both_ways(CRReLU(), z, grad), resolve_backend("auto")
     is_native = backend == "native"
     for each in (silu, gelu, three, closed):
         each()
-    yield _compare(f"CRReLU, {backend}", "SiLU", closed, silu, pairs, 1.25 if is_native else None)
-    yield _compare(f"CRReLU, {backend}", "three-line CRReLU", closed, three, pairs, 0.15 if is_native else 0.6)
-    eager = _both_ways(_Eager(CRReLU()), z, grad)
-    yield _compare("CRReLU, eager", "three-line CRReLU", eager, three, pairs, 0.6)
-    table = _both_ways(Corrected(nn.SiLU()), z, grad)
-    yield _compare(f"SiLU with a table, {backend}", "SiLU", table, silu, pairs, 2.0 if is_native else None)
-    table = _both_ways(Corrected(nn.GELU()), z, grad)
-    yield _compare(f"GELU with a table, {backend}", "GELU", table, gelu, pairs, None)
-    eager = _both_ways(_Eager(Corrected(nn.GELU())), z, grad)
-    yield _compare("GELU with a table, eager", "GELU", eager, gelu, pairs, None)
+    yield compare(f"CRReLU, {backend}", "SiLU", closed, silu, pairs, 1.25 if is_native else None)
+    yield compare(f"CRReLU, {backend}", "three-line CRReLU", closed, three, pairs, 0.15 if is_native else 0.6)
+    eager = both_ways(Eager(CRReLU()), z, grad)
+    yield compare("CRReLU, eager", "three-line CRReLU", eager, three, pairs, 0.6)
+    table = both_ways(Corrected(nn.SiLU()), z, grad)
+    yield compare(f"SiLU with a table, {backend}", "SiLU", table, silu, pairs, 2.0 if is_native else None)
+    table = both_ways(Corrected(nn.GELU()), z, grad)
+    yield compare(f"GELU with a table, {backend}", "GELU", table, gelu, pairs, None)
+    eager = both_ways(Eager(Corrected(nn.GELU())), z, grad)
+    yield compare("GELU with a table, eager", "GELU", eager, gelu, pairs, None)
     for name, module in (("ReLU", nn.ReLU()), ("GELU", nn.GELU()), ("PReLU", nn.PReLU()), ("Padé unit", Pade())):
-        yield _compare(name, "SiLU", _both_ways(module, z, grad), silu, pairs, None)
+        yield compare(name, "SiLU", both_ways(module, z, grad), silu, pairs, None)
+    yield from _other_cases(z.detach().view(-1, 100), grad.view(-1, 100), pairs)
 
 
-def memory_cases(quick: bool) -> Iterator[Row]:
-    """What the autograd graph keeps for the backward."""
-    z = torch.randn(1000, 1000).requires_grad_()
-    one = kept_bytes(lambda: nn.GELU()(z))
-    for name, module in (("CRReLU", CRReLU()), ("GELU with a table", Corrected(nn.GELU()))):
-        yield _row(f"kept by {name}", "GELU", kept_bytes(lambda module=module: module(z)) / one, 1.01)
-    yield _row("kept by three-line CRReLU", "GELU", kept_bytes(lambda: ThreeLineCRReLU()(z)) / one)
-    yield _row("kept by Padé unit", "GELU", kept_bytes(lambda: Pade()(z)) / one)
+def _other_cases(z: Tensor, grad: Tensor, pairs: int) -> Iterator[Row]:
+    """The same in half precision, and with one amplitude a channel."""
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        x, g = z.to(dtype).requires_grad_(), grad.to(dtype)
+        silu = both_ways(nn.SiLU(), x, g)
+        channels = CRReLU()
+        channels.eps = nn.Parameter(torch.full(z.shape[1:], 0.01))
+        if dtype != torch.float32:
+            yield compare(f"CRReLU, {name}", f"SiLU, {name}", both_ways(CRReLU(), x, g), silu, pairs, None)
+        yield compare(f"CRReLU, {name}, per channel", f"SiLU, {name}", both_ways(channels, x, g), silu, pairs, None)
 
 
 def statistics_cases(quick: bool) -> Iterator[Row]:
@@ -110,12 +75,12 @@ def statistics_cases(quick: bool) -> Iterator[Row]:
             collector.observe(z)
             collector._newest = None  # the chain is not what is measured
 
-        yield _row(f"collect from 10^{exponent}", "", 1e3 * milliseconds(observe, 101), 60.0, "us")
+        yield row(f"collect from 10^{exponent}", "", 1e3 * milliseconds(observe, 101), 60.0, "us")
     z = torch.randn(1000, 100)
     theirs = observer()
     if theirs is not None:
-        yield _row("HistogramObserver, 10^5", "", 1e3 * milliseconds(lambda: theirs(z), 11), None, "us")
-    yield _row("forward hook, 10^5", "", 1e3 * milliseconds(lambda: hook_statistics(z), 11), None, "us")
+        yield row("HistogramObserver, 10^5", "", 1e3 * milliseconds(lambda: theirs(z), 11), None, "us")
+    yield row("forward hook, 10^5", "", 1e3 * milliseconds(lambda: hook_statistics(z), 11), None, "us")
 
 
 def _chain(sites: int, width: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -124,14 +89,16 @@ def _chain(sites: int, width: int, activation: type[nn.Module] = nn.ReLU) -> nn.
 
 
 def _filled_round(sites: int, activation: type[nn.Module], samples: int = 4096) -> Callable[[], None]:
-    model = _chain(sites, 8, activation)
-    controller = EAFOController.attach(model)
-    z = torch.randn(sites, samples // 64, 64)
+    controller = EAFOController.attach(_chain(sites, 8, activation))
+    collectors = [site.collector for site in controller.sites]
+    for collector, z in zip(collectors, torch.randn(sites, samples // 64, 64), strict=True):
+        collector.quota = samples
+        collector.observe(z)
+    chunks = [collector.pending() for collector in collectors]
 
     def run() -> None:
-        for row, site in zip(z, controller.sites, strict=True):
-            site.collector.quota = samples
-            site.collector.observe(row)
+        for collector, chunk in zip(collectors, chunks, strict=True):  # collecting has a row of its own
+            collector.restore(chunk, torch.device("cpu"))
         controller.update(1)
 
     return run
@@ -144,7 +111,7 @@ def round_cases(quick: bool) -> Iterator[Row]:
         run = _filled_round(sites, activation)
         run()
         target = None if quick else 10.0
-        yield _row(f"update round, {sites} sites, {name}", "", milliseconds(run, runs), target, "ms")
+        yield row(f"update round, {sites} sites, {name}", "", milliseconds(run, runs), target, "ms")
 
 
 def start_cases(quick: bool) -> Iterator[Row]:
@@ -156,13 +123,13 @@ def start_cases(quick: bool) -> Iterator[Row]:
         wrap(model, find_sites(model))
         unwrap(model)
 
-    yield _row(f"find, wrap and unwrap {sites} sites", "", milliseconds(start, 3) / 1e3, 1.0, "s")
+    yield row(f"find, wrap and unwrap {sites} sites", "", milliseconds(start, 3) / 1e3, 1.0, "s")
     compiler = native._compiler()
     if compiler is not None:
         with tempfile.TemporaryDirectory() as folder:
             begin = time.perf_counter()
             native._library(compiler, Path(folder))
-            yield _row("compile the kernel, once a machine", "", time.perf_counter() - begin, 2.0, "s")
+            yield row("compile the kernel, once a machine", "", time.perf_counter() - begin, 2.0, "s")
 
 
 def _training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -190,12 +157,13 @@ def growth_cases(quick: bool) -> Iterator[Row]:
         found = paired(_training_step(ours, x), _training_step(plain, x), 5 if quick else 11, cpu=True)
         more = {"low": found.low, "high": found.high, "ms": found.ms, "beside_ms": found.beside_ms}
         extra = 1e3 * (found.ms - found.beside_ms) / sites
-        yield {**_row(f"{over} {value}", "plain", extra, None, "us/site", **more), "over": over, "at": value}
+        yield {**row(f"{over} {value}", "plain", extra, None, "us/site", **more), "over": over, "at": value}
 
 
 GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "activation": activation_cases,
     "memory": memory_cases,
+    "floor": floor_cases,
     "statistics": statistics_cases,
     "round": round_cases,
     "start": start_cases,
@@ -220,8 +188,8 @@ def run_benchmark(
     rows: list[Row] = []
     settle_allocator()
     for name in only or GROUPS:
-        for row in GROUPS[name](quick):
-            rows.append({"group": name, **row})
+        for found in GROUPS[name](quick):
+            rows.append({"group": name, **found})
             if progress is not None:
                 progress(name, rows[-1])
     return rows

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Paired", "kept_bytes", "milliseconds", "paired", "settle_allocator"]
+__all__ = ["Paired", "kept_bytes", "milliseconds", "paired", "peak_bytes", "settle_allocator"]
 
 _LEAST = 2e-3  # seconds: what is shorter is repeated within one measurement
 
@@ -120,3 +121,21 @@ def kept_bytes(function: Callable[[], Tensor]) -> int:
         result = function()
     del result
     return sum(kept.values())
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most memory for tensors that a function has taken at one time, beyond what there is before it.
+
+    Args:
+        function: what is measured; it is run once before.
+
+    Returns:
+        Bytes, counted by torch's profiler at every allocation.
+    """
+    function()
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        function()
+    results: Any = profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)

@@ -31,9 +31,9 @@ class EagerKernel:
             terms: the other operands, on the CPU.
 
         Returns:
-            Whether z is float32 or float64.
+            Whether z is float32 or float64, and there is one amplitude for all.
         """
-        return z.dtype in (torch.float32, torch.float64)
+        return z.dtype in (torch.float32, torch.float64) and not terms.eps.dim()
 
     @staticmethod
     def add(out: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> None:
@@ -106,7 +106,7 @@ class _Bell:
         """Z - mu, no further from 0 than MAX_U sigma, and exp(-u^2 / 2)."""
         centred, bell = self.room[:, : z.numel()]
         reach = MAX_U * self.sigma
-        torch.sub(z, self.mu, out=centred).clamp_(-reach, reach)
+        torch.sub(z, self.mu, out=centred).clamp_(-reach, reach).nan_to_num_(nan=0.0)  # the base passes a NaN on
         # exp2 is vectorised by torch itself and takes a third of the time of exp
         torch.mul(centred, centred, out=bell).mul_(-_HALF_LOG2_E / self.sigma**2).exp2_()
         return centred, bell

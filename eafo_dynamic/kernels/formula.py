@@ -67,7 +67,8 @@ def ghat_table(u: Tensor, table: Tensor, half_width: float) -> tuple[Tensor, Ten
 def _ghat(z: Tensor, shape: Tensor, table: Tensor | None, half_width: float) -> tuple[Tensor, Tensor]:
     mu, sigma = shape.unbind()
     if table is None:
-        return ghat_closed_form((z - mu) / sigma)
+        # a NaN gets no correction: the base passes it on, and the gradient by eps does not see it
+        return ghat_closed_form(((z - mu) / sigma).nan_to_num(nan=0.0))
     # a place among hundreds of intervals needs more digits than a half precision number has
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
     value, slope = ghat_table((wide - mu) / sigma, table, half_width)
@@ -123,9 +124,35 @@ class _Correction(torch.autograd.Function):
                 total = total + _ghat(z, shape, offset, ctx.half_width)[1]
             grad_z = _neutral_zeros(grad * total, eps)
         if ctx.needs_input_grad[1]:
-            share = (grad * value).sum_to_size(eps.shape) if eps.dim() else (grad * value).sum()
+            # a sum over a batch is soon too large for half precision
+            wide = torch.promote_types(z.dtype, torch.float32)
+            share = (grad * value).sum_to_size(eps.shape) if eps.dim() else (grad * value).sum(dtype=wide)
             grad_eps = (share * shape[1]).to(eps.dtype)
         return grad_z, grad_eps, None, None, None, None
+
+
+class _CorrectionInBothModes(_Correction):
+    """The same, differentiable in forward mode too; torch.compile takes no function with a rule for that."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Correction.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:5])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        z, eps, shape, table, offset = ctx.saved_tensors
+        along_z, along_eps, *_ = tangents
+        value, slope = _ghat(z, shape, table, ctx.half_width)
+        total = torch.zeros_like(z)
+        if along_z is not None:
+            slope = slope * eps.to(z.dtype)
+            if offset is not None:
+                slope = slope + _ghat(z, shape, offset, ctx.half_width)[1]
+            total = slope * along_z
+        if along_eps is not None:
+            total = total + value * (along_eps * shape[1]).to(z.dtype)
+        return _neutral_zeros(total, eps)
 
 
 def correction(
@@ -151,5 +178,6 @@ def correction(
     Returns:
         c(z), of the shape and dtype of z; differentiable in z and eps, also twice.
     """
-    result: Tensor = _Correction.apply(z, eps, shape, table, offset, half_width)  # pyright: ignore[reportAssignmentType]
+    function = _Correction if torch.compiler.is_compiling() else _CorrectionInBothModes
+    result: Tensor = function.apply(z, eps, shape, table, offset, half_width)  # pyright: ignore[reportAssignmentType]
     return result

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.kernels.eager import EagerKernel
@@ -59,7 +60,10 @@ def check_backend(backend: str) -> Backend:
 
 
 def resolve_backend(backend: Backend) -> Literal["eager", "native"]:
-    """Which back end float32 tensors on the CPU get; the first call on a machine compiles, about 0.3 s.
+    """Which back end plain tensors on the CPU get; the first call on a machine compiles, about 0.5 s.
+
+    Native takes float32, bfloat16 and float16, with one amplitude for all or one a channel; eager takes float32 and
+    float64 with one for all. What neither takes goes by the traceable formula.
 
     Args:
         backend: what was asked for; "auto" is native where it can be had.
@@ -136,8 +140,8 @@ def corrected_(
     """
     kernel = None if known is None else _kernel_for(z, terms, backend)
     if kernel is None or known is None:
-        kept = z.clone()  # the backward needs what is about to be overwritten
-        return z.copy_(corrected(kept, lambda x: base(x.clone()), terms, known, backend))
+        kept = _twin(z, z)  # the backward needs what is about to be overwritten
+        return z.copy_(corrected(kept, lambda x: base(_twin(x, z)), terms, known, backend))
     if torch.is_grad_enabled() and (z.requires_grad or terms.eps.requires_grad):
         # the copy is an input of its own, so that a second derivative finds its way through it
         result: Tensor = _CorrectedInPlace.apply(z.clone(), z, *terms, known, kernel)  # pyright: ignore[reportAssignmentType]
@@ -151,10 +155,11 @@ def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
     eps = terms.eps
     if torch.compiler.is_compiling() or type(z) not in _PLAIN or type(eps) not in _PLAIN:
         return None
-    if z.device.type != "cpu" or eps.dim() or not is_dense(z):
+    if z.device.type != "cpu" or not is_dense(z):
         return None
     # transforms, tracers and modes that watch operations must see operations
     watched = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    watched |= forward_ad._current_level >= 0
     if watched or torch.jit.is_tracing() or not (eps.device == terms.shape.device == z.device):
         return None
     if backend != "eager":
@@ -168,7 +173,8 @@ def _inside(known: Known, terms: Terms, kernel: _Kernel) -> Known | None:
     """The base, if the kernel may compute it itself; an eps of 0 wants the bits of torch's own."""
     # the closed form is that of piecewise linear functions, and compiled for no others
     able = known.code == 1 or (known.code > 1 and terms.table is not None)
-    return known if able and kernel is not _EAGER and terms.eps.item() != 0.0 else None
+    eps = terms.eps
+    return known if able and kernel is not _EAGER and (eps.all() if eps.dim() else eps).item() else None
 
 
 def _forward(z: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> Tensor:
@@ -180,9 +186,18 @@ def _forward(z: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> Tensor:
 
 def _overwrite(z: Tensor, kept: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> None:
     inside = _inside(known, terms, kernel)
-    if inside is None:
+    if inside is None or (z.is_inference() and not torch.is_inference_mode_enabled()):  # where torch refuses to write
         z.copy_(known.value(kept))
     kernel.add(z, kept, terms, inside)
+    torch.autograd.graph.increment_version(z)  # a backward that has kept z must see that it is overwritten
+
+
+def _twin(values: Tensor, z: Tensor) -> Tensor:
+    """A copy with the strides of z: torch's loops over gaps differ from those over dense memory in the last bit."""
+    plain = type(z) in _PLAIN and z.layout == torch.strided and not torch.compiler.is_compiling()
+    if not plain or is_dense(z) or torch._C._are_functorch_transforms_active():
+        return values.clone()
+    return torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device=z.device).copy_(values)
 
 
 class _Corrected(torch.autograd.Function):

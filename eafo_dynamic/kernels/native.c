@@ -1,4 +1,4 @@
-/* The correction term on float32 arrays: one pass forward, one pass backward.
+/* The correction term on float32 arrays: one pass forward, one pass backward; mixed.c has those for other arrays.
 
        c(z) = sigma * (eps * ghat(u) + offset(u)),   u = (z - mu) / sigma
 
@@ -48,7 +48,7 @@ static inline float bell_exp(float x) {
 static inline float plus(float a, float c) { return c == 0.0f ? a : a + c; }
 
 static inline float clamped(float u, float bound) {
-    u = u < -bound ? -bound : u;   /* comparisons that leave a NaN what it is */
+    u = u > -bound ? u : -bound;   /* a NaN too: the base passes it on, and its neighbours are not its victims */
     return u > bound ? bound : u;
 }
 
@@ -104,7 +104,7 @@ combine_slopes(enum base base, float below, const float *z, const float *grad, c
 #pragma omp simd
     for (int i = 0; i < m; i++) {
         if (base == GIVEN) {
-            out[i] = plus(out[i], grad[i] * c[i]);
+            out[i] = c[i] == 0.0f ? out[i] : plus(out[i], grad[i] * c[i]);   /* 0 * inf is no 0 */
         } else {
             float value, slope;
             apply_base(base, below, z[i], &value, &slope);
@@ -262,9 +262,9 @@ static double backward(const float *z, const float *grad, float *out, int64_t n,
 
 static struct terms read_terms(
     const float *eps, const float *shape, int intervals, float half_width, float clamp, int base, float below) {
-    struct terms s = {*eps, shape[0], shape[1], 1.0f / shape[1], clamp, 0.0f, half_width, intervals,
+    float per_sd = intervals ? (float)intervals / (2.0f * half_width) : 1.0f;
+    struct terms s = {*eps, shape[0], shape[1], 1.0f / shape[1], clamp, per_sd, half_width, intervals,
                       (enum base)base, below};
-    if (intervals) s.per_sd = (float)intervals / (2.0f * half_width);
     return s;
 }
 

@@ -1,4 +1,4 @@
-"""The correction term in C, compiled once on the user's machine by the compiler it has; about 0.3 s, then kept on disk.
+"""The correction term in C, compiled once on the user's machine by the compiler it has; about 0.5 s, then kept on disk.
 
 Plain C without torch's headers, so that compiling is a matter of a blink and can be waited for: a kernel that arrived
 in the middle of a run would make the run's numbers depend on the clock.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -26,7 +27,7 @@ from eafo_dynamic.kernels.terms import Terms
 
 __all__ = ["NativeKernel", "native_kernel"]
 
-_SOURCE = Path(__file__).with_name("native.c")
+_SOURCE = Path(__file__).with_name("mixed.c")  # includes native.c
 _COMMON = ("-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # best first; a compiler that does not know an option fails, and the next set is tried
 _FLAGS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ())
@@ -34,6 +35,8 @@ _PATIENCE = 20.0  # seconds for one run of the compiler
 _BLOCK = 4096  # as in the source
 _LEAST_PARALLEL = 32768  # elements, as torch's own pointwise kernels
 _MOST_INTERVALS = 1024  # as in the source
+_PIECES = 64  # that a gradient by eps is added up from, whatever the number of threads
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # as in the source
 
 
 class NativeKernel:
@@ -49,9 +52,14 @@ class NativeKernel:
         loaded = ctypes.CDLL(str(library))
         pointer, real, integer = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
         term = [pointer, pointer, pointer, pointer, integer, real, real, integer, real, integer]  # as in the source
+        size = ctypes.c_int64
+        layout = [integer, size, size]
         self._forward, self._backward = loaded.eafo_forward, loaded.eafo_backward
-        self._forward.argtypes = [pointer, pointer, ctypes.c_int64, *term]
-        self._backward.argtypes = [pointer, pointer, pointer, ctypes.c_int64, *term, pointer, pointer]
+        self._forward.argtypes = [pointer, pointer, size, *term]
+        self._backward.argtypes = [pointer, pointer, pointer, size, *term, pointer, pointer]
+        self._mixed_forward, self._mixed_backward = loaded.eafo_mixed_forward, loaded.eafo_mixed_backward
+        self._mixed_forward.argtypes = [pointer, pointer, size, *layout, *term]
+        self._mixed_backward.argtypes = [pointer, pointer, pointer, size, *layout, *term, integer, pointer, pointer]
 
     @staticmethod
     def takes(z: Tensor, terms: Terms) -> bool:
@@ -62,12 +70,12 @@ class NativeKernel:
             terms: the other operands, on the CPU.
 
         Returns:
-            Whether all are float32, and the tables of one length, which is not too long.
+            Whether z is float32, bfloat16 or float16, amplitudes are one for all or one a channel, and the tables are
+            of one length, which is not too long.
         """
-        if terms.offset is not None and (terms.table is None or terms.table.shape != terms.offset.shape):
+        if z.dtype not in _TYPES or (terms.eps.dim() and _channels(z, terms.eps) is None):
             return False
-        present = [each for each in terms[:4] if each is not None]
-        if z.dtype != torch.float32 or any(each.dtype != torch.float32 for each in present):
+        if terms.offset is not None and (terms.table is None or terms.table.shape != terms.offset.shape):
             return False
         return terms.table is None or terms.table.shape[-1] <= _MOST_INTERVALS
 
@@ -80,7 +88,11 @@ class NativeKernel:
             terms: the other operands.
             inside: the base, to be computed in the same pass; its values may differ from torch's in the last bits.
         """
-        self._forward(z.data_ptr(), out.data_ptr(), z.numel(), *_arguments(terms, inside, z.numel()))
+        n, given = z.numel(), _float32(terms)
+        if _is_simple(z, terms):
+            self._forward(z.data_ptr(), out.data_ptr(), n, *_arguments(given, inside, n))
+        else:
+            self._mixed_forward(z.data_ptr(), out.data_ptr(), n, *_layout(z, terms), *_arguments(given, inside, n))
 
     def add_gradient(self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> Tensor:
         """Adds grad * c'(z) to the base's gradient, in place.
@@ -93,14 +105,57 @@ class NativeKernel:
             inside: see :meth:`add`.
 
         Returns:
-            Gradient by eps, 0-dim.
+            Gradient by eps, of its shape and dtype.
         """
-        n = z.numel()
-        partial = torch.empty(n // _BLOCK + 1, dtype=torch.float64)
-        grad_eps = torch.empty((), dtype=torch.float32)
-        pointers = z.data_ptr(), grad.data_ptr(), out.data_ptr()
-        self._backward(*pointers, n, *_arguments(terms, inside, n), partial.data_ptr(), grad_eps.data_ptr())
-        return grad_eps
+        n, given = z.numel(), _float32(terms)
+        grad_eps = torch.empty(terms.eps.shape, dtype=torch.float32)
+        pointers, arguments = (z.data_ptr(), grad.data_ptr(), out.data_ptr()), _arguments(given, inside, n)
+        if _is_simple(z, terms):
+            partial = torch.empty(n // _BLOCK + 1, dtype=torch.float64)
+            self._backward(*pointers, n, *arguments, partial.data_ptr(), grad_eps.data_ptr())
+            return grad_eps.to(terms.eps.dtype)
+        pieces = min(_PIECES, n // _BLOCK + 1)
+        partial = torch.zeros(pieces, max(terms.eps.numel(), 1), dtype=torch.float64)
+        sums = pieces, partial.data_ptr(), grad_eps.data_ptr()
+        self._mixed_backward(*pointers, n, *_layout(z, terms), *arguments, *sums)
+        return grad_eps.to(terms.eps.dtype)
+
+
+def _is_simple(z: Tensor, terms: Terms) -> bool:
+    return z.dtype == torch.float32 and not terms.eps.dim()
+
+
+def _float32(terms: Terms) -> Terms:
+    """The terms in float32; themselves where they are."""
+    if all(each is None or each.dtype == torch.float32 for each in terms[:4]):
+        return terms
+    table, offset = (None if each is None else each.to(torch.float32) for each in (terms.table, terms.offset))
+    return Terms(terms.eps.to(torch.float32), terms.shape.to(torch.float32), table, offset, terms.half_width)
+
+
+def _layout(z: Tensor, terms: Terms) -> tuple[int, int, int]:
+    """Type, number of channels, and how many elements of a channel lie side by side."""
+    channels = _channels(z, terms.eps) if terms.eps.dim() else None
+    count, inner = channels or (1, max(z.numel(), 1))
+    return _TYPES.index(z.dtype), count, inner
+
+
+def _channels(z: Tensor, eps: Tensor) -> tuple[int, int] | None:
+    """Number of channels, and how many elements of one lie side by side.
+
+    Args:
+        z: pre-activations, dense.
+        eps: amplitudes, shape [C] or [C, 1, ...], contiguous, that broadcasts to z.
+
+    Returns:
+        The two numbers; None where eps is of another shape.
+    """
+    count, place = eps.shape[0], z.dim() - eps.dim()
+    if count != eps.numel() or place < 0 or z.shape[place] != count or not eps.is_contiguous():
+        return None
+    if z.is_contiguous():
+        return count, math.prod(z.shape[place + 1 :])
+    return (count, 1) if place == 1 else None  # dense, and not in order: channels last
 
 
 def _arguments(terms: Terms, inside: Known | None, n: int) -> tuple[object, ...]:
@@ -162,7 +217,7 @@ def _cache_folder() -> Path | None:
 
 def _library(compiler: str, folder: Path) -> Path | None:
     """Compiles the source, unless the folder has what this compiler made of it on such a processor."""
-    source = _SOURCE.read_bytes()
+    source = b"".join(path.read_bytes() for path in sorted(_SOURCE.parent.glob("*.c")))
     where = f"{os.path.realpath(compiler)} {os.stat(compiler).st_mtime_ns} {_processor()} {torch.__version__}"
     library = folder / f"{hashlib.sha256(source + where.encode()).hexdigest()[:24]}.so"
     if library.exists():
@@ -212,6 +267,12 @@ def _checked(library: Path | None) -> NativeKernel | None:
         for base in INSIDE if each is not None else INSIDE[:2]:
             kernel.add(out, z, terms, base)
             kernels_agree &= torch.allclose(out, base.value(z) + c, rtol=0.0, atol=1e-5)
+        channels = terms._replace(eps=torch.linspace(-0.5, 0.5, len(z)))
+        c = correction(z, *channels[:3], channels.half_width, channels.offset)
+        for dtype in _TYPES:
+            out = torch.zeros_like(z, dtype=dtype)
+            kernel.add(out, z.to(dtype), channels)
+            kernels_agree &= torch.allclose(out.float(), c, rtol=0.0, atol=0.05 if dtype.itemsize == 2 else 1e-5)
         if not kernels_agree:
             return None
     return kernel

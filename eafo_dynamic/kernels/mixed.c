@@ -1,0 +1,155 @@
+/* The correction term on arrays of any type of floats, and with one amplitude a channel: a part at a time is made
+   float32, worked on with the functions of native.c, and put back. */
+
+#include "native.c"
+
+enum type { FLOAT, BFLOAT, HALF };
+
+static inline float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+static inline float from_bfloat(uint16_t b) { return as_float((uint32_t)b << 16); }
+
+static inline uint16_t to_bfloat(float x) {   /* to the nearest, ties to even, as all below */
+    uint32_t bits = as_bits(x), nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)(x != x ? bits >> 16 | 0x40 : nearest);
+}
+
+/* By hand: compilers vectorise this, but not their own float16, which older ones do not have. */
+static inline float from_half(uint16_t h) {
+    float size = as_float((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;   /* exponents are biased by 15, not 127 */
+    uint32_t whole = (h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;         /* infinities and NaN */
+    return as_float(as_bits(size) | whole | (uint32_t)(h & 0x8000) << 16);
+}
+
+static inline uint16_t to_half(float x) {
+    uint32_t size = as_bits(x) & 0x7fffffff, sign = as_bits(x) >> 16 & 0x8000;
+    uint32_t normal = (size + 0xc8000fff + (size >> 13 & 1)) >> 13;
+    uint32_t tiny = as_bits(as_float(size) + 0.5f) - 0x3f000000;   /* the sum is rounded to float16's least step */
+    uint32_t result = size < 0x38800000 ? tiny : normal;
+    result = size >= 0x477ff000 ? 0x7c00 : result;
+    return (uint16_t)((size > 0x7f800000 ? 0x7e00 : result) | sign);
+}
+
+/* A part as float32: where it lies, or made in the room that is given. */
+static float *load(enum type type, const void *from, int64_t at, float *room, int m) {
+    const uint16_t *short_ones = (const uint16_t *)from + at;
+    if (type == FLOAT) return (float *)from + at;
+    if (type == HALF) for (int i = 0; i < m; i++) room[i] = from_half(short_ones[i]);
+    else for (int i = 0; i < m; i++) room[i] = from_bfloat(short_ones[i]);
+    return room;
+}
+
+/* The same of what is going to be overwritten, and holds something only where the base is GIVEN. */
+static float *load_given(enum type type, enum base base, void *out, int64_t at, float *room, int m) {
+    return base == GIVEN || type == FLOAT ? load(type, out, at, room, m) : room;
+}
+
+static void store(enum type type, const float *from, void *to, int64_t at, int m) {
+    uint16_t *short_ones = (uint16_t *)to + at;
+    if (type == FLOAT) return;   /* it has been worked on where it lies */
+    if (type == HALF) for (int i = 0; i < m; i++) short_ones[i] = to_half(from[i]);
+    else for (int i = 0; i < m; i++) short_ones[i] = to_bfloat(from[i]);
+}
+
+/* Amplitudes, one a channel; `inner` elements of a channel lie side by side, then those of the next one. */
+struct channels { const float *eps; int64_t count, inner; };
+
+/* How many elements from a place on are of one channel, or of as many different ones, and the first one's channel. */
+static inline int run(const struct channels *c, int64_t at, int most, int64_t *channel) {
+    int64_t length = c->inner == 1 ? c->count - at % c->count : c->inner - at % c->inner;
+    *channel = at / c->inner % c->count;
+    return length < most ? (int)length : most;
+}
+
+static void spread(const struct channels *c, int64_t at, int m, float *eps) {
+    int64_t first, step = c->inner == 1;
+    for (int i = 0, k; i < m; i += k) {
+        k = run(c, at + i, m - i, &first);
+        for (int j = 0; j < k; j++) eps[i + j] = c->eps[first + step * j];
+    }
+}
+
+static void add_up(const struct channels *c, int64_t at, int m, const float *grad, const float *value, double *sums) {
+    int64_t first;
+    for (int i = 0, k; i < m; i += k) {
+        k = run(c, at + i, m - i, &first);
+        if (c->inner == 1) for (int j = 0; j < k; j++) sums[first + j] += (double)(grad[i + j] * value[i + j]);
+        else sums[first] += (double)weighted_sum(grad + i, value + i, k);
+    }
+}
+
+/* ghat, its slope per interval, and the offset's value and slope, of one part. */
+static void shapes(const float *z, int m, const struct terms *s, const float *rows, const float *settled, float *value,
+                   float *slope, float *more, float *more_slope) {
+    int32_t row[PART];
+    float t[PART];
+    if (!rows) {
+#pragma omp simd
+        for (int i = 0; i < m; i++) {
+            float u = clamped((z[i] - s->mu) * s->inverse, s->clamp), e = bell_exp(-0.5f * u * u);
+            value[i] = u * e;
+            if (slope) slope[i] = (1.0f - u * u) * e;
+        }
+        return;
+    }
+    places(z, m, s, row, t);
+    read_rows(rows, row, t, m, value, slope);
+    if (settled) read_rows(settled, row, t, m, more, more_slope);
+}
+
+/* As the functions above, with type: of z, grad and out; eps: one a channel, count of them, as `channels` has it. */
+void eafo_mixed_forward(const void *z, void *out, int64_t n, int type, int64_t count, int64_t inner, const float *eps,
+                        const float *shape, const float *table, const float *offset, int intervals, float half_width,
+                        float clamp, int base, float below, int threads) {
+    float rows[4 * (MOST_INTERVALS + 1)], settled[4 * (MOST_INTERVALS + 1)];
+    struct terms s = read_terms(eps, shape, intervals, half_width, clamp, base, below);
+    struct channels c = {eps, count, inner};
+    if (table) to_rows(table, intervals, rows);
+    if (offset) to_rows(offset, intervals, settled);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t at = 0; at < n; at += PART) {
+        float room[2][PART], e[PART], value[PART], more[PART];
+        int m = n - at < PART ? (int)(n - at) : PART;
+        const float *x = load((enum type)type, z, at, room[0], m);
+        float *y = load_given((enum type)type, s.base, out, at, room[1], m);
+        spread(&c, at, m, e);
+        shapes(x, m, &s, table ? rows : 0, offset ? settled : 0, value, 0, more, 0);
+        for (int i = 0; i < m; i++)   /* nothing is added where there is no offset: -0 + 0 is no -0 */
+            value[i] = s.sigma * (offset ? e[i] * value[i] + more[i] : e[i] * value[i]);
+        finish_values(s.base, s.below, x, value, y, m);
+        store((enum type)type, y, out, at, m);
+    }
+}
+
+/* partial: room for `count` zeros a piece; there are `pieces` of them, which are added up in their order. */
+void eafo_mixed_backward(const void *z, const void *grad, void *out, int64_t n, int type, int64_t count, int64_t inner,
+                         const float *eps, const float *shape, const float *table, const float *offset, int intervals,
+                         float half_width, float clamp, int base, float below, int threads, int pieces, double *partial,
+                         float *grad_eps) {
+    float rows[4 * (MOST_INTERVALS + 1)], settled[4 * (MOST_INTERVALS + 1)];
+    struct terms s = read_terms(eps, shape, intervals, half_width, clamp, base, below);
+    struct channels c = {eps, count, inner};
+    int64_t parts = (n + PART - 1) / PART;
+    if (table) to_rows(table, intervals, rows);
+    if (offset) to_rows(offset, intervals, settled);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int piece = 0; piece < pieces; piece++)
+        for (int64_t at = PART * (parts * piece / pieces); at < n && at < PART * (parts * (piece + 1) / pieces); at += PART) {
+            float room[3][PART], e[PART], value[PART], slope[PART], more[PART];
+            int m = n - at < PART ? (int)(n - at) : PART;
+            const float *x = load((enum type)type, z, at, room[0], m), *g = load((enum type)type, grad, at, room[1], m);
+            float *y = load_given((enum type)type, s.base, out, at, room[2], m);
+            spread(&c, at, m, e);
+            shapes(x, m, &s, table ? rows : 0, offset ? settled : 0, value, slope, 0, more);
+            add_up(&c, at, m, g, value, partial + count * piece);
+            for (int i = 0; i < m; i++) slope[i] = s.per_sd * (e[i] * slope[i] + (offset ? more[i] : 0.0f));
+            finish_slopes(s.base, s.below, x, g, slope, y, m);
+            store((enum type)type, y, out, at, m);
+        }
+    for (int64_t k = 0; k < count; k++) {
+        double sum = 0.0;
+        for (int piece = 0; piece < pieces; piece++) sum += partial[count * piece + k];
+        grad_eps[k] = (float)(sum * s.sigma);
+    }
+}
