@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from eafo_dynamic.experiments import (
     GPT,
@@ -41,3 +44,35 @@ DATA: dict[str, Any] = {
     "diabetes": lambda **options: TabularData("diabetes", **options),
     "text": lambda **options: StdlibText(**SMALL_TEXT, **options),
 }
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILE_OPTIONS = {"root", "path", "weights"}
+"""Options that name a file or folder which does not come with the package: from the user, or from another run."""
+
+
+def named_files(config: Any) -> dict[str, str]:
+    """What a configuration asks for with `FILE_OPTIONS`, at any depth."""
+    found: dict[str, str] = {}
+    for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+        if key in FILE_OPTIONS and value is not None:
+            found[key] = value
+        elif isinstance(value, (dict, list)):
+            found |= named_files(value)
+    return found
+
+
+def training_configs(*, files: bool, corrected: bool = True) -> list[Path]:
+    """Configurations of one training run, in the order of their names.
+
+    Args:
+        files: those that need a file from elsewhere, or those that do not.
+        corrected: those with the callback, or those without, which others start from.
+    """
+    chosen: list[Path] = []
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        config = yaml.safe_load(path.read_text())
+        attached = "eafo_dynamic.EAFOCallback" in path.read_text()
+        if "trainer" in config and bool(named_files(config)) is files and attached is corrected:
+            chosen.append(path)
+    return chosen

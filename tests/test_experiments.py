@@ -13,13 +13,14 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
-from small_experiments import DATA, gpt, mlp, resnet, vit
+from small_experiments import CONFIGS, DATA, gpt, mlp, resnet, training_configs, vit
 from torch import nn
 
 from eafo_dynamic import EAFOCallback
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.experiments import (
     MLP,
+    Autoencoder,
     Classifier,
     LanguageModel,
     Regressor,
@@ -69,6 +70,7 @@ TASKS: dict[str, tuple[Any, Any, set[str]]] = {
     "resnet": (lambda: Classifier(resnet(), 10), "digits", {"accuracy"}),
     "mlp": (lambda: Classifier(MLP(30, 2), 2), "breast_cancer", {"accuracy"}),
     "regression": (lambda: Regressor(MLP(10, 1)), "diabetes", {"r2"}),
+    "autoencoder": (lambda: Autoencoder(MLP(64, 64, hidden=[16, 4, 16])), "digits", {"r2"}),
     "gpt": (lambda: LanguageModel(gpt()), "text", {"bits_per_byte"}),
 }
 
@@ -119,6 +121,27 @@ def test_language_model_reports_nats_and_bits() -> None:
     task.log = lambda name, value, **options: logged.update({name: float(value.detach())})
     task.evaluate((torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64)), "val")
     assert logged == pytest.approx({"val_loss": math.log(256), "val_bits_per_byte": 8.0})
+
+
+def test_autoencoder_reproduces_its_input_and_ignores_targets() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(6, 1, 2, 2)
+    task = Autoencoder(nn.Sequential(nn.Flatten(), nn.Linear(4, 4)))
+    logged: dict[str, Any] = {}
+    task.log = lambda name, value, **options: logged.update({name: value})
+    loss = task.evaluate((images, torch.full((6,), torch.nan)), "test")
+    residual = task(images).flatten() - images.flatten()
+    torch.testing.assert_close(loss, residual.square().mean())
+    expected = 1 - residual.square().sum() / (images - images.mean()).square().sum()
+    torch.testing.assert_close(logged["test_r2"].compute(), expected)
+
+
+def test_a_network_with_another_number_of_outputs_is_named() -> None:
+    batch = (torch.zeros(3, 8), torch.zeros(3))
+    with pytest.raises(ConfigError, match=r"model='MLP': gives 5 numbers an example. The task needs 8"):
+        Autoencoder(MLP(8, 5)).evaluate(batch, "train")
+    with pytest.raises(ConfigError, match=r"model='MLP': gives 5 numbers an example. The task needs 1"):
+        Regressor(MLP(8, 5)).evaluate(batch, "train")
 
 
 def test_regressor_takes_a_column_for_a_vector() -> None:
@@ -200,8 +223,10 @@ def test_checkpoint_loads_with_a_network_of_the_same_shape(tmp_path: Path) -> No
     assert_same_state(loaded, task)
 
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-ON_BOARD = ["breast_cancer_mlp", "diabetes_mlp", "digits_resnet", "digits_vit", "stdlib_gpt", "wine_mlp"]
+ON_BOARD = [path.stem for path in training_configs(files=False)]
+PRETRAINING = [path.stem for path in training_configs(files=False, corrected=False)]
+WITH_FILES = [path.stem for path in training_configs(files=True)]
+FINETUNING = [name for name in WITH_FILES if name.endswith("_finetune") and not name.startswith("gpt2")]
 
 
 @pytest.fixture
@@ -218,8 +243,11 @@ def configured(path: Path, *overrides: str) -> LightningCLI:
 
 
 def test_every_config_is_tested() -> None:
-    runs = (path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("compare_"))
-    assert sorted(runs) == ON_BOARD
+    assert {"digits_autoencoder", "digits_resnet", "digits_vit", "stdlib_gpt", "wine_mlp"} <= set(ON_BOARD)
+    assert [f"{name.removesuffix('_finetune')}_pretrain" for name in FINETUNING] == PRETRAINING
+    for path in CONFIGS.glob("*.yaml"):
+        kinds = (*ON_BOARD, *PRETRAINING, *WITH_FILES)
+        assert path.stem in kinds or path.stem.startswith(("compare_", "study_"))
 
 
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
+import inspect
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from eafo_dynamic.experiments import (
     TabularData,
 )
 from eafo_dynamic.experiments.data import split_indices, standardise
+from eafo_dynamic.experiments.sources import read_source
 from eafo_dynamic.experiments.text import ByteWindows, source_files
 
 
@@ -89,6 +94,25 @@ def test_digits_are_standardised_as_one() -> None:
     assert abs(images.mean().item()) < 1e-5
     assert abs(images.std().item() - 1) < 1e-5
     assert len(images[:, 0, 0, 0].unique()) == 1  # a corner without ink: pixels are not scaled one by one
+
+
+def test_digits_of_some_classes_are_relabelled() -> None:
+    whole, some = DigitsData(), DigitsData(classes=[7, 2])
+    counts = torch.cat([part.tensors[1] for part in parts(whole)]).bincount()
+    images = torch.cat([part.tensors[0] for part in parts(some)])
+    labels = torch.cat([part.tensors[1] for part in parts(some)])
+    assert labels.bincount().tolist() == [counts[7], counts[2]]
+    # The same sevens as in the whole set: standardising is affine, so their normalised mean image is equal.
+    sevens = torch.cat([part.tensors[0][part.tensors[1] == 7] for part in parts(whole)]).mean(0)
+    mine = images[labels == 0].mean(0)
+    normalised = [(image - image.mean()) / image.std() for image in (sevens, mine)]
+    torch.testing.assert_close(*normalised, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("classes", [[], [3], [1, 1], [1, 10], [-1, 2]])
+def test_classes_that_are_not_digits(classes: list[int]) -> None:
+    with pytest.raises(ConfigError, match="classes="):
+        DigitsData(classes=classes)
 
 
 def test_constant_features_become_zero() -> None:
@@ -231,3 +255,62 @@ def test_too_little_text_is_said(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ConfigError, match=r"root=.*0 bytes of \.py files"):
             StdlibText(root=str(root)).setup("fit")
+
+
+SOURCE = b'''"""About the module."""
+import os  # why
+
+
+class A:
+    """About A.
+
+    Indented.
+    """
+
+    async def f(self):
+        'about f'
+        return "not a docstring"
+
+    if os.name:
+        def g(self): pass
+'''
+
+
+def test_code_and_docstrings_share_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    path.write_bytes(SOURCE)
+    assert read_source(path, "all") == SOURCE
+    assert read_source(path, "docstrings") == b"About the module.\n\nAbout A.\n\nIndented.\n\nabout f\n\n"
+    code = read_source(path, "code")
+    assert b"# why" in code
+    assert b"not a docstring" in code
+    assert b"bout" not in code
+    tree = ast.parse(code)
+    assert not any(ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef)))
+
+
+def test_docstrings_are_those_that_python_sees() -> None:
+    for module in (argparse, textwrap):
+        found = read_source(Path(module.__file__), "docstrings").decode()
+        own = [thing for thing in vars(module).values() if getattr(thing, "__module__", "") == module.__name__]
+        written = [inspect.cleandoc(thing.__doc__) for thing in own if thing.__doc__]
+        assert len(written) > 3
+        assert all(text in found for text in written)
+
+
+def test_text_of_one_kind_and_of_the_other() -> None:
+    sizes = {}
+    for content in ("all", "code", "docstrings"):
+        data = StdlibText(max_megabytes=0.5, content=content)
+        data.setup("fit")
+        sizes[content] = len(data.train_data.text)
+    assert sizes["docstrings"] > 0.02 * sizes["all"]
+    assert sizes["code"] + sizes["docstrings"] < sizes["all"]
+    with pytest.raises(ConfigError, match=r"content='prose'.*all, code, docstrings"):
+        StdlibText(content="prose")
+
+
+def test_a_file_that_cannot_be_parsed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("def f(:")
+    with pytest.raises(ConfigError, match=r"content='code': .*bad\.py cannot be parsed"):
+        StdlibText(root=str(tmp_path), content="code").setup("fit")

@@ -48,6 +48,8 @@ class SplitData(LightningDataModule, ABC):
     test_data: Dataset[Any]
     draws: int | None = None
     """Examples that make a training epoch, drawn with replacement; None: every example once."""
+    own_test: bool = False
+    """Whether the data comes with a test part, so that none is cut from it."""
 
     def __init__(
         self,
@@ -61,12 +63,13 @@ class SplitData(LightningDataModule, ABC):
         super().__init__()
         if batch_size < 1:
             raise ConfigError("batch_size", batch_size, "must be at least 1", "Choose 1 or more.")
-        if min(val_fraction, test_fraction) <= 0 or val_fraction + test_fraction >= 1:
+        fractions = {"val_fraction": val_fraction} | ({} if self.own_test else {"test_fraction": test_fraction})
+        if min(fractions.values()) <= 0 or sum(fractions.values()) >= 1:
             raise ConfigError(
-                "val_fraction, test_fraction",
-                (val_fraction, test_fraction),
+                ", ".join(fractions),
+                tuple(fractions.values()),
                 "training, validation or test part would be empty",
-                "Choose two positive numbers whose sum is below 1.",
+                "Choose positive numbers whose sum is below 1.",
             )
         self.batch_size = batch_size
         self.seed = seed
@@ -154,7 +157,26 @@ class DigitsData(_ScikitData):
         val_fraction: part for validation.
         test_fraction: part for testing.
         num_workers: loader processes.
+        classes: digits to keep, at least two; they become the classes 0, 1, ... in this order. None: all ten.
+
+    Raises:
+        ConfigError: for fewer than two classes, one named twice, or one that is not a digit.
     """
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        seed: int = 0,
+        split_seed: int = 0,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.2,
+        num_workers: int = 0,
+        classes: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(batch_size, seed, split_seed, val_fraction, test_fraction, num_workers)
+        self.classes = list(range(10)) if classes is None else list(classes)
+        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes) or set(self.classes) - set(range(10)):
+            raise ConfigError("classes", classes, "not two or more different digits", "Choose among 0 ... 9.")
 
     def setup(self, stage: str) -> None:
         """Load, cut and standardise; the same for every stage.
@@ -163,7 +185,10 @@ class DigitsData(_ScikitData):
             stage: what Lightning is about to do; not used.
         """
         x, y = _load_scikit("digits")
-        self._tensors(x.unflatten(1, (1, 8, 8)), y, (0, 1, 2, 3))
+        label = torch.full((10,), -1)
+        label[self.classes] = torch.arange(len(self.classes))
+        kept = label[y] >= 0
+        self._tensors(x[kept].unflatten(1, (1, 8, 8)), label[y[kept]], (0, 1, 2, 3))
 
 
 class TabularData(_ScikitData):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
@@ -16,8 +17,9 @@ from torchmetrics import R2Score
 from torchmetrics.classification import MulticlassAccuracy
 
 from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.experiments.weights import load_weights
 
-__all__ = ["Classifier", "LanguageModel", "Regressor", "Task", "warmup_cosine"]
+__all__ = ["Autoencoder", "Classifier", "LanguageModel", "Regressor", "Task", "adamw_with_schedule", "warmup_cosine"]
 
 Stage = Literal["train", "val", "test"]
 Batch = tuple[Tensor, Tensor]
@@ -40,6 +42,26 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def adamw_with_schedule(
+    module: LightningModule, lr: float, weight_decay: float, warmup_steps: int
+) -> OptimizerLRScheduler:
+    """AdamW over all parameters, and `warmup_cosine` over the steps of the module's trainer.
+
+    Args:
+        module: the module to train, attached to a trainer.
+        lr: largest learning rate.
+        weight_decay: of every parameter.
+        warmup_steps: optimiser steps until the learning rate is at its largest.
+
+    Returns:
+        The optimiser and the scheduler, in Lightning's form.
+    """
+    optimizer = AdamW(module.parameters(), lr=lr, weight_decay=weight_decay)
+    total = module.trainer.estimated_stepping_batches
+    scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps, total))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
 class Task(LightningModule, ABC):
     """A network, a loss, AdamW, and a cosine schedule with warm-up.
 
@@ -48,19 +70,34 @@ class Task(LightningModule, ABC):
         lr: largest learning rate.
         weight_decay: of AdamW, on every parameter.
         warmup_steps: optimiser steps until the learning rate is at its largest.
+        weights: file with weights to start from, the checkpoint of another run or a state dict; see `load_weights`.
+        fresh: regular expressions; parts of the network that they match start afresh instead, as a new head does.
 
     Raises:
-        ConfigError: for a learning rate, weight decay or warm-up that cannot work.
+        ConfigError: for a learning rate, weight decay or warm-up that cannot work, or weights that do not fit.
     """
 
-    def __init__(self, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.05, warmup_steps: int = 50) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        warmup_steps: int = 50,
+        weights: str | None = None,
+        fresh: Sequence[str] = (),
+    ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["model"])
+        # Where a run started is in its config.yaml; a checkpoint has all its weights and loads without that file.
+        self.save_hyperparameters(ignore=["model", "weights", "fresh"])
         for option, value in {"weight_decay": weight_decay, "warmup_steps": warmup_steps}.items():
             if value < 0:
                 raise ConfigError(option, value, "must not be negative", "Choose 0 or more.")
         if lr <= 0:
             raise ConfigError("lr", lr, "must be positive", "Choose a number above 0.")
+        if fresh and weights is None:
+            raise ConfigError("fresh", list(fresh), "no weights to start from", "Set weights, or leave fresh out.")
+        if weights is not None:  # before any callback sees the network
+            load_weights(model, weights, fresh)
         self.model = model
         self.lr = lr
         self.weight_decay = weight_decay
@@ -129,10 +166,7 @@ class Task(LightningModule, ABC):
         Returns:
             The optimiser and the scheduler, in Lightning's form.
         """
-        optimizer = AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        total = self.trainer.estimated_stepping_batches
-        scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, self.warmup_steps, total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return adamw_with_schedule(self, self.lr, self.weight_decay, self.warmup_steps)
 
 
 class Classifier(Task):
@@ -145,6 +179,8 @@ class Classifier(Task):
         weight_decay: of AdamW, on every parameter.
         warmup_steps: optimiser steps until the learning rate is at its largest.
         label_smoothing: probability spread evenly over all classes; in training only.
+        weights: file with weights to start from.
+        fresh: parts that start afresh nevertheless.
     """
 
     def __init__(
@@ -155,8 +191,10 @@ class Classifier(Task):
         weight_decay: float = 0.05,
         warmup_steps: int = 50,
         label_smoothing: float = 0.0,
+        weights: str | None = None,
+        fresh: Sequence[str] = (),
     ) -> None:
-        super().__init__(model, lr, weight_decay, warmup_steps)
+        super().__init__(model, lr, weight_decay, warmup_steps, weights, fresh)
         self.label_smoothing = label_smoothing
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -191,10 +229,20 @@ class Regressor(Task):
         lr: largest learning rate.
         weight_decay: of AdamW, on every parameter.
         warmup_steps: optimiser steps until the learning rate is at its largest.
+        weights: file with weights to start from.
+        fresh: parts that start afresh nevertheless.
     """
 
-    def __init__(self, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.05, warmup_steps: int = 50) -> None:
-        super().__init__(model, lr, weight_decay, warmup_steps)
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        warmup_steps: int = 50,
+        weights: str | None = None,
+        fresh: Sequence[str] = (),
+    ) -> None:
+        super().__init__(model, lr, weight_decay, warmup_steps, weights, fresh)
         self.val_r2 = R2Score()
         self.test_r2 = R2Score()
 
@@ -207,9 +255,18 @@ class Regressor(Task):
 
         Returns:
             Mean squared error.
+
+        Raises:
+            ConfigError: when the network gives another number of outputs.
         """
         inputs, targets = batch
-        predictions = self(inputs).reshape(targets.shape)
+        predictions = self(inputs)
+        if predictions.numel() != targets.numel():
+            outputs, wanted = predictions.numel() // len(inputs), targets.numel() // len(inputs)
+            raise ConfigError(
+                "model", type(self.model).__name__, f"gives {outputs} numbers an example", f"The task needs {wanted}."
+            )
+        predictions = predictions.reshape(targets.shape)
         loss = F.mse_loss(predictions, targets)
         self.log_loss(loss, stage, len(inputs))
         if stage != "train":
@@ -217,6 +274,34 @@ class Regressor(Task):
             r2(predictions, targets)
             self.log(f"{stage}_r2", r2, on_step=False, on_epoch=True, prog_bar=stage == "val")
         return loss
+
+
+class Autoencoder(Regressor):
+    """The input is the target: mean squared error of an entry, and R^2 over all entries of all inputs.
+
+    Targets of the data are not used.
+
+    Args:
+        model: network from inputs to as many numbers, in any shape.
+        lr: largest learning rate.
+        weight_decay: of AdamW, on every parameter.
+        warmup_steps: optimiser steps until the learning rate is at its largest.
+        weights: file with weights to start from.
+        fresh: parts that start afresh nevertheless.
+    """
+
+    def evaluate(self, batch: Batch, stage: Stage) -> Tensor:
+        """Log loss and, but for training, R^2.
+
+        Args:
+            batch: (inputs, ignored).
+            stage: prefix of the names.
+
+        Returns:
+            Mean squared error.
+        """
+        inputs, _ = batch
+        return super().evaluate((inputs, inputs.flatten()), stage)
 
 
 class LanguageModel(Task):
@@ -227,6 +312,8 @@ class LanguageModel(Task):
         lr: largest learning rate.
         weight_decay: of AdamW, on every parameter.
         warmup_steps: optimiser steps until the learning rate is at its largest.
+        weights: file with weights to start from.
+        fresh: parts that start afresh nevertheless.
     """
 
     def evaluate(self, batch: Batch, stage: Stage) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.experiments.data import SplitData
+from eafo_dynamic.experiments.sources import Content, read_source
 
 __all__ = ["ByteWindows", "StdlibText", "source_files"]
 
@@ -64,9 +66,11 @@ class StdlibText(SplitData):
         test_fraction: part of the bytes for testing.
         root: folder with other .py files to read instead.
         num_workers: loader processes.
+        content: of each file, "all", the "code" without its docstrings, or the "docstrings" alone: two texts of
+            different kinds from the same files. `max_megabytes` counts whole files.
 
     Raises:
-        ConfigError: for a size below 1, or a folder with too little text for three parts.
+        ConfigError: for an unknown content, a size below 1, or a folder with too little text for three parts.
     """
 
     def __init__(
@@ -82,8 +86,11 @@ class StdlibText(SplitData):
         test_fraction: float = 0.1,
         root: str | None = None,
         num_workers: int = 0,
+        content: Content = "all",
     ) -> None:
         super().__init__(batch_size, seed, split_seed, val_fraction, test_fraction, num_workers)
+        if content not in get_args(Content):
+            raise ConfigError("content", content, "no such content", f"Use one of {', '.join(get_args(Content))}.")
         sizes = {
             "block_size": block_size,
             "windows_per_epoch": windows_per_epoch,
@@ -96,6 +103,7 @@ class StdlibText(SplitData):
         self.draws = windows_per_epoch
         self.eval_windows = eval_windows
         self.max_megabytes = max_megabytes
+        self.content: Content = content
         self.root = Path(sysconfig.get_path("stdlib") if root is None else root)
         self.files: dict[str, list[Path]] = {}
 
@@ -109,7 +117,7 @@ class StdlibText(SplitData):
             ConfigError: when a part has less text than one window.
         """
         self.files = self._choose_files()
-        text = {part: _read(files) for part, files in self.files.items()}
+        text = {part: _read(files, self.content) for part, files in self.files.items()}
         shortest = min(len(bytes_) for bytes_ in text.values())
         if shortest <= self.block_size:
             raise ConfigError(
@@ -158,7 +166,7 @@ def source_files(root: Path) -> list[Path]:
     return [root / path for path in sorted(kept, key=lambda path: path.as_posix())]
 
 
-def _read(files: list[Path]) -> Tensor:
-    content = bytearray(b"".join(path.read_bytes() for path in files))
+def _read(files: list[Path], kind: Content) -> Tensor:
+    content = bytearray(b"".join(read_source(path, kind) for path in files))
     # torch.frombuffer refuses an empty buffer, which an empty folder gives.
     return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
