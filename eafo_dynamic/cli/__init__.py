@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +21,7 @@ _TRAINING = {
     "test": "run the test loop on a checkpoint",
     "predict": "run the prediction loop on a checkpoint",
 }
-_INSPECTION = ("log", "sites", "rank", "shape", "bench")
+_INSPECTION = ("log", "sites", "rank", "shape", "compare", "merge", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
     try:
         if arguments and arguments[0] in _TRAINING:
             from eafo_dynamic.cli.fit import train

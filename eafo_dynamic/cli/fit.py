@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import importlib
-import inspect
-import logging
-import re
-import warnings
 from collections.abc import Sequence
 
-from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-import eafo_dynamic.experiments  # noqa: F401  # pyright: ignore[reportUnusedImport] (YAML may name its classes without a path)
-from eafo_dynamic.errors import EAFOError
+from eafo_dynamic.configured import configured, quieten
 
 __all__ = ["train"]
-
-_PARSER = {"exit_on_error": False}
 
 
 def train(argv: Sequence[str] | None) -> int:
@@ -30,80 +17,7 @@ def train(argv: Sequence[str] | None) -> int:
 
     Returns:
         The exit code.
-
-    Raises:
-        EAFOError: for a user's mistake, whatever layers it has come through.
-        Exception: whatever else training raised.
     """
-    _quieten()
-    try:
-        LightningCLI(
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={**_PARSER, **dict.fromkeys(("fit", "validate", "test", "predict"), _PARSER)},
-            args=None if argv is None else list(argv),
-        )
-    except argparse.ArgumentError as error:
-        raise _inner(error) or EAFOError(_condensed(str(error))) from None
-    except (MisconfigurationException, FileNotFoundError) as error:
-        raise EAFOError(str(error)) from None
-    except Exception as error:
-        raise _inner(error) or error from None
+    quieten()
+    configured(None if argv is None else list(argv), run=True, save_config_kwargs={"overwrite": True})
     return 0
-
-
-def _quieten() -> None:
-    """Leaves out what third parties say about themselves: their advertisements and their own deprecations."""
-    speaker = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    speaker.addFilter(lambda record: "Tip: For" not in str(record.msg))
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the data on board is in memory
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse|lightning")
-
-
-def _inner(error: BaseException | None) -> EAFOError | None:
-    """The EAFOError that lies under layers of other exceptions."""
-    while error is not None:
-        if isinstance(error, EAFOError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _condensed(text: str) -> str:
-    """The part of jsonargparse's message that names the mistake, on one line.
-
-    It lists every reading of a value that failed; the reading that the user meant is the one that got furthest.
-
-    Args:
-        text: the whole message.
-
-    Returns:
-        One line.
-    """
-    lines = [line.strip(" -\t") for line in text.splitlines()]
-    option = next((found[1] for line in lines if (found := re.match(r"Option '([^']+)' is not accepted", line))), None)
-    owner = next((found[1] for line in lines if (found := re.match(r".*given class_path '([^']+)'", line))), None)
-    where = f"{owner}: " if owner else ""
-    if option is not None:
-        return f"{where}unknown option {option!r}. {_nearest(owner, option)}"
-    for place, line in enumerate(lines):
-        found = re.match(r'Parser key "([^"]+)":?\s*(.*)', line)
-        if found and (owner is None or place > 0):
-            rest = found[2] or (lines[place + 1] if place + 1 < len(lines) else "")
-            return f"{where}{found[1]}: {rest}"
-    for place, line in enumerate(lines[:-1]):
-        if "given class_path" in line:
-            return f"{where}{lines[place + 1]}"
-    return " ".join(line for line in lines if line)
-
-
-def _nearest(owner: str | None, option: str) -> str:
-    """A hint to the option that was probably meant."""
-    if owner is None:
-        return "See --help for the options there are."
-    module, _, name = owner.rpartition(".")
-    known = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
-    near = difflib.get_close_matches(option, known, n=1)
-    return f"Did you mean {near[0]!r}?" if near else f"Options are: {', '.join(known)}."

@@ -1,0 +1,139 @@
+"""What a cell was trained from, and how long its steps took: so that arms are known to be comparable."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from eafo_dynamic.errors import ConfigError
+
+__all__ = ["BestEpoch", "Witness", "weights_hash"]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A hash of a model's parameters and buffers, without those of corrections.
+
+    Args:
+        model: the model.
+
+    Returns:
+        Sixteen hexadecimal digits; equal exactly where names and bytes are.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor) and not name.rpartition(".")[2].startswith("eafo_"):
+            digest.update(name.encode())
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for key in sorted(batch):
+            yield from _tensors(batch[key])
+    elif isinstance(batch, (list, tuple)):
+        for each in batch:
+            yield from _tensors(each)
+
+
+class BestEpoch(Callback):
+    """Keeps the weights, corrections included, of the epoch in which a metric was best.
+
+    Args:
+        metric: logged in validation.
+        higher_is_better: its direction.
+
+    Attributes:
+        epoch: the best so far; None before the first validation.
+    """
+
+    def __init__(self, metric: str, higher_is_better: bool) -> None:
+        self.metric = metric
+        self.sign = 1.0 if higher_is_better else -1.0
+        self.epoch: int | None = None
+        self._best = -float("inf")
+        self._weights: dict[str, Any] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compares, and keeps a copy where the metric has risen.
+
+        Raises:
+            ConfigError: if the metric is not logged.
+        """
+        if trainer.sanity_checking:
+            return
+        if self.metric not in trainer.callback_metrics:
+            known = ", ".join(name for name in trainer.callback_metrics if not name.startswith("eafo/"))
+            raise ConfigError("select", self.metric, "is not logged in validation", f"There are: {known}.")
+        value = self.sign * float(trainer.callback_metrics[self.metric])
+        if value > self._best:
+            self._best, self.epoch = value, trainer.current_epoch
+            self._weights = copy.deepcopy(pl_module.state_dict())
+
+    def restore(self, pl_module: LightningModule) -> None:
+        """Gives the model the weights of the best epoch; of a training that diverged at once, the last.
+
+        Args:
+            pl_module: the model that was trained.
+        """
+        if self._weights:
+            pl_module.load_state_dict(self._weights)
+
+
+class Witness(Callback):
+    """Hashes the initial weights and every training batch, and times the steps.
+
+    It must be the last callback: a step is timed from after the other callbacks' start to after their end, in
+    processor time of this process, which other processes do not stretch.
+
+    Attributes:
+        weights: hash of the weights that training starts from.
+        parameters: number of the model's parameters, without those of corrections.
+        steps: training batches seen.
+        step_seconds: processor time of all of them, update rounds included.
+    """
+
+    def __init__(self) -> None:
+        self.weights = ""
+        self.parameters = 0
+        self.steps = 0
+        self.step_seconds = 0.0
+        self._batches = hashlib.sha256()
+        self._start = 0.0
+
+    @property
+    def batches(self) -> str:
+        """Hash of all training batches, in their order."""
+        return self._batches.hexdigest()[:16]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at the weights, after every other callback has had its say on them."""
+        named = pl_module.named_parameters()
+        self.parameters = sum(p.numel() for name, p in named if not name.rpartition(".")[2].startswith("eafo_"))
+        self.weights = weights_hash(pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Looks at the batch, and starts the clock."""
+        for tensor in _tensors(batch):
+            self._batches.update(_bytes(tensor))
+        self._start = time.process_time()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stops the clock."""
+        self.step_seconds += time.process_time() - self._start
+        self.steps += 1

@@ -1,0 +1,138 @@
+"""A LightningCLI whose mistakes are one line: what the command line and comparisons build their runs with."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import importlib
+import inspect
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Generator
+from typing import Any
+
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import eafo_dynamic.experiments  # noqa: F401  # pyright: ignore[reportUnusedImport] (YAML may name its classes without a path)
+from eafo_dynamic.errors import EAFOError, one_line
+
+__all__ = ["configured", "quieten"]
+
+_PARSER = {"exit_on_error": False}
+_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def configured(args: Any, *, run: bool, **options: Any) -> LightningCLI:
+    """A trainer, a model and its data as a configuration says; any LightningModule, any data module.
+
+    Args:
+        args: command line (None: that of the process), or a configuration as nested mappings.
+        run: whether the arguments begin with a command, which is run.
+        options: of LightningCLI.
+
+    Returns:
+        The LightningCLI, with ``trainer``, ``model`` and ``datamodule``.
+
+    Raises:
+        EAFOError: for a user's mistake, whatever layers it has come through.
+        Exception: whatever else training raised.
+    """
+    commands = dict.fromkeys(_COMMANDS, _PARSER) if run else {}
+    with _plain_errors():
+        return LightningCLI(
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_kwargs={**_PARSER, **commands},
+            args=args,
+            run=run,
+            **options,
+        )
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Generator[None]:
+    try:
+        yield
+    except argparse.ArgumentError as error:
+        raise _inner(error) or EAFOError(_condensed(str(error))) from None
+    except (MisconfigurationException, FileNotFoundError) as error:
+        raise EAFOError(str(error)) from None
+    except RecursionError as error:
+        *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+        if "jsonargparse" in innermost.f_code.co_filename:
+            raise EAFOError("the configuration holds a part that contains itself, by an anchor of YAML") from None
+        raise
+    except Exception as error:
+        raise _inner(error) or _of_checkpoint(error) or error from None
+
+
+def quieten() -> None:
+    """Leaves out what third parties say about themselves: their advertisements and their own deprecations."""
+    speaker = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    speaker.addFilter(lambda record: "Tip: For" not in str(record.msg))
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the data on board is in memory
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse|lightning")
+
+
+def _inner(error: BaseException | None) -> EAFOError | None:
+    """The EAFOError that lies under layers of other exceptions."""
+    while error is not None:
+        if isinstance(error, EAFOError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _of_checkpoint(error: Exception) -> EAFOError | None:
+    """What went wrong while Lightning restored a checkpoint: the file's fault or its model's, not the training's."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        connector = code.co_filename.endswith("checkpoint_connector.py")
+        if (connector and re.match("_?(resume|restore)", code.co_name)) or code.co_name == "_parse_ckpt_path":
+            path = frame.f_locals.get("checkpoint_path") or frame.f_locals.get("ckpt_path")
+            where = "" if path is None else f"={str(path)!r}"
+            return EAFOError(f"ckpt_path{where}: cannot be read, or does not fit this model ({one_line(error)})")
+    return None
+
+
+def _condensed(text: str) -> str:
+    """The part of jsonargparse's message that names the mistake, on one line.
+
+    It lists every reading of a value that failed; the reading that the user meant is the one that got furthest.
+
+    Args:
+        text: the whole message.
+
+    Returns:
+        One line.
+    """
+    lines = [line.strip(" -\t") for line in text.splitlines()]
+    option = next((found[1] for line in lines if (found := re.match(r"Option '([^']+)' is not accepted", line))), None)
+    owner = next((found[1] for line in lines if (found := re.match(r".*given class_path '([^']+)'", line))), None)
+    where = f"{owner}: " if owner else ""
+    if option is not None:
+        return f"{where}unknown option {option!r}. {_nearest(owner, option)}"
+    for place, line in enumerate(lines):
+        found = re.match(r'Parser key "([^"]+)":?\s*(.*)', line)
+        if found and (owner is None or place > 0):
+            rest = found[2] or (lines[place + 1] if place + 1 < len(lines) else "")
+            return f"{where}{found[1]}: {rest}"
+    for place, line in enumerate(lines[:-1]):
+        if "given class_path" in line:
+            return f"{where}{lines[place + 1]}"
+    return " ".join(line for line in lines if line)
+
+
+def _nearest(owner: str | None, option: str) -> str:
+    """A hint to the option that was probably meant."""
+    if owner is None:
+        return "See --help for the options there are."
+    module, _, name = owner.rpartition(".")
+    known = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    near = difflib.get_close_matches(option, known, n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"Options are: {', '.join(known)}."
