@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eafo_dynamic.activation import CorrectedActivation as CorrectedActivation
     from eafo_dynamic.activation import CRReLU as CRReLU
+    from eafo_dynamic.bake import load_merged as load_merged
     from eafo_dynamic.bake import merge as merge
+    from eafo_dynamic.bake import save_merged as save_merged
     from eafo_dynamic.bases import register_activation as register_activation
     from eafo_dynamic.callback import EAFOCallback as EAFOCallback
     from eafo_dynamic.controller import EAFOController as EAFOController
@@ -45,8 +47,10 @@ _HOMES = {
     "apply_from_checkpoint": "manifest",
     "disabled": "surgery",
     "find_sites": "sites",
+    "load_merged": "bake",
     "merge": "bake",
     "register_activation": "bases",
+    "save_merged": "bake",
     "unwrap": "surgery",
     "wrap": "surgery",
 }

@@ -11,9 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.bases import Base, as_base
-from eafo_dynamic.correction import HALF_WIDTH, correction_shape, is_closed_form, tabulate
+from eafo_dynamic.correction import correction_shape, is_closed_form, table_half_width, tabulate
 from eafo_dynamic.density import Density, Gaussian
-from eafo_dynamic.kernels import Backend, Known, Terms, corrected, corrected_, correction, known_module, resolve_backend
+from eafo_dynamic.kernels import (
+    Backend,
+    Known,
+    Terms,
+    corrected,
+    corrected_,
+    corrected_nested,
+    correction,
+    describe,
+    is_correctable,
+    known_module,
+    per_channel,
+    resolve_backend,
+    values_of,
+)
 from eafo_dynamic.statistics import Collector
 
 __all__ = ["CRReLU", "CorrectedActivation", "Form", "Site", "Switch", "register", "shape_table", "standard_normal"]
@@ -100,7 +114,7 @@ class Site:
     switch: Switch
     collector: Collector = field(default_factory=Collector)
     function: tuple[str, dict[str, object]] | None = None
-    _zero_seen: tuple[int, int] | None = field(default=None, init=False, repr=False)
+    _zero_seen: tuple[tuple[int, int], bool] | None = field(default=None, init=False, repr=False)
 
     @functools.cached_property
     def keys(self) -> tuple[str, str, str, str]:
@@ -159,10 +173,13 @@ class Site:
             z: pre-activations, any shape.
 
         Returns:
-            Eps, shape and tables.
+            Eps, shape and tables, where z lives.
         """
         eps, shape, table, offset = self._tensors(host)
-        return Terms(_per_channel(eps, z), shape, table, offset, HALF_WIDTH)
+        if shape.device != z.device:  # of a model that is spread over several devices
+            eps, shape = eps.to(z.device), shape.to(z.device)
+            table, offset = (None if each is None else each.to(z.device) for each in (table, offset))
+        return Terms(per_channel(eps, z, self.collector.channel_dim), shape, table, offset, table_half_width())
 
     def correction(self, host: nn.Module, z: Tensor) -> Tensor:
         """The site's correction term alone.
@@ -174,8 +191,8 @@ class Site:
         Returns:
             c(z), of the shape and dtype of z.
         """
-        eps, shape, table, offset, half_width = self.terms(host, z)
-        return correction(z, eps, shape, table, half_width, offset)
+        eps, shape, table, offset, end = self.terms(host, z)
+        return correction(z, eps, shape, table, end, offset)
 
     def idle(self, host: nn.Module) -> bool:
         """Whether the site has nothing to do: no sample to take, and a correction that is off or certainly zero.
@@ -193,10 +210,12 @@ class Site:
         eps, _, _, offset = self._tensors(host)
         if offset is not None or (eps.requires_grad and torch.is_grad_enabled()):
             return False
-        return self._is_zero(eps)
+        return self._is_zero(eps, host.training)
 
-    def _is_zero(self, eps: Tensor) -> bool:
-        """Whether an amplitude is known to be zero; on an accelerator it is read once after each change only.
+    def _is_zero(self, eps: Tensor, training: bool) -> bool:
+        """Whether an amplitude is known to be zero; on an accelerator a training step never waits for it.
+
+        Elsewhere than in training it is read once after each change there.
 
         Returns:
             Whether it is; False where it cannot be read.
@@ -205,15 +224,14 @@ class Site:
             return False
         if eps.is_meta or eps.is_inference() or torch._C._are_functorch_transforms_active():
             return False
-        if eps.device.type == "cpu":
+        if _costs_nothing_to_read(eps):
             return not (eps.any().item() if eps.dim() else eps.item())
         stamp = (eps.data_ptr(), eps._version)
-        if self._zero_seen == stamp:
-            return True
-        if (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()) or bool(eps.any()):
-            return False
-        self._zero_seen = stamp
-        return True
+        if self._zero_seen is None or self._zero_seen[0] != stamp:
+            if training or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+                return False
+            self._zero_seen = stamp, not bool(eps.any())
+        return self._zero_seen[1]
 
     def __call__(
         self,
@@ -228,7 +246,7 @@ class Site:
         Args:
             host: where the site's tensors are registered.
             base: the original forward.
-            z: pre-activations, any shape, floating point.
+            z: pre-activations, any shape, dense or nested; see ``is_correctable``.
             inplace: whether the base overwrites its input; then so does the corrected function.
             known: what the original forward computes, with its derivative, where that is known.
 
@@ -238,10 +256,24 @@ class Site:
         if self.idle(host):
             return base(z)
         if self.switch.collecting and host.training and not _recomputing():
-            self.collector.observe(z)
+            self.collector.observe(values_of(z) if z.is_nested else z)
         if not self.switch.enabled:
             return base(z)
         return _corrected(base, functools.partial(self.terms, host), z, inplace, known, self.switch.backend)
+
+    def pass_over(self, host: nn.Module, value: object) -> None:
+        """Takes down, where samples are taken, that a call could not be corrected.
+
+        Args:
+            host: where the site's tensors are registered.
+            value: what the activation was called with.
+        """
+        if self.switch.collecting and host.training and not torch.compiler.is_compiling():
+            self.collector.passed_over = describe(value)
+
+
+def _costs_nothing_to_read(eps: Tensor) -> bool:
+    return eps.device.type == "cpu"
 
 
 def register(host: nn.Module, key: str, value: Tensor | None) -> None:
@@ -250,11 +282,6 @@ def register(host: nn.Module, key: str, value: Tensor | None) -> None:
         vars(host)[key] = None
     else:
         host.register_buffer(key, value)
-
-
-def _per_channel(eps: Tensor, z: Tensor) -> Tensor:
-    """One amplitude a channel broadcasts along dimension 1 of images, the last of anything else."""
-    return eps.view(-1, *[1] * (z.dim() - 2)) if eps.dim() and z.dim() >= 4 else eps
 
 
 def _corrected(
@@ -266,6 +293,8 @@ def _corrected(
     backend: Backend = "auto",
 ) -> Tensor:
     """base(z) + c(z); z itself, overwritten, if inplace."""
+    if z.is_nested:
+        return corrected_nested(z, base, terms, inplace)
     return (corrected_ if inplace else corrected)(z, base, terms(z), known, backend)
 
 
@@ -310,19 +339,26 @@ class CorrectedActivation(nn.Module):
         register(self, "table", shape_table(as_base(base), density))
         register(self, "offset", None)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor | None = None, **named: Tensor) -> Tensor:
         """Applies the corrected function.
 
         Args:
             z: pre-activations, any shape, floating point.
+            **named: the same under the name that the base's forward has for it, instead of z.
 
         Returns:
-            f(z), of the shape of z; z itself, overwritten, if the base is in place.
+            f(z), of the shape of z; z itself, overwritten, if the base is in place. What is no tensor of real numbers
+            goes to the base alone.
         """
-        return _corrected(self.base, self._terms, z, getattr(self.base, "inplace", False), known_module(self.base))
+        if z is None:
+            (z,) = named.values()
+        if not is_correctable(z):
+            return self.base(z)
+        known = None if torch.compiler.is_compiling() else known_module(self.base)
+        return _corrected(self.base, self._terms, z, getattr(self.base, "inplace", False), known)
 
     def _terms(self, z: Tensor) -> Terms:
-        return Terms(_per_channel(self.eps, z), self.shape, self.table, self.offset, HALF_WIDTH)
+        return Terms(per_channel(self.eps, z), self.shape, self.table, self.offset, table_half_width())
 
     def extra_repr(self) -> str:
         """Live amplitude and scale.
@@ -352,15 +388,14 @@ def describe_state(eps: Tensor, shape: Tensor, backend: Backend = "auto") -> str
     Args:
         eps: amplitude, 0-dim or one a channel (then their mean is shown).
         shape: mu and sigma.
-        backend: what was asked for; shown is what float32 tensors on the CPU get.
+        backend: what was asked for; shown is what tensors on the CPU get.
 
     Returns:
-        For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``; without the last off the CPU
-        and for amplitudes a channel, which have one way only.
+        For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``; without the last off the CPU.
     """
     if eps.is_meta or shape.is_meta:
         return "eps, mu, sigma on meta"
     mu, sigma = shape.tolist()
     value = float(eps.detach().mean()) if eps.numel() else math.nan
     state = f"eps={value:+.4f}, mu={mu:+.3f}, sigma={sigma:.3f}"
-    return f"{state}, backend={resolve_backend(backend)}" if eps.device.type == "cpu" and not eps.dim() else state
+    return f"{state}, backend={resolve_backend(backend)}" if eps.device.type == "cpu" else state

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +14,8 @@ from eafo_dynamic.surgery import site_source
 from eafo_dynamic.update import Functions
 
 __all__ = ["Bank"]
+
+Chunk = tuple[Any, ...]  # of a sample: its values, and what is known of the tensor they come from
 
 
 class Bank:
@@ -62,7 +67,7 @@ class Bank:
             return Functions(
                 bases=[as_base(view) for view in self._plain],
                 # one amplitude a channel: the log and the entropies see their mean
-                eps=torch.stack([eps.to(device, torch.float32).mean() for eps, *_ in states]),
+                eps=torch.stack([_mean(eps).to(device, torch.float32) for eps, *_ in states]),
                 shape=torch.stack([shape.to(device, torch.float32) for _, shape, *_ in states]),
                 tables=self._stacked([table for _, _, table, _ in states]),
                 tabulated=torch.tensor(
@@ -85,13 +90,14 @@ class Bank:
         place = {row: k for k, row in enumerate(new.tabulated.tolist())}
         targets: list[Tensor] = []
         values: list[Tensor] = []
+        amplitudes, shapes = new.eps.unbind(), new.shape.unbind()
         for row, (host, site) in enumerate(self._hosted):
             eps, shape, table, offset = (getattr(host, key) for key in site.keys)
-            targets += [eps.detach(), shape]
-            # channels keep their differences; one amplitude is simply the new one
-            kept = torch.where(eps.detach().isfinite(), eps.detach(), old.eps[row])
-            moved = kept + (new.eps[row] - old.eps[row]) if eps.dim() else new.eps[row]
-            values += [moved, new.shape[row]]
+            moved, eps = amplitudes[row], eps.detach()
+            if eps.dim():  # channels keep their differences
+                moved = torch.where(eps.isfinite(), eps, old.eps[row]) + (moved - old.eps[row])
+            targets += [eps, shape]
+            values += [moved, shapes[row]]
             if table is not None:
                 targets.append(table)
                 values.append(new.tables[place[row]])
@@ -99,6 +105,23 @@ class Bank:
                 targets.append(offset)
                 values.append(new.offsets[place[row]])
         torch._foreach_copy_(targets, values)
+
+    def pending(self) -> list[list[Chunk]]:
+        """What every site has collected since the last round.
+
+        Returns:
+            Its sample, a list a site, on the CPU.
+        """
+        return [[(values.cpu(), *rest) for values, *rest in site.collector.pending()] for site in self.sites]
+
+    def restore_pending(self, samples: Sequence[Sequence[Sequence[Chunk]]]) -> None:
+        """Puts back what ``pending`` gave, of one rank or of several, in place of the present sample.
+
+        Args:
+            samples: one entry a rank.
+        """
+        for index, site in enumerate(self.sites):
+            site.collector.restore([chunk for sample in samples for chunk in sample[index]], self.device)
 
     def bound(self, bound: float) -> None:
         """Brings every amplitude back into [-bound, bound], without a look at their values.
@@ -109,3 +132,8 @@ class Bank:
         amplitudes = [eps.detach() for eps in self.eps]
         torch._foreach_clamp_min_(amplitudes, -bound)
         torch._foreach_clamp_max_(amplitudes, bound)
+
+
+def _mean(eps: Tensor) -> Tensor:
+    # in half precision the sum over many channels would be too coarse
+    return eps.to(torch.float32).mean() if eps.dim() else eps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,22 @@ from torch import Tensor, nn
 from eafo_dynamic.controller import EAFOController, Options
 from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError, LogError, SiteError
-from eafo_dynamic.example import example_run
+from eafo_dynamic.example import averaging, batch_runs, cannot_wait, example_runs, search, swa_rates
 from eafo_dynamic.kernels import Backend
-from eafo_dynamic.manifest import CHECKPOINT_KEY, LoadListener, manifest, report_from_manifest, wrap_from_manifest
+from eafo_dynamic.manifest import (
+    CHECKPOINT_KEY,
+    CheckpointListener,
+    check_form,
+    check_weights,
+    manifest,
+    report_from_manifest,
+    wrap_from_manifest,
+)
 from eafo_dynamic.optim import check_group, own_group
 from eafo_dynamic.policy import Policy, Rule
-from eafo_dynamic.records import CorrectionLog, LogWriter
+from eafo_dynamic.records import CorrectionLog
+from eafo_dynamic.replicas import Replicas, check_strategy, everyones
+from eafo_dynamic.runlog import RunLog
 from eafo_dynamic.schedule import steps_of_epochs
 from eafo_dynamic.showing import History, Reporter
 from eafo_dynamic.sites import SiteReport, find_sites
@@ -36,10 +46,11 @@ class EAFOCallback(Callback):
 
         trainer = Trainer(callbacks=[EAFOCallback()])
 
-    In ``setup`` the model's activations are wrapped, so that eps is in the optimiser and checkpoints restore it. In
-    training, sampled batches leave a few thousand pre-activations a site; every ``update_every_n_steps`` optimiser
-    steps each site's density, entropy and correction are estimated anew. Aggregates go to the trainer's loggers as
-    ``eafo/...``, every site's row to ``<run>/eafo/corrections.jsonl``.
+    In ``setup`` the model's activations are wrapped, so that eps is in the optimiser and checkpoints restore it; where
+    nothing shows them so early (a stream, manual optimisation), at the first training batch, and eps joins the
+    optimiser then. In training, sampled batches leave a few thousand pre-activations a site; every
+    ``update_every_n_steps`` optimiser steps each site's density, entropy and correction are estimated anew. Aggregates
+    go to the trainer's loggers as ``eafo/...``, every site's row to ``<run>/eafo/corrections.jsonl``.
 
     Args:
         target_modules: class names (``ReLU``), ends of module names (``mlp.act``) or regular expressions over whole
@@ -68,7 +79,7 @@ class EAFOCallback(Callback):
         compounding: each round settles the correction so far and corrects the corrected function, in place of
             refreshing the correction of the base.
         resolution: r of the resolution-r entropy, in standard deviations of the output.
-        backend: what computes float32 activations on a CPU: "native", compiled from C on this machine; "eager",
+        backend: what computes activations on a CPU: "native", compiled from C on this machine; "eager",
             torch's operations; "auto", native where there is a C compiler.
         rollback_factor: undo a round after which the mean training loss is larger than before it by more than this
             factor; None: never.
@@ -120,28 +131,8 @@ class EAFOCallback(Callback):
         save_log: bool = True,
         verbose: bool = True,
     ) -> None:
-        self.options = Options(
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-            filter_fn=filter_fn,
-            functional=functional,
-            policy=policy,
-            density=density,
-            eps_init=eps_init,
-            max_eps=max_eps,
-            max_delta=max_delta,
-            update_every_n_steps=update_every_n_steps,
-            update_starting_at_step=update_starting_at_step,
-            freeze_at_step=freeze_at_step,
-            collect_every_n_steps=collect_every_n_steps,
-            samples_per_site=samples_per_site,
-            momentum=momentum,
-            per_channel=per_channel,
-            compounding=compounding,
-            resolution=resolution,
-            backend=backend,
-            rollback_factor=rollback_factor,
-        )
+        given = locals()
+        self.options = Options(**{each.name: given[each.name] for each in fields(Options)})
         if update_every_n_epochs is not None and update_every_n_epochs < 1:
             raise ConfigError(
                 "update_every_n_epochs", update_every_n_epochs, "must be at least 1", "None counts steps."
@@ -152,36 +143,51 @@ class EAFOCallback(Callback):
         if log_figures and not save_log:
             raise ConfigError("log_figures", log_figures, "figures are drawn from the log", "Leave save_log=True.")
         self._reporter = Reporter(log_every_n_steps, log_sites or (), log_figures)
-        self.dirpath = None if dirpath is None else Path(dirpath)
-        self.save_log = save_log
         self.verbose = verbose
         self.controller: EAFOController | None = None
-        self._writer: LogWriter | None = None
+        self._log = RunLog(None if dirpath is None else Path(dirpath), save_log)
         self._resumed: dict[str, Any] | None = None
-        self._earlier_log: str | None = None  # of the run that is resumed
-        self._log_path: Path | None = None
+        self._awaits_batch = ""  # why the sites are not known before the first training batch; empty once they are
+        self._earlier: dict[str, Tensor] = {}  # corrections that a model which awaits its batch had before
+        self._late = False  # whether eps came after the optimisers
+        self._listener: CheckpointListener | None = None
+        self._replicas: Replicas | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wraps the model for a fit, once; before optimisers are built and weights restored.
 
         For other stages the model stays as it is, unless a checkpoint with corrections is about to be restored.
         """
-        vars(pl_module)["on_load_checkpoint"] = LoadListener(pl_module, self.adopt)
-        if stage != "fit" or (self.controller is not None and self.controller.model is pl_module):
+        self._listener = CheckpointListener(pl_module, on_load_checkpoint=self._restore, on_save_checkpoint=self._save)
+        if stage != "fit":
             return
-        _check_order(self, trainer)
+        check_strategy(trainer.strategy)
+        if trainer.world_size > 1:
+            self._replicas = Replicas(pl_module, self._amplitudes)
+        if self.controller is not None and self.controller.model is pl_module:
+            return
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()
-        earlier = take_off(pl_module)  # of another callback's fit
+        self.controller, self._late = None, False
+        self._earlier = take_off(pl_module)  # of another callback's fit
         report = self._find(trainer, pl_module)
+        if report is not None:
+            self._wrap(trainer, pl_module, report)
+        elif self.verbose and trainer.is_global_zero:
+            _print(f"EAFO: sites will be looked for at the first training batch: {self._awaits_batch}.")
+        for earlier in averaging(trainer, until=self):
+            earlier.setup(trainer, pl_module, stage)  # it has copied the model as it was before
+
+    def _wrap(self, trainer: Trainer, pl_module: LightningModule, report: SiteReport) -> None:
         self._attach(pl_module, report)
-        put_back(pl_module, earlier)
         if self.verbose and trainer.is_global_zero:
             _print(report)
 
     def _attach(self, pl_module: LightningModule, report: SiteReport) -> None:
         self.controller = EAFOController(pl_module, self.options, report)
         self.controller.collecting = False
+        put_back(pl_module, self._earlier)
+        self._awaits_batch, self._earlier = "", {}
 
     def adopt(self, pl_module: Any, saved: dict[str, Any]) -> None:
         """Wraps a model as a checkpoint lists it, just before its weights are restored.
@@ -193,85 +199,103 @@ class EAFOCallback(Callback):
         Raises:
             SiteError: if the model or the options do not fit the checkpoint.
         """
-        if self.controller is None or self.controller.model is not pl_module:
+        known = self.controller is not None and self.controller.model is pl_module
+        if not known and not self._awaits_batch:
             if not is_wrapped(pl_module):
                 wrap_from_manifest(pl_module, saved)
             return
-        differing = [key for key, value in self.options.form.items() if bool(saved[key]) != value]
-        if differing:
-            raise SiteError(
-                "the checkpoint was made with other options: "
-                + ", ".join(f"{key}={saved[key]} (now {self.options.form[key]})" for key in differing)
-                + ". Use the options of the run that is resumed; its manifest.json lists them."
-            )
-        if saved != manifest(self.controller.report, **self.options.form):
-            report = report_from_manifest(self.controller.detach(), saved)
-            self._attach(pl_module, report)
+        check_form(saved, self.options.form)
+        if self.controller is None or saved != manifest(self.controller.report, **self.options.form):
+            plain = pl_module if self.controller is None else self.controller.detach()
+            self._attach(pl_module, report_from_manifest(plain, saved))
 
-    def _find(self, trainer: Trainer, pl_module: LightningModule) -> SiteReport:
-        selection = self.options.selection
-        run, source = example_run(trainer, pl_module)
-        if run is None:
-            report = find_sites(pl_module, selection=selection)
-        else:
-            try:
-                return find_sites(pl_module, selection=selection, run=run)
-            except SiteError as error:
-                warnings.warn(f"EAFO looks at the module tree only, since {source}: {error}", stacklevel=2)
-                report = find_sites(pl_module, selection=selection)
+    def _find(self, trainer: Trainer, pl_module: LightningModule) -> SiteReport | None:
+        """The sites, as far as they can be seen in setup; None if the first batch will show them."""
+        obstacle = cannot_wait(trainer, pl_module)
+        runs, source = example_runs(trainer, pl_module, may_wait=not obstacle)
+        report, problem = search(pl_module, self.options.selection, runs)
+        if report is None:
+            why = f"{source}: {problem}" if problem else source
+            self._awaits_batch = "" if obstacle else why
+            return self._static(pl_module, f"{why}; {obstacle}") if obstacle else None
         return report
+
+    def _static(self, pl_module: LightningModule, why: str) -> SiteReport:
+        message = "Set example_input_array to find functional and repeated calls."
+        warnings.warn(f"EAFO looks at the module tree only, since {why}. {message}", stacklevel=2)
+        return find_sites(pl_module, selection=self.options.selection)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives eps its parameter group, before optimiser states are restored, and opens the log."""
-        controller = self._controller
+        if not self._awaits_batch:
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take_up()
         notes = own_group(
             trainer.optimizers,
-            controller.amplitudes,
+            self._controller.amplitudes,
             pl_module,
-            schedulers=[config.scheduler for config in trainer.lr_scheduler_configs],
+            schedulers=[*(config.scheduler for config in trainer.lr_scheduler_configs), *swa_rates(trainer)],
             lr=self.lr,
             lr_multiple=self.lr_multiple,
             weight_decay=self.weight_decay,
+            by_relatives=self._late,
         )
         for note in notes:
             warnings.warn(f"EAFO: {note}", stacklevel=2)
-        if self._resumed is not None:
-            controller.load_state_dict(self._resumed)
-            self._earlier_log = self._resumed.get("log")
-            self._resumed = None
-        folder = self._log_folder(trainer)
-        if self.save_log and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            self._writer = LogWriter(folder, controller.about())
-            self._log_path = self._writer.path
+        self._log.open(trainer, self._controller.about())
 
-    def _log_folder(self, trainer: Trainer) -> Path:
-        run = trainer.log_dir or trainer.default_root_dir  # on every rank: log_dir is a broadcast
-        return self.dirpath or Path(run) / "eafo"
+    def _take_up(self) -> None:
+        """Restores the state of a checkpoint, also of one by which a tuner takes the steps back that it has tried."""
+        if self._resumed is not None:
+            self._controller.load_state_dict(self._resumed)
+            self._controller.collecting = False
+            self._log.resumed(self._resumed.get("log"))
+            self._late = self._resumed.get("late", False)
+            self._resumed = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Turns epochs into steps, and drops rows of the log that lie past the restored step."""
+        if not self._awaits_batch:
+            self._align(trainer)
+
+    def _align(self, trainer: Trainer) -> None:
+        self._take_up()
+        self._controller._last_step = trainer.global_step  # an earlier fit may have ended after this very step
         if self.update_every_n_epochs is not None:
             steps = steps_of_epochs(
                 self.update_every_n_epochs, trainer.num_training_batches, trainer.accumulate_grad_batches
             )
             schedule = replace(self._controller.schedule, update_every_n_steps=steps, collect_every_n_steps=None)
             self._controller.reschedule(schedule)
-        if self._writer is not None and trainer.global_step:
-            self._writer.resume(trainer.global_step, source=self._earlier_log)
+        self._log.align(trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Lets the forwards of this batch leave samples when it is time."""
+        """Finds the sites where they wait for a batch; lets the forwards leave samples when it is time."""
+        if self._awaits_batch:
+            self._find_in(batch, trainer, pl_module)
         controller = self._controller
         controller.collecting = controller.schedule.collects(trainer.global_step)
 
+    def _find_in(self, batch: Any, trainer: Trainer, pl_module: LightningModule) -> None:
+        runs = batch_runs(trainer, pl_module, batch)
+        report, problem = search(pl_module, self.options.selection, runs)
+        self._late = True
+        self._wrap(trainer, pl_module, report or self._static(pl_module, problem))
+        self._begin(trainer, pl_module)
+        self._align(trainer)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Lets the policy add to eps.grad, or drops it once frozen."""
-        self._controller.before_optimizer_step(trainer.global_step)
+        self._controller.before_optimizer_step(trainer.global_step, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Acts when the optimiser has stepped: trust region, update round, log."""
+        if self._awaits_batch:
+            return  # there was no batch: the loader gave None
         controller = self._controller
         step = trainer.global_step
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
@@ -279,11 +303,8 @@ class EAFOCallback(Callback):
             controller.observe_loss(loss)
         rows = controller.step(step, trainer.current_epoch)
         controller.collecting = False
-        if rows and self._writer is not None:
-            self._writer.write(rows)
-            if controller.rounds & (controller.rounds - 1) == 0:  # rounds 1, 2, 4, 8, ...
-                self._writer.write_shapes(step, controller.snapshot())
-                self._reporter.send_figure(trainer, lambda: self.plot("functions"))
+        if self._log.write(step, rows, controller.rounds, controller.snapshot):
+            self._reporter.send_figure(trainer, lambda: self.plot("functions"))
         self._reporter.send(trainer, pl_module, rows)
 
     def plot(self, what: str = "heatmap", column: str = "entropy") -> Any:
@@ -301,15 +322,14 @@ class EAFOCallback(Callback):
         """
         from eafo_dynamic.plots.logs import plot
 
-        if self._log_path is None:
+        if self._log.path is None:
             raise LogError("there is no correction log yet: fit with save_log=True first.")
-        return plot(CorrectionLog.load(self._log_path), what, column)
+        return plot(CorrectionLog.load(self._log.path), what, column)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the last shape of every function in the log."""
-        controller = self._controller
-        if self._writer is not None and controller.rounds and controller.rounds & (controller.rounds - 1):
-            self._writer.write_shapes(trainer.global_step, controller.snapshot())
+        if self.controller is not None:
+            self._log.end(trainer.global_step, self.controller.rounds, self.controller.snapshot)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stops collecting and closes the log, also when a run is interrupted by hand."""
@@ -319,15 +339,29 @@ class EAFOCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Closes the log; the model keeps its corrections."""
-        vars(pl_module).pop("on_load_checkpoint", None)
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        for each in (self._listener, self._replicas):
+            if each is not None:
+                each.release()
+        self._listener = self._replicas = None
+        if self._earlier:
+            warnings.warn("EAFO: no training batch came, and the corrections of an earlier fit are gone", stacklevel=2)
+        self._awaits_batch, self._earlier = "", {}
+        self._log.close()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds what the other ranks have collected since the last round, so that a resumed run goes on with it."""
+        if self.controller is not None and trainer.world_size > 1:
+            checkpoint["callbacks"][self.state_key]["ranks"] = everyones(self.controller.own_state())
+
+    def _save(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Adds the list of sites, so that a plain model can be wrapped the same way before its weights are loaded."""
-        if self.controller is not None:
+        if self.controller is not None and self.controller.model is pl_module:
             checkpoint[CHECKPOINT_KEY] = manifest(self.controller.report, **self.options.form)
+
+    def _restore(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if CHECKPOINT_KEY in checkpoint:
+            self.adopt(pl_module, checkpoint[CHECKPOINT_KEY])
+            check_weights(pl_module, checkpoint.get("state_dict") or {})
 
     def state_dict(self) -> dict[str, Any]:
         """State beside the model's own: running estimates and counts; tensors and primitives only.
@@ -335,10 +369,11 @@ class EAFOCallback(Callback):
         Returns:
             The state.
         """
+        if self._resumed is not None:
+            return self._resumed  # a tuner keeps the state before the fit has taken it up
         if self.controller is None:
             return {}
-        log = None if self._writer is None else str(self._writer.path)
-        return {**self.controller.state_dict(), "log": log}
+        return {**self.controller.state_dict(), "log": self._log.location, "late": self._late}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the restored state until the fit starts, when it is on the right device."""
@@ -349,6 +384,9 @@ class EAFOCallback(Callback):
         """The newest rows of the correction log; shows as a table in a notebook."""
         return History() if self.controller is None else History(self.controller.records)
 
+    def _amplitudes(self) -> list[nn.Parameter]:
+        return [] if self.controller is None else self.controller.bank.eps
+
     @property
     def _controller(self) -> EAFOController:
         if self.controller is None:
@@ -356,21 +394,7 @@ class EAFOCallback(Callback):
         return self.controller
 
 
-def _print(report: SiteReport) -> None:
+def _print(report: SiteReport | str) -> None:
     from rich.console import Console
 
     Console().print(report)
-
-
-def _check_order(callback: Callback, trainer: Trainer) -> None:
-    """Averaging callbacks copy the model in their setup; the copy must already be wrapped."""
-    names = [type(each).__name__ for each in trainer.callbacks]  # pyright: ignore[reportAttributeAccessIssue]
-    place = trainer.callbacks.index(callback)  # pyright: ignore[reportAttributeAccessIssue]
-    for earlier in names[:place]:
-        if earlier in ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"):
-            raise ConfigError(
-                "callbacks",
-                names,
-                f"{earlier} copies the model before EAFOCallback wraps it",
-                "Put EAFOCallback first.",
-            )

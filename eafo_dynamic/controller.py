@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eafo_dynamic.bank import Bank
 from eafo_dynamic.diagnostics import OutputEntropy, Record, describe_events, diagnostics, snapshot, to_rows
-from eafo_dynamic.errors import ConfigError, PatternError, SiteError
+from eafo_dynamic.errors import ConfigError, PatternError, SiteError, legible
 from eafo_dynamic.kernels import resolve_backend
 from eafo_dynamic.manifest import manifest
 from eafo_dynamic.options import Options
@@ -22,7 +22,7 @@ from eafo_dynamic.running import LossWatch, RunningDensity, make_estimator
 from eafo_dynamic.schedule import Schedule
 from eafo_dynamic.showing import SiteList
 from eafo_dynamic.sites import SiteReport, find_sites, matches
-from eafo_dynamic.statistics import dead_fractions, gather_ranks, moments, stack_samples, world_size
+from eafo_dynamic.statistics import dead_fractions, moments, pool_ranks, stack_samples, world_size
 from eafo_dynamic.surgery import put_back, take_off, unwrap, wrap
 from eafo_dynamic.update import Functions, bounded_move, compounded, refreshed
 from eafo_dynamic.version import package_versions
@@ -143,7 +143,7 @@ class EAFOController:
 
     @property
     def backend(self) -> str:
-        """What computes float32 activations on a CPU: "native" or "eager"."""
+        """What computes activations on a CPU: "native" or "eager"."""
         return resolve_backend(self.options.backend)
 
     @property
@@ -208,20 +208,25 @@ class EAFOController:
         self._switch.collecting = self.schedule.collects(global_step)
         return rows
 
-    def before_optimizer_step(self, global_step: int) -> None:
+    def before_optimizer_step(self, global_step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Call between backward and the optimiser's step, for the policies and options that touch eps.grad.
 
-        Adds ``weight * dH_r/d eps`` of the last round (policy ``hybrid``); drops the gradient once frozen.
+        Adds ``weight * dH_r/d eps`` of the last round (policy ``hybrid``); drops the gradients of what is frozen.
 
         Args:
             global_step: optimiser steps taken so far.
+            optimizer: the one that is about to step, where there are several; None: all.
         """
-        if self.schedule.frozen(global_step + 1):
-            for eps in self.bank.eps:
+        frozen = self.schedule.frozen(global_step + 1)
+        for eps, policy in zip(self.bank.eps, self.policies, strict=True):
+            if frozen or not policy.trains_eps:  # who unfreezes a model's layers makes every eps trainable as well
                 eps.grad = None
-        elif self._adds_gradient and self._gradient is not None:
+        if not frozen and self._adds_gradient and self._gradient is not None:
+            groups = [] if optimizer is None else optimizer.param_groups
+            steps = {id(p) for group in groups for p in group["params"]}
             for eps, policy, gradient in zip(self.bank.eps, self.policies, self._gradient, strict=True):
-                if policy.adds_gradient:
+                # what another optimiser steps would get it twice
+                if policy.adds_gradient and (optimizer is None or id(eps) in steps):
                     extra = (policy.adds_gradient * gradient).to(eps.dtype)
                     eps.grad = extra.clone() if eps.grad is None else eps.grad + extra
 
@@ -244,7 +249,7 @@ class EAFOController:
         Returns:
             One row a site.
         """
-        samples, dead, nonfinite = self._samples()
+        samples, dead, nonfinite, losses = self._samples()
         stats = moments(samples)
         usable = (stats.n >= 2) & (stats.std > 0) & stats.std.isfinite() & stats.mean.isfinite()
         old = self.bank.functions()
@@ -255,7 +260,7 @@ class EAFOController:
         gradient = before.gradient(direction)
         self._gradient = torch.where(usable, gradient, 0.0).nan_to_num().to(old.eps.dtype)
 
-        jumped = self._losses.jumped()  # every round: what is before it and what after must not mix
+        jumped = self._losses.jumped(losses)  # every round: what is before it and what after must not mix
         rolled_back = jumped and self._undo is not None
         wanted = self._reverted(old) if rolled_back else self._wanted(old, samples, usable)
         new, fraction = bounded_move(old, wanted, self.trust_region)
@@ -266,18 +271,19 @@ class EAFOController:
         columns = diagnostics(samples, stats, before, old, new, delta_eps=moved - self._eps_before, gradient=gradient)
         columns.update(dead_fraction=dead, n_nonfinite=nonfinite)
         self._eps_before = new.eps
-        events = describe_events(stats.n, usable, fraction, rolled_back, nonfinite, broken)
+        events = describe_events(stats.n, usable, fraction, rolled_back, nonfinite, broken, self._passed_over())
         heads: list[Record] = [{"step": step, "epoch": epoch, "site": site.name} for site in self.bank.sites]
         tails = [{"policy": policy.name, "event": event} for policy, event in zip(self.policies, events, strict=True)]
         rows = to_rows(heads, columns, tails)
         self.records.extend(rows)
         return rows
 
-    def _samples(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Empties the collectors.
+    def _samples(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Empties the collectors; the only collective of a round.
 
         Returns:
-            Samples of all sites and ranks, [S, n]; dead fractions and non-finite samples of this rank, [S].
+            Samples of all sites and ranks, [S, n]; dead fractions of this rank, [S]; of all ranks non-finite samples,
+            [S], and the losses' sum and number, [2].
         """
         device = self.bank.device
         drained = [site.collector.drain() for site in self.bank.sites]
@@ -289,7 +295,17 @@ class EAFOController:
         nonfinite = (~padded.isfinite()).sum(1) - missing
         width = math.ceil(self.options.samples_per_site / world_size())
         stacked = padded if longest <= width else stack_samples(values, width)
-        return gather_ranks(stacked, width), dead_fractions(padded, units), nonfinite
+        losses = self._losses.drain().to(device).expand(len(values), 2)
+        pooled, sums = pool_ranks(stacked, width, torch.cat([nonfinite.unsqueeze(1), losses], dim=1))
+        return pooled, dead_fractions(padded, units), sums[:, 0].long(), sums[0, 1:]
+
+    def _passed_over(self) -> list[str | None]:
+        """Kinds of values that this rank's sites could not correct since the last round."""
+        collectors = [site.collector for site in self.bank.sites]
+        kinds = [collector.passed_over for collector in collectors]
+        for collector in collectors:
+            collector.passed_over = None
+        return kinds
 
     def _wanted(self, old: Functions, samples: Tensor, usable: Tensor) -> Functions:
         """Where the policy wants every function to be, before the trust region bounds the move."""
@@ -333,10 +349,21 @@ class EAFOController:
             "eps_before": self._eps_before,
             "losses": self._losses.state_dict(),
             "undo": None if self._undo is None else self._undo.tensors(),
-            # each rank has its own sample, a checkpoint has one: several ranks collect anew after a resume
-            "pending": [site.collector.pending() for site in self.bank.sites] if world_size() == 1 else None,
+            "ranks": [self.own_state()] if world_size() == 1 else None,
         }
 
+    def own_state(self) -> dict[str, Any]:
+        """The part of the state that is this rank's own: what it has seen since the last round.
+
+        Where several ranks train, ``state_dict()["ranks"]`` is to be the list of all ranks' own states; with None in
+        its place they collect anew after a resume.
+
+        Returns:
+            Tensors on the CPU and primitives only.
+        """
+        return {"pending": self.bank.pending(), "losses": self._losses.own_state()}
+
+    @legible("the checkpoint's state of the corrections is damaged, or of another version")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` gave.
 
@@ -344,7 +371,7 @@ class EAFOController:
             state: from a controller of the same model.
 
         Raises:
-            SiteError: if the sites differ; the message lists them.
+            SiteError: if it is no such state, or the sites differ; the message lists them.
         """
         names, saved = [site.name for site in self.bank.sites], list(state["sites"])
         if names != saved:
@@ -358,14 +385,14 @@ class EAFOController:
         for name in ("gradient", "eps_before"):
             setattr(self, f"_{name}", None if state[name] is None else state[name].to(self.bank.device))
         self._running.load_state_dict(state["running"], self.bank.device)
+        self._undo = None
+        if state["undo"] is not None:
+            before = {name: value.to(self.bank.device) for name, value in state["undo"].items()}
+            self._undo = replace(self.bank.functions(), **before)
         self._losses.load_state_dict(state["losses"])
-        self._undo = (
-            None
-            if state["undo"] is None
-            else replace(
-                self.bank.functions(), **{name: value.to(self.bank.device) for name, value in state["undo"].items()}
-            )
-        )
-        for site, pending in zip(self.bank.sites, state["pending"] or [], strict=False):
-            site.collector.restore(pending, self.bank.device)
+        # whether there are as many ranks now as there were or not, all that they had seen is shared out
+        rank = torch.distributed.get_rank() if world_size() > 1 else 0
+        mine = (state["ranks"] or [])[rank :: world_size()]
+        self.bank.restore_pending([each["pending"] for each in mine])
+        self._losses.load_own_states([each["losses"] for each in mine])
         self._switch.collecting = self.schedule.collects(self._last_step)

@@ -30,6 +30,7 @@ __all__ = [
     "faded_table",
     "is_closed_form",
     "steepest_slope",
+    "table_half_width",
     "tabulate",
 ]
 
@@ -43,6 +44,16 @@ _GRID_HALF_WIDTH = 8.0
 _SCORE_REFINEMENT = 2  # the score route transports mass on a grid this much finer
 _TAPER = 1.0  # standard deviations over which shapes and tables fade out at their ends
 _SQRT_2PI = math.sqrt(2 * math.pi)
+
+
+@torch.compiler.assume_constant_result
+def table_half_width() -> float:
+    """HALF_WIDTH; torch.compile with dynamic=True takes any other global number for one that may change.
+
+    Returns:
+        The same.
+    """
+    return HALF_WIDTH
 
 
 class Shape:
@@ -318,15 +329,14 @@ def _evaluate(table: Tensor, u: Tensor, half_width: float, order: Literal[0, 1])
     intervals = table.shape[-1]
     per_unit = intervals / (2 * half_width)
     position = (u.to(table.dtype) + half_width) * per_unit
-    inside = (position >= 0) & (position <= intervals)
-    safe = torch.where(inside, position, 0.0)
-    index = safe.floor().clamp_(max=intervals - 1)
-    t = safe - index
-    where = index.long().expand(*table.shape[:-2], u.shape[-1])
+    within = position.clamp(0, intervals)
+    index = within.nan_to_num(nan=0.0).int().clamp(max=intervals - 1)  # by way of int32, which is vectorised
+    t = within - index
+    index = index.long().expand(*table.shape[:-2], u.shape[-1])
     if table.dim() > 2:
         site = torch.arange(math.prod(table.shape[:-2]), device=u.device)
-        where = where + intervals * site.view(*table.shape[:-2], 1)
+        index = index + intervals * site.view(*table.shape[:-2], 1)
     # from one row of all sites: a lookup along one dimension is several times faster than a gather along the last
-    a0, a1, a2, a3 = (row.reshape(-1).index_select(0, where.reshape(-1)).view(where.shape) for row in table.unbind(-2))
+    a0, a1, a2, a3 = (row.reshape(-1).index_select(0, index.reshape(-1)).view(index.shape) for row in table.unbind(-2))
     value = a0 + t * (a1 + t * (a2 + t * a3)) if order == 0 else (a1 + t * (2 * a2 + t * 3 * a3)) * per_unit
-    return torch.where(inside, value, 0.0)
+    return torch.where(position == within, value, 0.0)  # false for NaN too

@@ -83,6 +83,8 @@ def diagnostics(
     if gradient is None:
         gradient = before.gradient(old.direction(samples))
     mixed = before.mixed
+    # in one go: most of what a round costs is the number of its operations
+    entropy_after, of_samples = SmoothedOutput(torch.cat([after, samples]), r).entropy.chunk(2)
     gaussian = 0.5 * math.log(2 * math.pi * math.e * (1 + r * r))
     return {
         "eps": new.eps,
@@ -90,7 +92,7 @@ def diagnostics(
         "d_entropy_d_eps": gradient,
         "entropy": mixed.entropy,
         "entropy_predicted": before.entropy + before.gradient(after - before.outputs),
-        "entropy_after": SmoothedOutput(after, r).entropy,
+        "entropy_after": entropy_after,
         "entropy_drift": gradient * delta_eps,
         "continuous_entropy": mixed.continuous_entropy,
         "atom_mass": mixed.atom_mass,
@@ -98,7 +100,7 @@ def diagnostics(
         "std": stats.std,
         "skew": stats.skew,
         "kurtosis": stats.kurtosis,
-        "negentropy": gaussian - SmoothedOutput(samples, r).entropy,
+        "negentropy": gaussian - of_samples,
         "n": stats.n,
         "mu": new.shape[:, 0],
         "sigma": new.shape[:, 1],
@@ -112,6 +114,7 @@ def describe_events(
     rolled_back: bool,
     nonfinite: Tensor,
     broken: Tensor | None = None,
+    passed_over: Sequence[str | None] = (),
 ) -> list[str | None]:
     """What was out of the ordinary at each site.
 
@@ -122,13 +125,18 @@ def describe_events(
         rolled_back: whether the round undid the previous one.
         nonfinite: NaN and infinite samples, shape [S].
         broken: whether eps was found not finite and was put back, shape [S].
+        passed_over: kind of a value that each site could not correct, None where there was none.
 
     Returns:
         One text a site, None where there is nothing to say.
     """
 
-    def describe(count: float, good: bool, taken: float, poisoned: float, mended: bool) -> str | None:
+    def describe(
+        count: float, good: bool, taken: float, poisoned: float, mended: bool, alone: str | None
+    ) -> str | None:
         found: list[str] = []
+        if alone:
+            found.append(f"left alone: {alone}")
         if mended:
             found.append("eps was not finite and is back at its last good value")
         if poisoned:
@@ -147,7 +155,8 @@ def describe_events(
 
     mended = torch.zeros_like(usable) if broken is None else broken
     columns = (n.tolist(), usable.tolist(), fraction.tolist(), nonfinite.tolist(), mended.tolist())
-    return [describe(*each) for each in zip(*columns, strict=True)]
+    kinds = passed_over or [None] * len(n)
+    return [describe(*each) for each in zip(*columns, kinds, strict=True)]
 
 
 def to_rows(

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from eafo_dynamic.activation import CorrectedActivation
+from eafo_dynamic.channels import channel_dim, mark_channels
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.functional import WRITTEN, Tracker, function_name, hyper_parameters
+from eafo_dynamic.functional import WRITTEN, Tracker, function_name, hyper_parameters, is_hidden_from_compiler
+from eafo_dynamic.kernels import describe, is_correctable, size_of
 
 __all__ = ["Call", "Frame", "Trace", "forked_random_states", "trace_calls"]
 
@@ -53,6 +55,8 @@ class Call:
         function: name of the function of a functional call; None for a module's.
         parameters: hyper-parameters of the function.
         inplace: whether the function overwrites its input.
+        hidden_from_compiler: whether torch.compile would not show the call.
+        channel_dim: dimension of the channels of the pre-activation, where it is known.
         role: hidden, gate or unknown.
         reason: why it is not hidden.
     """
@@ -63,6 +67,8 @@ class Call:
     function: str | None = None
     parameters: dict[str, object] = field(default_factory=dict)
     inplace: bool = False
+    hidden_from_compiler: bool = False
+    channel_dim: int | None = None
     role: str = "hidden"
     reason: str = ""
 
@@ -76,12 +82,14 @@ class Trace:
         forwards: number of forwards of each module, those inside another forward of it not counted.
         entered: number of all forwards.
         callees: modules whose forward a module's own forward has called.
+        refused: kind of the value that an activation module was called with and that cannot be corrected.
     """
 
     calls: list[Call] = field(default_factory=list)
     forwards: Counter[str] = field(default_factory=Counter)
     entered: int = 0
     callees: dict[str, dict[str, None]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 class _Running:
@@ -114,6 +122,7 @@ class _Listener(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        mark_channels(func, args, out)
         running = self.running[-1]
         if running.inside:
             return out
@@ -128,8 +137,9 @@ class _Listener(TorchFunctionMode):
         return tuple(running.frame for running in self.running)
 
     def _note(self, running: _Running, func: Any, name: str, args: Any, kwargs: Any, out: Tensor) -> None:
-        call = Call(running.frame.module, self.path(), tuple(args[0].shape), name, hyper_parameters(name, args, kwargs))
-        call.inplace = out is args[0]
+        call = Call(running.frame.module, self.path(), size_of(args[0]), name, hyper_parameters(name, args, kwargs))
+        call.inplace, call.hidden_from_compiler = out is args[0], is_hidden_from_compiler(func)
+        call.channel_dim = channel_dim(args[0])
         if name in ("sigmoid", "hardsigmoid"):
             call.role, call.reason = "gate", "a gate, not a hidden activation"
         elif name == "softplus":
@@ -145,10 +155,11 @@ class _Listener(TorchFunctionMode):
             running.constants[id(out)] = out
         before = [running.tracker.find(tensor) for tensor in tensors]
         made = running.tracker.step(func, args, kwargs, out)
-        if made is not None:
+        if made is not None and is_correctable(made.root):
             values = tuple(float(scalar.detach()) for scalar in made.scalars)
             parameters: dict[str, object] = {"expression": made.node, "constants": values}
-            call = Call(running.frame.module, self.path(), tuple(out.shape), WRITTEN, parameters)
+            call = Call(running.frame.module, self.path(), size_of(out), WRITTEN, parameters)
+            call.channel_dim = channel_dim(made.root)
             self.trace.calls.append(call)
             for inner in _calls_inside(running, made.root):
                 inner.role, inner.reason = "part", "part of a written-out activation"
@@ -192,12 +203,10 @@ def _calls_inside(running: _Running, root: Tensor) -> Iterator[Call]:
 def _is_pointwise_call(args: Any, kwargs: Any, out: Any) -> bool:
     return (
         bool(args)
-        and isinstance(args[0], Tensor)
+        and is_correctable(args[0])
         and isinstance(out, Tensor)
-        and args[0].is_floating_point()
-        and not args[0].is_nested
         and kwargs.get("out") is None
-        and out.shape == args[0].shape
+        and size_of(out) == size_of(args[0])
     )
 
 
@@ -236,10 +245,15 @@ def _listen(probe: nn.Module, listener: _Listener) -> None:
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = names[id(module)]
-        values = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        if name in listener.activations and values and not running[-1].inside:
-            inplace = bool(getattr(module, "inplace", False))
-            trace.calls.append(Call(name, listener.path(), tuple(values[0].shape), inplace=inplace))
+        values = (*args, *kwargs.values())
+        value = values[0] if len(values) == 1 else values
+        if name in listener.activations and not running[-1].inside:
+            if is_correctable(value):
+                inplace = bool(getattr(module, "inplace", False))
+                dim = channel_dim(value)
+                trace.calls.append(Call(name, listener.path(), size_of(value), inplace=inplace, channel_dim=dim))
+            else:
+                trace.refused[name] = describe(value)
         trace.callees.setdefault(running[-1].frame.module, {})[name] = None
         trace.entered += 1
         if all(each.frame.module != name or not each.frame.is_forward for each in running):

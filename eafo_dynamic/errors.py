@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "EAFOError", "LogError", "PatternError", "SiteError"]
+from collections.abc import Generator
+from contextlib import contextmanager
+
+__all__ = ["ConfigError", "EAFOError", "LogError", "PatternError", "SiteError", "legible", "one_line"]
 
 
 class EAFOError(Exception):
@@ -48,3 +51,38 @@ class SiteError(EAFOError, RuntimeError):
 
 class LogError(EAFOError, ValueError):
     """A correction log is missing, damaged, foreign or of a newer schema; the message names the file."""
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and first words of an exception that somebody else has written.
+
+    Args:
+        error: any exception.
+
+    Returns:
+        At most 300 characters, without a line end.
+    """
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+@contextmanager
+def legible(what: str) -> Generator[None]:
+    """Turns whatever a damaged file makes the code raise that reads it into one line. Also serves as a decorator.
+
+    Args:
+        what: which file, or part of one, and what to use instead.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        EAFOError: as it was.
+        SiteError: in place of any other exception.
+    """
+    try:
+        yield
+    except EAFOError:
+        raise
+    except Exception as error:
+        raise SiteError(f"{what} ({one_line(error)})") from error

@@ -15,14 +15,15 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.utils.checkpoint import checkpoint
 
 from eafo_dynamic.activation import Site
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.functional import Node, Tracker, function_name, is_inplace
-from eafo_dynamic.kernels import known_function
+from eafo_dynamic.kernels import is_correctable, known_function
 from eafo_dynamic.recompute import current_hooks, region_since, replace_recomputation
 
-__all__ = ["STACK", "Owner", "is_correctable", "route", "shielded", "with_functions"]
+__all__ = ["STACK", "Owner", "route", "shielded", "with_functions"]
 
 
 class Owner(Protocol):
@@ -66,18 +67,6 @@ STACK = _FrameStack()
 def _graph_task() -> int:
     """Number of the backward that this code runs in; -1 outside any."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-
-
-def is_correctable(value: object) -> bool:
-    """Whether a value can be a pre-activation.
-
-    Args:
-        value: what an activation is called with.
-
-    Returns:
-        Whether it is a floating-point tensor, and no nested one.
-    """
-    return isinstance(value, Tensor) and value.is_floating_point() and not value.is_nested
 
 
 def route(key: str) -> tuple[Owner | None, Site | None]:
@@ -167,6 +156,11 @@ class _FunctionMode(TorchFunctionMode):
         # not "is": the compiler does not always know two ways to the same object for one
         if len(STACK.frames) != frame.depth:
             return func(*args, **kwargs)
+        if func is checkpoint and torch.compiler.is_compiling():
+            # the compiler alone shows this call to modes, and would run what it is given without them
+            if kwargs.get("use_reentrant") is not False and not isinstance(args[0], nn.Module):
+                _check_part(frame.owner.eafo_name)
+            return func(self.around(args[0]), *args[1:], **kwargs)
         name = function_name(func)
         if name is not None and name in frame.owner.eafo_functions and args and is_correctable(args[0]):
             out = _call_function(frame.owner, func, name, args, kwargs)
@@ -175,6 +169,33 @@ class _FunctionMode(TorchFunctionMode):
         if frame.tracker is not None:
             out = _follow_written(frame, func, args, kwargs, out)
         return out
+
+    def around(self, part: Callable[..., Any]) -> Callable[..., Any]:
+        """A part of the forward that corrects its functions by this mode.
+
+        Args:
+            part: the part as it is.
+
+        Returns:
+            A function of the same arguments.
+        """
+
+        def corrected(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return part(*args, **kwargs)
+
+        return corrected
+
+
+@torch.compiler.assume_constant_result
+def _check_part(owner: str) -> None:
+    """Refuses, while the compiler is at work, a part whose recomputation would find no frame."""
+    flag = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    if not getattr(cast(Any, torch)._dynamo.config, flag, False):
+        raise SiteError(
+            f"{owner or 'the model'}: torch.compile cannot follow a part of its forward that is checkpointed with "
+            f"use_reentrant=True. Checkpoint with use_reentrant=False, or set torch._dynamo.config.{flag} = True."
+        )
 
 
 def _call_function(caller: Owner, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -196,7 +217,7 @@ def _call_function(caller: Owner, func: Any, name: str, args: Any, kwargs: dict[
 def _follow_written(frame: _Frame, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
     assert frame.tracker is not None
     made = frame.tracker.step(func, args, kwargs, out)
-    if made is None or made.node not in frame.owner.eafo_written:
+    if made is None or made.node not in frame.owner.eafo_written or not is_correctable(made.root):
         return out
     owner, site = route(f"{frame.owner.eafo_name}:{made.node}")
     if owner is None or site is None:

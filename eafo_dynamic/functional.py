@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eafo_dynamic.bases import Base, as_base
+from eafo_dynamic.errors import SiteError
+from eafo_dynamic.kernels import size_of
 
 __all__ = [
     "WRITTEN",
@@ -28,6 +31,7 @@ __all__ = [
     "function_name",
     "hyper_parameters",
     "is_function_of_name",
+    "is_hidden_from_compiler",
     "is_inplace",
     "parts",
     "written_node",
@@ -84,6 +88,7 @@ _BINARY: dict[str, Callable[..., Any]] = {
     "div": operator.truediv,
     "pow": operator.pow,
 }
+_DEEPEST = 32  # operations inside each other
 _REFLECTED = {"__radd__": "add", "__rmul__": "mul", "__rsub__": "sub", "__rdiv__": "div", "__rtruediv__": "div"}
 
 
@@ -156,6 +161,11 @@ def is_inplace(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str,
     return func in _IN_PLACE or bool(kwargs.get("inplace", False)) or (len(args) > place and args[place] is True)
 
 
+def is_hidden_from_compiler(func: Any) -> bool:
+    """Whether torch.compile shows a function to no function mode: ``F.relu_(x)``; ``x.relu_()`` it does."""
+    return func in _IN_PLACE and getattr(torch.Tensor, func.__name__, None) is not func
+
+
 def is_function_of_name(name: str) -> bool:
     """Whether an identifier in somebody's code looks like an activation function, a gate not counted.
 
@@ -193,7 +203,13 @@ def function_base(name: str, parameters: Mapping[str, object]) -> Base:
 
     Returns:
         The base.
+
+    Raises:
+        SiteError: if no activation has that name and those hyper-parameters.
     """
+    # the name may come from anybody's checkpoint, and torch has functions that write files
+    if name != WRITTEN and not (name in _HYPER and set(parameters) <= set(_HYPER[name])):
+        raise SiteError(f"{name}({', '.join(map(str, parameters))}) is no activation that is known.")
     if name == WRITTEN:
         constants: Any = parameters.get("constants", ())
         return _written_base(_as_node(parameters["expression"]), tuple(constants))
@@ -217,9 +233,15 @@ def written_node(parameters: Mapping[str, object]) -> Node:
     return _as_node(parameters["expression"])
 
 
-def _as_node(saved: Any) -> Node:
-    """A node that went through JSON or a checkpoint: lists become tuples again."""
-    return tuple(_as_node(part) if isinstance(part, (list, tuple)) else part for part in saved)
+def _as_node(saved: Any, depth: int = 0) -> Any:
+    """A node that went through JSON or a checkpoint, checked: lists become tuples again."""
+    if depth and (saved in ("x", "?") or isinstance(saved, (int, float))):
+        return saved if isinstance(saved, str) else float(saved)
+    parts: list[Any] = list(saved) if isinstance(saved, (list, tuple)) else []
+    operands = 1 if parts and parts[0] in list(_UNARY) else 2
+    if len(parts) != 1 + operands or parts[0] not in [*_UNARY, *_BINARY] or depth > _DEEPEST:
+        raise SiteError(f"{reprlib.repr(saved)} is no expression of a written-out activation.")
+    return (parts[0], *(_as_node(part, depth + 1) for part in parts[1:]))
 
 
 class Written:
@@ -348,7 +370,7 @@ class Tracker:
             root = start
             terms.append(node)
             scalars.append(() if known is None else known.scalars)
-        if root is None or root.shape != out.shape:
+        if root is None or size_of(root) != size_of(out):
             return None
         if name in ("mul", "add") and (terms[0] == "?" or isinstance(terms[0], float)):
             terms.reverse()  # 2 * x and x * 2 are one expression, whichever of them a compiler makes of it

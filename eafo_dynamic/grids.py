@@ -173,7 +173,7 @@ class Splines:
     def __init__(self, position: Tensor) -> None:
         nearest = position.round()
         self.offset = position - nearest
-        self.index = nearest.long()
+        self.index = nearest.int().long()  # by way of int32: a float has no vectorised way to int64
 
     def deposit(self, weight: Tensor | None, size: int) -> Tensor:
         """Mass of weighted points on the nodes 0 ... size - 1.
@@ -244,10 +244,21 @@ def smooth(spectrum: Tensor, variance: float | Tensor, size: int, order: int = 0
     """
     if spectrum.numel() == 0:
         return spectrum.real.new_zeros(*spectrum.shape[:-1], size)
-    omega = 2 * math.pi * torch.fft.rfftfreq(size, dtype=spectrum.real.dtype, device=spectrum.device)
-    kernel = torch.exp(-0.5 * variance * omega.square())
-    factor = kernel if order == 0 else kernel * (1j * omega) ** order
+    if isinstance(variance, Tensor):
+        factor = _response(size, variance, order, spectrum.dtype, spectrum.device)
+    else:
+        factor = _kept_response(size, variance, order, spectrum.dtype, spectrum.device)
     return torch.fft.irfft(spectrum * factor, n=size)
+
+
+def _response(size: int, variance: float | Tensor, order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what convolving with a Gaussian and differentiating does to every frequency."""
+    omega = 2 * math.pi * torch.fft.rfftfreq(size, dtype=dtype.to_real(), device=device)
+    kernel = torch.exp(-0.5 * variance * omega.square())
+    return kernel if order == 0 else kernel * (1j * omega) ** order
+
+
+_kept_response = functools.lru_cache(maxsize=64)(_response)
 
 
 def hermite(values: Tensor, slopes: Tensor, position: Tensor) -> Tensor:

@@ -6,16 +6,17 @@ An *activation* runs its site; an *owner* opens a frame in each of its forwards,
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eafo_dynamic.activation import Site, describe_state
-from eafo_dynamic.frames import STACK, is_correctable, route, shielded, with_functions
+from eafo_dynamic.frames import STACK, route, shielded, with_functions
 from eafo_dynamic.functional import Node
-from eafo_dynamic.kernels import known_module
+from eafo_dynamic.kernels import is_correctable, known_module
 
 __all__ = ["ACTIVATION", "OWNER", "Hosting", "become", "is_activation", "plain_view", "revert"]
 
@@ -24,7 +25,8 @@ ACTIVATION, OWNER = "activation", "owner"
 _ENTRY_POINTS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 # their backward in place starts from the result, which differs in the last bit from one that starts from the input
 _SLOPE_BY_RESULT = (nn.ELU, nn.CELU, nn.SELU)
-_STATE = ("eafo_sites", "eafo_name", "eafo_shared", "eafo_routes", "eafo_functions", "eafo_written")
+_HALF = (torch.float16, torch.bfloat16)
+_STATE = ("eafo_sites", "eafo_name", "eafo_shared", "eafo_routes", "eafo_functions", "eafo_uncompiled", "eafo_written")
 
 
 class Hosting:
@@ -39,6 +41,7 @@ class Hosting:
         eafo_routes: of an owner: for each of its activations and functions, the sites of call 0, 1, ...;
             None for a call that is left alone.
         eafo_functions: of an owner: names of the functions that its own code calls and a site corrects.
+        eafo_uncompiled: of an owner: those of its functions that torch.compile would not show.
         eafo_written: of an owner: expressions that written-out activations of its own code consist of.
     """
 
@@ -49,6 +52,7 @@ class Hosting:
     eafo_shared: bool
     eafo_routes: dict[str, list[Site | None]]
     eafo_functions: frozenset[str]
+    eafo_uncompiled: frozenset[str]
     eafo_written: frozenset[Node]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -69,6 +73,26 @@ class Hosting:
             eps, shape = (getattr(self, key) for key in site.keys[:2])
             parts.append(describe_state(eps, shape, site.switch.backend))
         return ", ".join(part for part in parts if part)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves and casts as ever, but the sites' tensors stay float32 where the rest of the model becomes half.
+
+        Half precision would swallow the optimiser's small steps of an amplitude.
+
+        Returns:
+            The module.
+        """
+        host = cast(nn.Module, self)
+        own = [key for site in self.eafo_sites for key in site.keys if getattr(self, key) is not None]
+        before = {key: getattr(host, key).detach() for key in own}
+        cast(Any, super())._apply(fn, recurse)
+        for key, tensor in before.items():
+            now = getattr(host, key)
+            if now.dtype in _HALF and tensor.dtype not in _HALF:
+                now.data = tensor.to(now.device, torch.float32)
+                if now.grad is not None:
+                    now.grad.data = now.grad.data.to(torch.float32)
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # a checkpoint of the plain model lacks the corrections: they stay as they are
@@ -94,6 +118,8 @@ class _Activation(Hosting):
 def _correct(host: Hosting, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     values = (*args, *kwargs.values())
     if len(values) != 1 or not is_correctable(values[0]):
+        if not host.eafo_shared:
+            host.eafo_sites[0].pass_over(cast(nn.Module, host), values[0] if len(values) == 1 else values)
         return base(*args, **kwargs)
     inplace, known = getattr(host, "inplace", False), None
     if not torch.compiler.is_compiling() and not (inplace and isinstance(host, _SLOPE_BY_RESULT)):
@@ -118,11 +144,27 @@ def _counted(method: Callable[..., Any], is_forward: bool) -> Callable[..., Any]
         idle = _all_idle(self)
         if idle and not STACK.frames and not torch.is_grad_enabled():
             return method(self, *args, **kwargs)  # nothing acts, and nothing will be recomputed
+        if self.eafo_uncompiled and torch.compiler.is_compiling() and not idle:
+            return _uncompiled(self, method, args, kwargs, is_forward)
         if self.eafo_functions and not idle:
             return shielded(self, with_functions, (self, method, args, kwargs), {}, is_forward)
         return shielded(self, method, (self, *args), kwargs, is_forward)
 
     return entry
+
+
+@cast(Any, torch).compiler.disable(reason="torch.compile hides functions such as F.relu_ from their correction")
+def _uncompiled(
+    owner: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_forward: bool
+) -> Any:
+    """Runs an entry point as it runs without torch.compile, and says so: slower, but never silently uncorrected."""
+    names = " and ".join(sorted(f"{name}_" for name in owner.eafo_uncompiled))
+    warnings.warn(
+        f"EAFO: {owner.eafo_name or type(owner).__name__} is not compiled: torch.compile hides its {names} from the "
+        "correction. Write F.relu(x, inplace=True) or x.relu_() in place of F.relu_(x) to compile it.",
+        stacklevel=2,
+    )
+    return shielded(owner, with_functions, (owner, method, args, kwargs), {}, is_forward)
 
 
 def _all_idle(owner: Hosting) -> bool:
@@ -162,7 +204,7 @@ def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
     body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     # defaults for instances that user code makes of the class, as slicing an nn.Sequential does
     body.update(eafo_class=cls, eafo_kind=kind, eafo_sites=[], eafo_routes={}, eafo_name="", eafo_shared=True)
-    body.update(eafo_functions=frozenset(), eafo_written=frozenset())
+    body.update(eafo_functions=frozenset(), eafo_uncompiled=frozenset(), eafo_written=frozenset())
     if kind == ACTIVATION:
         return cast("type[nn.Module]", type(cls.__name__, (_Activation, cls), body))
     for name in _ENTRY_POINTS:

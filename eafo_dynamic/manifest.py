@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
+from reprlib import repr as _shown
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from eafo_dynamic.errors import SiteError
-from eafo_dynamic.sites import FoundSite, SiteReport
-from eafo_dynamic.surgery import wrap
+from eafo_dynamic.errors import SiteError, legible
+from eafo_dynamic.functional import WRITTEN, function_base
+from eafo_dynamic.sites import MAX_CALLS, FoundSite, SiteReport
+from eafo_dynamic.surgery import hosted_sites, unwrap, wrap
 
 __all__ = [
     "CHECKPOINT_KEY",
-    "LoadListener",
+    "CheckpointListener",
     "apply_from_checkpoint",
+    "check_form",
+    "check_weights",
     "manifest",
     "report_from_manifest",
     "wrap_from_manifest",
@@ -25,7 +30,32 @@ __all__ = [
 
 CHECKPOINT_KEY = "eafo"
 
+MANIFEST_VERSION = 1
+
 _FORM = ("tabulated", "per_channel", "compounding")
+_DAMAGED = "the checkpoint's list of sites is damaged, or of another version"
+_MEND = "Use a checkpoint that eafo-dynamic has written."
+
+
+def _is_size(value: object, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _all(value: object, kind: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(kind, value))
+
+
+# by the type that a site's entry is declared with
+_KINDS: dict[Any, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "str | None": lambda value: value is None or isinstance(value, str),
+    "bool": lambda value: isinstance(value, bool),
+    "int": lambda value: _is_size(value, MAX_CALLS),
+    "int | None": lambda value: value is None or (isinstance(value, int) and value in (-1, 1)),
+    "tuple[int, ...] | None": lambda value: value is None or _all(value, _is_size),
+    "tuple[str, ...]": lambda value: _all(value, lambda part: isinstance(part, str)),
+    "dict[str, object] | None": lambda value: value is None or isinstance(value, dict),
+}
 
 
 def manifest(
@@ -40,13 +70,14 @@ def manifest(
         compounding: see ``wrap``.
 
     Returns:
-        Keys ``sites``, ``tabulated``, ``per_channel`` and ``compounding``.
+        Keys ``manifest_version``, ``sites``, ``tabulated``, ``per_channel`` and ``compounding``.
     """
     sites = [
         {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(found).items()}
         for found in report.wrapped
     ]
-    return {"sites": sites, "tabulated": tabulated, "per_channel": per_channel, "compounding": compounding}
+    form = {"tabulated": tabulated, "per_channel": per_channel, "compounding": compounding}
+    return {"manifest_version": MANIFEST_VERSION, "sites": sites, **form}
 
 
 def _found(saved: Mapping[str, Any]) -> FoundSite:
@@ -55,6 +86,50 @@ def _found(saved: Mapping[str, Any]) -> FoundSite:
     return FoundSite(**values)
 
 
+def check_manifest(saved: object) -> Mapping[str, Any]:
+    """Checks that what a checkpoint holds is a list of sites that this version can read.
+
+    Args:
+        saved: what stands under ``CHECKPOINT_KEY``; it may be anything.
+
+    Returns:
+        The same.
+
+    Raises:
+        SiteError: if it is damaged, somebody else's, or of a newer schema; the message says which entry.
+    """
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("sites"), (list, tuple)) or not saved["sites"]:
+        raise SiteError(f"{_DAMAGED}: {CHECKPOINT_KEY!r} holds no list of sites. {_MEND}")
+    version = saved.get("manifest_version", 1)
+    if not isinstance(version, int) or version > MANIFEST_VERSION:
+        raise SiteError(
+            f"the checkpoint's list of sites has manifest_version={version!r}, and this version of eafo-dynamic reads "
+            f"up to {MANIFEST_VERSION}. Upgrade eafo-dynamic."
+        )
+    for key in _FORM:
+        if not isinstance(saved.get(key), bool):
+            raise SiteError(f"{_DAMAGED}: {key}={saved.get(key)!r} is neither true nor false. {_MEND}")
+    for number, site in enumerate(saved["sites"]):
+        _check_site(number, site)
+    return saved
+
+
+def _check_site(number: int, site: object) -> None:
+    if not isinstance(site, Mapping):
+        raise SiteError(f"{_DAMAGED}: site {number} is {_shown(site)}. {_MEND}")
+    name = _shown(site.get("name", number))
+    known = {each.name: each for each in fields(FoundSite)}
+    for key, field in known.items():
+        if key not in site and field.default is MISSING:
+            raise SiteError(f"{_DAMAGED}: site {name} lacks {key!r}. {_MEND}")
+    for key, value in site.items():
+        if key not in known:
+            raise SiteError(f"{_DAMAGED}: site {name} has an unknown entry {_shown(key)}. {_MEND}")
+        if not _KINDS[known[key].type](value):
+            raise SiteError(f"{_DAMAGED}: site {name} has {key}={_shown(value)}. {_MEND}")
+
+
+@legible(_DAMAGED)
 def report_from_manifest(model: nn.Module, saved: Mapping[str, Any]) -> SiteReport:
     """The sites that a manifest lists, checked against a model.
 
@@ -66,9 +141,9 @@ def report_from_manifest(model: nn.Module, saved: Mapping[str, Any]) -> SiteRepo
         The report.
 
     Raises:
-        SiteError: if the model lacks one of them; the message lists all that differ.
+        SiteError: if it is no such list, or the model lacks one of the sites; the message lists all that differ.
     """
-    sites = [_found(site) for site in saved["sites"]]
+    sites = [_found(site) for site in check_manifest(saved)["sites"]]
     modules = dict(model.named_modules(remove_duplicate=False))
     problems: list[str] = []
     for site in sites:
@@ -80,7 +155,30 @@ def report_from_manifest(model: nn.Module, saved: Mapping[str, Any]) -> SiteRepo
             problems.append(f"{site.name}: {kind} in the model, {site.class_name} in the checkpoint")
     if problems:
         raise SiteError("the model is not the one the checkpoint was made with: " + "; ".join(problems) + ".")
+    for site in sites:
+        if site.parameters is not None:
+            function_base(WRITTEN if site.kind == "written" else site.class_name, site.parameters)
     return SiteReport(sites, dynamic=True, note="The sites of the checkpoint.")
+
+
+def check_form(saved: Mapping[str, Any], form: Mapping[str, bool]) -> None:
+    """Checks that a run's options make sites of the form that a manifest has.
+
+    Args:
+        saved: from ``manifest``.
+        form: ``tabulated``, ``per_channel`` and ``compounding`` of the run.
+
+    Raises:
+        SiteError: if they differ.
+    """
+    check_manifest(saved)
+    differing = [key for key, value in form.items() if saved[key] != value]
+    if differing:
+        raise SiteError(
+            "the checkpoint was made with other options: "
+            + ", ".join(f"{key}={saved[key]} (now {form[key]})" for key in differing)
+            + ". Use the options of the run that is resumed; its manifest.json lists them."
+        )
 
 
 def wrap_from_manifest(model: nn.Module, saved: Mapping[str, Any]) -> SiteReport:
@@ -92,9 +190,17 @@ def wrap_from_manifest(model: nn.Module, saved: Mapping[str, Any]) -> SiteReport
 
     Returns:
         The report of these sites.
+
+    Raises:
+        SiteError: if it cannot be done; the model is then as it was.
     """
     report = report_from_manifest(model, saved)
-    wrap(model, report, **{key: bool(saved[key]) for key in _FORM})
+    try:
+        with legible(_DAMAGED):
+            wrap(model, report, **{key: bool(saved[key]) for key in _FORM})
+    except SiteError:
+        unwrap(model)
+        raise
     return report
 
 
@@ -112,35 +218,103 @@ def apply_from_checkpoint(model: nn.Module, checkpoint: str | Path | Mapping[str
         SiteError: if the checkpoint holds no sites, or those of another model.
     """
     if not isinstance(checkpoint, Mapping):
-        checkpoint = cast("Mapping[str, Any]", torch.load(checkpoint, map_location="cpu", weights_only=True))
+        checkpoint = _read(Path(checkpoint))
     if CHECKPOINT_KEY not in checkpoint:
         raise SiteError("the checkpoint holds no corrections: it was saved without an EAFOCallback.")
-    wrap_from_manifest(model, checkpoint[CHECKPOINT_KEY])
-    model.load_state_dict(checkpoint["state_dict"])
+    weights = checkpoint.get("state_dict")
+    if not isinstance(weights, Mapping):
+        raise SiteError("the checkpoint holds no weights under 'state_dict'. Use one that a Trainer has saved.")
+    report = wrap_from_manifest(model, checkpoint[CHECKPOINT_KEY])
+    try:
+        check_weights(model, weights)
+        with legible(f"the checkpoint's weights do not fit the model of its {len(report.wrapped)} sites"):
+            model.load_state_dict(weights)
+    except SiteError:
+        unwrap(model)
+        raise
     return model
 
 
-class LoadListener:
-    """Stands before a LightningModule's own ``on_load_checkpoint``, which sees a checkpoint before its weights load.
+def _read(path: Path) -> Mapping[str, Any]:
+    """Reads a checkpoint without running anything in it."""
+    with legible(f"{path}: cannot be read as a checkpoint"):
+        found: object = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(found, Mapping):
+        raise SiteError(f"{path}: no checkpoint of a Trainer, but {_shown(found)}.")
+    return cast("Mapping[str, Any]", found)
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Checks a checkpoint's tensors of the sites before they are loaded: their sizes, and that they are sound.
 
     Args:
-        module: whose hook it is.
-        adopt: called with the module and the checkpoint's manifest, where it has one.
+        model: wrapped as the checkpoint says.
+        weights: its state_dict.
+
+    Raises:
+        SiteError: if a tensor has another size, or a shape or table could not be a correction's.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    for host, site in hosted_sites(model):
+        for key in site.keys:
+            name = f"{names[id(host)]}.{key}".removeprefix(".")
+            own = getattr(host, key)
+            if own is not None and name in weights:
+                _check_tensor(name, weights[name], own)
+
+
+def _check_tensor(name: str, value: object, own: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.shape != own.shape:
+        size = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise SiteError(f"{name}: {size} in the checkpoint, {list(own.shape)} in the model. {_MEND}")
+    if name.endswith("_eps"):
+        return  # one that is not finite is put back at the next round
+    if not bool(value.isfinite().all()) or (name.endswith("_shape") and bool(value[1] <= 0)):
+        raise SiteError(f"{name}: holds numbers that no correction can have. {_MEND}")
+
+
+class CheckpointListener:
+    """Stands before hooks of a LightningModule that see every checkpoint, also one of weights only.
+
+    Its ``on_load_checkpoint`` runs before the weights are restored.
+
+    Args:
+        module: whose hooks they are.
+        **actions: by the hook's name, what to do with the module and a checkpoint first.
     """
 
-    def __init__(self, module: Any, adopt: Callable[[Any, dict[str, Any]], None]) -> None:
+    def __init__(self, module: Any, **actions: Callable[[Any, dict[str, Any]], None]) -> None:
         self.module = module
-        self.adopt = adopt
+        self._hooks = {name: _Hook(module, name, action) for name, action in actions.items()}
+        vars(module).update(self._hooks)
+
+    def release(self) -> None:
+        """Leaves the hooks to the module."""
+        for name, hook in self._hooks.items():
+            if vars(self.module).get(name) is hook:
+                del vars(self.module)[name]
+
+
+class _Hook:
+    """One hook of a LightningModule, with something to do first.
+
+    Args:
+        module: whose it is.
+        name: of the hook.
+        action: what to do.
+    """
+
+    def __init__(self, module: Any, name: str, action: Callable[[Any, dict[str, Any]], None]) -> None:
+        self.module, self.name, self.action = module, name, action
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
-        """Adopts the checkpoint's sites, then runs the module's own hook.
+        """Acts, then runs the module's own hook.
 
         Args:
-            checkpoint: as Lightning has loaded it.
+            checkpoint: that is saved or loaded.
         """
-        if CHECKPOINT_KEY in checkpoint:
-            self.adopt(self.module, checkpoint[CHECKPOINT_KEY])
-        type(self.module).on_load_checkpoint(self.module, checkpoint)
+        self.action(self.module, checkpoint)
+        getattr(type(self.module), self.name)(self.module, checkpoint)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LoadListener:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return self  # a copied module must not copy the callback

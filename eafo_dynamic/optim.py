@@ -33,6 +33,7 @@ def own_group(
     lr_multiple: float = 1.0,
     weight_decay: float = 0.0,
     save_ungrouped: bool = False,
+    by_relatives: bool = False,
 ) -> list[str]:
     """Moves every amplitude that trains into a parameter group of its own, and all of them out of other groups.
 
@@ -55,6 +56,8 @@ def own_group(
         weight_decay: of the group.
         save_ungrouped: whether the state_dicts of optimisers and schedulers have the groups that there were before,
             for trainers that restore them before they let anyone regroup (Hugging Face's).
+        by_relatives: whether an amplitude goes to its nearest relatives even where an optimiser holds it: in a run that
+            made its amplitudes after its optimisers, and in its resumed parts, so that both have the same groups.
 
     Returns:
         Notes, one line each, about what could not be done.
@@ -64,7 +67,8 @@ def own_group(
     """
     check_group(lr, lr_multiple, weight_decay)
     plain: list[Optimizer] = [_unwrapped(optimizer) for optimizer in optimizers]
-    homes, notes = _homes(plain, {name: p for name, p in amplitudes.items() if p.requires_grad}, model)
+    trained = {name: p for name, p in amplitudes.items() if p.requires_grad}
+    homes, notes = _homes(plain, trained, model, by_relatives)
     flat = _flatten(schedulers)
     for optimizer in plain:
         if isinstance(optimizer, torch.optim.LBFGS) or _grouped(optimizer):
@@ -157,7 +161,7 @@ def check_group(lr: float | None, lr_multiple: float, weight_decay: float) -> No
 
 
 def _homes(
-    optimizers: Sequence[Optimizer], amplitudes: dict[str, nn.Parameter], model: nn.Module
+    optimizers: Sequence[Optimizer], amplitudes: dict[str, nn.Parameter], model: nn.Module, by_relatives: bool
 ) -> tuple[dict[str, tuple[Optimizer, int]], list[str]]:
     """Optimiser and group that each amplitude comes from, or that its nearest relative is in.
 
@@ -170,6 +174,9 @@ def _homes(
         for index, group in enumerate(optimizer.param_groups)
         for p in group["params"]
     }
+    if by_relatives:
+        mine = {id(p) for p in amplitudes.values()}
+        holds = {key: home for key, home in holds.items() if key not in mine}
     takes = {key: home for key, home in holds.items() if _takes_scalars(home[0])}
     homes: dict[str, tuple[Optimizer, int]] = {}
     notes: list[str] = []

@@ -45,7 +45,7 @@ class Options:
         compounding: each round settles the correction so far and corrects the corrected function, in place of
             refreshing the correction of the base.
         resolution: r of the resolution-r entropy, in standard deviations of the output.
-        backend: what computes float32 activations on a CPU: "native", compiled from C on this machine; "eager",
+        backend: what computes activations on a CPU: "native", compiled from C on this machine; "eager",
             torch's operations; "auto", native where there is a C compiler.
         rollback_factor: undo a round after which the mean training loss is larger than before it by more than this
             factor; None: never. Needs the losses, see ``EAFOController.observe_loss``.

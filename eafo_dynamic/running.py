@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from eafo_dynamic.density import Density, Gaussian, Histogram, gaussian, histogram
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.statistics import world_size
 
 __all__ = ["LossWatch", "RunningDensity", "make_estimator"]
 
@@ -68,12 +67,12 @@ class LossWatch:
             self._count += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives only.
+        """What all ranks agree on; primitives only.
 
         Returns:
             The state.
         """
-        return {"sum": self._sum, "count": self._count, "before": self._before}
+        return {"before": self._before, "blamed": self._blamed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state.
@@ -81,23 +80,54 @@ class LossWatch:
         Args:
             state: from ``state_dict``.
         """
-        self._sum, self._count, self._before = state["sum"], state["count"], state["before"]
+        self._before, self._blamed = state["before"], state["blamed"]
 
-    def jumped(self) -> bool:
+    def own_state(self) -> dict[str, Any]:
+        """What this rank has seen since the last round; a tensor on the CPU and primitives only.
+
+        Returns:
+            The state.
+        """
+        return {"sum": torch.as_tensor(self._sum, dtype=torch.float32).cpu(), "count": self._count}
+
+    def load_own_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Restores what one rank, or several, had seen.
+
+        Args:
+            states: from ``own_state``.
+        """
+        self._sum = sum((float(state["sum"]) for state in states), 0.0)
+        self._count = sum(state["count"] for state in states)
+
+    def drain(self) -> Tensor:
+        """Hands out the losses since the last call and forgets them.
+
+        Returns:
+            Their sum and their number, float32, shape [2].
+        """
+        total = torch.as_tensor(self._sum, dtype=torch.float32)
+        both = torch.stack([total, torch.full_like(total, self._count)])
+        self._sum, self._count = 0.0, 0
+        return both
+
+    def jumped(self, losses: Tensor | None = None) -> bool:
         """Whether the losses since the last call are worse than those before it by more than the factor.
 
         Losses that are not finite are a jump always. Other losses that stay high after a jump, when the round has
         been undone, had another cause: they are the new level.
+
+        Args:
+            losses: sum and number over all ranks, which so come to the same decision; None: what ``drain`` gives here.
 
         Returns:
             Whether the last round should be undone.
         """
         if self.factor is None:
             return False
-        mean = _mean_over_ranks(self._sum, self._count)
-        self._sum, self._count = 0.0, 0
-        if mean is None:
+        total, count = (self.drain() if losses is None else losses).tolist()
+        if not count:
             return False
+        mean = total / count
         if not math.isfinite(mean):
             self._blamed = True
             return True
@@ -107,20 +137,6 @@ class LossWatch:
             return True
         self._before, self._blamed = mean, False
         return False
-
-
-def _mean_over_ranks(total: Tensor | float, count: int) -> float | None:
-    """Mean of all ranks' losses; None where no rank has seen one.
-
-    Returns:
-        The mean, the same on every rank, which so come to the same decision.
-    """
-    losses = torch.as_tensor(total, dtype=torch.float32)
-    both = torch.stack([losses, torch.full_like(losses, count)])
-    if world_size() > 1:
-        torch.distributed.all_reduce(both)
-    value, number = both.tolist()
-    return value / number if number else None
 
 
 class RunningDensity:

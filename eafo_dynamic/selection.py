@@ -37,6 +37,10 @@ class FoundSite:
         parameters: hyper-parameters of a functional call; None for a module, which knows its own.
         calls: how many calls of this activation the owner makes in one forward, wrapped or not.
         guarded: modules that the code of a functional call's module calls, which keep their functions to themselves.
+        hidden_from_compiler: whether torch.compile would run the call without showing it: ``F.leaky_relu_(x)``.
+        channel_dim: dimension of the channels, by the layer before the call: 1 after a convolution or batch norm, -1
+            after a Linear or layer norm; None where it is not known, which means 1 with four dimensions or more and the
+            last one otherwise.
     """
 
     name: str
@@ -54,6 +58,8 @@ class FoundSite:
     parameters: dict[str, object] | None = None
     calls: int = 1
     guarded: tuple[str, ...] = ()
+    hidden_from_compiler: bool = False
+    channel_dim: int | None = None
 
     @property
     def key(self) -> str:

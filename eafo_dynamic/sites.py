@@ -163,6 +163,9 @@ def _dynamic_sites(model: nn.Module, run: Callable[[nn.Module], object]) -> tupl
     for name, site in described.items():
         if not trace.forwards[name]:
             sites.append(replace(site, reason=site.reason or "not reached by the example input"))
+        elif name in trace.refused and all(each.module != name for each in sites):
+            why = f"the example calls it with what cannot be corrected: {trace.refused[name]}"
+            sites.append(replace(site, reason=site.reason or why))
     return [*sites, *_opaque(model)], ""
 
 
@@ -198,7 +201,8 @@ class _Naming:
             site = self._function_site(call) if call.function is not None else described[call.module]
             k = counts[frame.module, frame.instance, site.key]
             counts[frame.module, frame.instance, site.key] += 1
-            found.append((replace(site, owner=frame.module, call=k, shape=call.shape[1:]), frame.instance))
+            site = replace(site, owner=frame.module, call=k, shape=call.shape[1:], channel_dim=call.channel_dim)
+            found.append((site, frame.instance))
         calls: Counter[tuple[str | None, str]] = Counter()
         for (owner, _, key), count in counts.items():
             calls[owner, key] = max(calls[owner, key], count)
@@ -244,6 +248,7 @@ class _Naming:
             kind="written" if call.function == WRITTEN else "function",
             parameters=call.parameters,
             guarded=self._guarded(call.module),
+            hidden_from_compiler=call.hidden_from_compiler,
         )
 
     def _guarded(self, caller: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "Collector",
@@ -22,6 +23,7 @@ __all__ = [
     "dead_fractions",
     "gather_ranks",
     "moments",
+    "pool_ranks",
     "stack_samples",
     "world_size",
 ]
@@ -110,15 +112,22 @@ class Collector:
 
     Args:
         quota: number of elements taken from one tensor, at most.
+        channel_dim: dimension of the units, 1 or -1; None: 1 with four dimensions or more, the last one otherwise.
+
+    Attributes:
+        passed_over: kind of a value that could not be corrected and so left no sample, since it was last reset.
     """
 
     quota: int = 1024
+    channel_dim: int | None = None
+    passed_over: str | None = field(default=None, init=False)
     _newest: _Chunk | None = field(default=None, init=False, repr=False)
 
     def observe(self, z: Tensor) -> None:
         """Takes a sample of one batch of pre-activations.
 
-        Inside a transform such as ``torch.func.vmap`` nothing is taken: its tensors die with it.
+        Inside a transform such as ``torch.func.vmap`` nothing is taken: its tensors die with it. Nor is it of a tensor
+        without data.
 
         Args:
             z: pre-activations, any shape and layout, floating point.
@@ -127,7 +136,9 @@ class Collector:
             return
         z = z.detach()
         count = min(z.numel(), self.quota)
-        if count:
+        if not torch.compiler.is_compiling() and is_traceable_wrapper_subclass(z):
+            self.passed_over = type(z).__name__  # has no numbers of its own
+        elif count and not z.is_meta:
             last = _is_channels_last(z)
             self._newest = _Chunk(_take(z, count, last), tuple(z.shape), last, self._newest)
 
@@ -144,8 +155,8 @@ class Collector:
         if not chunks:
             return torch.empty(0), torch.empty(0, dtype=torch.long)
         device = chunks[0].values.device  # replicas of one module may have left samples on several
-        values = torch.cat([chunk.values.to(device) for chunk in chunks])
-        units = torch.cat([_units(chunk).to(device) for chunk in chunks])
+        parts = [(chunk.values.to(device), _units(chunk, self.channel_dim).to(device)) for chunk in chunks]
+        values, units = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
         return values.to(torch.promote_types(values.dtype, torch.float32)), units
 
     def pending(self) -> list[tuple[Tensor, list[int], bool]]:
@@ -174,22 +185,23 @@ class Collector:
 
     def __getstate__(self) -> dict[str, object]:
         # a copied or pickled model starts without its twin's sample
-        return {"quota": self.quota, "_newest": None}
+        return {"quota": self.quota, "channel_dim": self.channel_dim, "passed_over": None, "_newest": None}
 
 
-def _units(chunk: _Chunk) -> Tensor:
-    """Unit of each sampled element: dimension 1 of images [N, C, H, W, ...], the last one of anything else.
+def _units(chunk: _Chunk, dim: int | None) -> Tensor:
+    """Unit of each sampled element; see ``Collector.channel_dim``.
 
     Returns:
         Units, shape [count], int64.
     """
-    return _kept_units(chunk.shape, chunk.values.numel(), chunk.channels_last, chunk.values.device)
+    rank = len(chunk.shape)
+    dim = (1 if rank >= 4 else rank - 1) if dim is None or rank < 2 else dim % rank
+    return _kept_units(chunk.shape, chunk.values.numel(), chunk.channels_last, chunk.values.device, dim)
 
 
 @lru_cache(maxsize=256)
-def _kept_units(shape: tuple[int, ...], count: int, channels_last: bool, device: torch.device) -> Tensor:
+def _kept_units(shape: tuple[int, ...], count: int, channels_last: bool, device: torch.device, dim: int) -> Tensor:
     place, sizes = _kept_spread(math.prod(shape), count, device), list(shape)
-    dim = 1 if len(sizes) >= 4 else len(sizes) - 1
     if dim < 0:
         return place
     if channels_last:  # the places count along dimension 1 first
@@ -235,18 +247,17 @@ def dead_fractions(values: Tensor, units: Tensor, per_unit: int = 8) -> Tensor:
     if sites * width > _MOST_CELLS:  # units of a site that are few among many numbers
         present, units = units.unique(return_inverse=True)
         width = len(present)
-    cell = units + width * torch.arange(sites, device=values.device).unsqueeze(1)
-    known = ~values.isnan()
-    present, fired = (_marked(cell, mask, sites * width).view(sites, width).sum(1) for mask in (known, values > 0))
+    known = (values == values).to(values.dtype)
+    # sums of what is not negative are above zero where one term is, in any order
+    positive = values.nan_to_num(0.0).clamp(min=0.0)
+    present, fired = ((_sums(part, units, width) > 0).sum(1) for part in (known, positive))
     dead = (present - fired) / present
     return torch.where(known.sum(1) < per_unit * present, math.nan, dead)
 
 
-def _marked(cell: Tensor, mask: Tensor, size: int) -> Tensor:
-    """Which of ``size`` cells are named where the mask is set."""
-    # what is not set marks one cell more; many marks of one cell are one, in any order
-    wanted = torch.where(mask, cell, size).view(-1)
-    return torch.zeros(size + 1, dtype=torch.bool, device=cell.device).index_fill_(0, wanted, True)[:size]
+def _sums(values: Tensor, units: Tensor, width: int) -> Tensor:
+    """Sums of the values of each of ``width`` units, shape [S, width]."""
+    return values.new_zeros(len(values), width).scatter_add_(1, units, values)
 
 
 def stack_samples(samples: Sequence[Tensor], limit: int) -> Tensor:
@@ -260,6 +271,8 @@ def stack_samples(samples: Sequence[Tensor], limit: int) -> Tensor:
         Shape [sites, n].
     """
     thinned = [_thin(values, limit) for values in samples]
+    if len({values.numel() for values in thinned}) == 1:
+        return torch.stack(thinned)
     width = max((values.numel() for values in thinned), default=0)
     dtype = max((values.dtype for values in thinned), key=lambda d: torch.finfo(d).bits)
     stacked = torch.full((len(thinned), width), math.nan, dtype=dtype, device=thinned[0].device)
@@ -304,6 +317,27 @@ def gather_ranks(samples: Tensor, width: int) -> Tensor:
     return torch.cat(everyone, dim=-1)
 
 
+def pool_ranks(samples: Tensor, width: int, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples of all ranks side by side, and sums over the ranks, by one collective.
+
+    Args:
+        samples: this rank's, shape [sites, n] with n <= width, NaN where missing; of any dtype on any rank.
+        width: columns a rank contributes, equal on all ranks.
+        sums: numbers of this rank to be added up, shape [sites, k].
+
+    Returns:
+        Samples, shape [sites, ranks * width], and sums, [sites, k]; float32, or what was given with one process.
+    """
+    ranks, extra = world_size(), sums.shape[1]
+    if ranks == 1:
+        return samples, sums
+    # a rank without a sample does not know the dtype of the others'
+    mine = torch.cat([sums.to(torch.float32), samples.to(torch.float32)], dim=1)
+    everyone = gather_ranks(mine, extra + width).unflatten(1, (ranks, extra + width))
+    added, kept = everyone.split([extra, width], dim=-1)
+    return kept.flatten(1), added.sum(1)
+
+
 class Moments(NamedTuple):
     """Moments of samples, each of shape [sites]; NaN where a site has no finite sample."""
 
@@ -325,24 +359,31 @@ def moments(samples: Tensor) -> Moments:
     Returns:
         The moments, float64; skew and kurtosis are 0 where the standard deviation is 0.
     """
-    finite = samples.isfinite()
-    n = finite.sum(-1)
     if not samples.shape[-1]:
+        n = torch.zeros(samples.shape[:-1], dtype=torch.long, device=samples.device)
         nothing = torch.full(n.shape, math.nan, dtype=torch.float64, device=samples.device)
         return Moments(n, nothing, nothing, nothing, nothing)
-    # from the smallest sample on, so that a constant has no spread at all, by rounding neither
-    low = samples.where(finite, math.inf).amin(-1, keepdim=True).double()
-    low = low.where(low.isfinite(), 0.0)
-    values = (samples.double() - low).where(finite, 0.0)
+    low, finite = samples.amin(-1, keepdim=True), None
+    if not bool((low - samples.amax(-1, keepdim=True)).isfinite().all()):  # the few passes more where one is missing
+        finite = samples.isfinite()
+        low = samples.where(finite, math.inf).amin(-1, keepdim=True)
+        low = low.where(low.isfinite(), 0.0)
+    low = low.double()
+    n = torch.full_like(low[..., 0], samples.shape[-1], dtype=torch.long) if finite is None else finite.sum(-1)
+    values = _only(samples.double() - low, finite)
     mean = values.sum(-1) / n
-    centred = (values - mean.unsqueeze(-1)).where(finite, 0.0)
+    centred = _only(values.sub_(mean.unsqueeze(-1)), finite)
     square = centred.square()
     m2 = square.sum(-1) / n
-    m3 = (square * centred).sum(-1) / n
-    m4 = square.square().sum(-1) / n
+    m3 = centred.mul_(square).sum(-1) / n
+    m4 = square.square_().sum(-1) / n
     positive = m2 > 0
     safe = m2.where(positive, 1.0)
     nan = torch.full_like(m2, math.nan)
     skew = (m3 / safe.pow(1.5)).where(positive, nan.where(n == 0, 0.0))
     kurtosis = (m4 / safe.square() - 3.0).where(positive, nan.where(n == 0, 0.0))
     return Moments(n, low.squeeze(-1) + mean, m2.sqrt(), skew, kurtosis)
+
+
+def _only(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else values.where(mask, 0.0)

@@ -20,6 +20,7 @@ from eafo_dynamic.errors import SiteError
 from eafo_dynamic.functional import WRITTEN, function_base, parts, written_node
 from eafo_dynamic.hosting import ACTIVATION, OWNER, Hosting, become, plain_view, revert
 from eafo_dynamic.sites import FoundSite, SiteReport, find_sites
+from eafo_dynamic.statistics import Collector
 
 __all__ = [
     "disabled",
@@ -128,13 +129,14 @@ def _nothing_to_wrap(model: nn.Module, report: SiteReport) -> str:
 
 
 def _channels(found: FoundSite) -> int:
-    """Channels of a site: the first of a sample's dimensions of images, the last of anything else."""
+    """Number of channels of a site; see FoundSite.channel_dim."""
     if not found.shape:
         raise SiteError(
             f"{found.name}: one amplitude a channel needs the shape of its pre-activations; "
             "search with an example input (example_input_array in Lightning)."
         )
-    return found.shape[0 if len(found.shape) >= 3 else len(found.shape) - 1]
+    images = len(found.shape) >= 3 if found.channel_dim is None else found.channel_dim == 1
+    return found.shape[0 if images else -1]
 
 
 def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> tuple[nn.Module, Site]:
@@ -145,7 +147,8 @@ def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> 
             return host, site
     target = become(module, ACTIVATION if found.parameters is None else OWNER, found.module)
     owner = become(host, OWNER, found.module if found.owner is None else found.owner)
-    site = Site(found.name, 1 + max((each.index for each in owner.eafo_sites), default=-1), found.module, switch)
+    index = 1 + max((each.index for each in owner.eafo_sites), default=-1)
+    site = Site(found.name, index, found.module, switch, Collector(channel_dim=found.channel_dim))
     key = target.eafo_name
     if found.parameters is None:
         target.eafo_shared = found.owner is not None
@@ -153,6 +156,8 @@ def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> 
         key = found.key.replace(found.module, target.eafo_name, 1)
         site.function = (WRITTEN if found.kind == "written" else found.class_name, found.parameters)
         target.eafo_functions |= {site.function[0]}
+        if found.hidden_from_compiler:
+            target.eafo_uncompiled |= {found.class_name}
         if found.kind == "written":
             node = written_node(found.parameters)
             target.eafo_written |= {node, *parts(node)}

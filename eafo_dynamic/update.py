@@ -20,7 +20,7 @@ from eafo_dynamic.correction import (
     tabulate,
 )
 from eafo_dynamic.density import Density
-from eafo_dynamic.kernels import ghat_closed_form, ghat_table
+from eafo_dynamic.kernels import MAX_U, ghat_table
 from eafo_dynamic.schedule import TrustRegion
 
 __all__ = ["Functions", "bounded_move", "compounded", "refreshed"]
@@ -74,10 +74,11 @@ class Functions:
         u = (z - self.shape[:, :1]) / self.sigma
         if len(self.tabulated) == len(self.bases):  # not first the closed form of all, and no copies
             return self.sigma * evaluate_table(self.tables, u).to(u.dtype)
-        value, _ = ghat_closed_form(u)
-        if self.tabulated.numel():
-            value[self.tabulated] = evaluate_table(self.tables, u[self.tabulated]).to(value.dtype)
-        return self.sigma * value
+        read = evaluate_table(self.tables, u[self.tabulated]) if self.tabulated.numel() else None
+        value = _closed_form_(u)
+        if read is not None:
+            value[self.tabulated] = read.to(value.dtype)
+        return value.mul_(self.sigma)
 
     def correction(self, z: Tensor, direction: Tensor | None = None) -> Tensor:
         """c(z), shape [S, n].
@@ -147,6 +148,13 @@ class Functions:
             tables=_between(self.tables, other.tables, share),
             offsets=settled,
         )
+
+
+def _closed_form_(u: Tensor) -> Tensor:
+    """U exp(-u^2 / 2), written over u."""
+    u.clamp_(-MAX_U, MAX_U)
+    # exp2 is vectorised by torch itself and takes a third of the time of exp
+    return u.mul_(u.square().mul_(-0.5 / math.log(2.0)).exp2_())
 
 
 def _between(old: Tensor, new: Tensor, share: Tensor) -> Tensor:

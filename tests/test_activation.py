@@ -148,5 +148,27 @@ def test_repr_shows_the_live_state() -> None:
 
 def test_state_of_channels_shows_their_mean() -> None:
     text = describe_state(torch.tensor([0.1, 0.3]), torch.tensor([1.0, 2.0]))
-    assert text == "eps=+0.2000, mu=+1.000, sigma=2.000"
+    assert text == f"eps=+0.2000, mu=+1.000, sigma=2.000, backend={resolve_backend('auto')}"
     assert math.isclose(float(text.split("eps=")[1].split(",")[0]), 0.2)
+
+
+@pytest.mark.parametrize("amplitude", [0.0, 0.3])
+def test_an_accelerators_amplitude_is_never_read_in_training_and_once_after_each_change_elsewhere(
+    amplitude: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+    read = Tensor.any
+    monkeypatch.setattr("eafo_dynamic.activation._costs_nothing_to_read", lambda eps: False)
+    monkeypatch.setattr(Tensor, "any", lambda eps: reads.append(1) or read(eps))
+    model = nn.Sequential(nn.ReLU())
+    ((host, site),) = wrap(model)
+    eps = getattr(host, site.keys[0]).requires_grad_(False).fill_(amplitude)
+    for _ in range(3):
+        assert not site.idle(host)
+    assert not reads, "a training step would wait for the device"
+    model.eval()
+    assert [site.idle(host) for _ in range(3)] == [amplitude == 0.0] * 3
+    assert len(reads) == 1
+    eps.fill_(0.3 - amplitude)
+    assert [site.idle(host) for _ in range(3)] == [amplitude == 0.3] * 3
+    assert len(reads) == 2

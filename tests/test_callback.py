@@ -306,12 +306,10 @@ def test_manual_optimisation_with_two_optimisers(tmp_path: Path) -> None:
 
 
 def test_averaging_copies_the_wrapped_model(tmp_path: Path) -> None:
-    host = fit(tmp_path, EAFOCallback(verbose=False), max_steps=1)
     average = WeightAveraging()
     trainer(tmp_path, EAFOCallback(verbose=False), average, max_steps=3).fit(Net(), loader())
-    with pytest.raises(ConfigError, match="Put EAFOCallback first"):
-        trainer(tmp_path, WeightAveraging(), EAFOCallback(verbose=False), max_steps=1).fit(Net(), loader())
-    assert host.global_step == 1
+    assert average._average_model is not None
+    assert any("eafo_" in name for name in average._average_model.state_dict())
 
 
 @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"barebones": True, "logger": None}], ids=str)
@@ -343,7 +341,7 @@ def test_a_stream_is_not_consumed(tmp_path: Path) -> None:
     trainer(tmp_path, callback, max_epochs=1).fit(Net(), DataLoader(stream, 16))
     assert stream.served == 64
     assert callback.controller is not None
-    assert "called several times" in callback.controller.report.note
+    assert [site.name for site in callback.controller.report.wrapped] == SITES
 
 
 def test_the_users_generator_is_not_advanced(tmp_path: Path) -> None:

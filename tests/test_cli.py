@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import yaml
+from small_experiments import training_configs
 
 from eafo_dynamic.cli import main
 from eafo_dynamic.records import CorrectionLog
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = training_configs(files=False)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The number of training batches", "ignore:Checkpoint directory", "ignore:.*val_dataloader.*bottleneck"

@@ -22,7 +22,7 @@ from eafo_dynamic.errors import SiteError
 from eafo_dynamic.kernels import correction, resolve_backend
 from eafo_dynamic.manifest import manifest, wrap_from_manifest
 from eafo_dynamic.sites import Selection, find_sites
-from eafo_dynamic.statistics import Collector
+from eafo_dynamic.statistics import Collector, dead_fraction
 from eafo_dynamic.surgery import disabled, hosted_sites, is_wrapped, unwrap, wrap
 from tests.zoo import awkward
 from tests.zoo.awkward import MODELS, Layers, make_awkward
@@ -516,6 +516,111 @@ class TestCompile:
         wrap(model, find_sites(model, x), 0.3)
         _, _, out = compiled_counts(model, lambda m: m(x), fullgraph=False)
         torch.testing.assert_close(out, model(x))
+
+    @pytest.mark.parametrize("spelling", ["F.relu_", "F.leaky_relu_", "torch.tanh_"])
+    def test_functions_hidden_from_the_compiler_are_corrected_and_said(self, spelling: str) -> None:
+        home, name = spelling.split(".")
+        function = getattr({"F": F, "torch": torch}[home], name)
+
+        class InPlaceByName(Layers):
+            def forward(self, x: Tensor) -> Tensor:
+                return self.two(function(self.one(x)))
+
+        class Whole(nn.Sequential):
+            pass
+
+        torch.manual_seed(0)
+        model, x = Whole(nn.Linear(8, 8), nn.GELU(), InPlaceByName()), torch.randn(4, 8)
+        wrap(model, find_sites(model, x), 0.3)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager")
+        expected = gradients(model, lambda m: m(x))
+        with pytest.warns(UserWarning, match=f"2 is not compiled: torch.compile hides its {name} from"):
+            found = gradients(model, lambda m: compiled(x))
+        assert_same_gradients(found, expected, exact=False)
+
+    @pytest.mark.parametrize(("inside_graph", "counts"), [(True, (1, 0)), (False, (2, 3))], ids=["flag", "no flag"])
+    def test_checkpointing_in_a_compiled_region(self, inside_graph: bool, counts: tuple[int, int]) -> None:
+        """Torch breaks at a side effect in a checkpointed part, as frames are, unless a flag of its own is set."""
+
+        class Parted(Layers):
+            def part(self, x: Tensor) -> Tensor:
+                return F.gelu(self.one(x))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return F.relu(self.two(x)) + checkpoint(self.part, x, use_reentrant=False)  # type: ignore[operator]
+
+        torch.manual_seed(0)
+        model, x = Parted(), torch.randn(4, 8)
+        with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=inside_graph):
+            assert compiled_counts(model, lambda m: m(x), fullgraph=True)[:2] == (1, 0)
+            wrap(model, find_sites(model, x), 0.3)
+            expected = gradients(model, lambda m: m(x))
+            found = compiled_counts(model, lambda m: m(x), fullgraph=inside_graph)
+            assert found[:2] == counts
+            compiled = torch.compile(model, backend="aot_eager")
+            assert_same_gradients(gradients(model, lambda m: compiled(x)), expected, exact=False)
+
+    def test_reentrant_checkpointing_of_a_part_is_refused_where_it_would_be_wrong(self) -> None:
+        class Parted(Layers):
+            def part(self, x: Tensor) -> Tensor:
+                return F.gelu(self.one(x))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return F.relu(x) + checkpoint(self.part, x, use_reentrant=True)  # type: ignore[operator]
+
+        model, x = Parted(), torch.randn(4, 8, requires_grad=True)
+        wrap(model, find_sites(model, x), 0.3)
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"SiteError: the model: torch.compile cannot follow.*use_reentrant=False"):
+            torch.compile(model, backend="aot_eager")(x)
+
+
+class ChannelsInBothPlaces(nn.Module):
+    """A block as in ConvNeXt: channels behind the batch, then last, then behind the batch again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
+        self.wide, self.narrow, self.line = nn.Linear(6, 12), nn.Linear(12, 6), nn.Conv1d(6, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.conv(x)))
+        x = self.narrow(F.gelu(self.wide(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+        return torch.tanh(self.line(x.flatten(2)))
+
+
+class TestChannels:
+    def test_places_are_known_by_the_layer_before(self) -> None:
+        model, x = ChannelsInBothPlaces(), torch.randn(2, 3, 8, 8)
+        report = find_sites(model, x)
+        assert {site.base: site.channel_dim for site in report.wrapped} == {"relu": 1, "gelu": -1, "tanh": 1}
+        wrap(model, report, per_channel=True)
+        assert {name: eps.numel() for name, eps in amplitudes(model).items()} == {"act": 6, ":gelu": 12, ":tanh": 5}
+
+    def test_one_amplitude_acts_on_one_channel(self) -> None:
+        model, x = ChannelsInBothPlaces(), torch.randn(2, 3, 8, 8)
+        wrap(model, find_sites(model, x), 0.0, per_channel=True)
+        eps = amplitudes(model)[":gelu"]
+        seen: list[Tensor] = []
+        model.narrow.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+        model(x)
+        with torch.no_grad():
+            eps[7] = 0.4
+        model(x)
+        changed = (seen[0] != seen[1]).any(0).any(0).any(0)
+        assert changed.nonzero().flatten().tolist() == [7]
+
+    def test_dead_units_are_channels(self) -> None:
+        model, x = ChannelsInBothPlaces(), torch.randn(8, 3, 8, 8)
+        nn.init.constant_(model.wide.bias[:9], -100.0)
+        hosted = wrap(model, find_sites(model, x), 0.0)
+        hosted[0][1].switch.collecting = True
+        model(x)
+        gelu = next(site for _, site in hosted if site.name == ":gelu")
+        dead = {site.name: dead_fraction(*site.collector.drain()) for _, site in hosted}
+        assert dead[":gelu"] == pytest.approx(9 / 12)
+        assert copy.deepcopy(gelu).collector.channel_dim == -1
 
 
 class TestFunctionMode:

@@ -271,7 +271,10 @@ def watch(losses: Sequence[Sequence[float]], factor: float | None = 1.5) -> list
     for stretch in losses:
         for loss in stretch:
             watched.observe(torch.tensor(loss, requires_grad=True))
-        answers.append(watched.jumped())
+        losses = watched.drain()
+        if distributed.is_initialized():
+            distributed.all_reduce(losses)  # a round's one collective carries them
+        answers.append(watched.jumped(losses))
     return answers
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from eafo_dynamic.errors import ConfigError
 
-__all__ = ["register"]
+__all__ = ["make", "register", "shape"]
 
 
 def register(commands: Any) -> None:
@@ -29,7 +29,7 @@ def register(commands: Any) -> None:
     parser.add_argument("model", help="package.module:callable that returns the model, for example my_project.net:make")
     parser.add_argument(
         "--shape",
-        type=_shape,
+        type=shape,
         help="run a forward on zeros of this shape, for example 2,3,32,32, to see shared and functional calls",
     )
     parser.add_argument("--target-modules", nargs="+", help="as in EAFOCallback")
@@ -39,7 +39,15 @@ def register(commands: Any) -> None:
     parser.set_defaults(run=_run)
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def shape(text: str) -> tuple[int, ...]:
+    """The sizes in a text such as ``2,3,32,32`` or ``2x3x32x32``.
+
+    Args:
+        text: as given on the command line.
+
+    Returns:
+        The sizes.
+    """
     return tuple(int(part) for part in text.replace("x", ",").split(","))
 
 
@@ -49,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
     from eafo_dynamic.cli.output import emit
     from eafo_dynamic.sites import Selection, find_sites
 
-    model = _make(args.model)
+    model = make(args.model)
     example = () if args.shape is None else (torch.zeros(args.shape),)
     selection = Selection(args.target_modules, args.exclude_modules, functional=args.functional)
     report = find_sites(model, *example, selection=selection)
@@ -58,7 +66,18 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make(path: str) -> Any:
+def make(path: str) -> Any:
+    """What a factory returns.
+
+    Args:
+        path: ``package.module:callable``; the working directory may hold the package.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: if there is no such callable, or it fails.
+    """
     module_name, _, attribute = path.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:

@@ -67,6 +67,9 @@ def _atoms(ordered: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         rows = least[:, 0] == gap + 1
         part = ordered if len(ordered) == 1 or bool(rows.all()) else ordered[rows]
         repeated[rows, :-gap] = (part[:, gap:] == part[:, :-gap]) & (part[:, gap:] < math.inf)
+    # One sample alone repeats nothing, but is a constant.
+    if not bool(repeated.any()):
+        return torch.zeros_like(count), (count == 1).long()
     joined = repeated[:, 1:] & repeated[:, :-1] & (ordered[:, 1:] == ordered[:, :-1])
     row, begin = (repeated & ~_pad(joined, 1, 0)).nonzero(as_tuple=True)
     _, final = (repeated & ~_pad(joined, 0, 1)).nonzero(as_tuple=True)

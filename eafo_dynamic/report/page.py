@@ -63,7 +63,7 @@ def write_report(logs: Sequence[CorrectionLog], out: str | os.PathLike[str]) -> 
     path = Path(out)
     page = render_report(logs)
     try:
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
         raise ConfigError("--out", str(out), problem, "Name a file in a folder that exists.") from None

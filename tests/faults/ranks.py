@@ -1,0 +1,129 @@
+"""What single ranks of a distributed run do and write down; imported in the children."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from crash_points import Point, arm
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+
+from eafo_dynamic import EAFOController
+from eafo_dynamic.replicas import average_gradients
+
+
+class Count(Callback):
+    """Writes down every collective of each training batch, as c10d's own profiler ranges show them.
+
+    Args:
+        path: where to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        self.profile = torch.autograd.profiler.profile()
+        self.profile.__enter__()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.profile.__exit__(None, None, None)
+        names = [event.name.removeprefix("c10d::") for event in self.profile.function_events]
+        found = [name for event, name in zip(self.profile.function_events, names, strict=True) if event.name != name]
+        with self.path.open("a") as file:
+            file.write(f"{trainer.global_step} {' '.join(sorted(found))}\n")
+
+
+def count(folder: Path, rank: int, options: dict[str, Any]) -> None:
+    options["callbacks"] = [Count(folder / f"collectives{rank}.txt")]
+
+
+def collectives(folder: Path, rank: int) -> dict[int, list[str]]:
+    """Names of the collectives of each step."""
+    lines = [line.split() for line in (folder / f"collectives{rank}.txt").read_text().splitlines()]
+    return {int(step): names for step, *names in lines}
+
+
+def kill_one(folder: Path, rank: int, options: dict[str, Any]) -> None:
+    victim, point = options.pop("victim"), options.pop("point")
+    assert isinstance(point, Point)
+    if rank == victim:
+        arm(point)
+
+
+def poison(folder: Path, rank: int, options: dict[str, Any]) -> None:
+    """Lets one rank's pre-activations have a NaN in one step."""
+    import training_process
+
+    forward = training_process.Net.forward
+
+    def poisoned(self: Any, x: Tensor) -> Tensor:
+        if rank == 1 and self._trainer is not None and self.trainer.global_step == 0:
+            with torch.no_grad():
+                hidden = x.clone()
+                hidden[0, 0] = torch.nan
+                forward(self, hidden)
+        return forward(self, x)
+
+    training_process.Net.forward = poisoned
+
+
+class Plain(nn.Module):
+    """A model for a loop of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.act = nn.Linear(8, 16), nn.Linear(16, 3), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.act(self.one(x)))
+
+
+def shard(folder: Path, rank: int, options: dict[str, Any]) -> None:
+    """Trains with FSDP2 on real ranks, in a loop of one's own, and writes down what came of it; then leaves."""
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    ranks = int(os.environ["WORLD_SIZE"])
+    init_process_group("gloo", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    model = Plain()
+    controller = EAFOController.attach(model, torch.zeros(2, 8), update_every_n_steps=2)
+    mesh = init_device_mesh("cpu", (ranks,))
+    refused = ""
+    if options.pop("whole"):
+        try:
+            fully_shard(model, mesh=mesh)
+        except ValueError as error:
+            refused = str(error)
+    else:
+        fully_shard(model, mesh=mesh, ignored_params=set(controller.amplitudes.values()))
+        train(model, controller, folder / f"sharded{rank}.pt", rank, ranks)
+    (folder / f"refused{rank}.txt").write_text(refused)
+    with contextlib.suppress(Exception):
+        destroy_process_group()
+    raise SystemExit(0)
+
+
+def train(model: nn.Module, controller: EAFOController, path: Path, rank: int, ranks: int) -> None:
+    """Each rank trains on its share of every batch."""
+    eps = list(controller.amplitudes.values())
+    rest = [p for p in model.parameters() if all(p is not each for each in eps)]
+    optimizer = torch.optim.AdamW([{"params": rest}, {"params": eps}], lr=1e-2)
+    generator = torch.Generator().manual_seed(1)
+    rows: list[Any] = []
+    for step in range(1, 7):
+        x = torch.randn(8, 8, generator=generator).chunk(ranks)[rank]
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        average_gradients(eps)
+        optimizer.step()
+        rows += controller.step(step)
+    weights = [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
+    kept = [{key: row[key] for key in ("step", "eps", "mean", "std", "entropy")} for row in rows]
+    torch.save({"weights": weights, "eps": torch.stack([each.detach() for each in eps]), "rows": kept}, path)

@@ -1,0 +1,90 @@
+"""Runs that die by SIGKILL at every place where it could matter, and go on as if nothing had happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import KILLED, run, succeed
+from crash_points import POINTS, RESUMING, Point, prepare
+from tally import Tally
+
+from eafo_dynamic.records import CorrectionLog
+
+# everything that has a state: a shuffled loader in mid-epoch, accumulation, every estimate that runs along
+pytestmark = pytest.mark.slow
+OPTIONS: dict[str, Any] = {
+    "steps": 12,
+    "n": 30,
+    "batch": 4,
+    "stateful": True,
+    "save_every": 2,
+    "trainer": {"accumulate_grad_batches": 2},
+    "policy": "hybrid",
+    "density": "histogram",
+    "update_every_n_steps": 3,
+    "collect_every_n_steps": 1,
+    "rollback_factor": 1.01,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    succeed(folder, **OPTIONS)
+    assert CorrectionLog.load(folder).steps == [1, 3, 6, 9, 12]
+    return folder
+
+
+def assert_equal_runs(one: Path, two: Path) -> None:
+    """Weights, eps, shapes, rows of the log and snapshots of the functions, all of them to the bit."""
+    first, second = (torch.load(folder / "final.pt", weights_only=True) for folder in (one, two))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+    assert CorrectionLog.load(one).rows == CorrectionLog.load(two).rows
+    assert (one / "eafo/shapes.jsonl").read_bytes() == (two / "eafo/shapes.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: point.name)
+def test_a_run_killed_anywhere_resumes_equal(point: Point, whole: Path, tmp_path: Path, tally: Tally) -> None:
+    assert run(tmp_path, prepare=prepare, point=point, **OPTIONS) == [KILLED]
+    assert not (tmp_path / "final.pt").exists()
+    succeed(tmp_path, resume=True, **OPTIONS)
+    assert_equal_runs(whole, tmp_path)
+    tally("crash points tried")
+    tally("runs resumed equal")
+
+
+@pytest.mark.parametrize("second", RESUMING, ids=lambda point: point.name)
+def test_a_run_killed_while_it_resumes_resumes_equal(second: Point, whole: Path, tmp_path: Path, tally: Tally) -> None:
+    first = next(point for point in POINTS if point.name == "between two checkpoints")
+    assert run(tmp_path, prepare=prepare, point=first, **OPTIONS) == [KILLED]
+    assert run(tmp_path, resume=True, prepare=prepare, point=second, **OPTIONS) == [KILLED]
+    succeed(tmp_path, resume=True, **OPTIONS)
+    assert_equal_runs(whole, tmp_path)
+    tally("crash points tried")
+    tally("runs resumed equal")
+
+
+def test_a_run_killed_again_and_again_resumes_equal(whole: Path, tmp_path: Path, tally: Tally) -> None:
+    for steps in (7, 3, 3):  # each attempt gets a little further
+        point = Point("after some steps", "training_process:Net.training_step", "after", 2 * steps)
+        assert run(tmp_path, resume=True, prepare=prepare, point=point, **OPTIONS) == [KILLED]
+    succeed(tmp_path, resume=True, **OPTIONS)
+    assert_equal_runs(whole, tmp_path)
+    tally("runs resumed equal")
+
+
+def test_what_a_kill_leaves_behind_is_whole(tmp_path: Path) -> None:
+    """Half a row is in the file, and a reader beside the dead run sees whole updates only."""
+    point = next(point for point in POINTS if point.name == "in the middle of a row")
+    assert run(tmp_path, prepare=prepare, point=point, **OPTIONS) == [KILLED]
+    assert not (tmp_path / "eafo/corrections.jsonl").read_bytes().endswith(b"\n")
+    log = CorrectionLog.load(tmp_path)
+    rows = [(row["step"], row["site"]) for row in log.rows]
+    assert rows[:6] == [(step, site) for step in (1, 3) for site in log.sites]
+    assert all(step == 6 for step, _ in rows[6:])
