@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from eafo_dynamic.controller import EAFOController, Options
@@ -166,8 +165,7 @@ class EAFOCallback(Callback):
             self._replicas = Replicas(pl_module, self._amplitudes)
         if self.controller is not None and self.controller.model is pl_module:
             return
-        if is_overridden("configure_model", pl_module):
-            pl_module.configure_model()
+        pl_module.configure_model()  # the base class of either host (lightning, pytorch_lightning) does nothing here
         self.controller, self._late = None, False
         self._earlier = take_off(pl_module)  # of another callback's fit
         report = self._find(trainer, pl_module)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -76,7 +75,8 @@ def cannot_wait(trainer: Any, module: Any) -> str:
     Returns:
         The reason; empty if they can.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+    # by name: the trainer may be that of lightning or of pytorch_lightning, and a fit must not import both
+    if "SingleDeviceStrategy" not in {kind.__name__ for kind in type(trainer.strategy).__mro__}:
         return f"{type(trainer.strategy).__name__} knows only parameters that are there when it wraps the model"
     for each in averaging(trainer):
         return f"{type(each).__name__} copies the model before"
