@@ -14,16 +14,30 @@ import warnings
 from collections.abc import Generator
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import eafo_dynamic.experiments  # noqa: F401  # pyright: ignore[reportUnusedImport] (YAML may name its classes without a path)
 from eafo_dynamic.errors import EAFOError, one_line
 
-__all__ = ["configured", "quieten"]
+__all__ = ["TRAINING_OPTIONS", "configured", "quieten"]
 
 _PARSER = {"exit_on_error": False}
-_COMMANDS = ("fit", "validate", "test", "predict")
+_COMMANDS = {
+    "fit": "Train a model as a YAML configuration says: any LightningModule, any LightningDataModule. Every value can "
+    "be changed on the command line, as in --trainer.max_epochs 3 --model.init_args.lr 1e-3; --print_config shows all "
+    "values there are; --model.help CLASS and --data.help CLASS list the options of a class. The resolved "
+    "configuration is saved in the run's folder.",
+    "validate": "Run the validation loop as a YAML configuration says, on the checkpoint of --ckpt_path.",
+    "test": "Run the test loop as a YAML configuration says, on the checkpoint of --ckpt_path.",
+    "predict": "Run the prediction loop as a YAML configuration says, on the checkpoint of --ckpt_path.",
+}
+TRAINING_OPTIONS = (
+    *("--config", "--print_config", "--seed_everything", "--ckpt_path", "--model", "--model.help"),
+    *("--data", "--data.help", "--optimizer", "--lr_scheduler"),
+    *(f"--trainer.{name}" for name in inspect.signature(Trainer).parameters),
+)
 
 
 def configured(args: Any, *, run: bool, **options: Any) -> LightningCLI:
@@ -41,7 +55,7 @@ def configured(args: Any, *, run: bool, **options: Any) -> LightningCLI:
         EAFOError: for a user's mistake, whatever layers it has come through.
         Exception: whatever else training raised.
     """
-    commands = dict.fromkeys(_COMMANDS, _PARSER) if run else {}
+    commands = {name: {**_PARSER, "description": text} for name, text in _COMMANDS.items()} if run else {}
     with _plain_errors():
         return LightningCLI(
             subclass_mode_model=True,

@@ -1,6 +1,7 @@
 """The command line ``eafo-dynamic``: a LightningCLI for training, and commands that inspect.
 
-Exit codes: 0 done, 1 the training itself failed, 2 wrong input (one line on stderr says what to change).
+Exit codes: 0 done, 1 the training itself failed, 2 wrong input (one line on stderr says what to change),
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -53,12 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from eafo_dynamic.cli import completion
+    from eafo_dynamic.cli.helptext import Formatter, exit_codes
     from eafo_dynamic.version import __version__
 
     parser = argparse.ArgumentParser(
         prog="eafo-dynamic",
         description="Entropy-based activation function optimisation while a model trains.",
-        epilog="eafo-dynamic COMMAND --help tells more about a command.",
+        epilog=f"{exit_codes()}\n\neafo-dynamic COMMAND --help tells more about a command, with examples.",
+        formatter_class=Formatter,
     )
     parser.add_argument("--version", action="version", version=f"eafo-dynamic {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -66,4 +70,5 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
     for name in _INSPECTION:
         importlib.import_module(f"eafo_dynamic.cli.{name}").register(commands)
+    completion.register(commands, _parser, tuple(_TRAINING))
     return parser

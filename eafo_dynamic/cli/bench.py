@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from eafo_dynamic.cli.helptext import examples
 from eafo_dynamic.cli.output import add_format_option, emit
 from eafo_dynamic.errors import ConfigError
 
@@ -29,7 +30,10 @@ def register(commands: Commands) -> None:
         commands: what `ArgumentParser.add_subparsers` returned.
     """
     parser = commands.add_parser(
-        "bench", help="measure what the corrections cost on this machine", description=_DESCRIPTION
+        "bench",
+        help="measure what the corrections cost on this machine",
+        description=_DESCRIPTION,
+        **examples("bench --quick", "bench --only activation step --threads 1 --json bench.json --out bench.png"),
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, few pairs: a first look")
     parser.add_argument("--only", nargs="+", metavar="GROUP", help=f"some of: {', '.join(GROUPS)}")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from eafo_dynamic.cli.helptext import examples
 from eafo_dynamic.cli.output import add_format_option, emit, quiet_pipe, table_width
 from eafo_dynamic.errors import ConfigError
 
@@ -32,7 +33,14 @@ def register(commands: Commands) -> None:
         commands: what `ArgumentParser.add_subparsers` returned.
     """
     parser = commands.add_parser(
-        "compare", help="compare arms over seeds on one task, with paired statistics", description=_DESCRIPTION
+        "compare",
+        help="compare arms over seeds on one task, with paired statistics",
+        description=_DESCRIPTION,
+        **examples(
+            "compare --config configs/compare_digits_vit.yaml --check",
+            "compare --config configs/compare_digits_vit.yaml --jobs 2",
+            "compare --config configs/compare_*.yaml --show --format md",
+        ),
     )
     parser.add_argument("--config", required=True, nargs="+", metavar="PLAN", help="a plan; several: one after another")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from eafo_dynamic.cli import log_views
+from eafo_dynamic.cli.helptext import examples
 from eafo_dynamic.cli.log_columns import FIGURE_NAMES, TABLE_ROWS
 from eafo_dynamic.cli.output import add_format_option
 from eafo_dynamic.records import COLUMNS
@@ -23,12 +24,18 @@ def register(commands: Commands) -> None:
     Args:
         commands: what `ArgumentParser.add_subparsers` returned.
     """
+    shown = examples(
+        "log layers runs/digits_vit",
+        "log show runs/digits_vit blocks.0 --steps 0:500 --format csv",
+        "log plot runs/digits_vit --what functions --out functions.png",
+        "log report runs/digits_vit --out report.html",
+    )
+    shown["epilog"] += f"\n\n{columns_help()}"
     parser = commands.add_parser(
         "log",
         help="inspect the per-layer correction log of a run",
         description="Inspect the per-layer correction log of a run.",
-        epilog=columns_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **shown,
     )
     verbs = parser.add_subparsers(dest="log_command", metavar="COMMAND", required=True)
     _add_summary(verbs)
@@ -106,8 +113,10 @@ def _add_compare(verbs: Commands) -> None:
     parser = _add_command(verbs, "compare", log_views.compare, "several runs side by side")
     _add_site(parser)
     _add_sort(parser)
-    parser.add_argument("--by", choices=("run", "site"), default="run", help="one row a run or a site")
-    parser.add_argument("--column", default="entropy", metavar="NAME", help="with --by site: what to compare")
+    parser.add_argument("--by", choices=("run", "site"), default="run", help="one row a run (default) or a site")
+    parser.add_argument(
+        "--column", default="entropy", metavar="NAME", help="with --by site: the column to compare (default: entropy)"
+    )
 
 
 def _add_plot(verbs: Commands) -> None:
@@ -115,7 +124,9 @@ def _add_plot(verbs: Commands) -> None:
     parser = verbs.add_parser("plot", help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(run=log_views.plot)
     parser.add_argument("folder", metavar="RUN", help="folder of a run, or one above a single run")
-    parser.add_argument("--what", default="heatmap", metavar="FIGURE", help=", ".join(FIGURE_NAMES))
+    parser.add_argument(
+        "--what", default="heatmap", metavar="FIGURE", help=f"one of {', '.join(FIGURE_NAMES)} (default: heatmap)"
+    )
     parser.add_argument(
         "--column",
         default="entropy",
@@ -133,7 +144,7 @@ def _add_report(verbs: Commands) -> None:
     parser = verbs.add_parser("report", help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(run=log_views.report)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, or one above a single run")
-    parser.add_argument("--out", default="report.html", metavar="FILE", help="the HTML file (report.html)")
+    parser.add_argument("--out", default="report.html", metavar="FILE", help="the HTML file (default: report.html)")
     _add_steps(parser)
     _add_site(parser)
 
@@ -152,7 +163,7 @@ def _add_site(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sort(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sort", metavar="COLUMN", help="sort by a column, smallest first")
+    parser.add_argument("--sort", metavar="COLUMN", help="sort by a column of the log, smallest first")
     parser.add_argument("--descending", action="store_true", help="with --sort: largest first")
 
 

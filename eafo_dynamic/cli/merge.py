@@ -28,23 +28,38 @@ def register(commands: Any) -> None:
     Args:
         commands: the subparsers of the main parser.
     """
+    from eafo_dynamic.cli.helptext import examples
     from eafo_dynamic.cli.output import add_format_option
     from eafo_dynamic.cli.sites import shape
 
     parser: argparse.ArgumentParser = commands.add_parser(
         "merge",
         help="bake a checkpoint's corrections into plain modules and write the model for deployment",
-        description="Rebuilds a checkpoint's model, bakes its corrections in and writes it; shows what became of each "
-        "site. .pt, .ckpt, .safetensors: weights for eafo_dynamic.load_merged. .pt2: a torch.export program. .onnx.",
+        description="Rebuild a checkpoint's model, bake its corrections in and write it; show what became of each "
+        "site. The ending of the output says what is written. .pt, .ckpt, .safetensors: weights for "
+        "eafo_dynamic.load_merged; .pt2: a program of torch.export; .onnx: a graph for any ONNX runtime.",
+        **examples(
+            "merge runs/digits_vit/version_0/checkpoints/last.ckpt --output digits.onnx",
+            "merge last.ckpt --model my_project.net:make --shape 2,3,32,32 --output net.safetensors",
+        ),
     )
-    parser.add_argument("checkpoint", help="a checkpoint of eafo-dynamic fit, or of a Trainer with an EAFOCallback")
-    parser.add_argument("--output", required=True, metavar="FILE", help="where to; the ending chooses the format")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a checkpoint of eafo-dynamic fit, or of a Trainer with an EAFOCallback",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="where to: .pt, .ckpt, .safetensors, .pt2, .onnx"
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--config", metavar="FILE", help="the run's configuration; default: config.yaml in its folder")
-    source.add_argument("--model", help="package.module:callable that returns the model, instead of a configuration")
+    source.add_argument(
+        "--model", metavar="MODEL", help="package.module:callable that returns the model, instead of a configuration"
+    )
     parser.add_argument(
         "--shape",
         type=shape,
+        metavar="N,N,...",
         help="shape of an example input of zeros, for .pt2, .onnx and functional calls; "
         "default: the model's example_input_array, or the configuration's data",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from eafo_dynamic.cli.helptext import examples
 from eafo_dynamic.cli.output import add_format_option, emit
 from eafo_dynamic.errors import ConfigError
 
@@ -36,6 +37,11 @@ def register(commands: Commands) -> None:
         "rank",
         help="rank activations by the entropy of their output, for a given pre-activation density",
         description=_DESCRIPTION,
+        **examples(
+            "rank --mean -0.5 --std 2",
+            "rank --log runs/digits_vit --activations relu gelu silu",
+            "rank --activations all --format md",
+        ),
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--log", metavar="RUN", help="the densities of a run's sites at their last update")
@@ -50,7 +56,13 @@ def register(commands: Commands) -> None:
         metavar="NAME",
         help="which ones; all: every known one",
     )
-    parser.add_argument("--resolution", type=float, default=0.1, metavar="R", help="r (default: 0.1)")
+    parser.add_argument(
+        "--resolution",
+        type=float,
+        default=0.1,
+        metavar="R",
+        help="r, in standard deviations of the output (default: 0.1)",
+    )
     parser.add_argument("--out", metavar="FILE", help="a figure of the ranking: .png, .svg or .pdf")
     add_format_option(parser)
     parser.set_defaults(run=_run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from eafo_dynamic.cli.helptext import examples
 from eafo_dynamic.cli.output import add_format_option, emit
 from eafo_dynamic.errors import ConfigError
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from eafo_dynamic.plots.theory import Study
 
 __all__ = ["register", "study"]
+
+_ROUTE = "the paper's formula, by the score of the output, or the first where the base allows it (auto, default)"
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"  # pyright: ignore[reportPrivateUsage]
 
@@ -29,8 +32,13 @@ def register(commands: Commands) -> None:
         "shape",
         help="show an activation's correction and what it does, for a given pre-activation density",
         description="Show an activation's correction, the corrected function and the densities around them.",
+        **examples(
+            "shape gelu --std 1.4 --out gelu.png",
+            "shape relu --density student-t3 --route score",
+            "shape tanh --curve --format csv",
+        ),
     )
-    parser.add_argument("activation", help="its name, for example gelu")
+    parser.add_argument("activation", metavar="NAME", help="its name, for example gelu")
     parser.add_argument(
         "--density",
         default="normal",
@@ -40,8 +48,14 @@ def register(commands: Commands) -> None:
     parser.add_argument("--mean", type=float, default=0.0, help="mean of a named density (default: 0)")
     parser.add_argument("--std", type=float, default=1.0, help="standard deviation of a named density (default: 1)")
     parser.add_argument("--eps", type=float, default=0.3, help="amplitude of the correction shown (default: 0.3)")
-    parser.add_argument("--route", choices=("auto", "analytic", "score"), default="auto", help="how it is computed")
-    parser.add_argument("--resolution", type=float, default=0.1, metavar="R", help="r (default: 0.1)")
+    parser.add_argument("--route", choices=("auto", "analytic", "score"), default="auto", help=_ROUTE)
+    parser.add_argument(
+        "--resolution",
+        type=float,
+        default=0.1,
+        metavar="R",
+        help="r, in standard deviations of the output (default: 0.1)",
+    )
     parser.add_argument("--curve", action="store_true", help="print the curves instead of the summary")
     parser.add_argument("--out", metavar="FILE", help="a figure: .png, .svg or .pdf")
     add_format_option(parser)

@@ -19,22 +19,41 @@ def register(commands: Any) -> None:
     Args:
         commands: the subparsers of the main parser.
     """
+    from eafo_dynamic.cli.helptext import examples
     from eafo_dynamic.cli.output import add_format_option
 
     parser: argparse.ArgumentParser = commands.add_parser(
         "sites",
         help="list the activation sites of a model: wrapped, skipped, and why",
-        description="Lists every activation call of a model and whether EAFOCallback would wrap it. Changes nothing.",
+        description="List every activation call of a model and whether EAFOCallback would wrap it. Changes nothing.",
+        **examples(
+            "sites my_project.net:make",
+            "sites my_project.net:make --shape 2,3,32,32 --target-modules ReLU mlp.act",
+            "sites transformers:ViTModel --format md",
+        ),
     )
-    parser.add_argument("model", help="package.module:callable that returns the model, for example my_project.net:make")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="package.module:callable that returns the model; the working directory may hold the package",
+    )
     parser.add_argument(
         "--shape",
         type=shape,
+        metavar="N,N,...",
         help="run a forward on zeros of this shape, for example 2,3,32,32, to see shared and functional calls",
     )
-    parser.add_argument("--target-modules", nargs="+", help="as in EAFOCallback")
-    parser.add_argument("--exclude-modules", nargs="+", help="as in EAFOCallback")
-    parser.add_argument("--functional", choices=["wrap", "warn", "off"], default="wrap", help="as in EAFOCallback")
+    pattern = "class names, ends of module names or regular expressions of the sites to "
+    parser.add_argument(
+        "--target-modules", nargs="+", metavar="PATTERN", help=f"{pattern}wrap (default: every hidden one)"
+    )
+    parser.add_argument("--exclude-modules", nargs="+", metavar="PATTERN", help=f"{pattern}leave alone")
+    parser.add_argument(
+        "--functional",
+        choices=["wrap", "warn", "off"],
+        default="wrap",
+        help="activations called as functions: wrap them too (default), only warn of them, or leave them",
+    )
     add_format_option(parser)
     parser.set_defaults(run=_run)
 
