@@ -37,7 +37,7 @@ class Bytes(Dataset[dict[str, torch.Tensor]]):
 def main(output_dir: str | Path, steps: int = 60) -> CorrectionLog:
     """Trains and returns the correction log."""
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=4)
+    config = GPT2Config(vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
     args = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=steps,

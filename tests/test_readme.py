@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import runpy
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +109,3 @@ def test_boring_model_is_what_the_troubleshooting_says() -> None:
 
     with pytest.raises(EAFOError, match="has no activation"):
         EAFOController.attach(BoringModel())
-
-
-def test_plain_pytorch_example(capsys: pytest.CaptureFixture[str]) -> None:
-    example = runpy.run_path(str(ROOT / "examples/plain_pytorch.py"))
-    controller = example["main"](steps=60)
-    assert len(controller.records) == 2 * 2
-    assert "entropy" in capsys.readouterr().out
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_huggingface_example(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    example = runpy.run_path(str(ROOT / "examples/huggingface_trainer.py"))
-    log = example["main"](tmp_path, steps=20)
-    assert log.steps == [1, 20]
-    assert all(row["eps"] != pytest.approx(0.01, abs=1e-4) for row in log.select(steps=(20, 20)).rows)
-    assert "transformers" in sys.modules
