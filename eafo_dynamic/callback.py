@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from eafo_dynamic.controller import EAFOController, Options
 from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError, LogError, SiteError
-from eafo_dynamic.example import averaging, batch_runs, cannot_wait, example_runs, search, swa_rates
+from eafo_dynamic.example import averaging, batch_runs, cannot_wait, first_report, search, static_report, swa_rates
 from eafo_dynamic.kernels import Backend
 from eafo_dynamic.manifest import (
     CHECKPOINT_KEY,
@@ -23,6 +23,7 @@ from eafo_dynamic.manifest import (
     check_weights,
     manifest,
     report_from_manifest,
+    warn_of_changes,
     wrap_from_manifest,
 )
 from eafo_dynamic.optim import check_group, own_group
@@ -32,7 +33,7 @@ from eafo_dynamic.replicas import Replicas, check_strategy, everyones
 from eafo_dynamic.runlog import RunLog
 from eafo_dynamic.schedule import steps_of_epochs
 from eafo_dynamic.showing import History, Reporter
-from eafo_dynamic.sites import SiteReport, find_sites
+from eafo_dynamic.sites import SiteReport
 from eafo_dynamic.surgery import is_wrapped, put_back, take_off
 
 __all__ = ["EAFOCallback"]
@@ -168,7 +169,7 @@ class EAFOCallback(Callback):
         pl_module.configure_model()  # the base class of either host (lightning, pytorch_lightning) does nothing here
         self.controller, self._late = None, False
         self._earlier = take_off(pl_module)  # of another callback's fit
-        report = self._find(trainer, pl_module)
+        report, self._awaits_batch = first_report(trainer, pl_module, self.options.selection)
         if report is not None:
             self._wrap(trainer, pl_module, report)
         elif self.verbose and trainer.is_global_zero:
@@ -203,25 +204,12 @@ class EAFOCallback(Callback):
                 wrap_from_manifest(pl_module, saved)
             return
         check_form(saved, self.options.form)
-        if self.controller is None or saved != manifest(self.controller.report, **self.options.form):
-            plain = pl_module if self.controller is None else self.controller.detach()
+        if self.controller is None:
+            self._attach(pl_module, report_from_manifest(pl_module, saved))
+        elif saved != manifest(self.controller.report, **self.options.form):
+            found, plain = self.controller.report, self.controller.detach()
             self._attach(pl_module, report_from_manifest(plain, saved))
-
-    def _find(self, trainer: Trainer, pl_module: LightningModule) -> SiteReport | None:
-        """The sites, as far as they can be seen in setup; None if the first batch will show them."""
-        obstacle = cannot_wait(trainer, pl_module)
-        runs, source = example_runs(trainer, pl_module, may_wait=not obstacle)
-        report, problem = search(pl_module, self.options.selection, runs)
-        if report is None:
-            why = f"{source}: {problem}" if problem else source
-            self._awaits_batch = "" if obstacle else why
-            return self._static(pl_module, f"{why}; {obstacle}") if obstacle else None
-        return report
-
-    def _static(self, pl_module: LightningModule, why: str) -> SiteReport:
-        message = "Set example_input_array to find functional and repeated calls."
-        warnings.warn(f"EAFO looks at the module tree only, since {why}. {message}", stacklevel=2)
-        return find_sites(pl_module, selection=self.options.selection)
+            warn_of_changes(saved, found)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives eps its parameter group, before optimiser states are restored, and opens the log."""
@@ -280,7 +268,7 @@ class EAFOCallback(Callback):
         runs = batch_runs(trainer, pl_module, batch)
         report, problem = search(pl_module, self.options.selection, runs)
         self._late = True
-        self._wrap(trainer, pl_module, report or self._static(pl_module, problem))
+        self._wrap(trainer, pl_module, report or static_report(pl_module, self.options.selection, problem))
         self._begin(trainer, pl_module)
         self._align(trainer)
 
@@ -360,6 +348,19 @@ class EAFOCallback(Callback):
         if CHECKPOINT_KEY in checkpoint:
             self.adopt(pl_module, checkpoint[CHECKPOINT_KEY])
             check_weights(pl_module, checkpoint.get("state_dict") or {})
+        elif "optimizer_states" in checkpoint and self.controller is not None and not self._late:
+            self._postpone(pl_module)
+
+    def _postpone(self, pl_module: Any) -> None:
+        """Unwraps: the optimisers of a run without corrections can be restored only as they were; eps joins later."""
+        if pl_module.trainer.state.fn != "fit":
+            return
+        obstacle = cannot_wait(pl_module.trainer, pl_module)
+        if obstacle:
+            mend = "Load its state_dict into the model, and fit without ckpt_path."
+            raise SiteError(f"a run without corrections cannot be resumed with them: {obstacle}. {mend}")
+        self._controller.detach()
+        self.controller, self._awaits_batch = None, "the checkpoint is of a run without corrections"
 
     def state_dict(self) -> dict[str, Any]:
         """State beside the model's own: running estimates and counts; tensors and primitives only.

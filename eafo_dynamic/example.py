@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +25,16 @@ from torch.utils.data import DataLoader, IterableDataset
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.sites import Selection, SiteReport, find_sites, forked_random_states
 
-__all__ = ["averaging", "batch_runs", "cannot_wait", "example_runs", "search", "swa_rates"]
+__all__ = [
+    "averaging",
+    "batch_runs",
+    "cannot_wait",
+    "example_runs",
+    "first_report",
+    "search",
+    "static_report",
+    "swa_rates",
+]
 
 Run = Callable[[nn.Module], object]
 
@@ -175,6 +185,42 @@ def search(module: nn.Module, selection: Selection, runs: Sequence[Run]) -> tupl
         except SiteError as error:
             problem = problem or str(error)
     return None, problem
+
+
+def first_report(trainer: Any, module: nn.Module, selection: Selection) -> tuple[SiteReport | None, str]:
+    """The sites of a model as far as they can be seen before the training begins.
+
+    Args:
+        trainer: a Trainer in its setup.
+        module: the LightningModule to be wrapped.
+        selection: which sites to wrap.
+
+    Returns:
+        The report; None, and why, if the first training batch will show them.
+    """
+    obstacle = cannot_wait(trainer, module)
+    runs, source = example_runs(trainer, module, may_wait=not obstacle)
+    report, problem = search(module, selection, runs)
+    if report is not None:
+        return report, ""
+    why = f"{source}: {problem}" if problem else source
+    return (static_report(module, selection, f"{why}; {obstacle}"), "") if obstacle else (None, why)
+
+
+def static_report(module: nn.Module, selection: Selection, why: str) -> SiteReport:
+    """The sites that the module tree shows; warns that functional and repeated calls are not among them.
+
+    Args:
+        module: the model.
+        selection: which sites to wrap.
+        why: no example could be run.
+
+    Returns:
+        The report.
+    """
+    message = "Set example_input_array to find functional and repeated calls."
+    warnings.warn(f"EAFO looks at the module tree only, since {why}. {message}", stacklevel=3)
+    return find_sites(module, selection=selection)
 
 
 class _Constant:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = [
     "check_weights",
     "manifest",
     "report_from_manifest",
+    "warn_of_changes",
     "wrap_from_manifest",
 ]
 
@@ -179,6 +181,39 @@ def check_form(saved: Mapping[str, Any], form: Mapping[str, bool]) -> None:
             + ", ".join(f"{key}={saved[key]} (now {form[key]})" for key in differing)
             + ". Use the options of the run that is resumed; its manifest.json lists them."
         )
+
+
+def warn_of_changes(saved: Mapping[str, Any], report: SiteReport) -> None:
+    """Names every site in which a checkpoint differs from the model that goes on from it.
+
+    Weights alone do not show it when a forward calls other functions than it did, or other sites are selected.
+
+    Args:
+        saved: from ``manifest``.
+        report: of a search in the model as it is now; one of the module tree alone shows too little to say anything.
+    """
+    changes = _changes({site.name: site for site in map(_found, saved["sites"])}, {s.name: s for s in report.wrapped})
+    if changes and report.dynamic:
+        warnings.warn(
+            f"EAFO: the model has changed since the checkpoint: {'; '.join(changes)}. The checkpoint's sites are used; "
+            "begin a new run from its weights to use the model's.",
+            stacklevel=3,
+        )
+
+
+def _changes(then: Mapping[str, FoundSite], now: Mapping[str, FoundSite]) -> list[str]:
+    missing, added = ([name for name in one if name not in other] for one, other in ((then, now), (now, then)))
+    changes = [f"only in the checkpoint: {', '.join(missing)}"] if missing else []
+    changes += [f"only in the model: {', '.join(added)}"] if added else []
+    for name in [name for name in then if name in now]:
+        one, two = _function(then[name]), _function(now[name])
+        changes += [f"{name}: {two} in the model, {one} in the checkpoint"] if one != two else []
+    return changes
+
+
+def _function(site: FoundSite) -> str:
+    given = ", ".join(f"{key}={value}" for key, value in (site.parameters or {}).items())
+    return f"{site.class_name}({given})" if given else site.class_name
 
 
 def wrap_from_manifest(model: nn.Module, saved: Mapping[str, Any]) -> SiteReport:

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from eafo_dynamic import EAFOCallback, apply_from_checkpoint, find_sites, unwrap, wrap
 from eafo_dynamic.errors import SiteError
+from eafo_dynamic.manifest import manifest, warn_of_changes
+from eafo_dynamic.records import CorrectionLog
 from eafo_dynamic.surgery import disabled, hosted_sites, is_wrapped
 
 pytestmark = pytest.mark.filterwarnings(
@@ -55,6 +57,15 @@ class Net(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=3e-2)
+
+
+class Slope(nn.Module):
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.layer, self.slope = nn.Linear(4, 4), slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(self.layer(x), self.slope)
 
 
 def loader() -> DataLoader[Any]:
@@ -177,6 +188,36 @@ class TestPlainModels:
         assert torch.equal(resumed.eval()(x()), plain.eval()(x()))
         tally("ways of loading tried", 3)
 
+    def test_a_run_without_corrections_goes_on_with_them(self, tmp_path: Path, tally: Tally) -> None:
+        """Optimiser included: at eps = 0 it goes on to the bit as it would have without."""
+
+        def run(epochs: int, ckpt: str | None, *callbacks: Callback) -> dict[str, Tensor]:
+            torch.manual_seed(1)
+            net = Net()
+            saver = ModelCheckpoint(tmp_path / f"until-{epochs}", filename="plain")
+            trainer(tmp_path, saver, *callbacks, max_epochs=epochs).fit(net, loader(), ckpt_path=ckpt)
+            return net.state_dict()
+
+        whole, _ = run(4, None), run(2, None)
+        path = str(tmp_path / "until-2/plain.ckpt")
+        still = EAFOCallback(policy="frozen", eps_init=0.0, save_log=False, verbose=False)
+        found = run(4, path, still)
+        assert all(torch.equal(value, found[key]) for key, value in whole.items())
+        moved = run(4, path, callback(tmp_path))
+        assert CorrectionLog.load(tmp_path).steps == [10, 12, 14, 16], "the plain run took 8 steps"
+        values = [value for key, value in moved.items() if key.endswith("_eps")]
+        assert len(values) == 4
+        assert all(value.item() != pytest.approx(0.2, abs=1e-4) for value in values)
+        tally("ways of loading tried", 2)
+
+    def test_where_eps_cannot_join_later_a_run_without_corrections_is_refused(self, tmp_path: Path) -> None:
+        trainer(tmp_path, ModelCheckpoint(tmp_path, filename="plain"), max_epochs=1).fit(Net(), loader())
+        host = trainer(tmp_path, callback(tmp_path), EMAWeightAveraging())
+        with pytest.raises(
+            SiteError, match=r"cannot be resumed with them: EMAWeightAveraging copies.*without ckpt_path"
+        ):
+            host.fit(Net(), loader(), ckpt_path=str(tmp_path / "plain.ckpt"))
+
     def test_the_reverse_and_other_formats(self, trained: tuple[Path, Net], tmp_path: Path, tally: Tally) -> None:
         path, net = trained
         kept = {key: value for key, value in net.state_dict().items() if "eafo_" not in key}
@@ -237,6 +278,37 @@ class TestChangedModels:
         assert "relu#0: the model has no module 'relu'" in message
         assert "relu#1: the model has no module 'relu'" in message
         assert "\n" not in message
+
+    def test_functions_that_a_forward_calls_no_more(self, trained: tuple[Path, Net], tmp_path: Path) -> None:
+        """No weight and no module shows it; the dry run does."""
+        path, _ = trained
+
+        class Other(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                x = F.elu(self.two(self.relu(self.one(x))))
+                return self.three(x * torch.sigmoid(x))
+
+        run = trainer(tmp_path, callback(tmp_path, **self.form(path)), max_epochs=3)
+        said = r"only in the checkpoint: relu#0, relu#1, :gelu; only in the model: relu, :elu\. The checkpoint's"
+        with pytest.warns(UserWarning, match=said):
+            run.fit(Other(), loader(), ckpt_path=str(path))
+
+    def test_a_slope_that_is_another(self, tmp_path: Path) -> None:
+        net = nn.Sequential(Slope(0.1), nn.Linear(4, 4))
+        saved = manifest(find_sites(net, x()))
+        net[0] = Slope(0.3)
+        with pytest.warns(
+            UserWarning, match=r"leaky_relu\(.*0\.3.*\) in the model, leaky_relu\(.*0\.1.*\) in the check"
+        ):
+            warn_of_changes(saved, find_sites(net, x()))
+
+    def test_other_sites_are_selected(self, trained: tuple[Path, Net], tmp_path: Path) -> None:
+        path, net = trained
+        run = trainer(tmp_path, callback(tmp_path, target_modules="relu", **self.form(path)), max_epochs=3)
+        again = Net()
+        with pytest.warns(UserWarning, match=r"only in the checkpoint: :gelu, :silu\."):
+            run.fit(again, loader(), ckpt_path=str(path))
+        assert len(hosted_sites(again)) == len(hosted_sites(net)) == 4
 
     @staticmethod
     def form(path: Path) -> dict[str, Any]:
