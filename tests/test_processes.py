@@ -1,4 +1,4 @@
-"""Real processes: two and four ranks that must agree, and runs killed in the middle that must go on as if not."""
+"""Processes that a shell starts and another process kills; tests/faults does the same to many more, by forks."""
 
 from __future__ import annotations
 
@@ -37,43 +37,20 @@ def digests(folder: Path, rank: int) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("policy", ["learned", "entropy"])
-def test_ranks_hold_identical_corrections_after_every_step(tmp_path: Path, ranks: int, policy: str) -> None:
-    finish(start(tmp_path, ranks, steps=9, policy=policy, update_every_n_steps=3, density="histogram", batch=8))
-    reference = digests(tmp_path, 0)
-    assert len(reference) == 9
-    assert len({line.split()[1] for line in reference}) > 3, "corrections move"
-    for rank in range(1, ranks):
-        assert digests(tmp_path, rank) == reference
+def test_ranks_that_lightning_starts_hold_identical_corrections(tmp_path: Path) -> None:
+    finish(start(tmp_path, 2, steps=9, policy="entropy", update_every_n_steps=3, density="histogram", batch=8))
+    assert len(digests(tmp_path, 0)) == 9
+    assert len({line.split()[1] for line in digests(tmp_path, 0)}) > 3, "corrections move"
+    assert digests(tmp_path, 1) == digests(tmp_path, 0)
     log = CorrectionLog.load(tmp_path)
-    assert [(row["step"], row["site"]) for row in log.rows] == [
-        (step, site) for step in (1, 3, 6, 9) for site in log.sites
-    ], "one log, written by one rank"
+    assert log.steps == [1, 3, 6, 9]
+    assert len(log.rows) == 4 * len(SITES), "one log, written by one rank"
     assert set(log.sites) == SITES
 
 
 @pytest.mark.slow
-def test_statistics_of_two_ranks_are_those_of_one_process_that_saw_all_data(tmp_path: Path) -> None:
-    common = {
-        "n": 64,
-        "update_every_n_steps": 1,
-        "samples_per_site": 8192,
-        "policy": "frozen",
-        "collect_every_n_steps": 1,
-    }
-    finish(start(tmp_path / "one", 1, steps=1, batch=64, **common))
-    finish(start(tmp_path / "two", 2, steps=1, batch=32, **common))
-    one, two = (CorrectionLog.load(tmp_path / name).rows for name in ("one", "two"))
-    for alone, shared in zip(one, two, strict=True):
-        assert shared["n"] == alone["n"]
-        for column in ("mean", "std", "skew", "kurtosis", "entropy", "d_entropy_d_eps", "negentropy"):
-            assert shared[column] == pytest.approx(alone[column], rel=1e-4, abs=1e-5), column
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("after", [2, 5, 8], ids=lambda n: f"killed after {n} steps")
-def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path, after: int) -> None:
+def test_a_run_killed_from_outside_resumes_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    after = 5
     # one batch an epoch: Lightning itself starts a plain DataLoader's epoch again when it resumes inside one
     options: dict[str, Any] = {"n": 32, "update_every_n_steps": 4, "collect_every_n_steps": 1, "policy": "hybrid"}
     options["save_every"] = 1

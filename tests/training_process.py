@@ -122,6 +122,7 @@ def main(folder: Path, ranks: int, steps: int, options: dict[str, Any]) -> None:
     n, batch = options.pop("n", 256), options.pop("batch", 32)
     plain, skips, stateful = options.pop("plain", False), options.pop("skips", None), options.pop("stateful", False)
     strategy, extra = options.pop("strategy", {}), options.pop("trainer", {})
+    shares: list[int] | None = options.pop("shares", None)  # items of each rank, one batch of them a step
     callbacks: list[Callback] = options.pop("callbacks", [])
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -141,12 +142,16 @@ def main(folder: Path, ranks: int, steps: int, options: dict[str, Any]) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=str(folder),
-        use_distributed_sampler=True,
+        use_distributed_sampler=shares is None,
         **extra,
     )
     last = folder / "ckpt" / "last.ckpt"
     net = Net() if skips is None else Skipping(skips)
-    loader = Stateful(data(n), batch, int(os.environ.get("LOCAL_RANK", 0))) if stateful else DataLoader(data(n), batch)
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    loader: Any = Stateful(data(n), batch, rank) if stateful else DataLoader(data(n), batch)
+    if shares is not None:
+        first = sum(shares[:rank])
+        loader = DataLoader(TensorDataset(*data(sum(shares))[first : first + shares[rank]]), shares[rank])
     trainer.fit(net, loader, ckpt_path=str(last) if resume and last.exists() else None)
     if trainer.is_global_zero:
         torch.save(net.state_dict(), folder / "final.pt")

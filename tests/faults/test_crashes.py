@@ -39,12 +39,35 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def assert_equal(one: Any, two: Any, where: str = "") -> None:
+    """To the bit, whatever is nested in what."""
+    assert type(one) is type(two), where
+    if isinstance(one, dict):
+        assert list(one) == list(two), where
+        for key in one:
+            assert_equal(one[key], two[key], f"{where}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two), where
+        for number, (first, second) in enumerate(zip(one, two, strict=True)):
+            assert_equal(first, second, f"{where}/{number}")
+    elif isinstance(one, torch.Tensor):
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True, msg=where)
+    else:
+        assert one == two, where
+
+
+def last_checkpoint(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of a run's state: all of it but where its log lies."""
+    saved = torch.load(folder / "ckpt/last.ckpt", weights_only=True)
+    callback = saved["callbacks"]["EAFOCallback"]
+    assert callback.pop("log") == str(folder / "eafo")
+    return {key: saved[key] for key in ("global_step", "epoch", "state_dict", "optimizer_states", "eafo")} | callback
+
+
 def assert_equal_runs(one: Path, two: Path) -> None:
-    """Weights, eps, shapes, rows of the log and snapshots of the functions, all of them to the bit."""
-    first, second = (torch.load(folder / "final.pt", weights_only=True) for folder in (one, two))
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        assert torch.equal(value, second[key]), key
+    """Weights, optimisers, running statistics, schedule, rows of the log and snapshots of the functions."""
+    assert_equal(*(torch.load(folder / "final.pt", weights_only=True) for folder in (one, two)))
+    assert_equal(last_checkpoint(one), last_checkpoint(two))
     assert CorrectionLog.load(one).rows == CorrectionLog.load(two).rows
     assert (one / "eafo/shapes.jsonl").read_bytes() == (two / "eafo/shapes.jsonl").read_bytes()
 

@@ -10,7 +10,7 @@ import ranks as of_ranks
 import torch
 from children import KILLED, digests, run, succeed
 from crash_points import Point
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from tally import Tally
 from training_process import Net
 
@@ -31,6 +31,42 @@ def assert_ranks_agree(folder: Path, ranks: int, steps: int) -> None:
     assert len(first) == steps
     assert len({line.split()[1] for line in first}) > 3
     assert all(digests(folder, rank) == first for rank in range(1, ranks))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("policy", ["learned", "entropy", "hybrid"])
+def test_ranks_hold_identical_corrections_after_every_step(
+    tmp_path: Path, ranks: int, policy: str, tally: Tally
+) -> None:
+    options: dict[str, Any] = {"policy": policy, "density": "histogram", "update_every_n_steps": 3, "batch": 8}
+    succeed(tmp_path, ranks, steps=9, **options)
+    assert_ranks_agree(tmp_path, ranks, 9)
+    log = CorrectionLog.load(tmp_path)
+    assert [(row["step"], row["site"]) for row in log.rows] == [
+        (step, site) for step in (1, 3, 6, 9) for site in log.sites
+    ], "one log, written by one rank"
+    assert set(log.sites) == {"relu#0", "relu#1", "gelu"}
+    tally("distributed runs tried")
+
+
+@pytest.mark.parametrize("shares", [[32, 32], [7, 57], [13, 20, 1, 30]], ids=str)
+@pytest.mark.parametrize("density", ["gaussian", "histogram"])
+def test_statistics_are_those_of_one_process_that_saw_all_data(
+    tmp_path: Path, shares: list[int], density: str, tally: Tally
+) -> None:
+    """Also where one rank has many times the data of another."""
+    options: dict[str, Any] = {"steps": 1, "density": density, "policy": "entropy", "update_every_n_steps": 1}
+    options |= {"samples_per_site": 8192, "collect_every_n_steps": 1}
+    succeed(tmp_path / "one", shares=[64], **options)
+    succeed(tmp_path / "many", len(shares), shares=shares, **options)
+    one, many = (CorrectionLog.load(tmp_path / name).rows for name in ("one", "many"))
+    for alone, shared in zip(one, many, strict=True):
+        assert shared["n"] == alone["n"] == 64 * 16
+        for column in ("mean", "std", "skew", "kurtosis", "entropy", "d_entropy_d_eps", "negentropy", "mu", "sigma"):
+            assert shared[column] == pytest.approx(alone[column], rel=1e-4, abs=1e-5), column
+        assert alone["entropy_after"] != alone["entropy"]
+        assert shared["entropy_after"] == pytest.approx(alone["entropy_after"], rel=1e-4)
+    tally("distributed runs tried")
 
 
 @pytest.mark.parametrize("strategy", [{}, UNUSED, STATIC], ids=["default", "unused parameters", "static graph"])
@@ -163,10 +199,6 @@ def test_sharding_an_amplitude_is_refused_by_its_name(tmp_path: Path) -> None:
     refused = (tmp_path / "refused0.txt").read_text()
     assert "scalar" in refused
     assert "eafo_0_eps" in refused
-
-
-class DeepSpeedStrategy:
-    """Stands for Lightning's, which cannot be made without deepspeed."""
 
 
 @pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
