@@ -2,94 +2,41 @@
 
 from __future__ import annotations
 
-import copy
-import random
-import sys
+import functools
+import threading
+import types
 import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eafo_dynamic.activation import CorrectedActivation
 from eafo_dynamic.channels import channel_dim, mark_channels
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.functional import WRITTEN, Tracker, function_name, hyper_parameters, is_hidden_from_compiler
+from eafo_dynamic.functional import (
+    function_name,
+    hyper_parameters,
+    is_hidden_from_compiler,
+    kernel_name,
+    with_input_first,
+)
+from eafo_dynamic.hosting import ENTRY_POINTS
 from eafo_dynamic.kernels import describe, is_correctable, size_of
+from eafo_dynamic.probe import structural_copy
+from eafo_dynamic.recompute import foreign_function
+from eafo_dynamic.trace import Call, Frame, Trace
+from eafo_dynamic.written import WRITTEN, Tracker
 
-__all__ = ["Call", "Frame", "Trace", "forked_random_states", "trace_calls"]
-
-_COPIED_BYTES = 2**28
-"""Parameters up to this size are copied for the dry run, so that not even a forward that overwrites them can do harm;
-larger ones are shared."""
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One running forward.
-
-    Args:
-        module: FQN.
-        instance: how many forwards of the run began before it.
-        is_forward: False for what runs outside any forward, such as a training_step.
-    """
-
-    module: str
-    instance: int
-    is_forward: bool = True
+__all__ = ["trace_calls"]
 
 
-@dataclass(eq=False)
-class Call:
-    """One activation call.
-
-    Args:
-        module: FQN of the activation module; of a functional call, of the module whose forward makes it.
-        path: running forwards, outermost first, without the activation's own.
-        shape: of the pre-activation.
-        function: name of the function of a functional call; None for a module's.
-        parameters: hyper-parameters of the function.
-        inplace: whether the function overwrites its input.
-        hidden_from_compiler: whether torch.compile would not show the call.
-        channel_dim: dimension of the channels of the pre-activation, where it is known.
-        role: hidden, gate or unknown.
-        reason: why it is not hidden.
-    """
-
-    module: str
-    path: tuple[Frame, ...]
-    shape: tuple[int, ...]
-    function: str | None = None
-    parameters: dict[str, object] = field(default_factory=dict)
-    inplace: bool = False
-    hidden_from_compiler: bool = False
-    channel_dim: int | None = None
-    role: str = "hidden"
-    reason: str = ""
-
-
-@dataclass
-class Trace:
-    """What a dry run saw.
-
-    Args:
-        calls: in their order; parts of a written-out activation have the function WRITTEN's role.
-        forwards: number of forwards of each module, those inside another forward of it not counted.
-        entered: number of all forwards.
-        callees: modules whose forward a module's own forward has called.
-        refused: kind of the value that an activation module was called with and that cannot be corrected.
-    """
-
-    calls: list[Call] = field(default_factory=list)
-    forwards: Counter[str] = field(default_factory=Counter)
-    entered: int = 0
-    callees: dict[str, dict[str, None]] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
+_LAYERS = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "einsum", "conv1d", "conv2d", "conv3d"}
 
 
 class _Running:
@@ -110,6 +57,15 @@ class _Running:
         return isinstance(tensor, nn.Parameter) or id(tensor) in self.constants
 
 
+class _Thread(threading.local):
+    """What runs in one thread: forwards, innermost last, and how many functions of torch."""
+
+    def __init__(self) -> None:
+        self.running = [_Running(Frame("", 0, is_forward=False))]
+        self.functions = 0
+        self.listening = False
+
+
 class _Listener(TorchFunctionMode):
     """Sees every torch function of the run and writes down those that are activations."""
 
@@ -117,13 +73,18 @@ class _Listener(TorchFunctionMode):
         super().__init__()
         self.trace = Trace()
         self.activations = activations
-        self.running = [_Running(Frame("", 0, is_forward=False))]
+        self.here = _Thread()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        args, kwargs = with_input_first(func, args, kwargs)
+        shows = not isinstance(func, (OpOverload, OpOverloadPacket))  # torch.ops.aten.relu cannot be corrected
+        self.here.functions += shows
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.here.functions -= shows
         mark_channels(func, args, out)
-        running = self.running[-1]
+        running = self.here.running[-1]
         if running.inside:
             return out
         name = function_name(func)
@@ -133,8 +94,92 @@ class _Listener(TorchFunctionMode):
             self._follow(running, func, args, kwargs, out)
         return out
 
+    def __enter__(self) -> _Listener:
+        self.here.listening = True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        self.here.listening = False
+        super().__exit__(*problem)
+
     def path(self) -> tuple[Frame, ...]:
-        return tuple(running.frame for running in self.running)
+        return tuple(running.frame for running in self.here.running)
+
+    def forward(self, name: str, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs a module's forward in a frame of its own.
+
+        Args:
+            name: FQN of the module.
+            module: the module.
+            call: its forward.
+            args: positional arguments.
+            kwargs: keyword arguments.
+
+        Returns:
+            What forward returns.
+        """
+        running, trace = self.here.running, self.trace
+        if name in self.activations and not running[-1].inside:
+            self._note_module(name, module, (*args, *kwargs.values()))
+        trace.callees.setdefault(running[-1].frame.module, {})[name] = None
+        if all(each.frame.module != name or not each.frame.is_forward for each in running):
+            trace.forwards[name] += 1
+        inside = running[-1].inside or name in self.activations or isinstance(module, CorrectedActivation)
+        return self._framed(name, True, inside, call, args, kwargs)
+
+    def step(self, name: str, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs another entry point of a module, such as a training_step, in a frame of its own.
+
+        Args:
+            name: FQN of the module.
+            module: the module.
+            call: the entry point.
+            args: positional arguments.
+            kwargs: keyword arguments.
+
+        Returns:
+            What it returns.
+        """
+        return self._framed(name, False, self.here.running[-1].inside, call, args, kwargs)
+
+    def _framed(self, name: str, is_forward: bool, inside: bool, call: Callable[..., Any], args: Any, kw: Any) -> Any:
+        if not self.here.listening:  # modes are a thread's own
+            with self:
+                return self._framed(name, is_forward, inside, call, args, kw)
+        self.trace.entered += 1
+        self.here.running.append(_Running(Frame(name, self.trace.entered, is_forward), inside))
+        try:
+            return call(*args, **kw)
+        finally:
+            self.here.running.pop()
+
+    def _note_module(self, name: str, module: nn.Module, values: tuple[Any, ...]) -> None:
+        value = values[0] if len(values) == 1 else values
+        if is_correctable(value):
+            inplace, dim = bool(getattr(module, "inplace", False)), channel_dim(value)
+            self.trace.calls.append(Call(name, self.path(), size_of(value), inplace=inplace, channel_dim=dim))
+        else:
+            self.trace.refused[name] = describe(value)
+
+    def hear_kernel(self, name: str, shape: tuple[int, ...]) -> None:
+        """Takes down an activation kernel, if no torch function shows it.
+
+        Args:
+            name: the function it computes.
+            shape: of its input.
+        """
+        running = self.here.running[-1]
+        if not self.here.functions and not running.inside:
+            self.trace.opaque.setdefault((running.frame.module, name), shape)
+
+    def hear_control_flow(self, name: str) -> None:
+        """Takes down an operator whose branches no mode sees.
+
+        Args:
+            name: of the operator.
+        """
+        self.trace.opaque.setdefault((self.here.running[-1].frame.module, name), ())
 
     def _note(self, running: _Running, func: Any, name: str, args: Any, kwargs: Any, out: Tensor) -> None:
         call = Call(running.frame.module, self.path(), size_of(args[0]), name, hyper_parameters(name, args, kwargs))
@@ -146,12 +191,14 @@ class _Listener(TorchFunctionMode):
             call.role, call.reason = "unknown", "called as a function, softplus mostly makes a positive scale"
         if running.is_constant(args[0]):
             call.role, call.reason = "gate", "transforms a parameter"
+        call.refusal = _unknown_to_backward()
         running.made[id(out)] = (out, call)
         self.trace.calls.append(call)
 
     def _follow(self, running: _Running, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         tensors = [a for a in args if isinstance(a, Tensor)]
-        if tensors and all(running.is_constant(tensor) for tensor in tensors):
+        layer = getattr(func, "__name__", "") in _LAYERS  # a network over learned queries has hidden activations
+        if tensors and not layer and all(running.is_constant(tensor) for tensor in tensors):
             running.constants[id(out)] = out
         before = [running.tracker.find(tensor) for tensor in tensors]
         made = running.tracker.step(func, args, kwargs, out)
@@ -159,7 +206,7 @@ class _Listener(TorchFunctionMode):
             values = tuple(float(scalar.detach()) for scalar in made.scalars)
             parameters: dict[str, object] = {"expression": made.node, "constants": values}
             call = Call(running.frame.module, self.path(), size_of(out), WRITTEN, parameters)
-            call.channel_dim = channel_dim(made.root)
+            call.channel_dim, call.refusal = channel_dim(made.root), _unknown_to_backward()
             self.trace.calls.append(call)
             for inner in _calls_inside(running, made.root):
                 inner.role, inner.reason = "part", "part of a written-out activation"
@@ -178,6 +225,34 @@ class _Listener(TorchFunctionMode):
             inner = before[0]
             if len(calls) == 1 and scale and inner is not None and _is_cap(inner.node, float(scale), name):
                 call.role, call.reason = "unknown", "a soft cap, not a hidden activation"
+
+
+_CONTROL_FLOW = ("cond", "while_loop", "map_impl", "scan", "associative_scan")
+
+
+class _Kernels(TorchDispatchMode):
+    """Sees what runs beneath the functions: scripted and C++ code calls kernels without them."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, listener: _Listener) -> None:
+        super().__init__()
+        self.listener = listener
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = kernel_name(func)
+        if name is not None and args and is_correctable(args[0]):
+            self.listener.hear_kernel(name, size_of(args[0]))
+        elif isinstance(func, HigherOrderOperator) and func.name() in _CONTROL_FLOW:
+            self.listener.hear_control_flow(func.name())
+        with torch._C.DisableTorchFunction():  # it has been shown, or is not to be
+            return func(*args, **(kwargs or {}))
+
+
+def _unknown_to_backward() -> str:
+    """Why a call that is running cannot be corrected, if it is a part of somebody's autograd function."""
+    function = foreign_function()
+    return f"inside {function}, whose backward would not know of a correction" if function else ""
 
 
 def _is_cap(node: Any, scale: float, name: str) -> bool:
@@ -213,6 +288,8 @@ def _is_pointwise_call(args: Any, kwargs: Any, out: Any) -> bool:
 def trace_calls(model: nn.Module, activations: Collection[str], run: Callable[[nn.Module], object]) -> Trace:
     """Runs a copy of a model once and writes down its activation calls.
 
+    The run has no gradient; one that fails for want of it is tried again with.
+
     Args:
         model: any module; nothing of it changes.
         activations: FQNs of its activation modules.
@@ -224,125 +301,71 @@ def trace_calls(model: nn.Module, activations: Collection[str], run: Callable[[n
     Raises:
         SiteError: if the run fails.
     """
-    listener = _Listener(frozenset(activations))
-    with _probe(model) as probe:
-        _listen(probe, listener)
+    problem: Exception | None = None
+    for grad in (False, True):
+        if grad and not any(words in str(problem) for words in _WANTS_GRADIENT):
+            break
         try:
-            with warnings.catch_warnings(), listener:
-                warnings.simplefilter("ignore")  # they concern the dry run (no gradient), or come again in training
-                run(probe)
+            return _traced(model, activations, run, grad)
+        except SiteError:
+            raise
         except Exception as error:
-            raise SiteError(
-                f"the example input does not run through {type(model).__name__}: {type(error).__name__}: {error}. "
-                "Give an input that the model's forward accepts."
-            ) from error
+            problem = error
+    raise SiteError(
+        f"the example input does not run through {type(model).__name__}: {type(problem).__name__}: {problem}. "
+        "Give an input that the model's forward accepts."
+    ) from problem
+
+
+_WANTS_GRADIENT = ("require grad", "requires_grad", "requires grad")  # of torch, where a forward differentiates
+
+
+def _traced(model: nn.Module, activations: Collection[str], run: Callable[[nn.Module], object], grad: bool) -> Trace:
+    listener = _Listener(frozenset(activations))
+    with structural_copy(model) as probe, torch.set_grad_enabled(grad):
+        _listen(probe, listener)
+        with warnings.catch_warnings(), _uncompiled(), _Kernels(listener), listener:
+            warnings.simplefilter("ignore")  # they concern the dry run (no gradient), or come again in training
+            run(probe)
     return listener.trace
 
 
+@contextmanager
+def _uncompiled() -> Generator[None]:
+    """Compiled parts run as Python: a compiler would run the listening only once, and compile it."""
+    if not hasattr(torch.compiler, "set_stance"):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def _listen(probe: nn.Module, listener: _Listener) -> None:
+    """Opens a frame in each forward of the copy's modules, however it is called.
+
+    Not by hooks: a direct call of ``forward`` passes them by, and what other hooks call is not the module's own.
+    """
     names = {id(module): name for name, module in probe.named_modules()}
-    trace, running = listener.trace, listener.running
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = names[id(module)]
-        values = (*args, *kwargs.values())
-        value = values[0] if len(values) == 1 else values
-        if name in listener.activations and not running[-1].inside:
-            if is_correctable(value):
-                inplace = bool(getattr(module, "inplace", False))
-                dim = channel_dim(value)
-                trace.calls.append(Call(name, listener.path(), size_of(value), inplace=inplace, channel_dim=dim))
-            else:
-                trace.refused[name] = describe(value)
-        trace.callees.setdefault(running[-1].frame.module, {})[name] = None
-        trace.entered += 1
-        if all(each.frame.module != name or not each.frame.is_forward for each in running):
-            trace.forwards[name] += 1
-        inside = running[-1].inside or name in listener.activations or isinstance(module, CorrectedActivation)
-        running.append(_Running(Frame(name, trace.entered), inside))
-
-    def leave(module: nn.Module, args: object, output: object) -> None:
-        running.pop()
-
     for module in probe.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # the fused kernel of eval mode would hide the activation
-        if not isinstance(module, torch.jit.ScriptModule):
-            module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
-            module.register_forward_hook(leave, always_call=True)
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for entry in ENTRY_POINTS:
+            if callable(getattr(module, entry, None)):
+                vars(module)[entry] = types.MethodType(_heard(module, entry, names, listener), module)
 
 
-@contextmanager
-def _probe(model: nn.Module) -> Generator[nn.Module]:
-    """A structural copy of the model, to be run without a trace.
+def _heard(module: nn.Module, entry: str, names: dict[int, str], listener: _Listener) -> Callable[..., Any]:
+    replaced = vars(module).get(entry)
+    plain = getattr(type(module), entry, None) if replaced is None else None
+    around = listener.forward if entry == "forward" else listener.step
+    name = names[id(module)]  # of a copy that a forward makes, too
 
-    Yields:
-        The copy.
+    @functools.wraps(plain or replaced)  # pyright: ignore[reportArgumentType]
+    def heard(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = replaced if plain is None else functools.partial(plain, self)
+        assert call is not None
+        return around(name, self, call, args, kwargs)
 
-    Raises:
-        SiteError: if the model refuses to be copied.
-    """
-    memo = _shared(model)
-    try:
-        try:
-            probe = copy.deepcopy(model, dict(memo))
-        except Exception:
-            probe = copy.deepcopy(model, {**memo, **_uncopyable(model, memo)})
-    except Exception as error:
-        raise SiteError(
-            f"{type(model).__name__} cannot be copied for a dry run ({type(error).__name__}: {error}). "
-            "Search without an example input."
-        ) from error
-    with forked_random_states(), torch.no_grad():
-        yield probe
-
-
-def _shared(model: nn.Module) -> dict[int, Any]:
-    """What a deep copy of the model must not copy, or must copy in its own way, as a memo of deepcopy."""
-    memo: dict[int, Any] = {}
-    parameters = list(model.parameters())
-    if sum(p.numel() * p.element_size() for p in parameters) > _COPIED_BYTES:
-        memo |= {id(p): p for p in parameters}
-    for module in model.modules():
-        for key, value in vars(module).items():
-            if key in ("_trainer", "_fabric") and value is not None:
-                memo[id(value)] = value  # a LightningModule's trainer holds the whole experiment
-            elif isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-            elif isinstance(value, torch.Generator):
-                memo[id(value)] = torch.Generator(value.device).set_state(value.get_state())
-    return memo
-
-
-def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
-    """Attributes that refuse to be copied (locks, files, handles) are shared."""
-    shared: dict[int, Any] = {}
-    for module in model.modules():
-        for key, value in vars(module).items():
-            if key in ("_modules", "_parameters", "_buffers") or isinstance(value, (nn.Module, Tensor)):
-                continue
-            try:
-                copy.deepcopy(value, dict(memo))
-            except Exception:
-                shared[id(value)] = value
-    return shared
-
-
-@contextmanager
-def forked_random_states() -> Generator[None]:
-    """Restores the global random states of torch (all devices in use), numpy and Python afterwards.
-
-    Yields:
-        Nothing.
-    """
-    numpy_random = sys.modules["numpy"].random if "numpy" in sys.modules else None
-    python_state = random.getstate()
-    numpy_state = None if numpy_random is None else numpy_random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy_random is not None:
-            numpy_random.set_state(numpy_state)
+    return heard

@@ -19,11 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from eafo_dynamic.activation import Site
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.functional import Node, Tracker, function_name, is_inplace
+from eafo_dynamic.functional import function_name, is_inplace, with_input_first
 from eafo_dynamic.kernels import is_correctable, known_function
 from eafo_dynamic.recompute import current_hooks, region_since, replace_recomputation
+from eafo_dynamic.written import Node, Tracker
 
-__all__ = ["STACK", "Owner", "route", "shielded", "with_functions"]
+__all__ = ["STACK", "Owner", "close_frame", "entered", "function_mode", "open_frame", "refuse_symbols", "route"]
 
 
 class Owner(Protocol):
@@ -91,13 +92,14 @@ def route(key: str) -> tuple[Owner | None, Site | None]:
         elif frame.owner is counting.owner and frame.is_forward:
             counting = frame  # a module that calls itself: the outermost of its forwards counts for all
     if counting is not None:
-        if not torch.compiler.is_compiling():
-            _follow_recomputation(counting)
         owner = counting.owner
         routes = owner.eafo_routes[key]
         k = counting.counts.get(key, 0)
+        site = routes[min(k, len(routes) - 1)]
+        if not torch.compiler.is_compiling():
+            _follow_recomputation(counting, site)
         counting.counts[key] = k + 1
-        return owner, routes[min(k, len(routes) - 1)]
+        return owner, site
     if task != -1:
         raise SiteError(
             f"{key} is called in a backward pass, outside the forward of the module that owns it, and which of its "
@@ -106,9 +108,14 @@ def route(key: str) -> tuple[Owner | None, Site | None]:
     return None, None
 
 
-def _follow_recomputation(frame: _Frame) -> None:
+def _follow_recomputation(frame: _Frame, site: Site | None) -> None:
     """If this call lies in a checkpointed part of the frame, sees to it that the recomputation finds the frame."""
-    region = region_since(frame.hooks, frame.grad)
+    try:
+        region = region_since(frame.hooks, frame.grad)
+    except SiteError:
+        if site is None:
+            return  # left alone in the forward, and in whatever becomes of it
+        raise
     if region is None or getattr(region, "eafo_followed", False):
         return
     region.eafo_followed = True
@@ -151,7 +158,7 @@ class _FunctionMode(TorchFunctionMode):
         self.frame = frame
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        args, kwargs = with_input_first(func, args, kwargs)
         frame = self.frame
         # not "is": the compiler does not always know two ways to the same object for one
         if len(STACK.frames) != frame.depth:
@@ -162,9 +169,12 @@ class _FunctionMode(TorchFunctionMode):
                 _check_part(frame.owner.eafo_name)
             return func(self.around(args[0]), *args[1:], **kwargs)
         name = function_name(func)
-        if name is not None and name in frame.owner.eafo_functions and args and is_correctable(args[0]):
+        if name is None or name not in frame.owner.eafo_functions or not args or kwargs.get("out") is not None:
+            out = func(*args, **kwargs)
+        elif is_correctable(args[0]):
             out = _call_function(frame.owner, func, name, args, kwargs)
         else:
+            refuse_symbols(args[0], frame.owner)
             out = func(*args, **kwargs)
         if frame.tracker is not None:
             out = _follow_written(frame, func, args, kwargs, out)
@@ -187,6 +197,23 @@ class _FunctionMode(TorchFunctionMode):
         return corrected
 
 
+def refuse_symbols(value: object, host: Owner) -> None:
+    """Refuses a trace by ``torch.fx``: the graph would be made without the corrections, and nobody would know.
+
+    Args:
+        value: what cannot be corrected.
+        host: whose sites it would have.
+
+    Raises:
+        SiteError: if it is a symbol of torch.fx that stands for a tensor.
+    """
+    if isinstance(value, torch.fx.Proxy):
+        raise SiteError(
+            f"{host.eafo_name or 'the model'}: torch.fx traces the plain activations only. Trace "
+            "merge(model, example_input), which has the corrections in it, or take torch.export."
+        )
+
+
 @torch.compiler.assume_constant_result
 def _check_part(owner: str) -> None:
     """Refuses, while the compiler is at work, a part whose recomputation would find no frame."""
@@ -200,7 +227,7 @@ def _check_part(owner: str) -> None:
 
 def _call_function(caller: Owner, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     owner, site = route(f"{caller.eafo_name}:{name}")
-    if owner is None or site is None or kwargs.get("out") is not None:
+    if owner is None or site is None:
         return func(*args, **kwargs)
     inplace = is_inplace(func, name, args, kwargs)
     rest = args[1:]
@@ -225,24 +252,78 @@ def _follow_written(frame: _Frame, func: Any, args: Any, kwargs: dict[str, Any],
     return site(cast(nn.Module, owner), lambda z: out, made.root, False)
 
 
-def shielded(
-    owner: Owner,
-    call: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    is_forward: bool = True,
-) -> Any:
-    """Runs a call with a frame of its own on top, and the caller's mode off."""
+def open_frame(owner: Owner, is_forward: bool = True) -> TorchFunctionMode | None:
+    """Puts a frame of its own on top for an entry point, and switches the caller's mode off.
+
+    Args:
+        owner: the module that is entered.
+        is_forward: whether by its forward.
+
+    Returns:
+        The mode to switch on again, for ``close_frame``.
+    """
     frames = STACK.frames
     outer = frames[-1].mode if frames else None
     off = outer is not None and _switch_off(outer)
     frames.append(_Frame(owner, is_forward))
+    return outer if off else None
+
+
+def close_frame(outer: TorchFunctionMode | None) -> None:
+    """Takes the top frame off, and switches the caller's mode on again.
+
+    Args:
+        outer: from ``open_frame``.
+    """
+    STACK.frames.pop()
+    if outer is not None:
+        _push_mode(outer)
+
+
+def entered(
+    owner: Owner,
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    is_forward: bool,
+    functions: bool,
+) -> Any:
+    """Runs an entry point in a frame of its own, in functions that the compiler can leave one by one.
+
+    Args:
+        owner: the module that is entered.
+        method: its original entry point.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        is_forward: whether it is its forward.
+        functions: whether functions are to be corrected.
+
+    Returns:
+        What the entry point returns.
+    """
+    outer = open_frame(owner, is_forward)
     try:
-        return call(*args, **kwargs)
+        return _with_functions(owner, method, args, kwargs) if functions else method(owner, *args, **kwargs)
     finally:
-        frames.pop()
-        if off:
-            _push_mode(outer)
+        close_frame(outer)
+
+
+def _with_functions(owner: Owner, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    frame = STACK.frames[-1]
+    frame.mode = mode = _FunctionMode(frame)
+    with mode:  # not "as", and no other function's: the compiler must find it again
+        return method(owner, *args, **kwargs)
+
+
+def function_mode() -> TorchFunctionMode:
+    """The mode that corrects the functions of the top frame's owner.
+
+    Returns:
+        The mode; it is not on yet.
+    """
+    frame = STACK.frames[-1]
+    frame.mode = mode = _FunctionMode(frame)
+    return mode
 
 
 def _switch_off(mode: TorchFunctionMode) -> bool:
@@ -257,21 +338,3 @@ def _switch_off(mode: TorchFunctionMode) -> bool:
         return True
     _push_mode(top)
     return False
-
-
-def with_functions(self: Owner, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs an entry point with the function mode of the frame that has just been opened for it.
-
-    Args:
-        self: the owner.
-        method: its original entry point.
-        args: positional arguments.
-        kwargs: keyword arguments.
-
-    Returns:
-        What the entry point returns.
-    """
-    frame = STACK.frames[-1]
-    frame.mode = mode = _FunctionMode(frame)
-    with mode:  # not "as": the compiler binds None
-        return method(self, *args, **kwargs)

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import functools
 import warnings
+from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from eafo_dynamic.activation import Site, describe_state
-from eafo_dynamic.frames import STACK, route, shielded, with_functions
-from eafo_dynamic.functional import Node
+from eafo_dynamic.frames import STACK, close_frame, entered, function_mode, open_frame, refuse_symbols, route
 from eafo_dynamic.kernels import is_correctable, known_module
+from eafo_dynamic.written import Node
 
-__all__ = ["ACTIVATION", "OWNER", "Hosting", "become", "is_activation", "plain_view", "revert"]
+__all__ = ["ACTIVATION", "ENTRY_POINTS", "OWNER", "Hosting", "become", "is_activation", "plain_view", "revert"]
 
 ACTIVATION, OWNER = "activation", "owner"
 
-_ENTRY_POINTS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+ENTRY_POINTS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 # their backward in place starts from the result, which differs in the last bit from one that starts from the input
 _SLOPE_BY_RESULT = (nn.ELU, nn.CELU, nn.SELU)
 _HALF = (torch.float16, torch.bfloat16)
@@ -54,6 +56,9 @@ class Hosting:
     eafo_functions: frozenset[str]
     eafo_uncompiled: frozenset[str]
     eafo_written: frozenset[Node]
+
+    def __init_subclass__(cls) -> None:
+        """Does not tell the original class of its generated subclass: it may keep a register, or ask for arguments."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the generated class has no importable name; build it again from the original class
@@ -111,13 +116,19 @@ class _Activation(Hosting):
         frames = STACK.frames
         if frames and frames[-1].mode is not None:
             # the caller's mode must not take the functions inside the activation for the caller's own
-            return shielded(self, _correct, (self, base, args, kwargs), {})
+            outer = open_frame(self)
+            try:
+                return _correct(self, base, args, kwargs)
+            finally:
+                close_frame(outer)
         return _correct(self, base, args, kwargs)
 
 
 def _correct(host: Hosting, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     values = (*args, *kwargs.values())
     if len(values) != 1 or not is_correctable(values[0]):
+        if len(values) == 1 and not torch.compiler.is_compiling() and _acts(host):
+            refuse_symbols(values[0], host)
         if not host.eafo_shared:
             host.eafo_sites[0].pass_over(cast(nn.Module, host), values[0] if len(values) == 1 else values)
         return base(*args, **kwargs)
@@ -146,9 +157,18 @@ def _counted(method: Callable[..., Any], is_forward: bool) -> Callable[..., Any]
             return method(self, *args, **kwargs)  # nothing acts, and nothing will be recomputed
         if self.eafo_uncompiled and torch.compiler.is_compiling() and not idle:
             return _uncompiled(self, method, args, kwargs, is_forward)
-        if self.eafo_functions and not idle:
-            return shielded(self, with_functions, (self, method, args, kwargs), {}, is_forward)
-        return shielded(self, method, (self, *args), kwargs, is_forward)
+        functions = bool(self.eafo_functions) and not idle
+        if torch.compiler.is_compiling():
+            return entered(self, method, args, kwargs, is_forward, functions)
+        # as entered does, but all in one function: recursive models need the depth of Python's stack
+        outer = open_frame(self, is_forward)
+        try:
+            if not functions:
+                return method(self, *args, **kwargs)
+            with function_mode():
+                return method(self, *args, **kwargs)
+        finally:
+            close_frame(outer)
 
     return entry
 
@@ -164,7 +184,13 @@ def _uncompiled(
         "correction. Write F.relu(x, inplace=True) or x.relu_() in place of F.relu_(x) to compile it.",
         stacklevel=2,
     )
-    return shielded(owner, with_functions, (owner, method, args, kwargs), {}, is_forward)
+    return entered(owner, method, args, kwargs, is_forward, True)
+
+
+def _acts(host: Hosting) -> bool:
+    return (
+        any(not site.idle(cast(nn.Module, host)) for site in host.eafo_sites) if host.eafo_sites else host.eafo_shared
+    )
 
 
 def _all_idle(owner: Hosting) -> bool:
@@ -206,14 +232,60 @@ def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
     body.update(eafo_class=cls, eafo_kind=kind, eafo_sites=[], eafo_routes={}, eafo_name="", eafo_shared=True)
     body.update(eafo_functions=frozenset(), eafo_uncompiled=frozenset(), eafo_written=frozenset())
     if kind == ACTIVATION:
-        return cast("type[nn.Module]", type(cls.__name__, (_Activation, cls), body))
-    for name in _ENTRY_POINTS:
+        return _derived(cls.__name__, (_Activation, cls), body)
+    for name in ENTRY_POINTS:
         method = getattr(cls, name, None)
         if callable(method):
             body[name] = _counted(method, name == "forward")
     if issubclass(cls, nn.TransformerEncoderLayer):
         body["activation_relu_or_gelu"] = _FastPath()
-    return cast("type[nn.Module]", type(cls.__name__, (Hosting, cls), body))
+    return _derived(cls.__name__, (Hosting, cls), body)
+
+
+def _derived(name: str, bases: tuple[type, ...], body: dict[str, Any]) -> type[nn.Module]:
+    """A class without its metaclass being told, where that is somebody's own and may keep a register."""
+    meta = max((type(base) for base in bases), key=lambda kind: len(type.mro(kind)))
+    made = type(name, bases, body) if meta in (type, ABCMeta) else type.__new__(meta, name, bases, body)
+    return cast("type[nn.Module]", made)
+
+
+def _rebased(cls: type, old: type, new: type) -> dict[str, Any]:
+    """What a class is made of that equals another but for one of its bases, as arguments of ``_derived``."""
+    body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    return {"name": cls.__name__, "bases": tuple(new if base is old else base for base in cls.__bases__), "body": body}
+
+
+def _class_for(module: nn.Module, kind: str) -> type[nn.Module]:
+    """The generated class for a module instance.
+
+    A parametrized one has a class of its own on top of the original, which ``remove_parametrizations`` takes away: the
+    generated class goes between the two, so that it stays.
+
+    Returns:
+        The class.
+    """
+    cls = type(module)
+    if not is_parametrized(module):
+        return _generated(cls, kind)
+    plain = cls.__bases__[0]
+    made = _rebased(cls, plain, _generated(plain, kind))
+    made["body"].update(eafo_class=cls, eafo_names=frozenset(vars(cls)))
+    return _derived(**made)
+
+
+def _class_before(module: Hosting) -> type[nn.Module]:
+    """The class that a module gets back: that before it was wrapped, with what others have done to it since."""
+    cls = type(module)
+    if "eafo_kind" in vars(cls):
+        return cls.eafo_class
+    names = vars(cls).get("eafo_names")
+    if names is not None and names == set(vars(cls)) - {"eafo_class", "eafo_names"}:
+        return cls.eafo_class
+    generated = next(base for base in cls.__mro__ if "eafo_kind" in vars(base))
+    made = _rebased(cls, generated, cast(Any, generated).eafo_class)
+    for name in ("eafo_class", "eafo_names"):
+        made["body"].pop(name, None)
+    return _derived(**made)
 
 
 def _rebuild(cls: type[nn.Module], kind: str) -> nn.Module:
@@ -234,9 +306,10 @@ def become(module: nn.Module, kind: str, name: str) -> Hosting:
     """
     if isinstance(module, Hosting):
         if module.eafo_kind != kind == ACTIVATION and not module.eafo_sites:
-            cast(Any, module).__class__ = _generated(module.eafo_class, kind)  # so far it only guarded its own code
+            cast(Any, module).__class__ = _class_before(module)  # so far it only guarded its own code
+            cast(Any, module).__class__ = _class_for(cast(nn.Module, module), kind)
     else:
-        module.__class__ = _generated(type(module), kind)
+        module.__class__ = _class_for(module, kind)
         vars(module).update(eafo_sites=[], eafo_name=name, eafo_routes={}, eafo_shared=False)
     return cast(Hosting, module)
 
@@ -251,7 +324,7 @@ def revert(module: nn.Module) -> None:
         return
     for site in module.eafo_sites:
         site.unregister(module)
-    cast(Any, module).__class__ = module.eafo_class
+    cast(Any, module).__class__ = _class_before(module)
     for name in _STATE:
         vars(module).pop(name, None)
 
@@ -267,7 +340,8 @@ def plain_view(module: nn.Module) -> nn.Module:
     """
     if not isinstance(module, Hosting):
         return module
-    view = module.eafo_class.__new__(module.eafo_class)
+    before = _class_before(module)
+    view = before.__new__(before)
     view.__dict__ = module.__dict__
     return view
 

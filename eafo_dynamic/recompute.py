@@ -15,9 +15,10 @@ from torch.utils import checkpoint as _checkpoint
 
 from eafo_dynamic.errors import SiteError
 
-__all__ = ["current_hooks", "region_since", "replace_recomputation"]
+__all__ = ["current_hooks", "foreign_function", "region_since", "replace_recomputation"]
 
 _REENTRANT = _checkpoint.CheckpointFunction.forward.__code__
+_APPLY = cast(Any, torch.autograd.Function.apply).__func__.__code__
 
 
 def current_hooks() -> Any:
@@ -67,6 +68,22 @@ def _reentrant_region() -> Any:
             )
         python_frame = python_frame.f_back
     return None
+
+
+def foreign_function() -> str:
+    """The autograd function whose forward is running, torch's own checkpointing not counted.
+
+    Returns:
+        Its name; empty outside any.
+    """
+    python_frame = sys._getframe(1)
+    while python_frame is not None:
+        if python_frame.f_code is _APPLY:
+            function = python_frame.f_locals["cls"]
+            if function is not _checkpoint.CheckpointFunction:
+                return str(function.__name__)
+        python_frame = python_frame.f_back
+    return ""
 
 
 def replace_recomputation(region: Any, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

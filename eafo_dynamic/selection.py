@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from eafo_dynamic.errors import ConfigError, PatternError
-from eafo_dynamic.functional import written_node
+from eafo_dynamic.written import written_node
 
 __all__ = ["FoundSite", "Selection", "SiteReport", "matches"]
 
@@ -33,7 +33,8 @@ class FoundSite:
             parameters; ``unknown`` for what might be either.
         wrapped: whether it is selected for correction.
         reason: why it is not, or what to know about it.
-        kind: ``module`` (called once), ``shared`` (called several times), ``function`` or ``written`` (out).
+        kind: ``module`` (called once), ``shared`` (called several times), ``function``, ``written`` (out) or
+            ``opaque`` (computed where no Python code can be corrected).
         parameters: hyper-parameters of a functional call; None for a module, which knows its own.
         calls: how many calls of this activation the owner makes in one forward, wrapped or not.
         guarded: modules that the code of a functional call's module calls, which keep their functions to themselves.

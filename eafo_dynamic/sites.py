@@ -8,7 +8,6 @@ several times in a forward then is one site, and functional calls are not seen, 
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,13 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from eafo_dynamic.activation import CorrectedActivation
-from eafo_dynamic.bases import activation_types, as_base
-from eafo_dynamic.dryrun import Call, Frame, Trace, forked_random_states, trace_calls
-from eafo_dynamic.functional import WRITTEN, function_base, is_function_of_name
+from eafo_dynamic.bases import as_base
+from eafo_dynamic.behaviour import looks_like_activation, may_call_functions
+from eafo_dynamic.dryrun import trace_calls
+from eafo_dynamic.functional import function_base, is_function_of_name
 from eafo_dynamic.hosting import Hosting, is_activation, plain_view
+from eafo_dynamic.probe import forked_random_states
 from eafo_dynamic.selection import FoundSite, Selection, SiteReport, matches
+from eafo_dynamic.trace import Call, Frame, Trace
+from eafo_dynamic.unreached import taken_over
+from eafo_dynamic.written import WRITTEN
 
 __all__ = ["FoundSite", "Selection", "SiteReport", "find_sites", "forked_random_states", "matches"]
 
@@ -30,6 +35,7 @@ MAX_CALLS = 64
 """Calls of one activation in one forward that get a site of their own; all later ones belong to the last of them. A
 recurrent loop over a sequence would otherwise have a site a time step."""
 
+_OUTSIDE = "called outside any forward, where its calls cannot be told apart; call it from a forward"
 _OPAQUE = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -60,13 +66,25 @@ def find_sites(
     if run is None and not example_args and not example_kwargs:
         found, note = _static_sites(model)
     else:
-        found, note = _dynamic_sites(model, run or (lambda probe: probe(*example_args, **example_kwargs)))
+        found, note = _dynamic_sites(model, run or (lambda probe: _run(probe, example_args, example_kwargs)))
     marked = selection.apply(found, model)
     if selection.functional == "warn":
         left = [site.name for site in marked if site.parameters is not None and site.role == "hidden"]
         if left:
             note = f"{note} Functional calls left alone: {', '.join(left)}.".strip()
     return SiteReport(marked, dynamic=run is not None or bool(example_args or example_kwargs), note=note)
+
+
+def _run(probe: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """A forward on copies of the example's tensors, which the forward may overwrite."""
+    copied_args, copied_kwargs = tree_map(_copied, (args, kwargs))
+    return probe(*copied_args, **copied_kwargs)
+
+
+def _copied(value: object) -> object:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone().requires_grad_(value.requires_grad)
 
 
 def _static_sites(model: nn.Module) -> tuple[list[FoundSite], str]:
@@ -98,7 +116,7 @@ def _activations(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if isinstance(module, CorrectedActivation):
             inside = name + "."
-        elif name and _is_activation(module):
+        elif name and looks_like_activation(module):
             found[name] = module
             inside = name + "."
     return found
@@ -111,7 +129,7 @@ def _opaque(model: nn.Module) -> list[FoundSite]:
         reason = ""
         if isinstance(module, _OPAQUE):
             reason = "computed inside a fused kernel, between the gates of a recurrent cell"
-        elif isinstance(module, torch.jit.ScriptModule) and not _is_activation(module):
+        elif isinstance(module, torch.jit.ScriptModule) and not looks_like_activation(module):
             reason = "TorchScript: its forward cannot be replaced; pass the Python module instead"
         elif isinstance(module, CorrectedActivation):
             reason = "corrected already, by its own class"
@@ -160,13 +178,38 @@ def _dynamic_sites(model: nn.Module, run: Callable[[nn.Module], object]) -> tupl
     trace = trace_calls(model, list(modules), run)
     described = {name: _describe(name, module) for name, module in modules.items()}
     sites = _Naming(model, trace).sites(described)
+    sites += taken_over(model, [name for name, count in trace.forwards.items() if count], sites)
+    shared = {site.module for site in sites if site.kind == "shared"}
     for name, site in described.items():
-        if not trace.forwards[name]:
+        if not trace.forwards[name] and name not in shared:
             sites.append(replace(site, reason=site.reason or "not reached by the example input"))
         elif name in trace.refused and all(each.module != name for each in sites):
             why = f"the example calls it with what cannot be corrected: {trace.refused[name]}"
             sites.append(replace(site, reason=site.reason or why))
-    return [*sites, *_opaque(model)], ""
+    return [*sites, *_hidden_in_code(trace), *_opaque(model)], ""
+
+
+def _hidden_in_code(trace: Trace) -> list[FoundSite]:
+    """Activations that ran beneath all Python functions, in scripted or C++ code."""
+    kernel = "computed by scripted or C++ code, or by torch.ops, which cannot be corrected; call a function of torch"
+    branch = "what its branches compute cannot be corrected; branch in Python instead"
+    return [
+        FoundSite(
+            name=f"{module}:{name}",
+            module=module,
+            owner=None,
+            call=0,
+            base=name,
+            class_name=name,
+            shape=shape[1:],
+            inplace=False,
+            role="unknown",
+            wrapped=False,
+            reason=kernel if shape else branch,
+            kind="opaque",
+        )
+        for (module, name), shape in trace.opaque.items()
+    ]
 
 
 class _Naming:
@@ -195,6 +238,7 @@ class _Naming:
             The sites.
         """
         found: list[tuple[FoundSite, int]] = []
+        outside: set[str] = set()
         counts: Counter[tuple[str, int, str]] = Counter()
         for call in self.trace.calls:
             frame = self._owner(call)
@@ -202,6 +246,10 @@ class _Naming:
             k = counts[frame.module, frame.instance, site.key]
             counts[frame.module, frame.instance, site.key] += 1
             site = replace(site, owner=frame.module, call=k, shape=call.shape[1:], channel_dim=call.channel_dim)
+            if frame.instance == 0 and site.parameters is None:
+                outside.add(site.module)
+            elif frame.instance == 0:
+                site = replace(site, wrapped=False, reason=_OUTSIDE)
             found.append((site, frame.instance))
         calls: Counter[tuple[str | None, str]] = Counter()
         for (owner, _, key), count in counts.items():
@@ -210,7 +258,7 @@ class _Naming:
         owners = Counter(site.module for site in {(s.owner, s.call, s.module): s for s, _ in found}.values())
         distinct: dict[tuple[str | None, str, int], FoundSite] = {}
         for site, _ in found:
-            if site.parameters is None and owners[site.module] == 1:
+            if site.parameters is None and (owners[site.module] == 1 or site.module in outside):
                 site = replace(site, owner=None, call=0)
             elif site.parameters is None:
                 site = replace(site, name=self._local(site.module, site.owner or ""), kind="shared")
@@ -231,8 +279,8 @@ class _Naming:
             refusal = "forward of the calling module is replaced on the instance; wrap before replacing it"
         elif isinstance(caller, Hosting) and call.function in caller.eafo_functions:
             refusal = "corrected already"
-        elif call.role == "part":
-            refusal = reason
+        elif call.role == "part" or call.refusal:
+            refusal = call.refusal or reason
         return FoundSite(
             name=f"{call.module}:{label}",
             module=call.module,
@@ -257,7 +305,9 @@ class _Naming:
         names = dict.fromkeys(self.trace.callees.get(caller, {}))
         prefix = f"{caller}." if caller else ""
         names |= dict.fromkeys(prefix + name for name, _ in module.named_children())
-        return tuple(name for name in names if name != caller and _may_call_functions(self.model.get_submodule(name)))
+        inside = (prefix + name for name, _ in module.named_modules() if name)
+        names |= dict.fromkeys(name for name in inside if not self.trace.forwards[name])
+        return tuple(name for name in names if name != caller and may_call_functions(self.model.get_submodule(name)))
 
     def _owner(self, call: Call) -> Frame:
         """The innermost forward around the call whose module runs once, so that it can count all calls.
@@ -295,61 +345,3 @@ def _numbered(sites: list[FoundSite]) -> list[FoundSite]:
         numbered = site.kind == "shared" or several[site.name] > 1
         named.append(replace(site, name=f"{site.name}#{k}") if numbered else site)
     return named
-
-
-def _may_call_functions(module: nn.Module) -> bool:
-    """Whether a module's own code might call an activation: not a plain layer of torch without modules inside."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return False
-    plain = type(module).__module__.startswith("torch.nn.modules") and next(module.children(), None) is None
-    return not plain or isinstance(module, activation_types())
-
-
-def _is_activation(module: nn.Module) -> bool:
-    """By registry, or by behaviour: a module that maps a tensor pointwise and deterministically.
-
-    Returns:
-        Whether the module is an activation.
-    """
-    if isinstance(module, (nn.Identity, CorrectedActivation)):
-        return False
-    if isinstance(module, activation_types()):
-        return True
-    kind = plain_view(module)
-    if type(kind).__module__.startswith("torch.nn."):
-        return False
-    if not all(_is_activation(child) and as_base(child).traits.gate for child in module.children()):
-        return False  # a hidden activation inside has its own site
-    return _behaves_pointwise(kind) and not any(_same_function(kind, child) for child in module.children())
-
-
-def _same_function(module: nn.Module, child: nn.Module) -> bool:
-    """Whether a module only hands its input to a child: then the child is the activation."""
-    values = torch.linspace(-3.0, 3.0, 24)
-    with forked_random_states(), torch.no_grad():
-        outer, inner = (copy.deepcopy(each).cpu().float()(values.clone()) for each in (module, child))
-    return torch.equal(outer, inner)
-
-
-def _behaves_pointwise(module: nn.Module) -> bool:
-    """Runs a copy of the module on small tensors: f acts on each element alone, twice the same, and not as identity."""
-    values = torch.linspace(-3.0, 3.0, 24, dtype=torch.float32)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
-    try:
-        with forked_random_states(), torch.no_grad():
-            probe = copy.deepcopy(module).cpu().float()
-            one = probe(values.view(2, 12).clone())
-            two = probe(values[order].view(2, 12).clone())
-            flat = probe(values.view(1, 2, 3, 4).clone())
-            half = probe((values + (values > 0.5) * 2.0).view(2, 12).clone())
-    except Exception:  # whatever a foreign module raises on a tensor it was not made for: it is no activation
-        return False
-    if not isinstance(one, Tensor) or one.shape != (2, 12) or not one.is_floating_point():
-        return False
-    before, kept = one.flatten(), values <= 0.5
-    pointwise = (
-        torch.allclose(before[order], two.flatten())
-        and torch.allclose(before, flat.flatten())
-        and torch.allclose(before[kept], half.flatten()[kept])  # not even through a mean of all elements
-    )
-    return pointwise and not torch.equal(before, values)

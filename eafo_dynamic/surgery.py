@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from eafo_dynamic.activation import Form, Site, Switch
 from eafo_dynamic.bases import Base, as_base
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.functional import WRITTEN, function_base, parts, written_node
+from eafo_dynamic.functional import function_base
 from eafo_dynamic.hosting import ACTIVATION, OWNER, Hosting, become, plain_view, revert
 from eafo_dynamic.sites import FoundSite, SiteReport, find_sites
 from eafo_dynamic.statistics import Collector
+from eafo_dynamic.written import WRITTEN, parts, written_node
 
 __all__ = [
     "disabled",

@@ -212,6 +212,18 @@ class TestDryRun:
         assert all(p.grad is None for p in model.parameters())
         assert not model._forward_hooks
 
+    def test_a_network_over_learned_queries_has_hidden_activations_and_a_transform_has_none(self) -> None:
+        class Queries(Layers):
+            def __init__(self) -> None:
+                super().__init__()
+                self.queries, self.scale = nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.zeros(8))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x @ F.relu(self.one(self.queries)).T @ F.relu(self.two(self.queries)) * F.softplus(self.scale)
+
+        roles = {site.name: site.role for site in find_sites(Queries(), torch.randn(2, 8)).sites}
+        assert roles == {":relu#0": "hidden", ":relu#1": "hidden", ":softplus": "gate"}
+
     def test_an_example_that_does_not_run_is_named(self) -> None:
         with pytest.raises(SiteError, match="does not run through Linear"):
             find_sites(nn.Linear(2, 2), torch.randn(3, 5))

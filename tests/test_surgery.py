@@ -257,7 +257,6 @@ class TestOtherNumbersOfCalls:
             return output + c if len(calls) > 5 else output
 
         act.register_forward_hook(replace)
-        assert len(calls) == 0
         torch.testing.assert_close(out, run(plain))
         assert len(calls) == 8
 
@@ -286,11 +285,7 @@ class TestOtherNumbersOfCalls:
 
 
 def site_table(model: nn.Module) -> Tensor | None:
-    host, site = (
-        hosted_sites(model)[-1]
-        if False
-        else next((host, site) for host, site in hosted_sites(model) if site.name == "block.act#5")
-    )
+    host, site = next((host, site) for host, site in hosted_sites(model) if site.name == "block.act#5")
     return getattr(host, site.keys[2])
 
 
@@ -333,30 +328,47 @@ class TestCheckpointing:
         model.recompute = False
         assert_same_gradients(gradients(model, lambda m: m(x)), with_recomputation, exact=False)
 
-    def test_foreign_recomputation_of_a_part_is_an_error_and_never_silent(self) -> None:
-        class Foreign(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, function: Any, x: Tensor) -> Tensor:
-                ctx.function = function
-                ctx.save_for_backward(x)
-                with torch.no_grad():
-                    return function(x)
-
-            @staticmethod
-            def backward(ctx: Any, *grads: Any) -> Any:
-                with torch.enable_grad():
-                    x = ctx.saved_tensors[0].detach().requires_grad_()
-                    out = ctx.function(x)
-                return None, torch.autograd.grad(out, x, grads[0])[0]
-
+    def test_foreign_recomputation_of_a_shared_activation_is_an_error_and_never_silent(self) -> None:
         class Parted(Layers):
+            def __init__(self) -> None:
+                super().__init__()
+                self.act = nn.ReLU()
+
             def forward(self, x: Tensor) -> Tensor:
-                return F.relu(Foreign.apply(lambda t: F.relu(self.two(t)), F.relu(self.one(x))))
+                return self.act(Foreign.apply(lambda t: self.act(self.two(t)), self.act(self.one(x))))
 
         model, x = Parted(), torch.randn(4, 8)
         wrap(model, find_sites(model, x), 0.2)
         with pytest.raises(SiteError, match="Use torch"):
             model(x)
+
+    def test_functions_inside_a_foreign_recomputation_are_left_alone_in_both_passes(self) -> None:
+        class Parted(Layers):
+            def forward(self, x: Tensor) -> Tensor:
+                x = checkpoint(lambda t: F.relu(self.three(t)), x, use_reentrant=False)
+                return F.relu(Foreign.apply(lambda t: F.relu(self.two(t)), F.relu(self.one(x))))
+
+        model, x = Parted(), torch.randn(4, 8)
+        report = find_sites(model, x)
+        assert [(site.name, site.wrapped) for site in report.sites] == [(f":relu#{k}", k != 2) for k in range(4)]
+        assert report.sites[2].reason == "inside Foreign, whose backward would not know of a correction"
+        wrap(model, report, 0.2)
+
+        def corrected(z: Tensor) -> Tensor:
+            return z.relu() + 0.2 * z * torch.exp(-z * z / 2)
+
+        def by_hand(model: nn.Module) -> Tensor:
+            return corrected(model.two(corrected(model.one(corrected(model.three(x))))).relu())  # type: ignore[operator]
+
+        with disabled(model):
+            plain = model(x)
+        found = gradients(model, lambda m: m(x))
+        expected = gradients(model, by_hand)
+        assert not torch.equal(found[0], plain)
+        torch.testing.assert_close(found[0], expected[0])
+        for name in ("one.weight", "three.weight"):
+            torch.testing.assert_close(found[1][name], expected[1][name])
+        assert {name for name in found[1] if "eafo" in name} == {f"eafo_{k}_eps" for k in range(3)}
 
     def test_samples_are_taken_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, run = wrapped_awkward("Checkpointed", 0.1)
@@ -366,6 +378,24 @@ class TestCheckpointing:
         sites[0].switch.collecting = True
         run(model).sum().backward()
         assert len(taken) == len(sites) == len(set(map(id, taken)))
+
+
+class Foreign(torch.autograd.Function):
+    """Another library's way to recompute a part of a forward."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Any, x: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            out = ctx.function(x)
+        return None, torch.autograd.grad(out, x, grads[0])[0]
 
 
 def recomputed(function: Callable[..., Tensor], x: Tensor, reentrant: bool) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -72,6 +73,7 @@ _POINTWISE = _KERNELS | {
     "alias",
     "where",
 }
+_LAYERS = {"mm", "bmm", "addmm", "baddbmm", "linear", "convolution"}  # what a network does, and no transform
 _HARMLESS = {"detach", "alias", "_to_copy", "clone", "view", "_unsafe_view", "t", "transpose", "expand", "unsqueeze"}
 _BATCHED = _HARMLESS | {"permute", "select", "slice", "squeeze", "unbind", "split", "chunk"}
 
@@ -90,6 +92,8 @@ class Event:
 
 
 class _Flow(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.events: list[Event] = []
@@ -104,6 +108,8 @@ class _Flow(TorchDispatchMode):
             self.constant.add(self.key(tensor))
 
     def key(self, tensor: Tensor) -> Key:
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
         storage = tensor.untyped_storage()
         self.kept.append(storage)
         return (storage._cdata, tensor.storage_offset(), tensor.numel())
@@ -112,7 +118,7 @@ class _Flow(TorchDispatchMode):
         return self.ancestors.get(key, set()) | {key}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__.rstrip("_")
+        name = func.name() if isinstance(func, HigherOrderOperator) else func.overloadpacket.__name__.rstrip("_")
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         inputs = [self.key(t) for t in tensors]
         before = [self.lineage(k) for k in inputs]
@@ -124,7 +130,7 @@ class _Flow(TorchDispatchMode):
         if not results:
             return out
         key = self.key(results[0])
-        if constant:
+        if constant and name not in _LAYERS:
             self.constant.update(self.key(t) for t in results)
         if name == "mul" or name == "div":
             self._products(name, args, inputs, before, makers, scales, key)
@@ -190,7 +196,7 @@ def witness(model: nn.Module, run: Callable[[nn.Module], object]) -> list[Event]
     handles = []
 
     def enter(module: nn.Module, args: Any) -> None:
-        name = names[id(module)]
+        name = names.get(id(module), "(copy)")  # made in a forward, with the hooks of the original
         calls[name] = calls.get(name, 0) + 1
         flow.stack.append((name, module))
 

@@ -1,0 +1,76 @@
+"""What a dry run writes down: activation calls, and the forwards around them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+__all__ = ["Call", "Frame", "Trace"]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One running forward.
+
+    Args:
+        module: FQN.
+        instance: how many forwards of the run began before it.
+        is_forward: False for what runs outside any forward, such as a training_step.
+    """
+
+    module: str
+    instance: int
+    is_forward: bool = True
+
+
+@dataclass(eq=False)
+class Call:
+    """One activation call.
+
+    Args:
+        module: FQN of the activation module; of a functional call, of the module whose forward makes it.
+        path: running forwards, outermost first, without the activation's own.
+        shape: of the pre-activation.
+        function: name of the function of a functional call; None for a module's.
+        parameters: hyper-parameters of the function.
+        inplace: whether the function overwrites its input.
+        hidden_from_compiler: whether torch.compile would not show the call.
+        channel_dim: dimension of the channels of the pre-activation, where it is known.
+        role: hidden, gate or unknown.
+        reason: why it is not hidden.
+        refusal: why it cannot be corrected, whatever its role.
+    """
+
+    module: str
+    path: tuple[Frame, ...]
+    shape: tuple[int, ...]
+    function: str | None = None
+    parameters: dict[str, object] = field(default_factory=dict)
+    inplace: bool = False
+    hidden_from_compiler: bool = False
+    channel_dim: int | None = None
+    role: str = "hidden"
+    reason: str = ""
+    refusal: str = ""
+
+
+@dataclass
+class Trace:
+    """What a dry run saw.
+
+    Args:
+        calls: in their order; parts of a written-out activation have the function WRITTEN's role.
+        forwards: number of forwards of each module, those inside another forward of it not counted.
+        entered: number of all forwards.
+        callees: modules whose forward a module's own forward has called.
+        refused: kind of the value that an activation module was called with and that cannot be corrected.
+        opaque: activation kernels that ran where no Python function shows them, with the shape of their input; keys
+            are the module whose forward ran and the function's name.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    forwards: Counter[str] = field(default_factory=Counter)
+    entered: int = 0
+    callees: dict[str, dict[str, None]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    opaque: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
