@@ -335,7 +335,8 @@ class EAFOCallback(Callback):
         self._log.close()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds what the other ranks have collected since the last round, so that a resumed run goes on with it."""
+        """Adds the list of sites, also after the fit, and what other ranks have collected since the last round."""
+        self._save(pl_module, checkpoint)
         if self.controller is not None and trainer.world_size > 1:
             checkpoint["callbacks"][self.state_key]["ranks"] = everyones(self.controller.own_state())
 

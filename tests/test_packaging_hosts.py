@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from eafo_dynamic import CorrectionLog, EAFOCallback
+from eafo_dynamic import CorrectionLog, EAFOCallback, apply_from_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:.*bottleneck"),
@@ -80,6 +80,13 @@ def test_fits_and_resumes_under_either_name(host: Any, tmp_path: Path) -> None:
     for name, value in whole.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), f"{name}: resuming is bitwise the same run"
     assert CorrectionLog.load(tmp_path / "straight").steps == [1, 4, 8, 12, 16]
+
+    straight.save_checkpoint(tmp_path / "end.ckpt")  # after the fit, as scripts do
+    plain = network(host)
+    plain.configure_model()
+    apply_from_checkpoint(plain, tmp_path / "end.ckpt")
+    x = torch.randn(8, 4)
+    assert torch.equal(plain.head(plain.net(x)), whole.head(whole.net(x)))
 
 
 def test_a_stream_waits_for_its_first_batch_under_either_name(host: Any, tmp_path: Path) -> None:
