@@ -214,7 +214,6 @@ def refuse_symbols(value: object, host: Owner) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
 def _check_part(owner: str) -> None:
     """Refuses, while the compiler is at work, a part whose recomputation would find no frame."""
     flag = "skip_fwd_side_effects_in_bwd_under_checkpoint"
@@ -223,6 +222,9 @@ def _check_part(owner: str) -> None:
             f"{owner or 'the model'}: torch.compile cannot follow a part of its forward that is checkpointed with "
             f"use_reentrant=True. Checkpoint with use_reentrant=False, or set torch._dynamo.config.{flag} = True."
         )
+
+
+vars(_check_part)["_dynamo_marked_constant"] = True  # assume_constant_result without importing the compiler
 
 
 def _call_function(caller: Owner, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
