@@ -33,6 +33,9 @@ from eafo_dynamic.statistics import Collector
 __all__ = ["CRReLU", "CorrectedActivation", "Form", "Site", "Switch", "register", "shape_table", "standard_normal"]
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 def standard_normal() -> Gaussian:
     """The density that a correction assumes before it has seen data: mu = 0, sigma = 1.
 
@@ -207,7 +210,10 @@ class Site:
             return False
         if not self.switch.enabled:
             return True
-        eps, _, _, offset = self._tensors(host)
+        first, _, _, last = self.keys
+        parameters, buffers = host._parameters, host._buffers
+        eps = parameters[first] if first in parameters else getattr(host, first)
+        offset = buffers[last] if last in buffers else getattr(host, last)
         if offset is not None or (eps.requires_grad and torch.is_grad_enabled()):
             return False
         return self._is_zero(eps, host.training)
@@ -220,7 +226,7 @@ class Site:
         Returns:
             Whether it is; False where it cannot be read.
         """
-        if type(eps) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if type(eps) not in _PLAIN or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         if eps.is_meta or eps.is_inference() or torch._C._are_functorch_transforms_active():
             return False
@@ -273,7 +279,7 @@ class Site:
 
 
 def _costs_nothing_to_read(eps: Tensor) -> bool:
-    return eps.device.type == "cpu"
+    return eps.is_cpu
 
 
 def register(host: nn.Module, key: str, value: Tensor | None) -> None:

@@ -24,7 +24,17 @@ from eafo_dynamic.kernels import is_correctable, known_function
 from eafo_dynamic.recompute import current_hooks, region_since, replace_recomputation
 from eafo_dynamic.written import Node, Tracker
 
-__all__ = ["STACK", "Owner", "close_frame", "entered", "function_mode", "open_frame", "refuse_symbols", "route"]
+__all__ = [
+    "STACK",
+    "Owner",
+    "close_frame",
+    "entered",
+    "function_mode",
+    "in_backward",
+    "open_frame",
+    "refuse_symbols",
+    "route",
+]
 
 
 class Owner(Protocol):
@@ -68,6 +78,15 @@ STACK = _FrameStack()
 def _graph_task() -> int:
     """Number of the backward that this code runs in; -1 outside any."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def in_backward() -> bool:
+    """Whether this code runs in a backward, as a recomputation does.
+
+    Returns:
+        Whether it does.
+    """
+    return _graph_task() != -1
 
 
 def route(key: str) -> tuple[Owner | None, Site | None]:

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from eafo_dynamic.activation import Site, describe_state
-from eafo_dynamic.frames import STACK, close_frame, entered, function_mode, open_frame, refuse_symbols, route
+from eafo_dynamic.frames import (
+    STACK,
+    close_frame,
+    entered,
+    function_mode,
+    in_backward,
+    open_frame,
+    refuse_symbols,
+    route,
+)
 from eafo_dynamic.kernels import is_correctable, known_module
 from eafo_dynamic.written import Node
 
@@ -114,7 +123,13 @@ class _Activation(Hosting):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         base = cast("Callable[..., Any]", super().forward)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
         frames = STACK.frames
-        if frames and frames[-1].mode is not None:
+        if not frames or frames[-1].mode is None:
+            if self.eafo_shared:
+                if not frames and not in_backward():
+                    return base(*args, **kwargs)  # no owner is there to count
+            elif self.eafo_sites[0].idle(cast(nn.Module, self)):
+                return base(*args, **kwargs)
+        else:
             # the caller's mode must not take the functions inside the activation for the caller's own
             outer = open_frame(self)
             try:
@@ -152,9 +167,9 @@ def _counted(method: Callable[..., Any], is_forward: bool) -> Callable[..., Any]
 
     @functools.wraps(method)
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
-        idle = _all_idle(self)
-        if idle and not STACK.frames and not torch.is_grad_enabled():
-            return method(self, *args, **kwargs)  # nothing acts, and nothing will be recomputed
+        idle, frames = _all_idle(self), STACK.frames
+        if idle and (not frames or frames[-1].mode is None):
+            return method(self, *args, **kwargs)  # nothing acts, and no mode takes its functions for the caller's
         if self.eafo_uncompiled and torch.compiler.is_compiling() and not idle:
             return _uncompiled(self, method, args, kwargs, is_forward)
         functions = bool(self.eafo_functions) and not idle
