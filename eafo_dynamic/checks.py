@@ -37,6 +37,11 @@ def at_least(option: str, value: int, least: int) -> None:
 
     Raises:
         ConfigError: if it is not.
+
+    Example:
+        >>> at_least("samples_per_site", 4, 16)
+        Traceback (most recent call last):
+        eafo_dynamic.errors.ConfigError: samples_per_site=4: must be at least 16...
     """
     if not isinstance(value, numbers.Integral) or value < least:
         raise ConfigError(option, value, f"must be at least {least}", f"Give a whole number of {least} or more.")

@@ -135,6 +135,10 @@ def choose_route(base: Base) -> Literal["analytic", "score"]:
 
     Returns:
         The route.
+
+    Example:
+        >>> choose_route(as_base("relu")), choose_route(as_base("gelu"))
+        ('analytic', 'score')
     """
     return "analytic" if base.traits.monotone else "score"
 
@@ -164,6 +168,12 @@ def correction_shape(base: Base | str, density: Density, route: Route = "auto", 
 
     Raises:
         ConfigError: unknown route, or a resolution outside [0.001, 1].
+
+    Example:
+        >>> density = Gaussian(torch.zeros(1), torch.ones(1))
+        >>> ghat = correction_shape("relu", density)  # u exp(-u^2 / 2), the paper's CRReLU
+        >>> round(ghat(torch.ones(1)).item(), 4)
+        0.6065
     """
     base = as_base(base)
     if route not in ("auto", "analytic", "score"):

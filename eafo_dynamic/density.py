@@ -49,6 +49,11 @@ def moments(samples: Tensor, weights: Tensor | None = None) -> Moments:
 
     Returns:
         Moments, shape [...].
+
+    Example:
+        >>> found = moments(torch.tensor([1.0, 3.0, math.nan]))
+        >>> found.count.item(), found.mean.item(), found.std.item()
+        (2.0, 2.0, 1.0)
     """
     standard = Standardised.of(samples, weights)
     return Moments(*(m.reshape(samples.shape[:-1]) for m in (standard.count, standard.mean, standard.std)))
@@ -264,6 +269,11 @@ def gaussian(samples: Tensor, weights: Tensor | None = None) -> Gaussian:
 
     Returns:
         The density, shape of the leading dimensions.
+
+    Example:
+        >>> density = gaussian(torch.tensor([[-1.0, 1.0, 3.0]]))
+        >>> round(density.pdf(torch.zeros(1)).item(), 4)  # 1 / sqrt(2 pi)
+        0.3989
     """
     found = moments(samples, weights)
     return Gaussian(found.mean, found.std, found.count if weights is None else None)

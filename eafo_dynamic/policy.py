@@ -90,6 +90,10 @@ class Entropy(Policy):
 
     Raises:
         ConfigError: if the rate is not positive.
+
+    Example:
+        >>> Entropy(rate=0.02).move(torch.tensor([0.1]), torch.tensor([1.0]))
+        tensor([0.0900])
     """
 
     rate: float = 0.02
@@ -176,6 +180,10 @@ def make_policy(policy: str | Policy) -> Policy:
 
     Raises:
         ConfigError: if there is no policy of that name.
+
+    Example:
+        >>> make_policy("hybrid")
+        Hybrid(weight=0.01)
     """
     if isinstance(policy, Policy):
         return policy

@@ -30,6 +30,11 @@ class Schedule:
 
     Raises:
         ConfigError: if a number is out of range.
+
+    Example:
+        >>> schedule = Schedule(update_every_n_steps=50)
+        >>> [step for step in range(201) if schedule.updates(step)]
+        [1, 50, 100, 150, 200]
     """
 
     update_every_n_steps: int = 50
@@ -178,6 +183,10 @@ def steps_of_epochs(epochs: int, batches: float, accumulate: int) -> int:
 
     Raises:
         ConfigError: if an epoch has no known length.
+
+    Example:
+        >>> steps_of_epochs(2, batches=100, accumulate=4)
+        50
     """
     if not math.isfinite(batches):
         raise ConfigError(

@@ -61,6 +61,11 @@ def find_sites(
     Raises:
         SiteError: if the example's forward fails, or the model cannot be copied for it.
         PatternError: if a pattern of the selection matches nothing.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1), nn.Sigmoid())
+        >>> [(site.name, site.base) for site in find_sites(net, torch.zeros(3, 2)).wrapped]
+        [('1', 'relu')]
     """
     selection = selection or Selection()
     if run is None and not example_args and not example_kwargs:

@@ -214,6 +214,16 @@ def disabled(model: nn.Module) -> Generator[nn.Module]:
 
     Yields:
         The model.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> x = torch.ones(3, 2)
+        >>> plain = net(x)
+        >>> _ = wrap(net, eps_init=0.3)
+        >>> with disabled(net):
+        ...     torch.equal(net(x), plain)
+        True
+        >>> unwrap(net)
     """
     switches = {id(site.switch): site.switch for _, site in hosted_sites(model)}.values()
     before = [switch.enabled for switch in switches]

@@ -44,6 +44,16 @@ def merge(model: nn.Module, *example_args: Any, **example_kwargs: Any) -> nn.Mod
     Raises:
         SiteError: for functional calls without an example, or if torch cannot export the model, which is then as it
             was.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> _ = wrap(net, eps_init=0.3)
+        >>> x = torch.ones(3, 2)
+        >>> learned = net(x)
+        >>> torch.equal(merge(net)(x), learned)
+        True
+        >>> net[1]
+        CorrectedActivation(...
     """
     if not is_wrapped(model):
         return model

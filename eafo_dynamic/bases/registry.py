@@ -188,6 +188,13 @@ def as_base(obj: str | nn.Module | type[nn.Module] | Pointwise | Base) -> Base:
 
     Raises:
         ConfigError: the name is unknown or the object is not a pointwise function.
+
+    Example:
+        >>> base = as_base(nn.LeakyReLU(0.2))
+        >>> base(torch.tensor([-1.0, 1.0]))
+        tensor([-0.2000,  1.0000])
+        >>> as_base("gelu") == as_base(nn.GELU()) == as_base(nn.functional.gelu)
+        True
     """
     if isinstance(obj, Base):
         return obj
