@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.utils.parametrize import is_parametrized
 
 from eafo_dynamic.activation import Site, describe_state
@@ -188,7 +189,7 @@ def _counted(method: Callable[..., Any], is_forward: bool) -> Callable[..., Any]
     return entry
 
 
-@cast(Any, torch).compiler.disable(reason="torch.compile hides functions such as F.relu_ from their correction")
+@_disable_dynamo  # torch.compiler.disable, but the compiler is imported by the first call: it takes a second
 def _uncompiled(
     owner: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_forward: bool
 ) -> Any:
