@@ -282,22 +282,23 @@ class EAFOController:
         """Empties the collectors; the only collective of a round.
 
         Returns:
-            Samples of all sites and ranks, [S, n]; dead fractions of this rank, [S]; of all ranks non-finite samples,
-            [S], and the losses' sum and number, [2].
+            Of all ranks: samples, [S, n]; dead fractions, [S]; non-finite samples, [S]; sum and number of losses, [2].
         """
         device = self.bank.device
         drained = [site.collector.drain() for site in self.bank.sites]
         values = [sample.to(device) for sample, _ in drained]
         longest = max(sample.numel() for sample in values)
         padded = stack_samples(values, longest)
-        units = torch.nn.utils.rnn.pad_sequence([each.to(device) for _, each in drained], batch_first=True)
+        units = [each.to(device, torch.float32) for _, each in drained]  # exact, and they travel with the samples
         missing = torch.tensor([longest - sample.numel() for sample in values], device=device)
         nonfinite = (~padded.isfinite()).sum(1) - missing
         width = math.ceil(self.options.samples_per_site / world_size())
         stacked = padded if longest <= width else stack_samples(values, width)
         losses = self._losses.drain().to(device).expand(len(values), 2)
-        pooled, sums = pool_ranks(stacked, width, torch.cat([nonfinite.unsqueeze(1), losses], dim=1))
-        return pooled, dead_fractions(padded, units), sums[:, 0].long(), sums[0, 1:]
+        sums = torch.cat([nonfinite.unsqueeze(1), losses], dim=1)
+        pooled, sums = pool_ranks(torch.cat([stacked, stack_samples(units, width)]), width, sums.repeat(2, 1))
+        samples, owners = pooled.chunk(2)
+        return samples, dead_fractions(samples, owners.nan_to_num().long()), sums[: len(values), 0].long(), sums[0, 1:]
 
     def _passed_over(self) -> list[str | None]:
         """Kinds of values that this rank's sites could not correct since the last round."""

@@ -72,6 +72,24 @@ def poison(folder: Path, rank: int, options: dict[str, Any]) -> None:
     training_process.Net.forward = poisoned
 
 
+def silence(folder: Path, rank: int, options: dict[str, Any]) -> None:
+    """Lets the first activation fire on the last rank alone."""
+    import training_process
+
+    sign = 1 if rank == options.pop("last") else -1
+
+    class Silent(training_process.Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one.weight.data.abs_()
+            self.one.bias.data.zero_()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.abs() * sign)
+
+    training_process.Net = Silent  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class Plain(nn.Module):
     """A model for a loop of one's own."""
 

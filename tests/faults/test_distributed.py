@@ -69,6 +69,14 @@ def test_statistics_are_those_of_one_process_that_saw_all_data(
     tally("distributed runs tried")
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_unit_is_dead_that_fires_on_no_rank(tmp_path: Path, ranks: int, tally: Tally) -> None:
+    succeed(tmp_path, ranks, steps=1, prepare=of_ranks.silence, last=ranks - 1, **ROUNDS)
+    dead = {row["site"]: row["dead_fraction"] for row in CorrectionLog.load(tmp_path).rows}
+    assert dead["relu#0"] == 0.0, "all of its units fire on the last rank, and none on the others"
+    tally("distributed runs tried")
+
+
 @pytest.mark.parametrize("strategy", [{}, UNUSED, STATIC], ids=["default", "unused parameters", "static graph"])
 @pytest.mark.parametrize("skips", ["on one rank", "on every rank", "in turn"])
 def test_a_site_that_a_step_skips_stops_nobody(tmp_path: Path, skips: str, strategy: Any, tally: Tally) -> None:
