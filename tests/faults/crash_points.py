@@ -64,6 +64,9 @@ POINTS = [
     Point("at teardown", "eafo_dynamic.callback:EAFOCallback.teardown", "before", 1),
 ]
 
+# without accumulation: rows of step 9 and its snapshot are written, and the newest checkpoint is that of step 8
+AHEAD = Point("log ahead of the checkpoint", "training_process:Net.training_step", "before", 11)
+
 # what a run does only when it goes on after another has died
 RESUMING = [
     Point("before the sites of a checkpoint are adopted", "eafo_dynamic.callback:EAFOCallback.adopt", "before", 1),
