@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -151,6 +152,32 @@ class TestCompile:
         for one, two in zip(*rows, strict=True):
             assert one["n"] == two["n"]
             assert one["mean"] == pytest.approx(two["mean"], abs=1e-6)
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler")
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch, when inductor is imported
+    @pytest.mark.parametrize("kind", ["in place", "functions"])
+    def test_torchs_own_compiler_trains_as_without(self, kind: str, graphs: Graphs) -> None:
+        """Code that inductor writes: the same log, update for update, and the same amplitudes."""
+        rows, amplitudes = [], []
+        for compiled in (False, True):
+            net, controller = corrected(kind, policy="hybrid", density="histogram", collect_every_n_steps=1)
+            optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
+            run = torch.compile(net, fullgraph=True) if compiled else net
+            for step in range(1, 7):
+                controller.collecting = controller.schedule.collects(step - 1)
+                optimizer.zero_grad()
+                run(batch()).square().mean().backward()
+                controller.before_optimizer_step(step - 1)
+                optimizer.step()
+                controller.step(step)
+            rows.append([(row["step"], row["site"], row["n"]) for row in controller.records])
+            amplitudes.append([eps.detach().clone() for eps in controller.amplitudes.values()])
+        assert rows[0] == rows[1]
+        assert len(rows[0]) == 2 * 4
+        for one, two in zip(*amplitudes, strict=True):
+            assert (one - 0.2).abs() > 1e-4
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("name", ["nan", "empty", "half"])
     def test_bad_batches(self, name: str, graphs: Graphs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import random
 import shutil
@@ -170,6 +171,14 @@ def test_a_tag_of_python_is_never_run(
     assert_one_line(capsys)
     assert not (tmp_path / "owned").exists()
     tally("hostile files tried")
+
+
+@pytest.mark.parametrize("tag", ["apply", "new"])
+def test_a_loader_that_runs_tags_would_run_these(tag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(yaml.YAMLError):
+        yaml.unsafe_load(TAGS[tag])
+    assert (tmp_path / "owned").exists()
 
 
 @pytest.mark.parametrize(
