@@ -20,7 +20,7 @@ from eafo_dynamic.kernels import (
     corrected,
     corrected_,
     corrected_nested,
-    correction,
+    correction_of,
     describe,
     is_correctable,
     known_module,
@@ -61,6 +61,9 @@ def shape_table(base: Base, density: Density, tabulated: bool = False) -> Tensor
     return tabulate(correction_shape(base, density))[0].to(torch.float32)
 
 
+_Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
 @dataclass(frozen=True)
 class Form:
     """What the functions of a model's sites are made of; fixed when it is wrapped.
@@ -70,12 +73,15 @@ class Form:
         tabulated: whether every shape is a table, as densities other than the Gaussian need.
         per_channel: whether every channel has an amplitude of its own.
         compounding: whether each round settles the correction so far and corrects the corrected function.
+        free: whether the two terms of the correction have an amplitude each, eps u exp(-u^2/2) + lift exp(-u^2/2), in
+            place of one for both in the proportion that the base and the density give.
     """
 
     eps_init: float = 0.01
     tabulated: bool = False
     per_channel: bool = False
     compounding: bool = False
+    free: bool = False
 
 
 @dataclass
@@ -100,7 +106,7 @@ class Site:
     Its tensors are registered on its host, so they train, move and are saved with the model: parameter
     ``eafo_<index>_eps`` (0-dim, or one a channel), buffers ``eafo_<index>_shape`` (mu, sigma), ``eafo_<index>_table``
     (ghat, where it has no closed form) and ``eafo_<index>_offset`` (what earlier rounds have settled, where corrections
-    compound).
+    compound), parameter ``eafo_<index>_lift`` (where the terms are free).
 
     Args:
         name: the site's name, as in the report of ``find_sites``.
@@ -120,10 +126,10 @@ class Site:
     _zero_seen: tuple[tuple[int, int], bool] | None = field(default=None, init=False, repr=False)
 
     @functools.cached_property
-    def keys(self) -> tuple[str, str, str, str]:
-        """Attribute names of eps, shape, table and offset on the host."""
+    def keys(self) -> tuple[str, str, str, str, str]:
+        """Attribute names of eps, shape, table, offset and lift on the host."""
         stem = f"eafo_{self.index}_"
-        return f"{stem}eps", f"{stem}shape", f"{stem}table", f"{stem}offset"
+        return f"{stem}eps", f"{stem}shape", f"{stem}table", f"{stem}offset", f"{stem}lift"
 
     def register(
         self, host: nn.Module, base: Base, form: Form, channels: int | None, device: torch.device | None = None
@@ -137,14 +143,16 @@ class Site:
             channels: number of channels, for one amplitude each; None: one for all.
             device: where the host's inputs live.
         """
-        eps_key, shape_key, table_key, offset_key = self.keys
+        eps_key, shape_key, table_key, offset_key, lift_key = self.keys
         size = () if channels is None else (channels,)
         host.register_parameter(eps_key, nn.Parameter(torch.full(size, float(form.eps_init), device=device)))
         host.register_buffer(shape_key, torch.tensor([0.0, 1.0], device=device))
-        table = shape_table(base, standard_normal(), form.tabulated or form.compounding)
+        tabulated = form.tabulated or form.compounding
+        table = None if form.free else shape_table(base, standard_normal(), tabulated)
         register(host, table_key, None if table is None else table.to(device))
         settled = torch.zeros_like(table, device=device) if form.compounding and table is not None else None
         register(host, offset_key, settled)
+        register(host, lift_key, nn.Parameter(torch.zeros(size, device=device)) if form.free else None)
 
     def unregister(self, host: nn.Module) -> None:
         """Removes the site's tensors from its host.
@@ -157,16 +165,16 @@ class Site:
             host._buffers.pop(key, None)
             vars(host).pop(key, None)
 
-    def _tensors(self, host: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def _tensors(self, host: nn.Module) -> _Tensors:
         if torch.compiler.is_compiling():
-            eps, shape, table, offset = (getattr(host, key) for key in self.keys)
-            return eps, shape, table, offset
+            eps, shape, table, offset, lift = (getattr(host, key) for key in self.keys)
+            return eps, shape, table, offset, lift
         # a module's own __getattr__ takes ten times as long as a look where it looks
         parameters, buffers = host._parameters, host._buffers
-        first, *others = self.keys
-        eps = parameters[first] if first in parameters else getattr(host, first)
+        first, *others, last = self.keys
+        eps, lift = (parameters[key] if key in parameters else getattr(host, key) for key in (first, last))
         shape, table, offset = (buffers[key] if key in buffers else getattr(host, key) for key in others)
-        return eps, shape, table, offset  # pyright: ignore[reportReturnType]
+        return eps, shape, table, offset, lift  # pyright: ignore[reportReturnType]
 
     def terms(self, host: nn.Module, z: Tensor) -> Terms:
         """The operands of the site's correction term.
@@ -178,11 +186,13 @@ class Site:
         Returns:
             Eps, shape and tables, where z lives.
         """
-        eps, shape, table, offset = self._tensors(host)
+        eps, shape, table, offset, lift = self._tensors(host)
         if shape.device != z.device:  # of a model that is spread over several devices
             eps, shape = eps.to(z.device), shape.to(z.device)
-            table, offset = (None if each is None else each.to(z.device) for each in (table, offset))
-        return Terms(per_channel(eps, z, self.collector.channel_dim), shape, table, offset, table_half_width())
+            table, offset, lift = (None if each is None else each.to(z.device) for each in (table, offset, lift))
+        dim = self.collector.channel_dim
+        lift = None if lift is None else per_channel(lift, z, dim)
+        return Terms(per_channel(eps, z, dim), shape, table, offset, table_half_width(), lift)
 
     def correction(self, host: nn.Module, z: Tensor) -> Tensor:
         """The site's correction term alone.
@@ -194,8 +204,7 @@ class Site:
         Returns:
             c(z), of the shape and dtype of z.
         """
-        eps, shape, table, offset, end = self.terms(host, z)
-        return correction(z, eps, shape, table, end, offset)
+        return correction_of(z, self.terms(host, z))
 
     def idle(self, host: nn.Module) -> bool:
         """Whether the site has nothing to do: no sample to take, and a correction that is off or certainly zero.
@@ -210,13 +219,13 @@ class Site:
             return False
         if not self.switch.enabled:
             return True
-        first, _, _, last = self.keys
+        first, _, _, settled, last = self.keys
         parameters, buffers = host._parameters, host._buffers
-        eps = parameters[first] if first in parameters else getattr(host, first)
-        offset = buffers[last] if last in buffers else getattr(host, last)
+        eps, lift = (parameters[key] if key in parameters else getattr(host, key) for key in (first, last))
+        offset = buffers[settled] if settled in buffers else getattr(host, settled)
         if offset is not None or (eps.requires_grad and torch.is_grad_enabled()):
             return False
-        return self._is_zero(eps, host.training)
+        return self._is_zero(eps if lift is None else torch.stack([eps, lift]), host.training)
 
     def _is_zero(self, eps: Tensor, training: bool) -> bool:
         """Whether an amplitude is known to be zero; on an accelerator a training step never waits for it.
@@ -283,9 +292,11 @@ def _costs_nothing_to_read(eps: Tensor) -> bool:
 
 
 def register(host: nn.Module, key: str, value: Tensor | None) -> None:
-    """Registers a buffer; what is not there stays an attribute, since torch.export miscounts buffers that are None."""
+    """Registers a parameter or buffer; None stays an attribute, since torch.export miscounts buffers that are None."""
     if value is None:
         vars(host)[key] = None
+    elif isinstance(value, nn.Parameter):
+        host.register_parameter(key, value)
     else:
         host.register_buffer(key, value)
 
@@ -322,27 +333,33 @@ class CorrectedActivation(nn.Module):
         base: a pointwise activation module; it is not changed.
         eps: starting amplitude, no unit.
         density: density of the pre-activations, of one site; None: standard normal.
-        trainable: whether eps is a parameter; otherwise a buffer.
+        trainable: whether eps and lift are parameters; otherwise buffers.
+        lift: starting amplitude of the bell, for free terms: f(z) = base(z) + sigma (eps u + lift) exp(-u^2 / 2);
+            None: one amplitude for ghat alone.
     """
 
     eps: Tensor
     shape: Tensor
     table: Tensor | None
     offset: Tensor | None
+    lift: Tensor | None
 
     def __init__(
-        self, base: nn.Module, eps: float = 0.01, density: Density | None = None, trainable: bool = True
+        self,
+        base: nn.Module,
+        eps: float = 0.01,
+        density: Density | None = None,
+        trainable: bool = True,
+        lift: float | None = None,
     ) -> None:
         super().__init__()
         density = density or standard_normal()
         self.base = base
-        amplitude = torch.tensor(float(eps))
-        if trainable:
-            self.eps = nn.Parameter(amplitude)
-        else:
-            self.register_buffer("eps", amplitude)
+        for name, start in (("eps", eps), ("lift", lift)):
+            amplitude = None if start is None else torch.tensor(float(start))
+            register(self, name, nn.Parameter(amplitude) if trainable and amplitude is not None else amplitude)
         self.register_buffer("shape", torch.stack([density.mean[0], density.std[0]]).to(torch.float32))
-        register(self, "table", shape_table(as_base(base), density))
+        register(self, "table", None if lift is not None else shape_table(as_base(base), density))
         register(self, "offset", None)
 
     def forward(self, z: Tensor | None = None, **named: Tensor) -> Tensor:
@@ -364,7 +381,8 @@ class CorrectedActivation(nn.Module):
         return _corrected(self.base, self._terms, z, getattr(self.base, "inplace", False), known)
 
     def _terms(self, z: Tensor) -> Terms:
-        return Terms(per_channel(self.eps, z), self.shape, self.table, self.offset, table_half_width())
+        lift = None if self.lift is None else per_channel(self.lift, z)
+        return Terms(per_channel(self.eps, z), self.shape, self.table, self.offset, table_half_width(), lift)
 
     def extra_repr(self) -> str:
         """Live amplitude and scale.
@@ -372,7 +390,7 @@ class CorrectedActivation(nn.Module):
         Returns:
             For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``.
         """
-        return describe_state(self.eps, self.shape)
+        return describe_state(self.eps, self.shape, lift=self.lift)
 
 
 class CRReLU(CorrectedActivation):
@@ -388,13 +406,14 @@ class CRReLU(CorrectedActivation):
         super().__init__(nn.ReLU(), eps)
 
 
-def describe_state(eps: Tensor, shape: Tensor, backend: Backend = "auto") -> str:
+def describe_state(eps: Tensor, shape: Tensor, backend: Backend = "auto", lift: Tensor | None = None) -> str:
     """Short text of a site's state.
 
     Args:
         eps: amplitude, 0-dim or one a channel (then their mean is shown).
         shape: mu and sigma.
         backend: what was asked for; shown is what tensors on the CPU get.
+        lift: likewise, where terms are free.
 
     Returns:
         For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``; without the last off the CPU.
@@ -402,6 +421,7 @@ def describe_state(eps: Tensor, shape: Tensor, backend: Backend = "auto") -> str
     if eps.is_meta or shape.is_meta:
         return "eps, mu, sigma on meta"
     mu, sigma = shape.tolist()
-    value = float(eps.detach().mean()) if eps.numel() else math.nan
-    state = f"eps={value:+.4f}, mu={mu:+.3f}, sigma={sigma:.3f}"
+    amplitudes = {"eps": eps} if lift is None else {"eps": eps, "lift": lift}
+    values = {name: float(each.detach().mean()) if each.numel() else math.nan for name, each in amplitudes.items()}
+    state = ", ".join(f"{name}={value:+.4f}" for name, value in values.items()) + f", mu={mu:+.3f}, sigma={sigma:.3f}"
     return f"{state}, backend={resolve_backend(backend)}" if eps.device.type == "cpu" else state

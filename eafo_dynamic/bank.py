@@ -40,13 +40,25 @@ class Bank:
         """Amplitudes, one parameter a site."""
         return [getattr(host, site.keys[0]) for host, site in self._hosted]
 
+    @property
+    def lifts(self) -> list[nn.Parameter]:
+        """Amplitudes of the second terms, one a site where terms are free; else none."""
+        found = [getattr(host, site.keys[-1]) for host, site in self._hosted]
+        return [lift for lift in found if lift is not None]
+
+    @property
+    def amplitudes(self) -> list[nn.Parameter]:
+        """Eps of all sites, then their lifts."""
+        return [*self.eps, *self.lifts]
+
     def states(self) -> list[str]:
         """Eps, mu and sigma of every site, as text.
 
         Returns:
             For example ``eps=+0.0100, mu=+0.000, sigma=1.000``.
         """
-        return [describe_state(getattr(host, s.keys[0]), getattr(host, s.keys[1])) for host, s in self._hosted]
+        tensors = [[getattr(host, key) for key in site.keys] for host, site in self._hosted]
+        return [describe_state(eps, shape, lift=lift) for eps, shape, *_, lift in tensors]
 
     @property
     def device(self) -> torch.device:
@@ -62,18 +74,20 @@ class Bank:
         """
         device = self.device
         states = [[getattr(host, key) for key in site.keys] for host, site in self._hosted]
-        settled = [offset for *_, offset in states if offset is not None]
+        settled = [offset for *_, offset, _ in states if offset is not None]
+        lifts = [_mean(lift).to(device, torch.float32) for *_, lift in states if lift is not None]
         with torch.no_grad():
             return Functions(
                 bases=[as_base(view) for view in self._plain],
                 # one amplitude a channel: the log and the entropies see their mean
                 eps=torch.stack([_mean(eps).to(device, torch.float32) for eps, *_ in states]),
                 shape=torch.stack([shape.to(device, torch.float32) for _, shape, *_ in states]),
-                tables=self._stacked([table for _, _, table, _ in states]),
+                tables=self._stacked([table for _, _, table, *_ in states]),
                 tabulated=torch.tensor(
                     [i for i, s in enumerate(states) if s[2] is not None], dtype=torch.long, device=device
                 ),
                 offsets=self._stacked(settled) if settled else None,
+                lift=torch.stack(lifts) if lifts else None,
             )
 
     def _stacked(self, tables: list[Tensor | None]) -> Tensor:
@@ -92,12 +106,12 @@ class Bank:
         values: list[Tensor] = []
         amplitudes, shapes = new.eps.unbind(), new.shape.unbind()
         for row, (host, site) in enumerate(self._hosted):
-            eps, shape, table, offset = (getattr(host, key) for key in site.keys)
-            moved, eps = amplitudes[row], eps.detach()
-            if eps.dim():  # channels keep their differences
-                moved = torch.where(eps.isfinite(), eps, old.eps[row]) + (moved - old.eps[row])
-            targets += [eps, shape]
-            values += [moved, shapes[row]]
+            eps, shape, table, offset, lift = (getattr(host, key) for key in site.keys)
+            targets += [eps.detach(), shape]
+            values += [_moved(eps, old.eps[row], amplitudes[row]), shapes[row]]
+            if lift is not None and old.lift is not None and new.lift is not None:
+                targets.append(lift.detach())
+                values.append(_moved(lift, old.lift[row], new.lift[row]))
             if table is not None:
                 targets.append(table)
                 values.append(new.tables[place[row]])
@@ -129,9 +143,15 @@ class Bank:
         Args:
             bound: largest absolute value.
         """
-        amplitudes = [eps.detach() for eps in self.eps]
+        amplitudes = [each.detach() for each in self.amplitudes]
         torch._foreach_clamp_min_(amplitudes, -bound)
         torch._foreach_clamp_max_(amplitudes, bound)
+
+
+def _moved(amplitude: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """Where a site's move takes its amplitude; channels keep their differences."""
+    amplitude = amplitude.detach()
+    return torch.where(amplitude.isfinite(), amplitude, old) + (new - old) if amplitude.dim() else new
 
 
 def _mean(eps: Tensor) -> Tensor:

@@ -62,6 +62,8 @@ class EAFOCallback(Callback):
         policy: ``"static"`` (the paper's CRReLU), ``"learned"``, ``"entropy"``, ``"hybrid"``, ``"frozen"``, a
             Policy object, or a list of Rules by site of which the first match decides.
         density: ``"gaussian"``, ``"histogram"`` or a function from samples [sites, n] to a Density.
+        terms: ``"tied"`` (one amplitude eps for both terms of the correction, in the proportion that base and density
+            give) or ``"free"`` (an amplitude each: eps and lift).
         eps_init: starting amplitude of every correction, no unit.
         max_eps: bound of |eps|: the slope of a function stays within max_eps of its base's.
         max_delta: bound of the change of a function at one update, in standard deviations of its pre-activation.
@@ -106,6 +108,7 @@ class EAFOCallback(Callback):
         functional: str = "wrap",
         policy: str | Policy | list[Rule] = "learned",
         density: str | Callable[[Tensor], Density] = "gaussian",
+        terms: str = "tied",
         eps_init: float = 0.01,
         max_eps: float = 0.5,
         max_delta: float = 0.1,
@@ -385,7 +388,7 @@ class EAFOCallback(Callback):
         return History() if self.controller is None else History(self.controller.records)
 
     def _amplitudes(self) -> list[nn.Parameter]:
-        return [] if self.controller is None else self.controller.bank.eps
+        return [] if self.controller is None else self.controller.bank.amplitudes
 
     @property
     def _controller(self) -> EAFOController:

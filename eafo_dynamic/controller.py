@@ -24,7 +24,7 @@ from eafo_dynamic.showing import SiteList
 from eafo_dynamic.sites import SiteReport, find_sites, matches
 from eafo_dynamic.statistics import dead_fractions, moments, pool_ranks, stack_samples, world_size
 from eafo_dynamic.surgery import put_back, take_off, unwrap, wrap
-from eafo_dynamic.update import Functions, bounded_move, compounded, refreshed
+from eafo_dynamic.update import Functions, bounded_move, compounded, mended, refreshed, reverted
 from eafo_dynamic.version import package_versions
 
 __all__ = ["EAFOController", "Record"]
@@ -107,11 +107,12 @@ class EAFOController:
 
     def _prepare(self) -> None:
         self._set_quota()
-        for eps, policy in zip(self.bank.eps, self.policies, strict=True):
-            eps.requires_grad_(policy.trains_eps)
+        for amplitude, policy in self._amplitudes():
+            amplitude.requires_grad_(policy.trains_eps)
         self._follows = torch.tensor([policy.follows_data for policy in self.policies])
         self._adds_gradient = any(policy.adds_gradient for policy in self.policies)
-        self._eps_before = self.bank.functions().eps
+        start = self.bank.functions()
+        self._eps_before, self._lift_before = start.eps, start.lift
         self._switch = self.bank.sites[0].switch
         self._switch.backend = self.options.backend
         self._switch.collecting = self.schedule.collects(0)
@@ -137,9 +138,14 @@ class EAFOController:
 
     @property
     def amplitudes(self) -> dict[str, nn.Parameter]:
-        """Eps of every site by its parameter name in the model, for an optimiser."""
+        """Eps, and lift where terms are free, of every site by its parameter name in the model, for an optimiser."""
         names = {id(p): name for name, p in self.model.named_parameters()}
-        return {names[id(eps)]: eps for eps in self.bank.eps}
+        return {names[id(amplitude)]: amplitude for amplitude in self.bank.amplitudes}
+
+    def _amplitudes(self) -> list[tuple[nn.Parameter, Policy]]:
+        """Every amplitude with the policy of its site: eps of all sites, then their lifts."""
+        amplitudes = self.bank.amplitudes
+        return list(zip(amplitudes, self.policies * (len(amplitudes) // len(self.policies)), strict=True))
 
     @property
     def backend(self) -> str:
@@ -218,17 +224,17 @@ class EAFOController:
             optimizer: the one that is about to step, where there are several; None: all.
         """
         frozen = self.schedule.frozen(global_step + 1)
-        for eps, policy in zip(self.bank.eps, self.policies, strict=True):
+        for amplitude, policy in self._amplitudes():
             if frozen or not policy.trains_eps:  # who unfreezes a model's layers makes every eps trainable as well
-                eps.grad = None
+                amplitude.grad = None
         if not frozen and self._adds_gradient and self._gradient is not None:
             groups = [] if optimizer is None else optimizer.param_groups
             steps = {id(p) for group in groups for p in group["params"]}
-            for eps, policy, gradient in zip(self.bank.eps, self.policies, self._gradient, strict=True):
+            for (amplitude, policy), gradient in zip(self._amplitudes(), self._gradient, strict=True):
                 # what another optimiser steps would get it twice
-                if policy.adds_gradient and (optimizer is None or id(eps) in steps):
-                    extra = (policy.adds_gradient * gradient).to(eps.dtype)
-                    eps.grad = extra.clone() if eps.grad is None else eps.grad + extra
+                if policy.adds_gradient and (optimizer is None or id(amplitude) in steps):
+                    extra = (policy.adds_gradient * gradient).to(amplitude.dtype).expand(amplitude.shape)
+                    amplitude.grad = extra.clone() if amplitude.grad is None else amplitude.grad + extra
 
     def observe_loss(self, loss: Tensor) -> None:
         """Call with the training loss of each batch where ``rollback_factor`` is set.
@@ -252,25 +258,34 @@ class EAFOController:
         samples, dead, nonfinite, losses = self._samples()
         stats = moments(samples)
         usable = (stats.n >= 2) & (stats.std > 0) & stats.std.isfinite() & stats.mean.isfinite()
-        old = self.bank.functions()
-        broken = ~old.eps.isfinite()  # by a gradient that was not; the optimiser itself cannot mend it
-        old = replace(old, eps=torch.where(broken, self._eps_before, old.eps))
+        old, broken = mended(self.bank.functions(), self._eps_before, self._lift_before)
         direction = old.direction(samples)
         before = OutputEntropy(old.outputs(samples, direction), self.options.resolution)
         gradient = before.gradient(direction)
-        self._gradient = torch.where(usable, gradient, 0.0).nan_to_num().to(old.eps.dtype)
+        lift_gradient = None if old.lift is None else before.gradient(old.lift_direction(samples))
+        parts = [gradient] if lift_gradient is None else [gradient, lift_gradient]
+        self._gradient = torch.cat([torch.where(usable, part, 0.0).nan_to_num().to(old.eps.dtype) for part in parts])
 
         jumped = self._losses.jumped(losses)  # every round: what is before it and what after must not mix
         rolled_back = jumped and self._undo is not None
-        wanted = self._reverted(old) if rolled_back else self._wanted(old, samples, usable)
+        if rolled_back and self._undo is not None:
+            wanted = reverted(old, self._undo, torch.tensor([policy.trains_eps for policy in self.policies]))
+        else:
+            wanted = self._wanted(old, samples, usable)
         new, fraction = bounded_move(old, wanted, self.trust_region)
         self.bank.commit(old, new)
         self._undo = None if rolled_back or self.options.rollback_factor is None else old
         self.rounds += 1
         moved = old.eps if self.options.compounding else new.eps  # a settled eps starts again from 0
-        columns = diagnostics(samples, stats, before, old, new, delta_eps=moved - self._eps_before, gradient=gradient)
+        columns = diagnostics(
+            *(samples, stats, before, old, new),
+            delta_eps=moved - self._eps_before,
+            gradient=gradient,
+            delta_lift=None if new.lift is None or self._lift_before is None else new.lift - self._lift_before,
+            lift_gradient=lift_gradient,
+        )
         columns.update(dead_fraction=dead, n_nonfinite=nonfinite)
-        self._eps_before = new.eps
+        self._eps_before, self._lift_before = new.eps, new.lift
         events = describe_events(stats.n, usable, fraction, rolled_back, nonfinite, broken, self._passed_over())
         heads: list[Record] = [{"step": step, "epoch": epoch, "site": site.name} for site in self.bank.sites]
         tails = [{"policy": policy.name, "event": event} for policy, event in zip(self.policies, events, strict=True)]
@@ -311,10 +326,10 @@ class EAFOController:
     def _wanted(self, old: Functions, samples: Tensor, usable: Tensor) -> Functions:
         """Where the policy wants every function to be, before the trust region bounds the move."""
         assert self._gradient is not None
-        moved = old.eps.clone()
-        for policy, rows in self._rows_of_policies():
-            moved[rows] = policy.move(old.eps[rows], self._gradient[rows])
-        wanted = replace(old, eps=torch.where(usable, self.trust_region.clamp(moved), old.eps))
+        by_eps, *by_lift = self._gradient.split(len(usable))
+        wanted = replace(old, eps=self._moved(old.eps, by_eps, usable))
+        if old.lift is not None:
+            wanted = replace(wanted, lift=self._moved(old.lift, by_lift[0], usable))
         follows = usable & self._follows.to(usable.device)
         if not self._follows.any():
             return wanted
@@ -323,11 +338,12 @@ class EAFOController:
             return compounded(wanted, density, follows, self.options.resolution, self.trust_region.max_eps / 2)
         return refreshed(wanted, density, follows, self.options.resolution)
 
-    def _reverted(self, old: Functions) -> Functions:
-        """The functions before the last round; an eps that the optimiser moves stays where it is now."""
-        assert self._undo is not None
-        trained = torch.tensor([policy.trains_eps for policy in self.policies], device=old.eps.device)
-        return replace(self._undo, bases=old.bases, eps=torch.where(trained, old.eps, self._undo.eps))
+    def _moved(self, amplitudes: Tensor, gradient: Tensor, usable: Tensor) -> Tensor:
+        """Where the policies want amplitudes to be, shape [S]."""
+        moved = amplitudes.clone()
+        for policy, rows in self._rows_of_policies():
+            moved[rows] = policy.move(amplitudes[rows], gradient[rows])
+        return torch.where(usable, self.trust_region.clamp(moved), amplitudes)
 
     def _rows_of_policies(self) -> list[tuple[Policy, list[int]]]:
         rows: dict[Policy, list[int]] = {}
@@ -348,6 +364,7 @@ class EAFOController:
             "running": self._running.state_dict(),
             "gradient": self._gradient,
             "eps_before": self._eps_before,
+            "lift_before": self._lift_before,
             "losses": self._losses.state_dict(),
             "undo": None if self._undo is None else self._undo.tensors(),
             "ranks": [self.own_state()] if world_size() == 1 else None,
@@ -383,7 +400,7 @@ class EAFOController:
                 f"only in the model: {extra}. Use the same model and the same target_modules, exclude_modules."
             )
         self.rounds, self._last_step = int(state["rounds"]), int(state["last_step"])
-        for name in ("gradient", "eps_before"):
+        for name in ("gradient", "eps_before", "lift_before"):
             setattr(self, f"_{name}", None if state[name] is None else state[name].to(self.bank.device))
         self._running.load_state_dict(state["running"], self.bank.device)
         self._undo = None

@@ -63,6 +63,8 @@ def diagnostics(
     *,
     delta_eps: Tensor,
     gradient: Tensor | None = None,
+    delta_lift: Tensor | None = None,
+    lift_gradient: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Columns that describe one update round, each of shape [S].
 
@@ -74,6 +76,8 @@ def diagnostics(
         new: functions after it.
         delta_eps: how far the amplitudes have moved since the previous round, shape [S].
         gradient: dH_r/d eps of the old functions, shape [S], if somebody has it already.
+        delta_lift: likewise of the lifts, where terms are free.
+        lift_gradient: dH_r/d lift of the old functions, where terms are free.
 
     Returns:
         Columns by name; their meaning and units are documented with the log.
@@ -86,10 +90,12 @@ def diagnostics(
     # in one go: most of what a round costs is the number of its operations
     entropy_after, of_samples = SmoothedOutput(torch.cat([after, samples]), r).entropy.chunk(2)
     gaussian = 0.5 * math.log(2 * math.pi * math.e * (1 + r * r))
+    free = {"lift": new.lift, "delta_lift": delta_lift, "d_entropy_d_lift": lift_gradient}
     return {
         "eps": new.eps,
         "delta_eps": delta_eps,
         "d_entropy_d_eps": gradient,
+        **{name: values for name, values in free.items() if values is not None},
         "entropy": mixed.entropy,
         "entropy_predicted": before.entropy + before.gradient(after - before.outputs),
         "entropy_after": entropy_after,
@@ -204,6 +210,8 @@ def snapshot(sites: Sequence[str], functions: Functions, density: Density | None
     for row, name in enumerate(sites):
         mu, sigma = functions.shape[row].tolist()
         entry: Record = {"site": name, "eps": functions.eps[row].item(), "mu": mu, "sigma": sigma}
+        if functions.lift is not None:
+            entry["lift"] = functions.lift[row].item()
         entry.update(z=z[row].tolist(), base=base[row].tolist(), function=corrected[row].tolist())
         if pdf is not None:
             entry.update(u=u.tolist(), pdf=pdf[row].tolist())

@@ -85,8 +85,8 @@ class Hosting:
         """
         parts = [self.eafo_class.extra_repr(cast(nn.Module, self))]
         for site in self.eafo_sites:
-            eps, shape = (getattr(self, key) for key in site.keys[:2])
-            parts.append(describe_state(eps, shape, site.switch.backend))
+            eps, shape, *_, lift = (getattr(self, key) for key in site.keys)
+            parts.append(describe_state(eps, shape, site.switch.backend, lift))
         return ", ".join(part for part in parts if part)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

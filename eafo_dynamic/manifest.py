@@ -34,7 +34,7 @@ CHECKPOINT_KEY = "eafo"
 
 MANIFEST_VERSION = 1
 
-_FORM = ("tabulated", "per_channel", "compounding")
+_FORM = ("tabulated", "per_channel", "compounding", "free")
 _DAMAGED = "the checkpoint's list of sites is damaged, or of another version"
 _MEND = "Use a checkpoint that eafo-dynamic has written."
 
@@ -61,7 +61,12 @@ _KINDS: dict[Any, Callable[[Any], bool]] = {
 
 
 def manifest(
-    report: SiteReport, *, tabulated: bool = False, per_channel: bool = False, compounding: bool = False
+    report: SiteReport,
+    *,
+    tabulated: bool = False,
+    per_channel: bool = False,
+    compounding: bool = False,
+    free: bool = False,
 ) -> dict[str, Any]:
     """What has to be known to wrap the same sites again; primitives only.
 
@@ -70,15 +75,16 @@ def manifest(
         tabulated: see ``wrap``.
         per_channel: see ``wrap``.
         compounding: see ``wrap``.
+        free: see ``wrap``.
 
     Returns:
-        Keys ``manifest_version``, ``sites``, ``tabulated``, ``per_channel`` and ``compounding``.
+        Keys ``manifest_version``, ``sites``, ``tabulated``, ``per_channel``, ``compounding`` and ``free``.
     """
     sites = [
         {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(found).items()}
         for found in report.wrapped
     ]
-    form = {"tabulated": tabulated, "per_channel": per_channel, "compounding": compounding}
+    form = {"tabulated": tabulated, "per_channel": per_channel, "compounding": compounding, "free": free}
     return {"manifest_version": MANIFEST_VERSION, "sites": sites, **form}
 
 
@@ -168,7 +174,7 @@ def check_form(saved: Mapping[str, Any], form: Mapping[str, bool]) -> None:
 
     Args:
         saved: from ``manifest``.
-        form: ``tabulated``, ``per_channel`` and ``compounding`` of the run.
+        form: ``tabulated``, ``per_channel``, ``compounding`` and ``free`` of the run.
 
     Raises:
         SiteError: if they differ.

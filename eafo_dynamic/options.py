@@ -32,6 +32,9 @@ class Options:
         functional: what to do with activations called as functions: "wrap", "warn" (leave alone, say so) or "off".
         policy: who moves eps: a name, a Policy, or a list of Rules by site of which the first match decides.
         density: estimate of the pre-activations' density: "gaussian", "histogram" or a function of samples.
+        terms: "tied": one amplitude eps for both terms of the correction, in the proportion that base and density
+            give; "free": an amplitude each, (eps u + lift) exp(-u^2 / 2), with lift from 0. Free terms need the
+            Gaussian density and do not compound.
         eps_init: starting amplitude.
         max_eps: bound of |eps|.
         max_delta: bound of max |c_new - c_old| / sigma at one update round.
@@ -57,6 +60,7 @@ class Options:
     functional: str = "wrap"
     policy: str | Policy | Sequence[Rule] = "learned"
     density: str | Callable[[Tensor], Density] = "gaussian"
+    terms: str = "tied"
     eps_init: float = 0.01
     max_eps: float = 0.5
     max_delta: float = 0.1
@@ -81,6 +85,7 @@ class Options:
         if check_backend(self.backend) == "native":
             resolve_backend("native")  # an error where there is no compiler
         _ = (self.selection, self.schedule, make_rules(self.policy), make_estimator(self.density))
+        self._check_terms()
         self.trust_region.check_start(self.eps_init)
         if self.compounding and abs(self.eps_init) > self.max_eps / 2:
             # what has been settled may take one half of max_eps, the amplitude on top of it the other
@@ -93,6 +98,13 @@ class Options:
             raise ConfigError("resolution", self.resolution, "must lie in [0.001, 1]", "The default is 0.1.")
         if self.rollback_factor is not None and not number("rollback_factor", self.rollback_factor) > 1.0:
             raise ConfigError("rollback_factor", self.rollback_factor, "must be above 1", "Try 1.5.")
+
+    def _check_terms(self) -> None:
+        if self.terms not in ("tied", "free"):
+            raise ConfigError("terms", self.terms, "unknown", "Choose 'tied' or 'free'.")
+        if self.terms == "free" and self.tabulated:
+            problem = "an amplitude for each term needs density='gaussian' and no compounding"
+            raise ConfigError("terms", self.terms, problem, "Leave those at their defaults, or use terms='tied'.")
 
     @property
     def selection(self) -> Selection:
@@ -122,7 +134,12 @@ class Options:
     @property
     def form(self) -> dict[str, bool]:
         """The options that say what a site's function is made of, as ``wrap`` takes them."""
-        return {"tabulated": self.tabulated, "per_channel": self.per_channel, "compounding": self.compounding}
+        return {
+            "tabulated": self.tabulated,
+            "per_channel": self.per_channel,
+            "compounding": self.compounding,
+            "free": self.terms == "free",
+        }
 
     def primitives(self) -> dict[str, object]:
         """The options as text and numbers, for the manifest.

@@ -111,7 +111,8 @@ class TrustRegion:
     """Bounds that keep a correction harmless (Theory, section 5).
 
     Args:
-        max_eps: kappa, bound of |eps|; the slope of f stays within kappa of the base's, since |ghat'| <= 1.
+        max_eps: kappa, bound of |eps| and |lift|; the slope of f stays within kappa of the base's, since |ghat'| <= 1,
+            with free terms within 1.16 kappa: max over u of (|1 - u^2| + |u|) exp(-u^2 / 2) = 1.157.
         max_delta: bound of max over z of |c_new(z) - c_old(z)| / sigma at one update round.
 
     Raises:

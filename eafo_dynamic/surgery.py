@@ -83,6 +83,7 @@ def wrap(
     tabulated: bool = False,
     per_channel: bool = False,
     compounding: bool = False,
+    free: bool = False,
 ) -> list[tuple[nn.Module, Site]]:
     """Gives every selected activation call of a model its correction, in place.
 
@@ -96,6 +97,7 @@ def wrap(
         tabulated: whether every shape is a table, as densities other than the Gaussian need.
         per_channel: whether every channel has an amplitude of its own.
         compounding: whether each round settles the correction so far and corrects the corrected function.
+        free: whether the two terms of a correction have an amplitude each.
 
     Returns:
         Pairs (host, site) in the order of the report; all that exist if the report has nothing to add to them.
@@ -110,7 +112,7 @@ def wrap(
         raise SiteError(_nothing_to_wrap(model, report))
     existing = hosted_sites(model)
     switch = existing[0][1].switch if existing else Switch()
-    form = Form(eps_init, tabulated, per_channel, compounding)
+    form = Form(eps_init, tabulated, per_channel, compounding, free)
     if per_channel:
         for found in report.wrapped:
             _channels(found)

@@ -20,10 +20,10 @@ from eafo_dynamic.correction import (
     tabulate,
 )
 from eafo_dynamic.density import Density
-from eafo_dynamic.kernels import MAX_U, ghat_table
+from eafo_dynamic.kernels import MAX_U, bell, ghat_table
 from eafo_dynamic.schedule import TrustRegion
 
-__all__ = ["Functions", "bounded_move", "compounded", "refreshed"]
+__all__ = ["Functions", "bounded_move", "compounded", "mended", "refreshed", "reverted"]
 
 _FRACTIONS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 _LEAST_SIGMA = 1e-6  # z / sigma must not become 0 / 0 in float16
@@ -31,7 +31,7 @@ _LEAST_SIGMA = 1e-6  # z / sigma must not become 0 / 0 in float16
 
 @dataclass(frozen=True)
 class Functions:
-    """The functions of all sites, f(z) = base(z) + eps * sigma * ghat((z - mu) / sigma).
+    """The functions of all sites, f(z) = base(z) + eps * sigma * ghat((z - mu) / sigma), plus the lift's bell.
 
     Args:
         bases: base function of each site, S of them.
@@ -40,6 +40,7 @@ class Functions:
         tables: ghat of the tabulated sites, shape [T, 4, intervals].
         tabulated: which sites these are, shape [T], int64; all others have the closed form.
         offsets: what earlier rounds have settled, shape [T, 4, intervals]; None unless corrections compound.
+        lift: amplitudes of the bells, shape [S]; None unless terms are free.
     """
 
     bases: Sequence[Base]
@@ -48,6 +49,7 @@ class Functions:
     tables: Tensor
     tabulated: Tensor
     offsets: Tensor | None = None
+    lift: Tensor | None = None
 
     @property
     def sigma(self) -> Tensor:
@@ -80,6 +82,17 @@ class Functions:
             value[self.tabulated] = read.to(value.dtype)
         return value.mul_(self.sigma)
 
+    def lift_direction(self, z: Tensor) -> Tensor:
+        """D f / d lift = sigma * exp(-u^2 / 2): what one unit of lift adds.
+
+        Args:
+            z: pre-activations, shape [S, n].
+
+        Returns:
+            Shape [S, n], units of z.
+        """
+        return self.sigma * bell((z - self.shape[:, :1]) / self.sigma)[0]
+
     def correction(self, z: Tensor, direction: Tensor | None = None) -> Tensor:
         """c(z), shape [S, n].
 
@@ -96,6 +109,8 @@ class Functions:
             c[self.tabulated] += self.sigma[self.tabulated] * evaluate_table(self.offsets, u[self.tabulated]).to(
                 c.dtype
             )
+        if self.lift is not None:
+            c = c + self.lift.unsqueeze(-1) * self.lift_direction(z)
         return c
 
     def outputs(self, z: Tensor, direction: Tensor | None = None) -> Tensor:
@@ -147,6 +162,7 @@ class Functions:
             shape=_between(self.shape, other.shape, fraction.unsqueeze(-1)),
             tables=_between(self.tables, other.tables, share),
             offsets=settled,
+            lift=self.lift if self.lift is None or other.lift is None else _between(self.lift, other.lift, fraction),
         )
 
 
@@ -184,6 +200,43 @@ def refreshed(old: Functions, density: Density, usable: Tensor, resolution: floa
             fresh = tabulate(correction_shape(base, density.select(wanted), resolution=resolution))
             tables[[place[row] for row in wanted]] = fresh.to(tables.dtype)
     return replace(old, shape=shape, tables=tables)
+
+
+def mended(functions: Functions, eps: Tensor, lift: Tensor | None) -> tuple[Functions, Tensor]:
+    """The functions with amplitudes as they were where a gradient that was not finite has broken them.
+
+    Args:
+        functions: the functions now.
+        eps: amplitudes after the last round, shape [S].
+        lift: likewise; None unless terms are free.
+
+    Returns:
+        The functions, and which were broken, shape [S], bool; the optimiser itself cannot mend them.
+    """
+    broken = ~functions.eps.isfinite()
+    if functions.lift is None or lift is None:
+        return replace(functions, eps=torch.where(broken, eps, functions.eps)), broken
+    broken |= ~functions.lift.isfinite()
+    lift = torch.where(broken, lift, functions.lift)
+    return replace(functions, eps=torch.where(broken, eps, functions.eps), lift=lift), broken
+
+
+def reverted(old: Functions, before: Functions, trained: Tensor) -> Functions:
+    """The functions before the last round; amplitudes that the optimiser moves stay where they are now.
+
+    Args:
+        old: the functions now.
+        before: the functions before the last round.
+        trained: sites whose amplitudes the optimiser moves, shape [S], bool.
+
+    Returns:
+        The functions to go back to.
+    """
+    trained = trained.to(old.eps.device)
+    back = replace(before, bases=old.bases, eps=torch.where(trained, old.eps, before.eps))
+    if old.lift is None or before.lift is None:
+        return back
+    return replace(back, lift=torch.where(trained, old.lift, before.lift))
 
 
 def _fitted(density: Density, like: Tensor) -> Tensor:
@@ -284,5 +337,6 @@ def _jump(old: Functions, new: Functions) -> Tensor:
     grid = torch.linspace(-HALF_WIDTH, HALF_WIDTH, 2 * KNOTS - 1, device=old.eps.device, dtype=old.eps.dtype)
     z = torch.cat([side.shape[:, :1] + side.sigma * grid for side in (old, new)], dim=-1)
     jump = (new.correction(z) - old.correction(z)).abs().amax(-1) / torch.maximum(old.sigma, new.sigma)[:, 0]
-    sound = new.eps.isfinite() & new.shape.isfinite().all(-1) & (new.shape[:, 1] > 0)
+    finite = new.eps.isfinite() if new.lift is None else (new.eps + new.lift).isfinite()
+    sound = finite & new.shape.isfinite().all(-1) & (new.shape[:, 1] > 0)
     return torch.where(sound, jump, math.nan)

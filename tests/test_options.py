@@ -82,7 +82,19 @@ def test_only_the_gaussian_density_goes_without_tables() -> None:
     assert Options(density="histogram").tabulated
     assert Options(density=gaussian).tabulated
     assert Options(compounding=True).tabulated
-    assert Options(per_channel=True).form == {"tabulated": False, "per_channel": True, "compounding": False}
+    form = {"tabulated": False, "per_channel": True, "compounding": False, "free": True}
+    assert Options(per_channel=True, terms="free").form == form
+
+
+@pytest.mark.parametrize("options", [{"density": "histogram"}, {"density": gaussian}, {"compounding": True}], ids=str)
+def test_free_terms_need_the_closed_form(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"terms='free': an amplitude for each term needs density='gaussian'"):
+        Options(terms="free", **options)
+
+
+def test_unknown_terms_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"terms='loose': unknown. Choose 'tied' or 'free'"):
+        Options(terms="loose")
 
 
 def test_primitives_are_json_and_complete() -> None:

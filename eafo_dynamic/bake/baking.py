@@ -28,6 +28,7 @@ class State(NamedTuple):
     shape: Tensor
     table: Tensor | None
     offset: Tensor | None
+    lift: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _holds_function(layer: Hosting, function: str) -> bool:
 
 
 def _is_zero(state: State) -> bool:
-    return state.offset is None and not bool(state.eps.any())
+    return state.offset is None and not bool(state.eps.any()) and (state.lift is None or not bool(state.lift.any()))
 
 
 def _baked(place: str, key: str, served: Sequence[_Served], names: Mapping[int, str]) -> Baked:
@@ -139,8 +140,8 @@ def _baked(place: str, key: str, served: Sequence[_Served], names: Mapping[int, 
 
 
 def _kept(state: State) -> State:
-    table, offset = (None if each is None else each.detach().clone() for each in state[2:])
-    return State(state.eps.detach().clone(), state.shape.detach().clone(), table, offset)
+    table, offset, lift = (None if each is None else each.detach().clone() for each in state[2:])
+    return State(state.eps.detach().clone(), state.shape.detach().clone(), table, offset, lift)
 
 
 def _equal(one: State, other: State) -> bool:

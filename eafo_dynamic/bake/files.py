@@ -186,7 +186,9 @@ def _baked(place: Mapping[str, Any], state: Mapping[str, Tensor]) -> Baked:
     name, count = place["module"], place["functions"]
     stems = [f"{name}.functions.{k}." for k in range(count)] if place["orders"] else [f"{name}."]
     functions = tuple(
-        State(state[f"{stem}eps"], state[f"{stem}shape"], state.get(f"{stem}table"), state.get(f"{stem}offset"))
+        State(
+            state[f"{stem}eps"], state[f"{stem}shape"], *(state.get(stem + key) for key in ("table", "offset", "lift"))
+        )
         for stem in stems
     )
     return Baked(name, (), functions, {owner: tuple(order) for owner, order in place["orders"].items()})

@@ -7,7 +7,7 @@
 - ``fused`` chooses, and joins the backward of base and correction, so that the input alone is kept.
 """
 
-from eafo_dynamic.kernels.formula import MAX_U, correction, ghat_closed_form, ghat_table
+from eafo_dynamic.kernels.formula import MAX_U, bell, correction, correction_of, ghat_closed_form, ghat_table
 from eafo_dynamic.kernels.fused import BACKENDS, Backend, check_backend, corrected, corrected_, resolve_backend
 from eafo_dynamic.kernels.known import Known, known_function, known_module
 from eafo_dynamic.kernels.layouts import corrected_nested, describe, is_correctable, per_channel, size_of, values_of
@@ -19,11 +19,13 @@ __all__ = [
     "Backend",
     "Known",
     "Terms",
+    "bell",
     "check_backend",
     "corrected",
     "corrected_",
     "corrected_nested",
     "correction",
+    "correction_of",
     "describe",
     "ghat_closed_form",
     "ghat_table",

@@ -31,9 +31,10 @@ class EagerKernel:
             terms: the other operands, on the CPU.
 
         Returns:
-            Whether z is float32 or float64, and there is one amplitude for all.
+            Whether z is float32 or float64, there is one amplitude for all, and no lift beside a table.
         """
-        return z.dtype in (torch.float32, torch.float64) and not terms.eps.dim()
+        both = terms.lift is not None and terms.table is not None
+        return z.dtype in (torch.float32, torch.float64) and not terms.eps.dim() and not both
 
     @staticmethod
     def add(out: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> None:
@@ -45,16 +46,18 @@ class EagerKernel:
             terms: the other operands.
             inside: not used: the base's output is there.
         """
-        eps, size = float(terms.eps), _size(z)
+        eps, lift, size = float(terms.eps), _lift(terms), _size(z)
         shape, offset = _shape(terms, z, size), _offset(terms, z, size)
         for into, chunk in zip(flat(out).split(size), flat(z).split(size), strict=True):
-            if eps != 0.0:  # otherwise every bit of the base stays
-                shape.add_value(into, chunk, eps)
+            if eps != 0.0 or lift:  # otherwise every bit of the base stays
+                shape.add_value(into, chunk, eps, lift)
             if offset is not None:
                 offset.add_value(into, chunk, 1.0)
 
     @staticmethod
-    def add_gradient(out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> Tensor:
+    def add_gradient(
+        out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Adds grad * c'(z) to the base's gradient, in place; see the compiled kernel.
 
         Args:
@@ -65,16 +68,21 @@ class EagerKernel:
             inside: not used: the base's gradient is there.
 
         Returns:
-            Gradient by eps, 0-dim.
+            Gradients by eps and lift, 0-dim; None for a lift that is none.
         """
-        eps, size = float(terms.eps), _size(z)
+        eps, lift, size = float(terms.eps), _lift(terms), _size(z)
         shape, offset = _shape(terms, z, size), _offset(terms, z, size)
-        total = z.new_zeros((), dtype=torch.float64)
+        total = z.new_zeros(2, dtype=torch.float64)
         for into, g, chunk in zip(*(flat(each).split(size) for each in (out, grad, z)), strict=True):
-            total += shape.add_slope(into, g, chunk, eps)
+            total += shape.add_slope(into, g, chunk, eps, lift)
             if offset is not None:
                 offset.add_slope(into, g, chunk, 1.0)
-        return total.to(terms.eps.dtype)
+        by_eps, by_lift = total.to(terms.eps.dtype).unbind()
+        return by_eps, None if terms.lift is None else by_lift
+
+
+def _lift(terms: Terms) -> float | None:
+    return None if terms.lift is None else float(terms.lift)
 
 
 def _size(z: Tensor) -> int:
@@ -96,7 +104,7 @@ def _offset(terms: Terms, z: Tensor, size: int) -> _Table | None:
 
 
 class _Bell:
-    """Sigma u exp(-u^2 / 2), with room for the intermediate results of one part."""
+    """Sigma u exp(-u^2 / 2) and sigma exp(-u^2 / 2), with room for the intermediate results of one part."""
 
     def __init__(self, mu: float, sigma: float, z: Tensor, size: int) -> None:
         self.mu, self.sigma = mu, sigma
@@ -106,24 +114,29 @@ class _Bell:
         """Z - mu, no further from 0 than MAX_U sigma, and exp(-u^2 / 2)."""
         centred, bell = self.room[:, : z.numel()]
         reach = MAX_U * self.sigma
-        torch.sub(z, self.mu, out=centred).clamp_(-reach, reach).nan_to_num_(nan=0.0)  # the base passes a NaN on
+        torch.sub(z, self.mu, out=centred).clamp_(-reach, reach).nan_to_num_(nan=reach)  # the base passes a NaN on
         # exp2 is vectorised by torch itself and takes a third of the time of exp
         torch.mul(centred, centred, out=bell).mul_(-_HALF_LOG2_E / self.sigma**2).exp2_()
         return centred, bell
 
-    def add_value(self, into: Tensor, z: Tensor, amplitude: float) -> None:
+    def add_value(self, into: Tensor, z: Tensor, amplitude: float, lift: float | None = None) -> None:
         """Adds the correction to the outputs."""
-        into.addcmul_(*self._parts(z), value=amplitude)
+        centred, bell = self._parts(z)
+        if lift:
+            into.add_(bell, alpha=lift * self.sigma)
+        into.addcmul_(centred, bell, value=amplitude)
 
-    def add_slope(self, into: Tensor, grad: Tensor, z: Tensor, amplitude: float) -> Tensor:
-        """Adds the gradient by z, and returns the gradient by the amplitude."""
+    def add_slope(self, into: Tensor, grad: Tensor, z: Tensor, amplitude: float, lift: float | None = None) -> Tensor:
+        """Adds the gradient by z, and returns those by the amplitude and the lift, shape [2]."""
         centred, bell = self._parts(z)
         bell.mul_(grad)
-        by_amplitude = torch.dot(bell, centred)
+        sums = torch.stack([torch.dot(bell, centred), bell.sum() * self.sigma])
+        if lift:
+            into.addcmul_(bell, centred, value=-lift / self.sigma)
         if amplitude != 0.0:
             square = centred.square_()
             into.addcmul_(bell, torch.rsub(square, 1.0, alpha=self.sigma**-2), value=amplitude)
-        return by_amplitude
+        return sums
 
 
 class _Table:
@@ -174,15 +187,15 @@ class _Table:
             result.mul_(t).add_(row)
         return result
 
-    def add_value(self, into: Tensor, z: Tensor, amplitude: float) -> None:
-        """Adds the correction to the outputs."""
+    def add_value(self, into: Tensor, z: Tensor, amplitude: float, lift: float | None = None) -> None:
+        """Adds the correction to the outputs; a table has no lift."""
         value = self._read(self.rows, *self._places(z))
         if self.careful:
             value.masked_fill_(value == 0, -0.0)
         into.add_(value, alpha=amplitude * self.sigma)
 
-    def add_slope(self, into: Tensor, grad: Tensor, z: Tensor, amplitude: float) -> Tensor:
-        """Adds the gradient by z, and returns the gradient by the amplitude."""
+    def add_slope(self, into: Tensor, grad: Tensor, z: Tensor, amplitude: float, lift: float | None = None) -> Tensor:
+        """Adds the gradient by z, and returns those by the amplitude and the lift, which is 0; shape [2]."""
         index, t = self._places(z)
         by_amplitude = torch.dot(grad, self._read(self.rows, index, t)) * self.sigma
         if amplitude != 0.0:
@@ -192,4 +205,4 @@ class _Table:
                 into.add_(slope.masked_fill_(slope == 0, -0.0), alpha=amplitude * self.per_sd)
             else:
                 into.addcmul_(grad, slope, value=amplitude * self.per_sd)
-        return by_amplitude
+        return torch.stack([by_amplitude, torch.zeros_like(by_amplitude)])

@@ -3,7 +3,8 @@
     f(z) = base(z) + c(z),   c(z) = eps * sigma * ghat(u),   u = (z - mu) / sigma        (Theory, section 4, (3))
 
 ``ghat`` is either the closed form ``u * exp(-u^2 / 2)`` (piecewise linear base, Gaussian density) or a piecewise
-cubic read from a table. The backward keeps the pre-activation z and recomputes the rest.
+cubic read from a table. With free terms the bell ``exp(-u^2 / 2)`` is added with an amplitude of its own, the lift.
+The backward keeps the pre-activation z and recomputes the rest.
 """
 
 from __future__ import annotations
@@ -13,11 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_U", "correction", "ghat_closed_form", "ghat_table"]
+from eafo_dynamic.kernels.terms import Terms
+
+__all__ = ["MAX_U", "bell", "correction", "correction_of", "ghat_closed_form", "ghat_table"]
 
 MAX_U = 13.0
 """Standardised pre-activations are clamped to [-MAX_U, MAX_U]: exp(-MAX_U^2 / 2) = 2e-37 still is a float32, MAX_U^2
 still is a float16, and an infinite z gives a finite correction."""
+
+
+def correction_of(z: Tensor, terms: Terms) -> Tensor:
+    """``correction`` of these operands.
+
+    Args:
+        z: pre-activations, any shape, floating point.
+        terms: amplitudes, shape and tables.
+
+    Returns:
+        c(z), of the shape and dtype of z; differentiable in z, eps and lift, also twice.
+    """
+    eps, shape, table, offset, half_width, lift = terms
+    return correction(z, eps, shape, table, half_width, offset, lift)
 
 
 def ghat_closed_form(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,8 +50,24 @@ def ghat_closed_form(u: Tensor) -> tuple[Tensor, Tensor]:
     """
     u = u.clamp(-MAX_U, MAX_U)
     square = u * u
-    bell = torch.exp(-0.5 * square)
-    return u * bell, (1.0 - square) * bell
+    peak = torch.exp(-0.5 * square)
+    return u * peak, (1.0 - square) * peak
+
+
+def bell(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Shape of the lift, and its slope.
+
+        bell(u) = exp(-u^2/2),   bell'(u) = -u exp(-u^2/2)
+
+    Args:
+        u: standardised pre-activations, any shape, no unit; a NaN counts as infinitely far away.
+
+    Returns:
+        The bell and its slope, both of the shape of u.
+    """
+    u = u.nan_to_num(nan=MAX_U).clamp(-MAX_U, MAX_U)
+    value = torch.exp(-0.5 * u * u)
+    return value, -u * value
 
 
 def ghat_table(u: Tensor, table: Tensor, half_width: float) -> tuple[Tensor, Tensor]:
@@ -75,6 +108,19 @@ def _ghat(z: Tensor, shape: Tensor, table: Tensor | None, half_width: float) -> 
     return value.to(z.dtype), slope.to(z.dtype)
 
 
+def _bell(z: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
+    mu, sigma = shape.unbind()
+    return bell((z - mu) / sigma)
+
+
+def _summed(grad: Tensor, value: Tensor, amplitude: Tensor, shape: Tensor) -> Tensor:
+    """Gradient by an amplitude of sigma * value."""
+    # a sum over a batch is soon too large for half precision
+    wide = torch.promote_types(value.dtype, torch.float32)
+    share = (grad * value).sum_to_size(amplitude.shape) if amplitude.dim() else (grad * value).sum(dtype=wide)
+    return (share * shape[1]).to(amplitude.dtype)
+
+
 def _neutral_zeros(c: Tensor, eps: Tensor) -> Tensor:
     """Turns zeros into -0.0, the one number with x + (-0.0) == x bit for bit for every x, +0.0 and -0.0 included.
 
@@ -97,7 +143,13 @@ class _Correction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        z: Tensor, eps: Tensor, shape: Tensor, table: Tensor | None, offset: Tensor | None, half_width: float
+        z: Tensor,
+        eps: Tensor,
+        shape: Tensor,
+        table: Tensor | None,
+        offset: Tensor | None,
+        half_width: float,
+        lift: Tensor | None,
     ) -> Tensor:
         sigma = shape[1].to(z.dtype)
         value, _ = _ghat(z, shape, table, half_width)
@@ -105,30 +157,34 @@ class _Correction(torch.autograd.Function):
         if offset is not None:
             settled, _ = _ghat(z, shape, offset, half_width)
             c = c + settled * sigma
+        if lift is not None:
+            c = c + _bell(z, shape)[0] * (lift.to(z.dtype) * sigma)
         return _neutral_zeros(c, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, eps, shape, table, offset, ctx.half_width = inputs
-        ctx.save_for_backward(z, eps, shape, table, offset)
+        z, eps, shape, table, offset, ctx.half_width, lift = inputs
+        ctx.save_for_backward(z, eps, shape, table, offset, lift)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        z, eps, shape, table, offset = ctx.saved_tensors
+        z, eps, shape, table, offset, lift = ctx.saved_tensors
         value, slope = _ghat(z, shape, table, ctx.half_width)
-        grad_z = grad_eps = None
+        peak, fall = (None, None) if lift is None else _bell(z, shape)
+        grad_z = grad_eps = grad_lift = None
         if ctx.needs_input_grad[0]:
             total = slope * eps.to(z.dtype)
             if offset is not None:
                 total = total + _ghat(z, shape, offset, ctx.half_width)[1]
+            if lift is not None and fall is not None:
+                total = total + fall * lift.to(z.dtype)
             grad_z = _neutral_zeros(grad * total, eps)
         if ctx.needs_input_grad[1]:
-            # a sum over a batch is soon too large for half precision
-            wide = torch.promote_types(z.dtype, torch.float32)
-            share = (grad * value).sum_to_size(eps.shape) if eps.dim() else (grad * value).sum(dtype=wide)
-            grad_eps = (share * shape[1]).to(eps.dtype)
-        return grad_z, grad_eps, None, None, None, None
+            grad_eps = _summed(grad, value, eps, shape)
+        if ctx.needs_input_grad[6] and lift is not None and peak is not None:
+            grad_lift = _summed(grad, peak, lift, shape)
+        return grad_z, grad_eps, None, None, None, None, grad_lift
 
 
 class _CorrectionInBothModes(_Correction):
@@ -137,21 +193,25 @@ class _CorrectionInBothModes(_Correction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _Correction.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:5])
+        ctx.save_for_forward(*inputs[:5], inputs[6])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        z, eps, shape, table, offset = ctx.saved_tensors
-        along_z, along_eps, *_ = tangents
+        z, eps, shape, table, offset, lift = ctx.saved_tensors
+        along_z, along_eps, *_, along_lift = tangents
         value, slope = _ghat(z, shape, table, ctx.half_width)
         total = torch.zeros_like(z)
         if along_z is not None:
             slope = slope * eps.to(z.dtype)
             if offset is not None:
                 slope = slope + _ghat(z, shape, offset, ctx.half_width)[1]
+            if lift is not None:
+                slope = slope + _bell(z, shape)[1] * lift.to(z.dtype)
             total = slope * along_z
         if along_eps is not None:
             total = total + value * (along_eps * shape[1]).to(z.dtype)
+        if along_lift is not None:
+            total = total + _bell(z, shape)[0] * (along_lift * shape[1]).to(z.dtype)
         return _neutral_zeros(total, eps)
 
 
@@ -162,10 +222,12 @@ def correction(
     table: Tensor | None = None,
     half_width: float = 0.0,
     offset: Tensor | None = None,
+    lift: Tensor | None = None,
 ) -> Tensor:
-    """Correction term c(z) = sigma * (eps * ghat(u) + offset(u)), u = (z - mu) / sigma.
+    """Correction term c(z) = sigma * (eps * ghat(u) + offset(u) + lift * exp(-u^2 / 2)), u = (z - mu) / sigma.
 
-    With eps = 0 and no offset, ``base(z) + correction(z, ...)`` equals ``base(z)`` bit for bit, gradient included.
+    With eps and lift 0 and no offset, ``base(z) + correction(z, ...)`` equals ``base(z)`` bit for bit, gradient
+    included.
 
     Args:
         z: pre-activations, any shape, floating point.
@@ -174,10 +236,11 @@ def correction(
         table: coefficients of ghat, shape [4, intervals]; None means the closed form u exp(-u^2/2).
         half_width: end of the tables in standard deviations; needed with a table only.
         offset: coefficients of what earlier rounds have settled, shape [4, intervals]; None for nothing.
+        lift: amplitude of the bell, no unit, of the shape of eps; None for none.
 
     Returns:
-        c(z), of the shape and dtype of z; differentiable in z and eps, also twice.
+        c(z), of the shape and dtype of z; differentiable in z, eps and lift, also twice.
     """
     function = _Correction if torch.compiler.is_compiling() else _CorrectionInBothModes
-    result: Tensor = function.apply(z, eps, shape, table, offset, half_width)  # pyright: ignore[reportAssignmentType]
+    result: Tensor = function.apply(z, eps, shape, table, offset, half_width, lift)  # pyright: ignore[reportAssignmentType]
     return result

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.kernels.eager import EagerKernel
-from eafo_dynamic.kernels.formula import correction
+from eafo_dynamic.kernels.formula import correction_of
 from eafo_dynamic.kernels.known import NOTHING, Known
 from eafo_dynamic.kernels.native import native_kernel
 from eafo_dynamic.kernels.terms import Terms, is_dense
@@ -28,6 +28,9 @@ BACKENDS: tuple[Backend, ...] = ("auto", "eager", "native")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _EAGER = EagerKernel()
 
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""By z, eps and lift, each where it is needed."""
+
 
 class _Kernel(Protocol):
     """A back end: the two functions that the equation needs."""
@@ -38,7 +41,7 @@ class _Kernel(Protocol):
     def add(self, out: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> None: ...
     def add_gradient(
         self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None
-    ) -> Tensor: ...
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 def check_backend(backend: str) -> Backend:
@@ -91,10 +94,10 @@ def corrected(
     known: Known | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """f(z) = base(z) + sigma * (eps * ghat(u) + offset(u)), u = (z - mu) / sigma.
+    """f(z) = base(z) + sigma * (eps * ghat(u) + offset(u) + lift * exp(-u^2 / 2)), u = (z - mu) / sigma.
 
-    With eps = 0 and no offset it equals ``base(z)`` bit for bit, gradient included. Compilers, transforms and other
-    devices see plain operations.
+    With eps and lift 0 and no offset it equals ``base(z)`` bit for bit, gradient included. Compilers, transforms and
+    other devices see plain operations.
 
     Args:
         z: pre-activations, any shape, floating point.
@@ -104,15 +107,14 @@ def corrected(
         backend: what to compute plain CPU tensors with.
 
     Returns:
-        f(z), of the shape and dtype of z; differentiable in z and eps, also twice.
+        f(z), of the shape and dtype of z; differentiable in z, eps and lift, also twice.
     """
     kernel = _kernel_for(z, terms, backend)
     if kernel is None:
         out = base(z)
-        eps, shape, table, offset, half_width = terms
-        return out + correction(z, eps, shape, table, half_width, offset).to(out.dtype)
+        return out + correction_of(z, terms).to(out.dtype)
     function = NOTHING if known is None else known
-    if torch.is_grad_enabled() and (z.requires_grad or terms.eps.requires_grad):
+    if _wants_gradient(z, terms):
         c: Tensor = _Corrected.apply(z, *terms, function, kernel)  # pyright: ignore[reportAssignmentType]
     else:
         c = _forward(z, terms, function, kernel)
@@ -142,12 +144,17 @@ def corrected_(
     if kernel is None or known is None:
         kept = _twin(z, z)  # the backward needs what is about to be overwritten
         return z.copy_(corrected(kept, lambda x: base(_twin(x, z)), terms, known, backend))
-    if torch.is_grad_enabled() and (z.requires_grad or terms.eps.requires_grad):
+    if _wants_gradient(z, terms):
         # the copy is an input of its own, so that a second derivative finds its way through it
         result: Tensor = _CorrectedInPlace.apply(z.clone(), z, *terms, known, kernel)  # pyright: ignore[reportAssignmentType]
         return result
     _overwrite(z, z.clone(), terms, known, kernel)
     return z
+
+
+def _wants_gradient(z: Tensor, terms: Terms) -> bool:
+    needed = z.requires_grad or terms.eps.requires_grad or (terms.lift is not None and terms.lift.requires_grad)
+    return needed and torch.is_grad_enabled()
 
 
 def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
@@ -171,10 +178,17 @@ def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
 
 def _inside(known: Known, terms: Terms, kernel: _Kernel) -> Known | None:
     """The base, if the kernel may compute it itself; an eps of 0 wants the bits of torch's own."""
-    # the closed form is that of piecewise linear functions, and compiled for no others
-    able = known.code == 1 or (known.code > 1 and terms.table is not None)
-    eps = terms.eps
-    return known if able and kernel is not _EAGER and (eps.all() if eps.dim() else eps).item() else None
+    # the closed form without a lift is that of piecewise linear functions, and compiled for no others
+    able = known.code == 1 or (known.code > 1 and (terms.table is not None or terms.lift is not None))
+    return known if able and kernel is not _EAGER and _acts(terms) else None
+
+
+def _acts(terms: Terms) -> bool:
+    """Whether no amplitude leaves its part of the tensor as it is."""
+    eps, lift = terms.eps, terms.lift
+    if not eps.dim():
+        return bool(eps.item()) or (lift is not None and bool(lift.item()))
+    return bool((eps.ne(0) if lift is None else eps.ne(0) | lift.ne(0)).all().item())
 
 
 def _forward(z: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> Tensor:
@@ -212,33 +226,34 @@ class _Corrected(torch.autograd.Function):
         table: Tensor | None,
         offset: Tensor | None,
         half_width: float,
+        lift: Tensor | None,
         known: Known,
         kernel: _Kernel,
     ) -> Tensor:
         ctx.half_width, ctx.known, ctx.kernel = half_width, known, kernel
-        ctx.save_for_backward(z, eps, shape, table, offset)
-        return _forward(z, Terms(eps, shape, table, offset, half_width), known, kernel)
+        ctx.save_for_backward(z, eps, shape, table, offset, lift)
+        return _forward(z, Terms(eps, shape, table, offset, half_width, lift), known, kernel)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        by_z, by_eps = ctx.needs_input_grad[:2]
-        return (*_gradients(ctx, grad, by_z, by_eps), *[None] * 6)
+        needed = ctx.needs_input_grad
+        by_z, by_eps, by_lift = _gradients(ctx, grad, (needed[0], needed[1], needed[6]))
+        return by_z, by_eps, *[None] * 4, by_lift, None, None
 
 
-def _gradients(ctx: Any, grad: Tensor, by_z: bool, by_eps: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients by z and eps, each where it is needed."""
-    z, *tensors = ctx.saved_tensors
-    eps, shape, table, offset = tensors
-    terms = Terms(eps, shape, table, offset, ctx.half_width)
+def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Gradients:
+    z, eps, shape, table, offset, lift = ctx.saved_tensors
+    terms = Terms(eps, shape, table, offset, ctx.half_width, lift)
     if torch.is_grad_enabled() or not _is_plain(grad, z):
-        return _traceable(z, terms, ctx.known, grad, by_z, by_eps)
+        return _traceable(z, terms, ctx.known, grad, needed)
     if grad.stride() != z.stride():
         grad = torch.empty_like(z).copy_(grad)
     inside = _inside(ctx.known, terms, ctx.kernel)
     out = ctx.known.gradient(grad, z) if inside is None else torch.empty_like(z)
-    grad_eps = ctx.kernel.add_gradient(out, grad, z, terms, inside)
-    return out if by_z else None, grad_eps if by_eps else None
+    found = (out, *ctx.kernel.add_gradient(out, grad, z, terms, inside))
+    by_z, by_eps, by_lift = (each if wanted else None for each, wanted in zip(found, needed, strict=True))
+    return by_z, by_eps, by_lift
 
 
 class _CorrectedInPlace(torch.autograd.Function):
@@ -254,21 +269,22 @@ class _CorrectedInPlace(torch.autograd.Function):
         table: Tensor | None,
         offset: Tensor | None,
         half_width: float,
+        lift: Tensor | None,
         known: Known,
         kernel: _Kernel,
     ) -> Tensor:
         ctx.half_width, ctx.known, ctx.kernel = half_width, known, kernel
         ctx.mark_dirty(z)
-        ctx.save_for_backward(kept, eps, shape, table, offset)
-        _overwrite(z, kept, Terms(eps, shape, table, offset, half_width), known, kernel)
+        ctx.save_for_backward(kept, eps, shape, table, offset, lift)
+        _overwrite(z, kept, Terms(eps, shape, table, offset, half_width, lift), known, kernel)
         return z
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        by_kept, _, by_eps = ctx.needs_input_grad[:3]
-        by_z, by_amplitude = _gradients(ctx, grad, by_kept, by_eps)
-        return by_z, None, by_amplitude, *[None] * 6
+        needed = ctx.needs_input_grad
+        by_z, by_eps, by_lift = _gradients(ctx, grad, (needed[0], needed[2], needed[7]))
+        return by_z, None, by_eps, *[None] * 4, by_lift, None, None
 
 
 def _is_plain(grad: Tensor, z: Tensor) -> bool:
@@ -277,14 +293,13 @@ def _is_plain(grad: Tensor, z: Tensor) -> bool:
     return type(grad) in _PLAIN and grad.dtype == z.dtype and not batched
 
 
-def _traceable(
-    z: Tensor, terms: Terms, known: Known, grad: Tensor, by_z: bool, by_eps: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _traceable(z: Tensor, terms: Terms, known: Known, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Gradients:
     """The same gradients by operations that can be differentiated again."""
     again = torch.is_grad_enabled()
-    eps, shape, table, offset, half_width = terms
     with torch.enable_grad():
-        out = known.value(z) + correction(z, eps, shape, table, half_width, offset)
-        wanted = [tensor for tensor, needed in ((z, by_z), (eps, by_eps)) if needed]
+        out = known.value(z) + correction_of(z, terms)
+        inputs = (z, terms.eps, terms.lift)
+        wanted = [tensor for tensor, use in zip(inputs, needed, strict=True) if use and tensor is not None]
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
-    return next(found) if by_z else None, next(found) if by_eps else None
+    by_z, by_eps, by_lift = (next(found) if use else None for use in needed)
+    return by_z, by_eps, by_lift

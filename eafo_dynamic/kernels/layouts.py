@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.masked import MaskedTensor
 
-from eafo_dynamic.kernels.formula import correction
+from eafo_dynamic.kernels.formula import correction_of
 from eafo_dynamic.kernels.terms import Terms
 
 __all__ = ["corrected_nested", "describe", "is_correctable", "per_channel", "size_of", "values_of"]
@@ -87,8 +87,7 @@ def corrected_nested(
     values = values_of(z.clone() if inplace else z)  # the backward needs what is about to be overwritten
     if not values.numel():
         return base(z)
-    eps, shape, table, offset, half_width = terms(values)
-    c = _with_values(z, correction(values, eps, shape, table, half_width, offset))
+    c = _with_values(z, correction_of(values, terms(values)))
     return z.copy_(base(z.clone()) + c) if inplace else base(z) + c
 
 

@@ -52,8 +52,8 @@ static void store(enum type type, const float *from, void *to, int64_t at, int m
     else for (int i = 0; i < m; i++) short_ones[i] = to_bfloat(from[i]);
 }
 
-/* Amplitudes, one a channel; `inner` elements of a channel lie side by side, then those of the next one. */
-struct channels { const float *eps; int64_t count, inner; };
+/* How channels lie: `inner` elements of one side by side, then those of the next one. */
+struct channels { int64_t count, inner; };
 
 /* How many elements from a place on are of one channel, or of as many different ones, and the first one's channel. */
 static inline int run(const struct channels *c, int64_t at, int most, int64_t *channel) {
@@ -62,11 +62,12 @@ static inline int run(const struct channels *c, int64_t at, int most, int64_t *c
     return length < most ? (int)length : most;
 }
 
-static void spread(const struct channels *c, int64_t at, int m, float *eps) {
+/* The amplitude of every element of a part, from one a channel. */
+static void spread(const struct channels *c, const float *amplitudes, int64_t at, int m, float *each) {
     int64_t first, step = c->inner == 1;
     for (int i = 0, k; i < m; i += k) {
         k = run(c, at + i, m - i, &first);
-        for (int j = 0; j < k; j++) eps[i + j] = c->eps[first + step * j];
+        for (int j = 0; j < k; j++) each[i + j] = amplitudes[first + step * j];
     }
 }
 
@@ -79,7 +80,7 @@ static void add_up(const struct channels *c, int64_t at, int m, const float *gra
     }
 }
 
-/* ghat, its slope per interval, and the offset's value and slope, of one part. */
+/* ghat, its slope per interval, and the offset's or the bell's value and slope, of one part. */
 static void shapes(const float *z, int m, const struct terms *s, const float *rows, const float *settled, float *value,
                    float *slope, float *more, float *more_slope) {
     int32_t row[PART];
@@ -89,7 +90,8 @@ static void shapes(const float *z, int m, const struct terms *s, const float *ro
         for (int i = 0; i < m; i++) {
             float u = clamped((z[i] - s->mu) * s->inverse, s->clamp), e = bell_exp(-0.5f * u * u);
             value[i] = u * e;
-            if (slope) slope[i] = (1.0f - u * u) * e;
+            more[i] = e;
+            if (slope) slope[i] = (1.0f - u * u) * e, more_slope[i] = -u * e;
         }
         return;
     }
@@ -98,58 +100,71 @@ static void shapes(const float *z, int m, const struct terms *s, const float *ro
     if (settled) read_rows(settled, row, t, m, more, more_slope);
 }
 
-/* As the functions above, with type: of z, grad and out; eps: one a channel, count of them, as `channels` has it. */
+/* As the functions above, with type: of z, grad and out; eps and lift: one a channel, count of them, as `channels` has
+   it. */
 void eafo_mixed_forward(const void *z, void *out, int64_t n, int type, int64_t count, int64_t inner, const float *eps,
-                        const float *shape, const float *table, const float *offset, int intervals, float half_width,
-                        float clamp, int base, float below, int threads) {
+                        const float *lift, const float *shape, const float *table, const float *offset, int intervals,
+                        float half_width, float clamp, int base, float below, int threads) {
     float rows[4 * (MOST_INTERVALS + 1)], settled[4 * (MOST_INTERVALS + 1)];
-    struct terms s = read_terms(eps, shape, intervals, half_width, clamp, base, below);
-    struct channels c = {eps, count, inner};
+    struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
+    struct channels c = {count, inner};
     if (table) to_rows(table, intervals, rows);
     if (offset) to_rows(offset, intervals, settled);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t at = 0; at < n; at += PART) {
-        float room[2][PART], e[PART], value[PART], more[PART];
+        float room[2][PART], e[PART], l[PART], value[PART], more[PART];
         int m = n - at < PART ? (int)(n - at) : PART;
         const float *x = load((enum type)type, z, at, room[0], m);
         float *y = load_given((enum type)type, s.base, out, at, room[1], m);
-        spread(&c, at, m, e);
+        spread(&c, eps, at, m, e);
+        if (lift) spread(&c, lift, at, m, l);
         shapes(x, m, &s, table ? rows : 0, offset ? settled : 0, value, 0, more, 0);
-        for (int i = 0; i < m; i++)   /* nothing is added where there is no offset: -0 + 0 is no -0 */
-            value[i] = s.sigma * (offset ? e[i] * value[i] + more[i] : e[i] * value[i]);
+        for (int i = 0; i < m; i++) {   /* nothing is added where there is nothing: -0 + 0 is no -0 */
+            float c = e[i] * value[i];
+            value[i] = s.sigma * (offset ? c + more[i] : lift ? c + l[i] * more[i] : c);
+        }
         finish_values(s.base, s.below, x, value, y, m);
         store((enum type)type, y, out, at, m);
     }
 }
 
-/* partial: room for `count` zeros a piece; there are `pieces` of them, which are added up in their order. */
+/* partial: room for 2 `count` zeros a piece; there are `pieces` of them, which are added up in their order. grad_eps:
+   those by eps, one a channel, then those by lift. */
 void eafo_mixed_backward(const void *z, const void *grad, void *out, int64_t n, int type, int64_t count, int64_t inner,
-                         const float *eps, const float *shape, const float *table, const float *offset, int intervals,
-                         float half_width, float clamp, int base, float below, int threads, int pieces, double *partial,
-                         float *grad_eps) {
+                         const float *eps, const float *lift, const float *shape, const float *table,
+                         const float *offset, int intervals, float half_width, float clamp, int base, float below,
+                         int threads, int pieces, double *partial, float *grad_eps) {
     float rows[4 * (MOST_INTERVALS + 1)], settled[4 * (MOST_INTERVALS + 1)];
-    struct terms s = read_terms(eps, shape, intervals, half_width, clamp, base, below);
-    struct channels c = {eps, count, inner};
+    struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
+    struct channels c = {count, inner};
     int64_t parts = (n + PART - 1) / PART;
     if (table) to_rows(table, intervals, rows);
     if (offset) to_rows(offset, intervals, settled);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int piece = 0; piece < pieces; piece++)
-        for (int64_t at = PART * (parts * piece / pieces); at < n && at < PART * (parts * (piece + 1) / pieces); at += PART) {
-            float room[3][PART], e[PART], value[PART], slope[PART], more[PART];
+    for (int piece = 0; piece < pieces; piece++) {
+        int64_t end = PART * (parts * (piece + 1) / pieces);
+        double *sums = partial + 2 * count * piece;
+        for (int64_t at = PART * (parts * piece / pieces); at < n && at < end; at += PART) {
+            float room[3][PART], e[PART], l[PART], value[PART], slope[PART], bell[PART], more[PART];
             int m = n - at < PART ? (int)(n - at) : PART;
             const float *x = load((enum type)type, z, at, room[0], m), *g = load((enum type)type, grad, at, room[1], m);
             float *y = load_given((enum type)type, s.base, out, at, room[2], m);
-            spread(&c, at, m, e);
-            shapes(x, m, &s, table ? rows : 0, offset ? settled : 0, value, slope, 0, more);
-            add_up(&c, at, m, g, value, partial + count * piece);
-            for (int i = 0; i < m; i++) slope[i] = s.per_sd * (e[i] * slope[i] + (offset ? more[i] : 0.0f));
+            spread(&c, eps, at, m, e);
+            shapes(x, m, &s, table ? rows : 0, offset ? settled : 0, value, slope, bell, more);
+            add_up(&c, at, m, g, value, sums);
+            if (lift) {
+                spread(&c, lift, at, m, l);
+                add_up(&c, at, m, g, bell, sums + count);
+            }
+            for (int i = 0; i < m; i++)
+                slope[i] = s.per_sd * (e[i] * slope[i] + (offset ? more[i] : lift ? l[i] * more[i] : 0.0f));
             finish_slopes(s.base, s.below, x, g, slope, y, m);
             store((enum type)type, y, out, at, m);
         }
-    for (int64_t k = 0; k < count; k++) {
+    }
+    for (int64_t k = 0; k < 2 * count; k++) {
         double sum = 0.0;
-        for (int piece = 0; piece < pieces; piece++) sum += partial[count * piece + k];
+        for (int piece = 0; piece < pieces; piece++) sum += partial[2 * count * piece + k];
         grad_eps[k] = (float)(sum * s.sigma);
     }
 }

@@ -3,6 +3,7 @@
        c(z) = sigma * (eps * ghat(u) + offset(u)),   u = (z - mu) / sigma
 
    ghat is u exp(-u^2 / 2), or piecewise cubics read from a table, as in formula.py; the offset is always a table.
+   Beside the closed form there may be lift * exp(-u^2 / 2) in place of the offset.
    Results do not depend on the number of threads: sums are taken over blocks of fixed size, then in their order. */
 
 #include <stdint.h>
@@ -20,7 +21,7 @@ typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 enum base { GIVEN, KINK, SILU, GELU, GELU_TANH };
 
 struct terms {
-    float eps, mu, sigma, inverse, clamp;   /* inverse = 1 / sigma */
+    float eps, lift, mu, sigma, inverse, clamp;   /* inverse = 1 / sigma; lift 0 where there is none */
     float per_sd, half_width;               /* intervals per standard deviation, end of the tables */
     int intervals;
     enum base base;
@@ -178,13 +179,14 @@ static inline void read_rows(const float *rows, const int32_t *row, const float 
     }
 }
 
-/* The closed form, in one loop with its base: GIVEN or a KINK. */
+/* The closed form, in one loop with its base. */
 static inline __attribute__((always_inline)) void
 bell_values(enum base base, const float *z, float *out, int64_t n, const struct terms *s) {
-    float amplitude = s->eps * s->sigma, mu = s->mu, inverse = s->inverse, bound = s->clamp, below = s->below;
+    float amplitude = s->eps * s->sigma, lift = s->lift * s->sigma;
+    float mu = s->mu, inverse = s->inverse, bound = s->clamp, below = s->below;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        float u = clamped((z[i] - mu) * inverse, bound), c = amplitude * u * bell_exp(-0.5f * u * u);
+        float u = clamped((z[i] - mu) * inverse, bound), c = (amplitude * u + lift) * bell_exp(-0.5f * u * u);
         float value = out[i], slope;
         if (base == GIVEN) {
             out[i] = plus(value, c);
@@ -195,22 +197,28 @@ bell_values(enum base base, const float *z, float *out, int64_t n, const struct 
     }
 }
 
-static inline __attribute__((always_inline)) double
-bell_slopes(enum base base, const float *z, const float *grad, float *out, int64_t n, const struct terms *s) {
-    float eps = s->eps, mu = s->mu, inverse = s->inverse, bound = s->clamp, below = s->below, sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
+/* sums: of grad u e and of grad e, the gradients by eps and lift. */
+static inline __attribute__((always_inline)) void
+bell_slopes(enum base base, const float *z, const float *grad, float *out, int64_t n, const struct terms *s,
+            double *sums) {
+    float eps = s->eps, lift = s->lift, mu = s->mu, inverse = s->inverse, bound = s->clamp, below = s->below;
+    float by_eps = 0.0f, by_lift = 0.0f;
+    int nothing = eps == 0.0f && lift == 0.0f;
+#pragma omp simd reduction(+ : by_eps, by_lift)
     for (int64_t i = 0; i < n; i++) {
         float u = clamped((z[i] - mu) * inverse, bound), e = bell_exp(-0.5f * u * u);
-        float value, slope, c = eps * ((1.0f - u * u) * e);
-        sum += grad[i] * (u * e);
+        float value, slope, c = (eps * (1.0f - u * u) - lift * u) * e;
+        by_eps += grad[i] * (u * e);
+        by_lift += grad[i] * e;
         if (base == GIVEN) {
-            out[i] = eps == 0.0f ? out[i] : plus(out[i], grad[i] * c);   /* 0 * inf is no 0 */
+            out[i] = nothing ? out[i] : plus(out[i], grad[i] * c);   /* 0 * inf is no 0 */
         } else {
             apply_base(base, below, z[i], &value, &slope);
             out[i] = grad[i] * (slope + c);
         }
     }
-    return (double)sum;
+    sums[0] = by_eps;
+    sums[1] = by_lift;
 }
 
 static float weighted_sum(const float *a, const float *b, int m) {
@@ -224,8 +232,9 @@ static void forward(const float *z, float *out, int64_t n, struct terms s, const
     int32_t row[PART];
     float t[PART], value[PART];
     if (!rows) {
-        if (s.base == GIVEN) bell_values(GIVEN, z, out, n, &s);
-        else bell_values(KINK, z, out, n, &s);
+#define CALL(which) bell_values(which, z, out, n, &s)
+        FOR_EACH_BASE(s.base, CALL)
+#undef CALL
         return;
     }
     for (int64_t start = 0; start < n; start += PART) {
@@ -236,14 +245,18 @@ static void forward(const float *z, float *out, int64_t n, struct terms s, const
     }
 }
 
-static double backward(const float *z, const float *grad, float *out, int64_t n, struct terms s, const float *rows,
-                       const float *settled) {
+static void backward(const float *z, const float *grad, float *out, int64_t n, struct terms s, const float *rows,
+                     const float *settled, double *sums) {
     int32_t row[PART];
     float t[PART], value[PART], slope[PART], more[PART];
     float amplitude = s.eps * s.per_sd;
-    double total = 0.0;
-    if (!rows)
-        return s.base == GIVEN ? bell_slopes(GIVEN, z, grad, out, n, &s) : bell_slopes(KINK, z, grad, out, n, &s);
+    sums[0] = sums[1] = 0.0;
+    if (!rows) {
+#define CALL(which) bell_slopes(which, z, grad, out, n, &s, sums)
+        FOR_EACH_BASE(s.base, CALL)
+#undef CALL
+        return;
+    }
     for (int64_t start = 0; start < n; start += PART) {
         int m = n - start < PART ? (int)(n - start) : PART;
         places(z + start, m, &s, row, t);
@@ -253,31 +266,30 @@ static double backward(const float *z, const float *grad, float *out, int64_t n,
             read_rows(settled, row, t, m, 0, more);
             for (int i = 0; i < m; i++) slope[i] += s.per_sd * more[i];
         }
-        total += weighted_sum(grad + start, value, m);
+        sums[0] += weighted_sum(grad + start, value, m);
         if (s.eps != 0.0f || settled || s.base != GIVEN)   /* 0 * inf is no 0 */
             finish_slopes(s.base, s.below, z + start, grad + start, slope, out + start, m);
     }
-    return total;
 }
 
-static struct terms read_terms(
-    const float *eps, const float *shape, int intervals, float half_width, float clamp, int base, float below) {
+static struct terms read_terms(const float *eps, const float *lift, const float *shape, int intervals, float half_width,
+                               float clamp, int base, float below) {
     float per_sd = intervals ? (float)intervals / (2.0f * half_width) : 1.0f;
-    struct terms s = {*eps, shape[0], shape[1], 1.0f / shape[1], clamp, per_sd, half_width, intervals,
+    struct terms s = {*eps, lift ? *lift : 0.0f, shape[0], shape[1], 1.0f / shape[1], clamp, per_sd, half_width, intervals,
                       (enum base)base, below};
     return s;
 }
 
 /* out = base(z) + c(z), where out holds base(z) already if the base is GIVEN.
 
-   eps [1], shape [2] = mu, sigma; table and offset [4, intervals] or null; below: slope of a KINK for z < 0.
-   The closed form takes GIVEN and KINK only. */
-void eafo_forward(const float *z, float *out, int64_t n, const float *eps, const float *shape, const float *table,
-                  const float *offset, int intervals, float half_width, float clamp, int base, float below,
-                  int threads) {
+   eps [1], lift [1] or null, shape [2] = mu, sigma; table and offset [4, intervals] or null, as lift or table are;
+   below: slope of a KINK for z < 0. */
+void eafo_forward(const float *z, float *out, int64_t n, const float *eps, const float *lift, const float *shape,
+                  const float *table, const float *offset, int intervals, float half_width, float clamp, int base,
+                  float below, int threads) {
     float rows[4 * (MOST_INTERVALS + 1)], settled[4 * (MOST_INTERVALS + 1)];
-    struct terms s = read_terms(eps, shape, intervals, half_width, clamp, base, below);
-    if (s.eps == 0.0f && !offset && base == GIVEN) return;   /* every bit of the base stays */
+    struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
+    if (s.eps == 0.0f && s.lift == 0.0f && !offset && base == GIVEN) return;   /* every bit of the base stays */
     if (table) {
         to_rows(table, intervals, rows);
         if (offset) to_rows(offset, intervals, settled);
@@ -291,23 +303,25 @@ void eafo_forward(const float *z, float *out, int64_t n, const float *eps, const
     }
 }
 
-/* out = grad (base' + c')(z), where out holds grad base'(z) already if the base is GIVEN; grad_eps = sum of grad ghat.
+/* out = grad (base' + c')(z), where out holds grad base'(z) already if the base is GIVEN; grad_eps [2] = sums of grad
+   ghat and of grad exp(-u^2 / 2), the latter 0 with a table.
 
-   partial: room for one number a block of 4096. */
-void eafo_backward(const float *z, const float *grad, float *out, int64_t n, const float *eps, const float *shape,
-                   const float *table, const float *offset, int intervals, float half_width, float clamp, int base,
-                   float below, int threads, double *partial, float *grad_eps) {
+   partial: room for two numbers a block of 4096. */
+void eafo_backward(const float *z, const float *grad, float *out, int64_t n, const float *eps, const float *lift,
+                   const float *shape, const float *table, const float *offset, int intervals, float half_width,
+                   float clamp, int base, float below, int threads, double *partial, float *grad_eps) {
     float rows[4 * (MOST_INTERVALS + 1)], settled[4 * (MOST_INTERVALS + 1)];
-    struct terms s = read_terms(eps, shape, intervals, half_width, clamp, base, below);
-    double sum = 0.0;
+    struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
+    double by_eps = 0.0, by_lift = 0.0;
     if (table) to_rows(table, intervals, rows);
     if (offset) to_rows(offset, intervals, settled);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t start = 0; start < n; start += BLOCK) {
         int64_t m = n - start < BLOCK ? n - start : BLOCK;
-        partial[start / BLOCK] =
-            backward(z + start, grad + start, out + start, m, s, table ? rows : 0, offset ? settled : 0);
+        backward(z + start, grad + start, out + start, m, s, table ? rows : 0, offset ? settled : 0,
+                 partial + 2 * (start / BLOCK));
     }
-    for (int64_t b = 0; b < (n + BLOCK - 1) / BLOCK; b++) sum += partial[b];
-    *grad_eps = (float)(sum * s.sigma);
+    for (int64_t b = 0; b < (n + BLOCK - 1) / BLOCK; b++) by_eps += partial[2 * b], by_lift += partial[2 * b + 1];
+    grad_eps[0] = (float)(by_eps * s.sigma);
+    grad_eps[1] = (float)(by_lift * s.sigma);
 }

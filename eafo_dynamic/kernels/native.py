@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eafo_dynamic.kernels.formula import MAX_U, correction
+from eafo_dynamic.kernels.formula import MAX_U, correction_of
 from eafo_dynamic.kernels.known import INSIDE, Known
 from eafo_dynamic.kernels.terms import Terms
 
@@ -51,7 +51,7 @@ class NativeKernel:
     def __init__(self, library: Path) -> None:
         loaded = ctypes.CDLL(str(library))
         pointer, real, integer = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
-        term = [pointer, pointer, pointer, pointer, integer, real, real, integer, real, integer]  # as in the source
+        term = [*[pointer] * 5, integer, real, real, integer, real, integer]  # as in the source
         size = ctypes.c_int64
         layout = [integer, size, size]
         self._forward, self._backward = loaded.eafo_forward, loaded.eafo_backward
@@ -70,9 +70,11 @@ class NativeKernel:
             terms: the other operands, on the CPU.
 
         Returns:
-            Whether z is float32, bfloat16 or float16, amplitudes are one for all or one a channel, and the tables are
-            of one length, which is not too long.
+            Whether z is float32, bfloat16 or float16, amplitudes are one for all or one a channel, the tables are of
+            one length, which is not too long, and there is no lift beside a table.
         """
+        if terms.lift is not None and (terms.table is not None or terms.lift.shape != terms.eps.shape):
+            return False
         if z.dtype not in _TYPES or (terms.eps.dim() and _channels(z, terms.eps) is None):
             return False
         if terms.offset is not None and (terms.table is None or terms.table.shape != terms.offset.shape):
@@ -94,7 +96,9 @@ class NativeKernel:
         else:
             self._mixed_forward(z.data_ptr(), out.data_ptr(), n, *_layout(z, terms), *_arguments(given, inside, n))
 
-    def add_gradient(self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> Tensor:
+    def add_gradient(
+        self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Adds grad * c'(z) to the base's gradient, in place.
 
         Args:
@@ -105,20 +109,21 @@ class NativeKernel:
             inside: see :meth:`add`.
 
         Returns:
-            Gradient by eps, of its shape and dtype.
+            Gradients by eps and lift, of their shape and dtype; None for a lift that is none.
         """
         n, given = z.numel(), _float32(terms)
-        grad_eps = torch.empty(terms.eps.shape, dtype=torch.float32)
+        found = torch.empty(2, *terms.eps.shape, dtype=torch.float32)
         pointers, arguments = (z.data_ptr(), grad.data_ptr(), out.data_ptr()), _arguments(given, inside, n)
         if _is_simple(z, terms):
-            partial = torch.empty(n // _BLOCK + 1, dtype=torch.float64)
-            self._backward(*pointers, n, *arguments, partial.data_ptr(), grad_eps.data_ptr())
-            return grad_eps.to(terms.eps.dtype)
-        pieces = min(_PIECES, n // _BLOCK + 1)
-        partial = torch.zeros(pieces, max(terms.eps.numel(), 1), dtype=torch.float64)
-        sums = pieces, partial.data_ptr(), grad_eps.data_ptr()
-        self._mixed_backward(*pointers, n, *_layout(z, terms), *arguments, *sums)
-        return grad_eps.to(terms.eps.dtype)
+            partial = torch.empty(n // _BLOCK + 1, 2, dtype=torch.float64)
+            self._backward(*pointers, n, *arguments, partial.data_ptr(), found.data_ptr())
+        else:
+            pieces = min(_PIECES, n // _BLOCK + 1)
+            partial = torch.zeros(pieces, 2, max(terms.eps.numel(), 1), dtype=torch.float64)
+            sums = pieces, partial.data_ptr(), found.data_ptr()
+            self._mixed_backward(*pointers, n, *_layout(z, terms), *arguments, *sums)
+        by_eps, by_lift = found.to(terms.eps.dtype).unbind()
+        return by_eps, None if terms.lift is None else by_lift
 
 
 def _is_simple(z: Tensor, terms: Terms) -> bool:
@@ -127,10 +132,11 @@ def _is_simple(z: Tensor, terms: Terms) -> bool:
 
 def _float32(terms: Terms) -> Terms:
     """The terms in float32; themselves where they are."""
-    if all(each is None or each.dtype == torch.float32 for each in terms[:4]):
+    tensors = (*terms[:4], terms.lift)
+    if all(each is None or each.dtype == torch.float32 for each in tensors):
         return terms
-    table, offset = (None if each is None else each.to(torch.float32) for each in (terms.table, terms.offset))
-    return Terms(terms.eps.to(torch.float32), terms.shape.to(torch.float32), table, offset, terms.half_width)
+    table, offset, lift = (None if each is None else each.to(torch.float32) for each in tensors[2:])
+    return Terms(terms.eps.to(torch.float32), terms.shape.to(torch.float32), table, offset, terms.half_width, lift)
 
 
 def _layout(z: Tensor, terms: Terms) -> tuple[int, int, int]:
@@ -159,9 +165,10 @@ def _channels(z: Tensor, eps: Tensor) -> tuple[int, int] | None:
 
 
 def _arguments(terms: Terms, inside: Known | None, n: int) -> tuple[object, ...]:
-    eps, shape, table, offset, half_width = terms
+    eps, shape, table, offset, half_width, lift = terms
     return (
         eps.data_ptr(),
+        None if lift is None else lift.data_ptr(),
         shape.data_ptr(),
         None if table is None else table.data_ptr(),
         None if offset is None else offset.data_ptr(),
@@ -258,17 +265,25 @@ def _checked(library: Path | None) -> NativeKernel | None:
     knots = torch.cos(torch.arange(17.0))
     # t^2 - t^3 vanishes at both ends: the table is continuous, and a place rounded across a knot does not matter
     table = torch.stack([knots[:-1], knots.diff(), knots[1:], -knots[1:]])
-    for each, offset in ((None, None), (table, None), (table, -0.7 * table)):
-        terms = Terms(torch.tensor(0.3), torch.tensor([0.2, 1.4]), each, offset, 4.0)
+    shape, lift = torch.tensor([0.2, 1.4]), torch.tensor(-0.2)
+    for each, offset, bell in (
+        (None, None, None),
+        (None, None, lift),
+        (table, None, None),
+        (table, -0.7 * table, None),
+    ):
+        terms = Terms(torch.tensor(0.3), shape, each, offset, 4.0, bell)
         out = torch.zeros_like(z)
         kernel.add(out, z, terms)
-        c = correction(z, *terms[:3], terms.half_width, terms.offset)
+        c = correction_of(z, terms)
         kernels_agree = torch.allclose(out, c, rtol=0.0, atol=1e-5)
-        for base in INSIDE if each is not None else INSIDE[:2]:
+        for base in INSIDE if each is not None or bell is not None else INSIDE[:2]:
             kernel.add(out, z, terms, base)
             kernels_agree &= torch.allclose(out, base.value(z) + c, rtol=0.0, atol=1e-5)
         channels = terms._replace(eps=torch.linspace(-0.5, 0.5, len(z)))
-        c = correction(z, *channels[:3], channels.half_width, channels.offset)
+        if bell is not None:
+            channels = channels._replace(lift=torch.linspace(0.5, -0.4, len(z)))
+        c = correction_of(z, channels)
         for dtype in _TYPES:
             out = torch.zeros_like(z, dtype=dtype)
             kernel.add(out, z.to(dtype), channels)

@@ -44,6 +44,9 @@ _COLUMNS = (
         "nats",
         "predicted change of entropy for each unit of eps, before the update",
     ),
+    Column("lift", "float", "1", "amplitude of the second term after the update; missing unless terms are free"),
+    Column("delta_lift", "float", "1", "change of lift since the site's previous update"),
+    Column("d_entropy_d_lift", "float", "nats", "predicted change of entropy for each unit of lift"),
     Column(
         "entropy",
         "float",
