@@ -63,7 +63,8 @@ class EAFOCallback(Callback):
             Policy object, or a list of Rules by site of which the first match decides.
         density: ``"gaussian"``, ``"histogram"`` or a function from samples [sites, n] to a Density.
         terms: ``"tied"`` (one amplitude eps for both terms of the correction, in the proportion that base and density
-            give) or ``"free"`` (an amplitude each: eps and lift).
+            give), ``"free"`` (an amplitude each: eps and lift), or ``"auto"``: free where that can be, tied with
+            another density than the Gaussian, compounding or the policy ``"static"``.
         eps_init: starting amplitude of every correction, no unit.
         max_eps: bound of |eps|: the slope of a function stays within max_eps of its base's.
         max_delta: bound of the change of a function at one update, in standard deviations of its pre-activation.
@@ -108,11 +109,11 @@ class EAFOCallback(Callback):
         functional: str = "wrap",
         policy: str | Policy | list[Rule] = "learned",
         density: str | Callable[[Tensor], Density] = "gaussian",
-        terms: str = "tied",
+        terms: str = "auto",
         eps_init: float = 0.01,
         max_eps: float = 0.5,
-        max_delta: float = 0.1,
-        update_every_n_steps: int = 50,
+        max_delta: float = 0.5,
+        update_every_n_steps: int = 20,
         update_every_n_epochs: int | None = None,
         update_starting_at_step: int = 0,
         freeze_at_step: int | None = None,
@@ -120,7 +121,7 @@ class EAFOCallback(Callback):
         samples_per_site: int = 4096,
         momentum: float = 0.5,
         lr: float | None = None,
-        lr_multiple: float = 1.0,
+        lr_multiple: float = 5.0,
         weight_decay: float = 0.0,
         per_channel: bool = False,
         compounding: bool = False,

@@ -12,7 +12,7 @@ from eafo_dynamic.checks import at_least, number
 from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.kernels import Backend, check_backend, resolve_backend
-from eafo_dynamic.policy import Policy, Rule, make_rules
+from eafo_dynamic.policy import Policy, Rule, Static, make_rules
 from eafo_dynamic.running import make_estimator
 from eafo_dynamic.schedule import Schedule, TrustRegion
 from eafo_dynamic.sites import Selection
@@ -33,8 +33,9 @@ class Options:
         policy: who moves eps: a name, a Policy, or a list of Rules by site of which the first match decides.
         density: estimate of the pre-activations' density: "gaussian", "histogram" or a function of samples.
         terms: "tied": one amplitude eps for both terms of the correction, in the proportion that base and density
-            give; "free": an amplitude each, (eps u + lift) exp(-u^2 / 2), with lift from 0. Free terms need the
-            Gaussian density and do not compound.
+            give; "free": an amplitude each, (eps u + lift) exp(-u^2 / 2), with lift from 0, which needs the Gaussian
+            density and no compounding; "auto": free where that can be, and tied with the policy "static", which then
+            is the paper's function on any base.
         eps_init: starting amplitude.
         max_eps: bound of |eps|.
         max_delta: bound of max |c_new - c_old| / sigma at one update round.
@@ -60,11 +61,11 @@ class Options:
     functional: str = "wrap"
     policy: str | Policy | Sequence[Rule] = "learned"
     density: str | Callable[[Tensor], Density] = "gaussian"
-    terms: str = "tied"
+    terms: str = "auto"
     eps_init: float = 0.01
     max_eps: float = 0.5
-    max_delta: float = 0.1
-    update_every_n_steps: int = 50
+    max_delta: float = 0.5
+    update_every_n_steps: int = 20
     update_starting_at_step: int = 0
     freeze_at_step: int | None = None
     collect_every_n_steps: int | None = None
@@ -100,11 +101,11 @@ class Options:
             raise ConfigError("rollback_factor", self.rollback_factor, "must be above 1", "Try 1.5.")
 
     def _check_terms(self) -> None:
-        if self.terms not in ("tied", "free"):
-            raise ConfigError("terms", self.terms, "unknown", "Choose 'tied' or 'free'.")
+        if self.terms not in ("auto", "tied", "free"):
+            raise ConfigError("terms", self.terms, "unknown", "Choose 'auto', 'tied' or 'free'.")
         if self.terms == "free" and self.tabulated:
             problem = "an amplitude for each term needs density='gaussian' and no compounding"
-            raise ConfigError("terms", self.terms, problem, "Leave those at their defaults, or use terms='tied'.")
+            raise ConfigError("terms", self.terms, problem, "Leave those at their defaults, or use terms='auto'.")
 
     @property
     def selection(self) -> Selection:
@@ -132,13 +133,21 @@ class Options:
         return self.density != "gaussian" or self.compounding
 
     @property
+    def free(self) -> bool:
+        """Whether the two terms of a correction have an amplitude each."""
+        if self.terms != "auto":
+            return self.terms == "free"
+        static = any(isinstance(rule.policy, Static) for rule in make_rules(self.policy))
+        return not self.tabulated and not static
+
+    @property
     def form(self) -> dict[str, bool]:
         """The options that say what a site's function is made of, as ``wrap`` takes them."""
         return {
             "tabulated": self.tabulated,
             "per_channel": self.per_channel,
             "compounding": self.compounding,
-            "free": self.terms == "free",
+            "free": self.free,
         }
 
     def primitives(self) -> dict[str, object]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import io
 import json
 import logging
@@ -51,13 +53,22 @@ def _weights_path(plan: Plan, seed: int) -> Path:
 
 def _prints(plan: Plan, arm: Arm, seed: int) -> tuple[dict[str, Any], str]:
     folder = result_path(plan, arm, seed).parent.absolute()
+    manner = (plan.threads, plan.select, {} if arm.eafo is None else _defaults())
     if plan.pretrain is None:
         config = compose(plan, arm, seed, folder)
-        return config, fingerprint(config, folder, (plan.threads, plan.select))
+        return config, fingerprint(config, folder, manner)
     weights = _weights_path(plan, seed).absolute()
     config = compose(plan, arm, seed, folder, weights)
     before = fingerprint(compose_pretraining(plan, seed, weights.parent), weights.parent, (plan.threads,))
-    return config, fingerprint(config, folder, (plan.threads, plan.select), before)
+    return config, fingerprint(config, folder, manner, before)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Defaults of the callback's options: a result made with others is none of this version's."""
+    from eafo_dynamic.callback import EAFOCallback
+
+    return {name: each.default for name, each in inspect.signature(EAFOCallback).parameters.items()}
 
 
 def finished(plan: Plan, arm: Arm, seed: int) -> bool:
