@@ -92,18 +92,17 @@ def test_free_terms_need_the_closed_form(options: dict[str, Any]) -> None:
         Options(terms="free", **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "free"),
-    [
-        ({}, True),
-        ({"policy": "entropy"}, True),
-        ({"density": "histogram"}, False),
-        ({"compounding": True}, False),
-        ({"policy": "static"}, False),
-        ({"policy": [Rule("a", "learned"), Rule(".*", "static")]}, False),
-    ],
-    ids=str,
-)
+FREE: list[tuple[dict[str, Any], bool]] = [
+    ({}, True),
+    ({"policy": "entropy"}, True),
+    ({"density": "histogram"}, False),
+    ({"compounding": True}, False),
+    ({"policy": "static"}, False),
+    ({"policy": [Rule("a", "learned"), Rule(".*", "static")]}, False),
+]
+
+
+@pytest.mark.parametrize(("options", "free"), FREE, ids=str)
 def test_terms_are_free_where_they_can_be(options: dict[str, Any], free: bool) -> None:
     assert Options(**options).form["free"] is free
     assert not Options(**options, terms="tied").form["free"]
