@@ -123,7 +123,7 @@ class Site:
     switch: Switch
     collector: Collector = field(default_factory=Collector)
     function: tuple[str, dict[str, object]] | None = None
-    _zero_seen: tuple[tuple[int, int], bool] | None = field(default=None, init=False, repr=False)
+    _zero_seen: tuple[tuple[tuple[int, int], ...], bool] | None = field(default=None, init=False, repr=False)
 
     @functools.cached_property
     def keys(self) -> tuple[str, str, str, str, str]:
@@ -223,29 +223,32 @@ class Site:
         parameters, buffers = host._parameters, host._buffers
         eps, lift = (parameters[key] if key in parameters else getattr(host, key) for key in (first, last))
         offset = buffers[settled] if settled in buffers else getattr(host, settled)
-        if offset is not None or (eps.requires_grad and torch.is_grad_enabled()):
+        amplitudes = (eps,) if lift is None else (eps, lift)
+        if offset is not None or (torch.is_grad_enabled() and any(each.requires_grad for each in amplitudes)):
             return False
-        return self._is_zero(eps if lift is None else torch.stack([eps, lift]), host.training)
+        return self._is_zero(amplitudes, host.training)
 
-    def _is_zero(self, eps: Tensor, training: bool) -> bool:
-        """Whether an amplitude is known to be zero; on an accelerator a training step never waits for it.
+    def _is_zero(self, amplitudes: tuple[Tensor, ...], training: bool) -> bool:
+        """Whether amplitudes are known to be zero; on an accelerator a training step never waits for them.
 
         Elsewhere than in training it is read once after each change there.
 
         Returns:
             Whether it is; False where it cannot be read.
         """
-        if type(eps) not in _PLAIN or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if any(type(each) not in _PLAIN for each in amplitudes):
             return False
-        if eps.is_meta or eps.is_inference() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
             return False
-        if _costs_nothing_to_read(eps):
-            return not (eps.any().item() if eps.dim() else eps.item())
-        stamp = (eps.data_ptr(), eps._version)
+        if any(each.is_meta or each.is_inference() for each in amplitudes):
+            return False
+        if all(map(_costs_nothing_to_read, amplitudes)):
+            return not any(each.any().item() if each.dim() else each.item() for each in amplitudes)
+        stamp = tuple((each.data_ptr(), each._version) for each in amplitudes)
         if self._zero_seen is None or self._zero_seen[0] != stamp:
             if training or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
                 return False
-            self._zero_seen = stamp, not bool(eps.any())
+            self._zero_seen = stamp, not any(bool(each.any()) for each in amplitudes)
         return self._zero_seen[1]
 
     def __call__(

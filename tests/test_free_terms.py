@@ -166,6 +166,13 @@ def test_merged_models_carry_both(per_channel: bool) -> None:
     torch.testing.assert_close(exported(x), expected)
 
 
+def test_a_lift_that_trains_alone_gets_its_gradient() -> None:
+    model = attach(network(), eps_init=0.0).model
+    model.requires_grad_(False)[1].eafo_0_lift.requires_grad_(True)
+    model(torch.randn(9, 6)).sum().backward()
+    assert model[1].eafo_0_lift.grad.abs() > 0
+
+
 def test_a_lift_alone_is_no_zero_correction() -> None:
     controller = attach(network(), policy="frozen", eps_init=0.0)
     with torch.no_grad():
