@@ -223,7 +223,7 @@ class Site:
         parameters, buffers = host._parameters, host._buffers
         eps, lift = (parameters[key] if key in parameters else getattr(host, key) for key in (first, last))
         offset = buffers[settled] if settled in buffers else getattr(host, settled)
-        amplitudes = (eps,) if lift is None else (eps, lift)
+        amplitudes = tuple(each for each in (eps, lift) if each is not None)
         if offset is not None or (torch.is_grad_enabled() and any(each.requires_grad for each in amplitudes)):
             return False
         return self._is_zero(amplitudes, host.training)

@@ -247,10 +247,10 @@ def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Grad
     terms = Terms(eps, shape, table, offset, ctx.half_width, lift)
     if torch.is_grad_enabled() or not _is_plain(grad, z):
         return _traceable(z, terms, ctx.known, grad, needed)
-    if grad.stride() != z.stride():
-        grad = torch.empty_like(z).copy_(grad)
     inside = _inside(ctx.known, terms, ctx.kernel)
+    # of the gradient as it came: torch's loops over gaps differ from those over dense memory in the last bit
     out = ctx.known.gradient(grad, z) if inside is None else torch.empty_like(z)
+    grad, out = (each if each.stride() == z.stride() else torch.empty_like(z).copy_(each) for each in (grad, out))
     found = (out, *ctx.kernel.add_gradient(out, grad, z, terms, inside))
     by_z, by_eps, by_lift = (each if wanted else None for each, wanted in zip(found, needed, strict=True))
     return by_z, by_eps, by_lift
