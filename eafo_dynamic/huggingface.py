@@ -58,7 +58,7 @@ class EAFOTrainerCallback(TrainerCallback):
         self,
         example: dict[str, Any] | None = None,
         lr: float | None = None,
-        lr_multiple: float = 5.0,
+        lr_multiple: float = 1.0,
         weight_decay: float = 0.0,
         **options: Any,
     ) -> None:

@@ -61,11 +61,11 @@ class Options:
     functional: str = "wrap"
     policy: str | Policy | Sequence[Rule] = "learned"
     density: str | Callable[[Tensor], Density] = "gaussian"
-    terms: str = "auto"
+    terms: str = "tied"
     eps_init: float = 0.01
     max_eps: float = 0.5
-    max_delta: float = 0.5
-    update_every_n_steps: int = 20
+    max_delta: float = 0.1
+    update_every_n_steps: int = 50
     update_starting_at_step: int = 0
     freeze_at_step: int | None = None
     collect_every_n_steps: int | None = None

@@ -37,7 +37,7 @@ class Schedule:
         [1, 50, 100, 150, 200]
     """
 
-    update_every_n_steps: int = 20
+    update_every_n_steps: int = 50
     update_starting_at_step: int = 0
     freeze_at_step: int | None = None
     collect_every_n_steps: int | None = None
@@ -120,7 +120,7 @@ class TrustRegion:
     """
 
     max_eps: float = 0.5
-    max_delta: float = 0.5
+    max_delta: float = 0.1
 
     def __post_init__(self) -> None:
         for option in ("max_eps", "max_delta"):

@@ -29,6 +29,11 @@ class OneSite(nn.Module):
         return self.activation(z)
 
 
+def attach(model: nn.Module, *example: Any, **options: Any) -> EAFOController:
+    """One amplitude a site, for tests that look at it; test_free_terms.py has the sites with two."""
+    return EAFOController.attach(model, *example, **{"terms": "tied", **options})
+
+
 def standard_normal(n: int = 65536) -> Tensor:
     torch.manual_seed(0)
     return torch.randn(n)
@@ -57,9 +62,7 @@ def test_entropy_descent_finds_the_minimum_inside_the_trust_region() -> None:
     z = standard_normal()
     grid = torch.linspace(-0.5, 0.5, 201)
     best = grid[torch.tensor([entropy_at(F.relu, z, eps.item()) for eps in grid]).argmin()].item()
-    controller = EAFOController.attach(
-        OneSite(nn.ReLU()), policy=Entropy(rate=0.05), update_every_n_steps=1, samples_per_site=16384
-    )
+    controller = attach(OneSite(nn.ReLU()), policy=Entropy(rate=0.05), update_every_n_steps=1, samples_per_site=16384)
     drive(controller, z, 80)
     found = eps_of(controller)
     assert abs(entropy_at(F.relu, z, found) - entropy_at(F.relu, z, best)) < 2e-3
@@ -70,7 +73,7 @@ def test_entropy_descent_finds_the_minimum_inside_the_trust_region() -> None:
 def test_entropy_ascent_climbs_to_the_bound() -> None:
     z = standard_normal()
     policy = Entropy(rate=0.1, ascent=True)
-    controller = EAFOController.attach(OneSite(nn.ReLU()), policy=policy, max_eps=0.2, update_every_n_steps=1)
+    controller = attach(OneSite(nn.ReLU()), policy=policy, max_eps=0.2, update_every_n_steps=1)
     rows = drive(controller, z, 30)
     assert eps_of(controller) == pytest.approx(0.2)
     assert rows[-1]["entropy"] > rows[0]["entropy"] + 0.1
@@ -82,7 +85,7 @@ def test_learned_recovers_the_teacher() -> None:
     first = nn.Linear(8, 64)
     teacher = nn.Sequential(first, nn.ReLU(), nn.Linear(64, 1))
     student = nn.Sequential(first, nn.ReLU(), teacher[2]).requires_grad_(False)
-    controller = EAFOController.attach(student, policy="learned", eps_init=0.0, update_every_n_steps=20)
+    controller = attach(student, policy="learned", eps_init=0.0, update_every_n_steps=20)
     optimizer = torch.optim.Adam(controller.amplitudes.values(), lr=3e-3)
     true_eps = -0.12
     for step in range(1, 301):
@@ -101,7 +104,7 @@ def test_learned_recovers_the_teacher() -> None:
 def test_static_is_the_papers_function_throughout_training() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
-    controller = EAFOController.attach(model, policy="static", update_every_n_steps=5)
+    controller = attach(model, policy="static", update_every_n_steps=5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(1, 41):
         x = torch.randn(64, 4)
@@ -117,7 +120,7 @@ def test_static_is_the_papers_function_throughout_training() -> None:
 
 def test_hybrid_adds_the_entropy_gradient_to_eps_grad() -> None:
     z = standard_normal(4096)
-    controller = EAFOController.attach(OneSite(nn.ReLU()), policy=Hybrid(weight=0.3), update_every_n_steps=1)
+    controller = attach(OneSite(nn.ReLU()), policy=Hybrid(weight=0.3), update_every_n_steps=1)
     (row,) = drive(controller, z, 1)
     (eps,) = controller.amplitudes.values()
     controller.model(z).sum().backward()
@@ -129,7 +132,7 @@ def test_hybrid_adds_the_entropy_gradient_to_eps_grad() -> None:
 
 def test_frozen_never_changes() -> None:
     z = standard_normal(4096) * 3 + 1
-    controller = EAFOController.attach(OneSite(nn.GELU()), policy="frozen", eps_init=0.1, update_every_n_steps=1)
+    controller = attach(OneSite(nn.GELU()), policy="frozen", eps_init=0.1, update_every_n_steps=1)
     before = controller.model(z)
     rows = drive(controller, z, 5)
     assert torch.equal(controller.model(z), before)
@@ -139,7 +142,7 @@ def test_frozen_never_changes() -> None:
 def test_freeze_at_step_stops_everything() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
-    controller = EAFOController.attach(model, update_every_n_steps=2, freeze_at_step=6)
+    controller = attach(model, update_every_n_steps=2, freeze_at_step=6)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     own_group([optimizer], controller.amplitudes, model)
     history: list[float] = []
@@ -162,7 +165,7 @@ def test_freeze_at_step_stops_everything() -> None:
 def test_every_policy_with_every_density_gives_a_row_per_site_and_update(policy: str, density: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
-    controller = EAFOController.attach(model, policy=policy, density=density, update_every_n_steps=10)
+    controller = attach(model, policy=policy, density=density, update_every_n_steps=10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(30):
         optimizer.zero_grad()
@@ -180,7 +183,7 @@ def test_every_policy_with_every_density_gives_a_row_per_site_and_update(policy:
 def test_rules_give_each_site_its_policy() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Tanh())
     rules = [Rule("Tanh", "frozen"), Rule("1", Entropy(rate=0.1)), Rule(".*", "learned")]
-    controller = EAFOController.attach(model, policy=rules)
+    controller = attach(model, policy=rules)
     assert [policy.name for policy in controller.policies] == ["entropy", "learned", "frozen"]
     assert [eps.requires_grad for eps in controller.amplitudes.values()] == [False, True, False]
 
@@ -196,7 +199,7 @@ def test_rules_give_each_site_its_policy() -> None:
 def test_rules_that_cannot_work(rules: list[Rule], message: str) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.GELU())
     with pytest.raises(EAFOError, match=message.replace("(", r"\(").replace("*", r"\*")):
-        EAFOController.attach(model, policy=rules)
+        attach(model, policy=rules)
 
 
 @pytest.mark.parametrize(
@@ -226,14 +229,14 @@ def test_bad_options_name_option_value_and_mend(options: dict[str, Any], error: 
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     before = type(model[1])
     with pytest.raises(error, match=words) as caught:
-        EAFOController.attach(model, **options)
+        attach(model, **options)
     assert "\n" not in str(caught.value)
     assert type(model[1]) is before, "a refused model stays as it was"
 
 
 def test_a_model_without_activations_is_a_clear_error() -> None:
     with pytest.raises(SiteError, match=r"Linear has no activation .*"):
-        EAFOController.attach(nn.Linear(2, 2))
+        attach(nn.Linear(2, 2))
 
 
 class Shift(nn.Module):
@@ -261,7 +264,7 @@ class Shift(nn.Module):
 )
 def test_hopeless_statistics_leave_the_last_good_correction(z: Tensor, event: str | None) -> None:
     torch.manual_seed(0)
-    controller = EAFOController.attach(Shift(), policy=Entropy(), update_every_n_steps=1)
+    controller = attach(Shift(), policy=Entropy(), update_every_n_steps=1)
     drive(controller, standard_normal(512), 3)
     (host,) = [module for module in controller.model.modules() if hasattr(module, "eafo_0_shape")]
     good = host.eafo_0_shape.clone()
@@ -281,7 +284,7 @@ def test_two_thousand_hostile_steps_never_poison_a_weight(density: str) -> None:
     """Learning rate x 100, an update every step, inputs with Cauchy tails."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 1))
-    controller = EAFOController.attach(
+    controller = attach(
         model, policy="hybrid", density=density, update_every_n_steps=1, samples_per_site=64, max_eps=0.5
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -300,9 +303,7 @@ def test_two_thousand_hostile_steps_never_poison_a_weight(density: str) -> None:
 
 
 def test_trust_region_bounds_the_change_of_the_function() -> None:
-    controller = EAFOController.attach(
-        OneSite(nn.ReLU()), eps_init=0.5, max_delta=0.05, update_every_n_steps=1, momentum=1.0
-    )
+    controller = attach(OneSite(nn.ReLU()), eps_init=0.5, max_delta=0.05, update_every_n_steps=1, momentum=1.0)
     drive(controller, standard_normal(4096), 3)
     grid = torch.linspace(-300, 300, 600001)
     for step, scale in enumerate([1.0, 30.0, 0.01, 5.0], start=4):
@@ -319,9 +320,7 @@ def test_trust_region_bounds_the_change_of_the_function() -> None:
 
 def test_rollback_undoes_a_round_after_which_the_loss_jumps() -> None:
     z = standard_normal(4096)
-    controller = EAFOController.attach(
-        OneSite(nn.ReLU()), policy=Entropy(rate=0.05), update_every_n_steps=1, rollback_factor=1.5
-    )
+    controller = attach(OneSite(nn.ReLU()), policy=Entropy(rate=0.05), update_every_n_steps=1, rollback_factor=1.5)
     history: list[float] = []
     events: list[object] = []
     for step, loss in enumerate([1.0, 1.0, 1.1, 9.0, 1.0, 1.0], start=1):
@@ -338,8 +337,8 @@ def test_rollback_undoes_a_round_after_which_the_loss_jumps() -> None:
 def test_accumulated_micro_batches_count_once_and_as_one_batch() -> None:
     torch.manual_seed(0)
     z = torch.randn(128, 16)
-    whole = EAFOController.attach(OneSite(nn.ReLU()), update_every_n_steps=1)
-    halves = EAFOController.attach(OneSite(nn.ReLU()), update_every_n_steps=1)
+    whole = attach(OneSite(nn.ReLU()), update_every_n_steps=1)
+    halves = attach(OneSite(nn.ReLU()), update_every_n_steps=1)
     whole.model(z[:16])
     halves.model(z[:8])
     assert halves.step(0) == []
@@ -352,7 +351,7 @@ def test_accumulated_micro_batches_count_once_and_as_one_batch() -> None:
 
 def test_a_generator_that_runs_twice_a_step_is_sampled_twice() -> None:
     generator = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.2))
-    controller = EAFOController.attach(generator, update_every_n_steps=1)
+    controller = attach(generator, update_every_n_steps=1)
     generator(torch.randn(3, 4)).sum().backward()
     generator(torch.randn(5, 4)).sum().backward()
     (row,) = controller.step(1)
@@ -364,7 +363,7 @@ def test_activation_checkpointing_is_sampled_once(reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint
 
     block = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
-    controller = EAFOController.attach(block, update_every_n_steps=1)
+    controller = attach(block, update_every_n_steps=1)
     x = torch.randn(6, 4, requires_grad=True)
     checkpoint(block, x, use_reentrant=reentrant).sum().backward()
     (row,) = controller.step(1)
@@ -373,7 +372,7 @@ def test_activation_checkpointing_is_sampled_once(reentrant: bool) -> None:
 
 def test_evaluation_is_not_sampled() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
-    controller = EAFOController.attach(model, update_every_n_steps=1)
+    controller = attach(model, update_every_n_steps=1)
     model.eval()
     with torch.no_grad():
         model(torch.randn(6, 4))
@@ -384,7 +383,7 @@ def test_evaluation_is_not_sampled() -> None:
 
 def test_an_eps_that_is_not_finite_is_put_back() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
-    controller = EAFOController.attach(model, update_every_n_steps=1, eps_init=0.1)
+    controller = attach(model, update_every_n_steps=1, eps_init=0.1)
     (eps,) = controller.amplitudes.values()
     with torch.no_grad():
         eps.fill_(math.nan)
@@ -399,7 +398,7 @@ def test_an_eps_that_is_not_finite_is_put_back() -> None:
 def test_extreme_amplitudes_stay_finite_and_can_come_back(policy: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 1))
-    controller = EAFOController.attach(model, policy=policy, eps_init=1e3, max_eps=1e4, update_every_n_steps=1)
+    controller = attach(model, policy=policy, eps_init=1e3, max_eps=1e4, update_every_n_steps=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(1, 11):
         optimizer.zero_grad()
@@ -432,7 +431,7 @@ class Skipping(nn.Module):
 def test_norm_residual_dropout_tied_frozen_and_unreached_layers() -> None:
     torch.manual_seed(0)
     model = Skipping()
-    controller = EAFOController.attach(model, torch.randn(4, 8), update_every_n_steps=4)
+    controller = attach(model, torch.randn(4, 8), update_every_n_steps=4)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     own_group([optimizer], controller.amplitudes, model)
     start = {name: eps.item() for name, eps in controller.amplitudes.items()}
@@ -455,7 +454,7 @@ def test_state_round_trip_goes_on_as_if_never_interrupted() -> None:
     def make() -> tuple[nn.Module, EAFOController]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 16), nn.ReLU())
-        return model, EAFOController.attach(model, policy="entropy", density="histogram", update_every_n_steps=2)
+        return model, attach(model, policy="entropy", density="histogram", update_every_n_steps=2)
 
     data = [torch.randn(64, 6, generator=torch.Generator().manual_seed(i)) for i in range(12)]
     model, controller = make()
@@ -474,8 +473,8 @@ def test_state_round_trip_goes_on_as_if_never_interrupted() -> None:
 
 
 def test_state_of_another_model_is_refused_with_a_readable_difference() -> None:
-    one = EAFOController.attach(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
-    two = EAFOController.attach(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU()))
+    one = attach(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    two = attach(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU()))
     with pytest.raises(SiteError, match="only in the checkpoint: 1; only in the model: 2"):
         two.load_state_dict(one.state_dict())
 
@@ -483,7 +482,7 @@ def test_state_of_another_model_is_refused_with_a_readable_difference() -> None:
 def test_detach_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))
     keys, activation = list(model.state_dict()), model[1]
-    controller = EAFOController.attach(model)
+    controller = attach(model)
     assert list(model.state_dict()) != keys
     assert controller.detach() is model
     assert list(model.state_dict()) == keys
@@ -494,7 +493,7 @@ def test_detach_leaves_the_model_as_it_was() -> None:
 def test_per_channel_amplitudes_learn_apart() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 2))
-    controller = EAFOController.attach(model, torch.randn(2, 1, 8, 8), per_channel=True, update_every_n_steps=5)
+    controller = attach(model, torch.randn(2, 1, 8, 8), per_channel=True, update_every_n_steps=5)
     (eps,) = controller.amplitudes.values()
     assert eps.shape == (6,)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -509,14 +508,12 @@ def test_per_channel_amplitudes_learn_apart() -> None:
 
 def test_per_channel_without_an_example_says_what_to_do() -> None:
     with pytest.raises(SiteError, match=r"1: one amplitude a channel needs the shape .* example"):
-        EAFOController.attach(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), per_channel=True)
+        attach(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), per_channel=True)
 
 
 def test_compounding_keeps_the_function_at_a_round_and_shapes_the_next_correction() -> None:
     z = standard_normal(8192)
-    controller = EAFOController.attach(
-        OneSite(nn.ReLU()), eps_init=-0.05, compounding=True, update_every_n_steps=1, momentum=1.0
-    )
+    controller = attach(OneSite(nn.ReLU()), eps_init=-0.05, compounding=True, update_every_n_steps=1, momentum=1.0)
     controller.model(z)
     controller.step(1)
     (eps,) = controller.amplitudes.values()
