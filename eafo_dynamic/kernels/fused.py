@@ -233,10 +233,10 @@ def _gradients(ctx: Any, grad: Tensor, by_z: bool, by_eps: bool) -> tuple[Tensor
     terms = Terms(eps, shape, table, offset, ctx.half_width)
     if torch.is_grad_enabled() or not _is_plain(grad, z):
         return _traceable(z, terms, ctx.known, grad, by_z, by_eps)
-    if grad.stride() != z.stride():
-        grad = torch.empty_like(z).copy_(grad)
     inside = _inside(ctx.known, terms, ctx.kernel)
+    # of the gradient as it came: torch's loops over gaps differ from those over dense memory in the last bit
     out = ctx.known.gradient(grad, z) if inside is None else torch.empty_like(z)
+    grad, out = (each if each.stride() == z.stride() else torch.empty_like(z).copy_(each) for each in (grad, out))
     grad_eps = ctx.kernel.add_gradient(out, grad, z, terms, inside)
     return out if by_z else None, grad_eps if by_eps else None
 

@@ -324,6 +324,25 @@ class TransformerLayers(nn.Module):
 
 
 @awkward
+class GradientsWithGaps(Layers):
+    """What is concatenated, sliced, transposed or summed gets a gradient that is not dense in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elu, self.mish, self.selu = nn.ELU(), nn.Mish(), nn.SELU()
+        self.soft, self.gelu, self.inplace = nn.Softplus(), nn.GELU("tanh"), nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        parts = [self.elu(x), F.silu(x), self.mish(x).mT.mT, self.selu(x), self.soft(x)[:, ::2], torch.tanh(x).mT]
+        wide = torch.cat([parts[0], parts[1], parts[2], parts[3], parts[4], parts[5].mT], dim=-1)
+        rest = self.two(self.gelu(x).expand(3, 4, 8)[1]) + self.inplace(self.three(x)).mT.reshape(8, 4).mT
+        return torch.cat(
+            [wide * 1.5, rest, x * torch.sigmoid(1.7 * x), F.gelu(x).sum(0, keepdim=True).expand(4, 8)], -1
+        )
+
+
+@awkward
 class ConvBlocks(nn.Module):
     shape = (2, 3, 8, 8)
 
