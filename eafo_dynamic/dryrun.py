@@ -31,7 +31,7 @@ from eafo_dynamic.kernels import describe, is_correctable, size_of
 from eafo_dynamic.probe import structural_copy
 from eafo_dynamic.recompute import foreign_function
 from eafo_dynamic.trace import Call, Frame, Trace
-from eafo_dynamic.written import WRITTEN, Tracker
+from eafo_dynamic.written import WRITTEN, Made, Tracker, parts
 
 __all__ = ["trace_calls"]
 
@@ -208,7 +208,7 @@ class _Listener(TorchFunctionMode):
             call = Call(running.frame.module, self.path(), size_of(out), WRITTEN, parameters)
             call.channel_dim, call.refusal = channel_dim(made.root), _unknown_to_backward()
             self.trace.calls.append(call)
-            for inner in _calls_inside(running, made.root):
+            for inner in _calls_inside(running, made):
                 inner.role, inner.reason = "part", "part of a written-out activation"
         name = getattr(func, "__name__", "")
         if name.strip("_") in ("mul", "multiply", "div", "true_divide", "rmul"):
@@ -267,11 +267,12 @@ def _is_cap(node: Any, scale: float, name: str) -> bool:
     return abs(before * after - 1.0) < 1e-6
 
 
-def _calls_inside(running: _Running, root: Tensor) -> Iterator[Call]:
+def _calls_inside(running: _Running, product: Made) -> Iterator[Call]:
     """Functional calls whose result lies on the way from the root to the product."""
+    inside = parts(product.node)
     for out, call in running.made.values():
         known = running.tracker.find(out)
-        if known is not None and known.root is root and call.role != "part":
+        if known is not None and known.root is product.root and known.node in inside and call.role != "part":
             yield call
 
 

@@ -329,7 +329,7 @@ class GradientsWithGaps(Layers):
 
     def __init__(self) -> None:
         super().__init__()
-        self.elu, self.silu, self.mish, self.selu = nn.ELU(), nn.SiLU(), nn.Mish(), nn.SELU()
+        self.elu, self.mish, self.selu = nn.ELU(), nn.Mish(), nn.SELU()
         self.soft, self.gelu, self.inplace = nn.Softplus(), nn.GELU("tanh"), nn.SiLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
