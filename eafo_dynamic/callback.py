@@ -360,8 +360,7 @@ class EAFOCallback(Callback):
         """Unwraps: the optimisers of a run without corrections can be restored only as they were; eps joins later."""
         if pl_module.trainer.state.fn != "fit":
             return
-        obstacle = cannot_wait(pl_module.trainer, pl_module)
-        if obstacle:
+        if obstacle := cannot_wait(pl_module.trainer, pl_module):
             mend = "Load its state_dict into the model, and fit without ckpt_path."
             raise SiteError(f"a run without corrections cannot be resumed with them: {obstacle}. {mend}")
         self._controller.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 import threading
 from collections.abc import Callable
@@ -651,6 +652,66 @@ class TestChannels:
         dead = {site.name: dead_fraction(*site.collector.drain()) for _, site in hosted}
         assert dead[":gelu"] == pytest.approx(9 / 12)
         assert copy.deepcopy(gelu).collector.channel_dim == -1
+
+
+class Placed(nn.Module):
+    """An activation behind a batch norm, whose sums show in the last bit how its gradient lies in memory."""
+
+    def __init__(self, act: nn.Module, before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act, self.before, self.after = (
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            act,
+            before,
+            after,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.act(self.before(self.norm(self.conv(x)))))
+
+
+DENSE = {
+    "expanded": lambda t: t.mean((2, 3)),
+    "permuted": lambda t: t.permute(0, 2, 3, 1) @ torch.ones(8, 4, dtype=t.dtype),
+    "sliced": lambda t: t[:, :, ::2],
+    "used twice": lambda t: torch.cat([t, t * t.mean((2, 3), keepdim=True)], 1),
+}
+GAPS = {"slice": lambda t: t[:, :, ::2], "transposed": lambda t: t.mT}
+OUT_OF_PLACE = (
+    *(nn.ReLU(), nn.SiLU(), nn.ELU(), nn.ReLU6(), nn.LeakyReLU(0.1), nn.Hardswish(), nn.Mish(), nn.SELU(), nn.GELU()),
+    *(nn.Tanh(), nn.PReLU(8), nn.Softsign(), nn.Hardshrink(), nn.GELU("tanh"), nn.Softplus(), nn.LogSigmoid()),
+)
+IN_PLACE = (
+    nn.ReLU(True),
+    nn.SiLU(True),
+    nn.ELU(1.0, True),
+    nn.ReLU6(True),
+    nn.LeakyReLU(0.1, True),
+    nn.CELU(1.0, True),
+)
+
+
+class TestPlacesInMemory:
+    """At eps = 0 gradients come in torch's own order of memory: what sums them next depends on it."""
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
+    @pytest.mark.parametrize("act", [*OUT_OF_PLACE, *IN_PLACE], ids=str)
+    def test_of_gradients(self, act: nn.Module, layout: torch.memory_format) -> None:
+        torch.manual_seed(0)
+        x = torch.randn(3, 3, 9, 9).to(memory_format=layout)
+        for name, after in DENSE.items():
+            model = Placed(act, lambda t: t, after).to(memory_format=layout)  # type: ignore[call-overload]
+            assert bit_differences(model, lambda m: m(x.clone()), True) == [], name
+
+    @pytest.mark.parametrize("act", OUT_OF_PLACE, ids=str)
+    def test_of_what_is_activated(self, act: nn.Module) -> None:
+        torch.manual_seed(0)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            x = torch.randn(3, 3, 9, 9, dtype=dtype)
+            for (gap, before), (name, after) in itertools.product(GAPS.items(), DENSE.items()):
+                model = Placed(act, before, after).to(dtype)
+                assert bit_differences(model, lambda m, x=x: m(x.clone()), True) == [], (dtype, gap, name)
 
 
 class TestFunctionMode:

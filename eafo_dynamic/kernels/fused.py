@@ -143,12 +143,17 @@ def corrected_(
     kernel = None if known is None else _kernel_for(z, terms, backend)
     if kernel is None or known is None:
         kept = _twin(z, z)  # the backward needs what is about to be overwritten
-        return z.copy_(corrected(kept, lambda x: base(_twin(x, z)), terms, known, backend))
+        values = corrected(kept, lambda x: base(_twin(x, z)), terms, known, backend)
+        watched = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if watched or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(z) not in _PLAIN:
+            return z.copy_(values)
+        out: Tensor = _Overwritten.apply(z, values)  # pyright: ignore[reportAssignmentType]
+        return out
     if _wants_gradient(z, terms):
         # the copy is an input of its own, so that a second derivative finds its way through it
-        result: Tensor = _CorrectedInPlace.apply(z.clone(), z, *terms, known, kernel)  # pyright: ignore[reportAssignmentType]
+        result: Tensor = _CorrectedInPlace.apply(_twin(z, z), z, *terms, known, kernel)  # pyright: ignore[reportAssignmentType]
         return result
-    _overwrite(z, z.clone(), terms, known, kernel)
+    _overwrite(z, _twin(z, z), terms, known, kernel)
     return z
 
 
@@ -162,7 +167,7 @@ def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
     eps = terms.eps
     if torch.compiler.is_compiling() or type(z) not in _PLAIN or type(eps) not in _PLAIN:
         return None
-    if z.device.type != "cpu" or not is_dense(z):
+    if z.device.type != "cpu" or (eps.dim() and not is_dense(z)):
         return None
     # transforms, tracers and modes that watch operations must see operations
     watched = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
@@ -192,17 +197,28 @@ def _acts(terms: Terms) -> bool:
 
 
 def _forward(z: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> Tensor:
-    inside = _inside(known, terms, kernel)
+    inside = _inside(known, terms, kernel) if is_dense(z) else None
     out = known.value(z) if inside is None else torch.empty_like(z)
-    kernel.add(out, z, terms, inside)
+    _add(out, z, terms, inside, kernel)
     return out
 
 
+def _add(out: Tensor, z: Tensor, terms: Terms, inside: Known | None, kernel: _Kernel) -> None:
+    """Adds c(z) to the base's output, in place and in its order of memory, whatever that is."""
+    if is_dense(z) and out.stride() == z.stride():
+        kernel.add(out, z, terms, inside)
+        return
+    values = z.contiguous()
+    total = torch.empty_like(values).copy_(out)
+    kernel.add(total, values, terms, None)
+    out.copy_(total)
+
+
 def _overwrite(z: Tensor, kept: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> None:
-    inside = _inside(known, terms, kernel)
+    inside = _inside(known, terms, kernel) if is_dense(z) else None
     if inside is None or (z.is_inference() and not torch.is_inference_mode_enabled()):  # where torch refuses to write
         z.copy_(known.value(kept))
-    kernel.add(z, kept, terms, inside)
+    _add(z, kept, terms, inside, kernel)
     torch.autograd.graph.increment_version(z)  # a backward that has kept z must see that it is overwritten
 
 
@@ -246,14 +262,21 @@ def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Grad
     z, eps, shape, table, offset, lift = ctx.saved_tensors
     terms = Terms(eps, shape, table, offset, ctx.half_width, lift)
     if torch.is_grad_enabled() or not _is_plain(grad, z):
-        return _traceable(z, terms, ctx.known, grad, needed)
-    inside = _inside(ctx.known, terms, ctx.kernel)
-    # of the gradient as it came: torch's loops over gaps differ from those over dense memory in the last bit
-    out = ctx.known.gradient(grad, z) if inside is None else torch.empty_like(z)
-    grad, out = (each if each.stride() == z.stride() else torch.empty_like(z).copy_(each) for each in (grad, out))
-    found = (out, *ctx.kernel.add_gradient(out, grad, z, terms, inside))
-    by_z, by_eps, by_lift = (each if wanted else None for each, wanted in zip(found, needed, strict=True))
+        by_z, by_eps, by_lift = (each if use else None for each, use in zip((out, *amplitudes), needed, strict=True))
     return by_z, by_eps, by_lift
+
+
+class _Overwritten(torch.autograd.Function):
+    """``z.copy_(values)``, whose gradient by z is none: torch's is zeros, which add to what z is used for else."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, values: Tensor) -> Tensor:
+        ctx.mark_dirty(z)
+        return z.copy_(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, grads[0]
 
 
 class _CorrectedInPlace(torch.autograd.Function):

@@ -185,6 +185,8 @@ class _Flow(TorchDispatchMode):
             hidden, why = False, "positive scale"
         if constant:
             hidden, why = False, "parameter transform"
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            hidden, why = False, "inside a fused cell, which is listed as unreachable"
         return Event(op, name, kind, hidden, why, source, list(self.running_sites[-1:]))
 
 
