@@ -262,7 +262,21 @@ def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Grad
     z, eps, shape, table, offset, lift = ctx.saved_tensors
     terms = Terms(eps, shape, table, offset, ctx.half_width, lift)
     if torch.is_grad_enabled() or not _is_plain(grad, z):
-        by_z, by_eps, by_lift = (each if use else None for each, use in zip((out, *amplitudes), needed, strict=True))
+        return _traceable(z, terms, ctx.known, grad, needed)
+    if ctx.known is NOTHING and offset is None and not eps.any().item() and not (lift is not None and lift.any()):
+        needed = (False, *needed[1:])  # nothing to add, not even zeros in another order of memory
+    inside = _inside(ctx.known, terms, ctx.kernel) if is_dense(z) else None
+    # from the gradient as it came and in torch's own order of memory: its loops over gaps, and the sums that layers
+    # before this one make of the result, differ from those over other orders in the last bit
+    out = ctx.known.gradient(grad, z) if inside is None else torch.empty_like(z)
+    dense = z if is_dense(z) else z.contiguous()
+    grad, total = (
+        each if each.stride() == dense.stride() else torch.empty_like(dense).copy_(each) for each in (grad, out)
+    )
+    amplitudes = ctx.kernel.add_gradient(total, grad, dense, terms, inside)
+    if total is not out:
+        out.copy_(total)
+    by_z, by_eps, by_lift = (each if use else None for each, use in zip((out, *amplitudes), needed, strict=True))
     return by_z, by_eps, by_lift
 
 
