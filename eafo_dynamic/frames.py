@@ -247,7 +247,7 @@ vars(_check_part)["_dynamo_marked_constant"] = True  # assume_constant_result wi
 
 
 def _call_function(caller: Owner, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    owner, site = route(f"{caller.eafo_name}:{name}")
+    owner, site = route(_key(caller, name))
     if owner is None or site is None:
         return func(*args, **kwargs)
     inplace = is_inplace(func, name, args, kwargs)
@@ -262,12 +262,24 @@ def _call_function(caller: Owner, func: Any, name: str, args: Any, kwargs: dict[
     return site(cast(nn.Module, owner), base, args[0], inplace, known)
 
 
+def _key(caller: Owner, function: object) -> str:
+    """What counts the calls of a function; without a name where the caller counts them itself.
+
+    Blocks of one kind then share one compiled graph.
+
+    Returns:
+        The key of the caller's routes, or of the routes of the module that counts for it.
+    """
+    own = f":{function}"
+    return own if own in caller.eafo_routes else f"{caller.eafo_name}{own}"
+
+
 def _follow_written(frame: _Frame, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
     assert frame.tracker is not None
     made = frame.tracker.step(func, args, kwargs, out)
     if made is None or made.node not in frame.owner.eafo_written or not is_correctable(made.root):
         return out
-    owner, site = route(f"{frame.owner.eafo_name}:{made.node}")
+    owner, site = route(_key(frame.owner, made.node))
     if owner is None or site is None:
         return out
     return site(cast(nn.Module, owner), lambda z: out, made.root, False)

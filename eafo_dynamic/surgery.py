@@ -156,7 +156,8 @@ def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> 
     if found.parameters is None:
         target.eafo_shared = found.owner is not None
     else:
-        key = found.key.replace(found.module, target.eafo_name, 1)
+        function = found.key[len(found.module) :]
+        key = function if found.owner == found.module else f"{target.eafo_name}{function}"  # see frames
         site.function = (WRITTEN if found.kind == "written" else found.class_name, found.parameters)
         target.eafo_functions |= {site.function[0]}
         if found.hidden_from_compiler:

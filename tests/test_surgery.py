@@ -536,6 +536,34 @@ class TestCompile:
         torch.testing.assert_close(out, run(model))
         assert (graphs, breaks) == (1, 0)
 
+    @pytest.mark.parametrize("shared", [False, True], ids=["own", "one for all"])
+    def test_blocks_that_are_compiled_one_by_one_share_a_graph(self, shared: bool) -> None:
+        class Block(Layers):
+            def __init__(self, act: nn.Module) -> None:
+                super().__init__()
+                self.act = act
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x + torch.tanh(self.two(F.relu(self.act(self.one(x)))))
+
+        counts = []
+        for wrapped in (False, True):
+            torch.manual_seed(0)
+            act, x = nn.GELU(), torch.randn(4, 8)
+            model = nn.Sequential(*[Block(act if shared else nn.GELU()) for _ in range(12)])
+            if wrapped:
+                wrap(model, find_sites(model, x), 0.2)
+                set_amplitudes(model, 0.1, 0.01)
+            expected = model(x)
+            torch._dynamo.reset()
+            counters.clear()
+            for block in model:
+                block.compile(backend="eager", fullgraph=True)
+            for _ in range(2):
+                torch.testing.assert_close(model(x), expected)
+            counts.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
+        assert counts == [(2, 0), (2, 0)], "one for the input, which needs no gradient, and one for what blocks make"
+
     def test_graph_break_inside_an_owners_forward(self) -> None:
         class Broken(Layers):
             def forward(self, x: Tensor) -> Tensor:
