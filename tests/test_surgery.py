@@ -418,6 +418,28 @@ class TestThreads:
         with ThreadPoolExecutor(4) as pool:
             assert all(torch.equal(a, b) for a, b in zip(pool.map(work, inputs), expected, strict=True))
 
+    def test_two_models_in_threads_do_not_take_each_others_sites(self) -> None:
+        names = ("MixedCalls", "TiedBlocks")
+        pairs = []
+        for k, name in enumerate(names):
+            model, run = wrapped_awkward(name)
+            set_amplitudes(model, 0.1 + 0.2 * k)
+            pairs.append((model, run, gradients(model, run)))
+        barrier = threading.Barrier(2)
+
+        def work(k: int) -> None:
+            model, run, expected = pairs[k]
+            for _ in range(50):
+                barrier.wait(10)
+                model.zero_grad()
+                out = run(model)
+                out.square().sum().backward()
+                found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+                assert_same_gradients((out.detach(), found), expected)
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(work, (0, 1)))
+
     def test_replicas_of_data_parallel(self) -> None:
         model, run = wrapped_awkward("MixedCalls")
         set_amplitudes(model)
