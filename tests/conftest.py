@@ -12,10 +12,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subpr
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
+_OF_RANKS = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK", "RANK")
+
+
 @pytest.fixture(autouse=True)
 def _no_process_group_stays() -> Iterator[None]:
-    """Lightning's DDP leaves its process group to the end of the process, and later tests would log as ranks do."""
+    """Lightning's DDP leaves its process group and environment to the end of the process.
+
+    Later tests would log as ranks do, and the processes that they start would wait for others at the same port.
+    """
+    before = {name: os.environ.get(name) for name in _OF_RANKS}
     yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     if "torch" in sys.modules:
         from torch import distributed
 
