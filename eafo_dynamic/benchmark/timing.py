@@ -132,10 +132,12 @@ def peak_bytes(function: Callable[[], object]) -> int:
     Returns:
         Bytes, counted by torch's profiler at every allocation.
     """
-    function()
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:
-        function()
+        function()  # under the profiler too: it knows the size of a block only when it has seen it allocated
+        with torch.autograd.profiler.record_function("measured"):
+            function()
     results: Any = profiler
-    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return max(held, default=0)
+    events = sorted(results.kineto_results.events(), key=lambda event: event.start_ns())
+    start = next(event.start_ns() for event in events if event.name() == "measured")
+    changes = [event.nbytes() for event in events if event.name() == "[memory]" and event.start_ns() >= start]
+    return max(itertools.accumulate(changes), default=0)
