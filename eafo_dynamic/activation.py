@@ -32,8 +32,8 @@ from eafo_dynamic.statistics import Collector
 
 __all__ = ["CRReLU", "CorrectedActivation", "Form", "Site", "Switch", "register", "shape_table", "standard_normal"]
 
-
 _PLAIN = (Tensor, nn.Parameter)
+_Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # of a site, as its keys
 
 
 def standard_normal() -> Gaussian:
@@ -59,9 +59,6 @@ def shape_table(base: Base, density: Density, tabulated: bool = False) -> Tensor
     if not tabulated and is_closed_form(base, density):
         return None
     return tabulate(correction_shape(base, density))[0].to(torch.float32)
-
-
-_Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)

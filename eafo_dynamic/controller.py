@@ -259,34 +259,32 @@ class EAFOController:
         stats = moments(samples)
         usable = (stats.n >= 2) & (stats.std > 0) & stats.std.isfinite() & stats.mean.isfinite()
         old, broken = mended(self.bank.functions(), self._eps_before, self._lift_before)
-        direction = old.direction(samples)
-        before = OutputEntropy(old.outputs(samples, direction), self.options.resolution)
-        gradient = before.gradient(direction)
-        lift_gradient = None if old.lift is None else before.gradient(old.lift_direction(samples))
-        parts = [gradient] if lift_gradient is None else [gradient, lift_gradient]
-        self._gradient = torch.cat([torch.where(usable, part, 0.0).nan_to_num().to(old.eps.dtype) for part in parts])
+        directions = old.directions(samples)
+        before = OutputEntropy(old.outputs(samples, directions), self.options.resolution)
+        gradients = [before.gradient(direction) for direction in directions]
+        self._gradient = torch.cat([torch.where(usable, g, 0.0).nan_to_num().to(old.eps.dtype) for g in gradients])
 
         jumped = self._losses.jumped(losses)  # every round: what is before it and what after must not mix
-        rolled_back = jumped and self._undo is not None
-        if rolled_back and self._undo is not None:
-            wanted = reverted(old, self._undo, torch.tensor([policy.trains_eps for policy in self.policies]))
+        undo = self._undo if jumped else None
+        if undo is not None:
+            wanted = reverted(old, undo, torch.tensor([policy.trains_eps for policy in self.policies]))
         else:
             wanted = self._wanted(old, samples, usable)
         new, fraction = bounded_move(old, wanted, self.trust_region)
         self.bank.commit(old, new)
-        self._undo = None if rolled_back or self.options.rollback_factor is None else old
+        self._undo = None if undo is not None or self.options.rollback_factor is None else old
         self.rounds += 1
         moved = old.eps if self.options.compounding else new.eps  # a settled eps starts again from 0
         columns = diagnostics(
             *(samples, stats, before, old, new),
             delta_eps=moved - self._eps_before,
-            gradient=gradient,
+            gradient=gradients[0],
             delta_lift=None if new.lift is None or self._lift_before is None else new.lift - self._lift_before,
-            lift_gradient=lift_gradient,
+            lift_gradient=gradients[1] if len(gradients) > 1 else None,
         )
         columns.update(dead_fraction=dead, n_nonfinite=nonfinite)
         self._eps_before, self._lift_before = new.eps, new.lift
-        events = describe_events(stats.n, usable, fraction, rolled_back, nonfinite, broken, self._passed_over())
+        events = describe_events(stats.n, usable, fraction, undo is not None, nonfinite, broken, self._passed_over())
         heads: list[Record] = [{"step": step, "epoch": epoch, "site": site.name} for site in self.bank.sites]
         tails = [{"policy": policy.name, "event": event} for policy, event in zip(self.policies, events, strict=True)]
         rows = to_rows(heads, columns, tails)

@@ -93,37 +93,50 @@ class Functions:
         """
         return self.sigma * bell((z - self.shape[:, :1]) / self.sigma)[0]
 
-    def correction(self, z: Tensor, direction: Tensor | None = None) -> Tensor:
+    def directions(self, z: Tensor) -> tuple[Tensor, ...]:
+        """What one unit of each amplitude adds: ``direction``, and ``lift_direction`` where terms are free.
+
+        Args:
+            z: pre-activations, shape [S, n].
+
+        Returns:
+            One or two of shape [S, n], units of z.
+        """
+        by_eps = self.direction(z)
+        return (by_eps,) if self.lift is None else (by_eps, self.lift_direction(z))
+
+    def correction(self, z: Tensor, directions: Sequence[Tensor] | None = None) -> Tensor:
         """c(z), shape [S, n].
 
         Args:
             z: pre-activations, shape [S, n].
-            direction: ``self.direction(z)``, if somebody has it already.
+            directions: ``self.directions(z)``, if somebody has them already.
 
         Returns:
             Corrections, units of z.
         """
-        c = self.eps.unsqueeze(-1) * (self.direction(z) if direction is None else direction)
+        by_eps, *by_lift = self.directions(z) if directions is None else directions
+        c = self.eps.unsqueeze(-1) * by_eps
         if self.offsets is not None:
             u = (z - self.shape[:, :1]) / self.sigma
             c[self.tabulated] += self.sigma[self.tabulated] * evaluate_table(self.offsets, u[self.tabulated]).to(
                 c.dtype
             )
         if self.lift is not None:
-            c = c + self.lift.unsqueeze(-1) * self.lift_direction(z)
+            c = c + self.lift.unsqueeze(-1) * by_lift[0]
         return c
 
-    def outputs(self, z: Tensor, direction: Tensor | None = None) -> Tensor:
+    def outputs(self, z: Tensor, directions: Sequence[Tensor] | None = None) -> Tensor:
         """f(z), sites with equal bases in one call.
 
         Args:
             z: pre-activations, shape [S, n].
-            direction: ``self.direction(z)``, if somebody has it already.
+            directions: ``self.directions(z)``, if somebody has them already.
 
         Returns:
             Activations, shape [S, n].
         """
-        out = self.correction(z, direction)
+        out = self.correction(z, directions)
         groups = self.groups()
         for base, rows in groups.items():
             if len(groups) == 1:

@@ -60,6 +60,16 @@ def corrected(kind: str, eps: float = 0.2, **options: Any) -> tuple[Net, EAFOCon
     return net, controller
 
 
+def train_step(run: Any, controller: EAFOController, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """One optimiser step of a model, compiled or not, with everything that the controller does around it."""
+    controller.collecting = controller.schedule.collects(step - 1)
+    optimizer.zero_grad()
+    run(batch()).square().mean().backward()
+    controller.before_optimizer_step(step - 1)
+    optimizer.step()
+    controller.step(step)
+
+
 class Graphs:
     """A compiler that runs what it is given as it is, and counts."""
 
@@ -125,12 +135,7 @@ class TestCompile:
         run = torch.compile(net, backend=graphs, fullgraph=True)
         after = []
         for step in range(1, 41):
-            controller.collecting = controller.schedule.collects(step - 1)
-            optimizer.zero_grad()
-            run(batch()).square().mean().backward()
-            controller.before_optimizer_step(step - 1)
-            optimizer.step()
-            controller.step(step)
+            train_step(run, controller, optimizer, step)
             after.append(graphs.count)
         assert after[-1] == after[5], after
         assert after[-1] <= 3
@@ -165,12 +170,7 @@ class TestCompile:
             optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
             run = torch.compile(net, fullgraph=True) if compiled else net
             for step in range(1, 7):
-                controller.collecting = controller.schedule.collects(step - 1)
-                optimizer.zero_grad()
-                run(batch()).square().mean().backward()
-                controller.before_optimizer_step(step - 1)
-                optimizer.step()
-                controller.step(step)
+                train_step(run, controller, optimizer, step)
             rows.append([(row["step"], row["site"], row["n"]) for row in controller.records])
             amplitudes.append([eps.detach().clone() for eps in controller.amplitudes.values()])
         assert rows[0] == rows[1]
