@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from eafo_dynamic.activation import Site, describe_state
 from eafo_dynamic.bases import as_base
+from eafo_dynamic.kernels import RoundKernel
 from eafo_dynamic.surgery import site_source
 from eafo_dynamic.update import Functions
 
@@ -66,8 +67,11 @@ class Bank:
         host, site = self._hosted[0]
         return getattr(host, site.keys[0]).device
 
-    def functions(self) -> Functions:
+    def functions(self, kernel: RoundKernel | None = None) -> Functions:
         """All sites' functions as they are now.
+
+        Args:
+            kernel: what computes them on the CPU; None for torch's operations.
 
         Returns:
             Stacked copies of eps, mu, sigma and tables.
@@ -88,6 +92,7 @@ class Bank:
                 ),
                 offsets=self._stacked(settled) if settled else None,
                 lift=torch.stack(lifts) if lifts else None,
+                kernel=kernel,
             )
 
     def _stacked(self, tables: list[Tensor | None]) -> Tensor:
