@@ -61,7 +61,7 @@ def diagnostics(
         "d_entropy_d_eps": gradient,
         **{name: values for name, values in free.items() if values is not None},
         "entropy": mixed.entropy,
-        "entropy_predicted": before.entropy + before.gradient(after - before.outputs),
+        "entropy_predicted": before.entropy + before.change(after),
         "entropy_after": entropy_after,
         "entropy_drift": gradient * delta_eps,
         "continuous_entropy": mixed.continuous_entropy,

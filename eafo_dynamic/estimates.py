@@ -169,6 +169,21 @@ class OutputEntropy:
             return self._smoothed.gradient(direction)
         return self._kernel.gradient(self.outputs, found, direction, self.resolution).to(self.outputs.dtype)
 
+    def change(self, outputs: Tensor) -> Tensor:
+        """First-order change of H_r when the outputs become others.
+
+        Args:
+            outputs: the others, shape [S, n].
+
+        Returns:
+            Nats, shape [S].
+        """
+        found = self._scored if self._kernel is not None and self._kernel.takes(outputs) else None
+        if self._kernel is None or found is None:
+            return self.gradient(outputs - self.outputs)
+        change = self._kernel.gradient(self.outputs, found, outputs, self.resolution, moved=True)
+        return change.to(self.outputs.dtype)
+
 
 def entropies(outputs: Tensor, others: Tensor, resolution: float, kernel: RoundKernel | None = None) -> list[Tensor]:
     """Resolution-r entropies of two kinds of samples of all sites.

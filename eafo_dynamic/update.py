@@ -248,7 +248,8 @@ def refreshed(old: Functions, density: Density, usable: Tensor, resolution: floa
     for base, rows in old.groups().items():
         wanted = [row for row in rows if row in place and good[row]]
         if wanted:
-            fresh = tabulate(correction_shape(base, density.select(wanted), resolution=resolution))
+            shapes = correction_shape(base, density.select(wanted), resolution=resolution, kernel=old.kernel)
+            fresh = tabulate(shapes)
             tables[[place[row] for row in wanted]] = fresh.to(tables.dtype)
     return replace(old, shape=shape, tables=tables)
 
@@ -321,7 +322,7 @@ def compounded(old: Functions, density: Density, usable: Tensor, resolution: flo
     new = replace(old, shape=shape, offsets=offsets, eps=torch.where(usable, 0.0, old.eps), tables=old.tables.clone())
     for row in usable.nonzero().flatten().tolist():
         base = Base("corrected", _one_function(new, row), key=row)
-        fresh = correction_shape(base, density.select([row]), route="score", resolution=resolution)
+        fresh = correction_shape(base, density.select([row]), "score", resolution, kernel=old.kernel)
         new.tables[row] = tabulate(fresh)[0].to(new.tables.dtype)
     return new
 

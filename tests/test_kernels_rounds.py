@@ -235,3 +235,20 @@ def test_rounds_with_wrong_results_are_not_used(
     monkeypatch.setattr(native, "_SOURCE", tmp_path / native._SOURCE.name)
     library = native._library(compiler, tmp_path)
     assert library is not None and native._checked(library) is None
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu", "tanh", "relu"])
+def test_shapes_by_the_score_route_are_those_of_the_reference(kernel: RoundKernel, name: str) -> None:
+    density = Gaussian(torch.tensor([0.3, -2.0, math.nan, 0.0]), torch.tensor([1.0, 3.0, math.nan, 0.0]))
+    mine = correction_shape(name, density, "score", kernel=kernel)
+    theirs = correction_shape(name, density, "score")
+    assert_close(mine.gain, theirs.gain, 1e-5)
+    assert_close(tabulate(mine), tabulate(theirs), 1e-5)
+
+
+def test_the_change_of_outputs_is_the_gradient_along_it(kernel: RoundKernel) -> None:
+    outputs = torch.tanh(hostile()[5:])
+    others = outputs + 0.01 * outputs.square()
+    found = OutputEntropy(outputs, 0.1, kernel)
+    assert_close(found.change(others), found.gradient(others - outputs), 1e-5)
+    assert_close(found.change(others), OutputEntropy(outputs, 0.1).change(others), 1e-4)

@@ -276,15 +276,17 @@ int eafo_smooth(const float *x, const float *weight, int64_t sites, int64_t n, d
     return refused;
 }
 
-/* dH_r / d eps along a direction, equation (1'), of every site: out [sites]; x, score and found as of eafo_smooth. */
+/* dH_r / d eps along a direction, equation (1'), of every site: out [sites]; x, score and found as of eafo_smooth.
+   moved: whether the direction is given by where it leads to from x. */
 void eafo_entropy_gradient(const float *x, const float *score, const float *direction, const double *found,
-                           int64_t sites, int64_t n, double resolution, int threads, double *out) {
+                           int64_t sites, int64_t n, double resolution, int moved, int threads, double *out) {
     ROUND_PARALLEL
     for (int64_t s = 0; s < sites; s++) {
         const float *value = x + s * n, *along = score + s * n, *g = direction + s * n;
         const double *f = found + FOUND * s;
+        float start = moved ? 1.0f : 0.0f;
         double rise[LANES] = {0}, together[LANES] = {0}, mean = f[3], inverse = f[4] > 0.0 ? 1.0 / f[4] : 0.0;
-        IN_LANES(int known = isfinite(value[i]); double step = known ? g[i] : 0.0f, at = known ? value[i] : 0.0f;
+        IN_LANES(int known = isfinite(value[i]); double step = known ? g[i] - start * value[i] : 0.0f, at = known ? value[i] : 0.0f;
                  rise[k] += along[i] * step; together[k] += (at - mean) * step)
         double covariance = added(together) / f[0] * inverse;
         double slope = added(rise) / f[0] + (1.0 - resolution * resolution * f[6]) * covariance;

@@ -62,8 +62,8 @@ class RoundKernel:
             *(library.eafo_smooth, integer, pointer, pointer, size, size, real, integer, integer, pointer, pointer)
         )
         self._gradient = _typed(
-            *(library.eafo_entropy_gradient, None, pointer, pointer, pointer, pointer, size, size, real, integer),
-            pointer,
+            *(library.eafo_entropy_gradient, None, pointer, pointer, pointer, pointer, size, size, real),
+            *(integer, integer, pointer),
         )
         self._moments = _typed(library.eafo_moments, None, pointer, size, size, integer, pointer)
         self._dead = _typed(library.eafo_dead, integer, pointer, pointer, size, size, integer, integer, pointer)
@@ -145,7 +145,9 @@ class RoundKernel:
         )
         return None if refused else Smoothed(found, scores)
 
-    def gradient(self, x: Tensor, smoothed: Smoothed, direction: Tensor, resolution: float) -> Tensor:
+    def gradient(
+        self, x: Tensor, smoothed: Smoothed, direction: Tensor, resolution: float, *, moved: bool = False
+    ) -> Tensor:
         """dH_r / d eps when outputs move along a direction, equation (1').
 
         Args:
@@ -153,6 +155,7 @@ class RoundKernel:
             smoothed: what ``smooth`` says of them, with a score.
             direction: shape [S, n], finite where the outputs are.
             resolution: r.
+            moved: whether ``direction`` is where the outputs move to.
 
         Returns:
             Gradients in nats, float64, shape [S].
@@ -160,7 +163,7 @@ class RoundKernel:
         assert smoothed.score is not None
         out = torch.empty(len(x), dtype=torch.float64)
         addresses = [each.data_ptr() for each in (x, smoothed.score, direction, smoothed.found)]
-        self._gradient(*addresses, *x.shape, resolution, _threads(x), out.data_ptr())
+        self._gradient(*addresses, *x.shape, resolution, moved, _threads(x), out.data_ptr())
         return out
 
     def moments(self, x: Tensor) -> Tensor:
