@@ -188,6 +188,8 @@ class Functions:
         Returns:
             Rows by base.
         """
+        if len({id(base) for base in self.bases}) == 1:  # hashing and comparing bases takes longer
+            return {self.bases[0]: list(range(len(self.bases)))}
         rows: dict[Base, list[int]] = {}
         for row, base in enumerate(self.bases):
             rows.setdefault(base, []).append(row)
