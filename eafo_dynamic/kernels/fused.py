@@ -18,9 +18,10 @@ from eafo_dynamic.kernels.eager import EagerKernel
 from eafo_dynamic.kernels.formula import correction_of
 from eafo_dynamic.kernels.known import NOTHING, Known
 from eafo_dynamic.kernels.native import native_kernel
+from eafo_dynamic.kernels.rounds import RoundKernel
 from eafo_dynamic.kernels.terms import Terms, is_dense
 
-__all__ = ["BACKENDS", "Backend", "check_backend", "corrected", "corrected_", "resolve_backend"]
+__all__ = ["BACKENDS", "Backend", "check_backend", "corrected", "corrected_", "resolve_backend", "round_kernel"]
 
 Backend = Literal["auto", "eager", "native"]
 BACKENDS: tuple[Backend, ...] = ("auto", "eager", "native")
@@ -85,6 +86,19 @@ def resolve_backend(backend: Backend) -> Literal["eager", "native"]:
         mend = "Install cc, gcc or clang, or name one in the environment variable CC; or leave it at 'auto'."
         raise ConfigError("backend", backend, "needs a C compiler that makes a working library", mend)
     return "eager"
+
+
+def round_kernel(backend: Backend) -> RoundKernel | None:
+    """What computes update rounds on the CPU.
+
+    Args:
+        backend: what was asked for.
+
+    Returns:
+        The compiled functions; None for torch's operations.
+    """
+    native = native_kernel() if backend != "eager" else None
+    return None if native is None else native.rounds
 
 
 def corrected(
