@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from eafo_dynamic.errors import SiteError, legible
 from eafo_dynamic.functional import WRITTEN, function_base
+from eafo_dynamic.listener import CHECKPOINT_KEY, keep_sites
 from eafo_dynamic.sites import MAX_CALLS, FoundSite, SiteReport
 from eafo_dynamic.surgery import hosted_sites, unwrap, wrap
 
 __all__ = [
-    "CHECKPOINT_KEY",
-    "CheckpointListener",
     "apply_from_checkpoint",
     "check_form",
     "check_weights",
@@ -29,8 +28,6 @@ __all__ = [
     "warn_of_changes",
     "wrap_from_manifest",
 ]
-
-CHECKPOINT_KEY = "eafo"
 
 MANIFEST_VERSION = 1
 
@@ -242,6 +239,7 @@ def wrap_from_manifest(model: nn.Module, saved: Mapping[str, Any]) -> SiteReport
     except SiteError:
         unwrap(model)
         raise
+    keep_sites(model, saved)
     return report
 
 
@@ -312,50 +310,3 @@ def _check_tensor(name: str, value: object, own: Tensor) -> None:
         return  # one that is not finite is put back at the next round
     if not bool(value.isfinite().all()) or (name.endswith("_shape") and bool(value[1] <= 0)):
         raise SiteError(f"{name}: holds numbers that no correction can have. {_MEND}")
-
-
-class CheckpointListener:
-    """Stands before hooks of a LightningModule that see every checkpoint, also one of weights only.
-
-    Its ``on_load_checkpoint`` runs before the weights are restored.
-
-    Args:
-        module: whose hooks they are.
-        **actions: by the hook's name, what to do with the module and a checkpoint first.
-    """
-
-    def __init__(self, module: Any, **actions: Callable[[Any, dict[str, Any]], None]) -> None:
-        self.module = module
-        self._hooks = {name: _Hook(module, name, action) for name, action in actions.items()}
-        vars(module).update(self._hooks)
-
-    def release(self) -> None:
-        """Leaves the hooks to the module."""
-        for name, hook in self._hooks.items():
-            if vars(self.module).get(name) is hook:
-                del vars(self.module)[name]
-
-
-class _Hook:
-    """One hook of a LightningModule, with something to do first.
-
-    Args:
-        module: whose it is.
-        name: of the hook.
-        action: what to do.
-    """
-
-    def __init__(self, module: Any, name: str, action: Callable[[Any, dict[str, Any]], None]) -> None:
-        self.module, self.name, self.action = module, name, action
-
-    def __call__(self, checkpoint: dict[str, Any]) -> None:
-        """Acts, then runs the module's own hook.
-
-        Args:
-            checkpoint: that is saved or loaded.
-        """
-        self.action(self.module, checkpoint)
-        getattr(type(self.module), self.name)(self.module, checkpoint)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return self  # a copied module must not copy the callback

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,64 @@ class TestTrainer:
         path, _ = trained
         with pytest.raises(RuntimeError, match="eafo_0_eps"):
             trainer(tmp_path).test(Net(), loader(), ckpt_path=str(path), verbose=False)
+
+
+class TestWeightsOnly:
+    """Checkpoints for which a Trainer asks no callback anything."""
+
+    @pytest.mark.parametrize("moment", ["during", "after", "another trainer", "copied", "pickled", "tested"])
+    def test_they_list_the_sites(self, moment: str, tmp_path: Path) -> None:
+        net, path = Net(), tmp_path / "weights.ckpt"
+        saver = ModelCheckpoint(tmp_path, filename="weights", save_weights_only=True, enable_version_counter=False)
+        host = trainer(tmp_path, callback(tmp_path), *([saver] if moment in ("during", "tested") else []))
+        host.fit(net, loader())
+        if moment in ("copied", "pickled"):
+            net = copy.deepcopy(net) if moment == "copied" else pickle.loads(pickle.dumps(net))
+        if moment in ("another trainer", "copied", "pickled"):
+            host = trainer(tmp_path)
+            host.validate(net, loader(), verbose=False)
+        elif moment == "tested":
+            net, host = Net(), trainer(tmp_path, callback(tmp_path))
+            host.test(net, loader(), ckpt_path=str(path), verbose=False, weights_only=True)
+            path = tmp_path / "again.ckpt"
+        if moment != "during":
+            host.save_checkpoint(path, weights_only=True)
+        saved = torch.load(path, weights_only=True)
+        assert "optimizer_states" not in saved
+        with torch.no_grad():
+            expected = net.eval()(x())
+            assert torch.equal(apply_from_checkpoint(Net(), path).eval()(x()), expected)
+        fresh = Net()
+        trainer(tmp_path, callback(tmp_path)).test(fresh, loader(), ckpt_path=str(path), verbose=False)
+        with torch.no_grad():
+            assert torch.equal(fresh.eval()(x()), expected)
+
+    def test_the_hooks_of_the_module_run_and_those_of_a_plain_model_are_its_own(self, tmp_path: Path) -> None:
+        class Hooked(Net):
+            def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+                checkpoint["class"] = len(checkpoint.get("eafo", {}).get("sites", []))
+
+        net, host = Hooked(), trainer(tmp_path, callback(tmp_path))
+        host.fit(net, loader())
+        host.save_checkpoint(tmp_path / "class.ckpt", weights_only=True)
+        assert torch.load(tmp_path / "class.ckpt", weights_only=True)["class"] == 4
+        unwrap(net)
+        host.save_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
+        saved = torch.load(tmp_path / "plain.ckpt", weights_only=True)
+        assert "eafo" not in saved
+        assert saved["class"] == 0
+
+        own = Net()
+        own.on_save_checkpoint = lambda checkpoint: checkpoint.update(instance=True)
+        kept = own.on_save_checkpoint
+        host = trainer(tmp_path, callback(tmp_path))
+        host.fit(own, loader())
+        host.save_checkpoint(tmp_path / "own.ckpt", weights_only=True)
+        saved = torch.load(tmp_path / "own.ckpt", weights_only=True)
+        assert saved["instance"]
+        assert saved["eafo"]
+        unwrap(own)
+        assert own.on_save_checkpoint is kept
 
 
 class TestPlainModels:
