@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from eafo_dynamic.activation import apply_correction, describe_state, register, 
 from eafo_dynamic.bases import as_base
 from eafo_dynamic.correction import table_half_width
 from eafo_dynamic.density import Density
-from eafo_dynamic.kernels import Terms, is_correctable, known_module, per_channel
+from eafo_dynamic.kernels import Terms, correction_value, is_correctable, known_module, per_channel
 
 __all__ = ["CRReLU", "CorrectedActivation"]
 
@@ -28,11 +30,12 @@ class CorrectedActivation(nn.Module):
             None: one amplitude for ghat alone.
     """
 
-    eps: Tensor
-    shape: Tensor
-    table: Tensor | None
-    offset: Tensor | None
-    lift: Tensor | None
+    if TYPE_CHECKING:  # torch.jit.script reads the values, and does not understand annotations that are text
+        eps: Tensor
+        shape: Tensor
+        table: Tensor | None
+        offset: Tensor | None
+        lift: Tensor | None
 
     def __init__(
         self,
@@ -51,20 +54,43 @@ class CorrectedActivation(nn.Module):
         self.register_buffer("shape", torch.stack([density.mean[0], density.std[0]]).to(torch.float32))
         register(self, "table", None if lift is not None else shape_table(as_base(base), density))
         register(self, "offset", None)
+        self.half_width = table_half_width()
 
-    def forward(self, z: Tensor | None = None, **named: Tensor) -> Tensor:
-        """Applies the corrected function.
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        """Calls ``forward``.
+
+        Args:
+            *args: the pre-activations.
+            **named: the same under the name that the base's forward has for it, instead.
+
+        Returns:
+            What forward returns.
+        """
+        return super().__call__(*args, *named.values())
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Applies the corrected function; of what torch.jit.script can read.
 
         Args:
             z: pre-activations, any shape, floating point.
-            **named: the same under the name that the base's forward has for it, instead of z.
 
         Returns:
             f(z), of the shape of z; z itself, overwritten, if the base is in place. What is no tensor of real numbers
             goes to the base alone.
         """
-        if z is None:
-            (z,) = named.values()
+        if not torch.jit.is_scripting():
+            out = self._run(z)
+        elif not z.is_floating_point() or z.is_sparse:
+            out = self.base(z)
+        else:
+            lift = per_channel(self.lift, z) if self.lift is not None else None
+            eps = per_channel(self.eps, z)
+            c = correction_value(z, eps, self.shape, self.table, self.offset, self.half_width, lift)
+            c = c.masked_fill(c == 0, -0.0)  # which leaves the base bit for bit
+            out = z.copy_(self.base(z.clone()) + c) if getattr(self.base, "inplace", False) else self.base(z) + c
+        return out
+
+    def _run(self, z: Tensor) -> Tensor:
         if not is_correctable(z):
             return self.base(z)
         known = None if torch.compiler.is_compiling() else known_module(self.base)
@@ -72,7 +98,7 @@ class CorrectedActivation(nn.Module):
 
     def _terms(self, z: Tensor) -> Terms:
         lift = None if self.lift is None else per_channel(self.lift, z)
-        return Terms(per_channel(self.eps, z), self.shape, self.table, self.offset, table_half_width(), lift)
+        return Terms(per_channel(self.eps, z), self.shape, self.table, self.offset, self.half_width, lift)
 
     def extra_repr(self) -> str:
         """Live amplitude and scale.

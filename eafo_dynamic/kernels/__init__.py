@@ -7,7 +7,15 @@
 - ``fused`` chooses, and joins the backward of base and correction, so that the input alone is kept.
 """
 
-from eafo_dynamic.kernels.formula import MAX_U, bell, correction, correction_of, ghat_closed_form, ghat_table
+from eafo_dynamic.kernels.formula import (
+    MAX_U,
+    bell,
+    correction,
+    correction_of,
+    correction_value,
+    ghat_closed_form,
+    ghat_table,
+)
 from eafo_dynamic.kernels.fused import BACKENDS, Backend, check_backend, corrected, corrected_, resolve_backend
 from eafo_dynamic.kernels.known import Known, known_function, known_module
 from eafo_dynamic.kernels.layouts import corrected_nested, describe, is_correctable, per_channel, size_of, values_of
@@ -26,6 +34,7 @@ __all__ = [
     "corrected_nested",
     "correction",
     "correction_of",
+    "correction_value",
     "describe",
     "ghat_closed_form",
     "ghat_table",
