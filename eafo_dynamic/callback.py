@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from eafo_dynamic.controller import EAFOController, Options
 from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError, LogError, SiteError
-from eafo_dynamic.example import averaging, batch_runs, cannot_wait, first_report, search, static_report, swa_rates
+from eafo_dynamic.example import averaging, batch_report, cannot_wait, first_report, report_now, swa_rates
 from eafo_dynamic.kernels import Backend
 from eafo_dynamic.listener import CHECKPOINT_KEY, LoadListener, keep_sites
 from eafo_dynamic.manifest import (
@@ -206,7 +206,7 @@ class EAFOCallback(Callback):
         known = self.controller is not None and self.controller.model is pl_module
         if not known and not self._awaits_batch:
             if not is_wrapped(pl_module):
-                wrap_from_manifest(pl_module, saved)
+                wrap_from_manifest(pl_module, saved, report_now(pl_module.trainer, pl_module))
             return
         check_form(saved, self.options.form)
         if self.controller is None:
@@ -270,10 +270,8 @@ class EAFOCallback(Callback):
         controller.collecting = controller.schedule.collects(trainer.global_step)
 
     def _find_in(self, batch: Any, trainer: Trainer, pl_module: LightningModule) -> None:
-        runs = batch_runs(trainer, pl_module, batch)
-        report, problem = search(pl_module, self.options.selection, runs)
         self._late = True
-        self._wrap(trainer, pl_module, report or static_report(pl_module, self.options.selection, problem))
+        self._wrap(trainer, pl_module, batch_report(trainer, pl_module, self.options.selection, batch))
         self._begin(trainer, pl_module)
         self._align(trainer)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,52 @@ class TestChangedModels:
         said = r"only in the checkpoint: relu#0, relu#1, :gelu; only in the model: relu, :elu\. The checkpoint's"
         with pytest.warns(UserWarning, match=said):
             run.fit(Other(), loader(), ckpt_path=str(path))
+
+    @pytest.mark.parametrize("stage", ["test", "validate", "apply", "apply with an example", "by its array"])
+    def test_an_evaluation_says_it_too(self, stage: str, trained: tuple[Path, Net], tmp_path: Path) -> None:
+        path, _ = trained
+
+        class Other(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.relu(self.two(self.relu(self.one(x))))
+                return self.three(F.elu(x) * torch.sigmoid(x))
+
+        for kind, changed in ((Net, False), (Other, True)):
+            model = kind()
+            if stage == "by its array":
+                model.example_input_array = x()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                if stage in ("test", "validate"):
+                    run = getattr(trainer(tmp_path, callback(tmp_path)), stage)
+                    run(model, [loader()], ckpt_path=str(path), verbose=False)
+                else:
+                    apply_from_checkpoint(model, path, *([x()] if stage == "apply with an example" else []))
+            said = [str(each.message) for each in caught if "the model has changed" in str(each.message)]
+            if not changed or stage == "apply":
+                assert said == [], "the same model, or nothing to see it by"
+            else:
+                (message,) = said
+                assert "only in the checkpoint: :gelu, :silu; only in the model: :elu. Its corrections" in message
+            assert len(hosted_sites(model)) == 4
+
+    @pytest.mark.parametrize("stage", ["predict", "apply"])
+    def test_an_evaluation_says_nothing_that_it_cannot_know(self, stage: str, tmp_path: Path) -> None:
+        """A batch without labels does not run through training_step, where one of the sites is called."""
+
+        class Loss(Net):
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                return F.cross_entropy(F.silu(self(batch[0])), batch[1])
+
+        saver = ModelCheckpoint(tmp_path, filename="last")
+        trainer(tmp_path, callback(tmp_path), saver).fit(Loss(), loader())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "EAFO")
+            if stage == "predict":
+                images = DataLoader(TensorDataset(x()), 4)
+                trainer(tmp_path, callback(tmp_path)).predict(Loss(), images, ckpt_path=str(tmp_path / "last.ckpt"))
+            else:
+                apply_from_checkpoint(Loss(), tmp_path / "last.ckpt")
 
     def test_a_slope_that_is_another(self, tmp_path: Path) -> None:
         net = nn.Sequential(Slope(0.1), nn.Linear(4, 4))
