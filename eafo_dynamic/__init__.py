@@ -17,8 +17,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eafo_dynamic.activation import CorrectedActivation as CorrectedActivation
-    from eafo_dynamic.activation import CRReLU as CRReLU
     from eafo_dynamic.bake import load_merged as load_merged
     from eafo_dynamic.bake import merge as merge
     from eafo_dynamic.bake import save_merged as save_merged
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
     from eafo_dynamic.metrics import ActivationEntropy as ActivationEntropy
     from eafo_dynamic.records import CorrectionLog as CorrectionLog
     from eafo_dynamic.sites import find_sites as find_sites
+    from eafo_dynamic.standalone import CorrectedActivation as CorrectedActivation
+    from eafo_dynamic.standalone import CRReLU as CRReLU
     from eafo_dynamic.surgery import disabled as disabled
     from eafo_dynamic.surgery import unwrap as unwrap
     from eafo_dynamic.surgery import wrap as wrap
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ActivationEntropy": "metrics",
-    "CRReLU": "activation",
-    "CorrectedActivation": "activation",
+    "CRReLU": "standalone",
+    "CorrectedActivation": "standalone",
     "CorrectionLog": "records",
     "EAFOCallback": "callback",
     "EAFOController": "controller",

@@ -1,4 +1,4 @@
-"""Corrected activations as modules, and the state that every corrected call keeps; no policy here."""
+"""The state that every corrected call keeps; no policy here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from eafo_dynamic.bases import Base, as_base
+from eafo_dynamic.bases import Base
 from eafo_dynamic.correction import correction_shape, is_closed_form, table_half_width, tabulate
 from eafo_dynamic.density import Density, Gaussian
 from eafo_dynamic.kernels import (
@@ -22,15 +22,22 @@ from eafo_dynamic.kernels import (
     corrected_nested,
     correction_of,
     describe,
-    is_correctable,
-    known_module,
     per_channel,
     resolve_backend,
     values_of,
 )
 from eafo_dynamic.statistics import Collector
 
-__all__ = ["CRReLU", "CorrectedActivation", "Form", "Site", "Switch", "register", "shape_table", "standard_normal"]
+__all__ = [
+    "Form",
+    "Site",
+    "Switch",
+    "apply_correction",
+    "describe_state",
+    "register",
+    "shape_table",
+    "standard_normal",
+]
 
 _PLAIN = (Tensor, nn.Parameter)
 _Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # of a site, as its keys
@@ -274,7 +281,7 @@ class Site:
             self.collector.observe(values_of(z) if z.is_nested else z)
         if not self.switch.enabled:
             return base(z)
-        return _corrected(base, functools.partial(self.terms, host), z, inplace, known, self.switch.backend)
+        return apply_correction(base, functools.partial(self.terms, host), z, inplace, known, self.switch.backend)
 
     def pass_over(self, host: nn.Module, value: object) -> None:
         """Takes down, where samples are taken, that a call could not be corrected.
@@ -301,7 +308,7 @@ def register(host: nn.Module, key: str, value: Tensor | None) -> None:
         host.register_buffer(key, value)
 
 
-def _corrected(
+def apply_correction(
     base: Callable[[Tensor], Tensor],
     terms: Callable[[Tensor], Terms],
     z: Tensor,
@@ -322,88 +329,6 @@ def _recomputing() -> bool:
         Whether it does.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-class CorrectedActivation(nn.Module):
-    """An activation with its correction, on its own: f(z) = base(z) + eps * sigma * ghat((z - mu) / sigma).
-
-    With eps = 0, ``CorrectedActivation(base)(z)`` equals ``base(z)`` bit for bit.
-
-    Args:
-        base: a pointwise activation module; it is not changed.
-        eps: starting amplitude, no unit.
-        density: density of the pre-activations, of one site; None: standard normal.
-        trainable: whether eps and lift are parameters; otherwise buffers.
-        lift: starting amplitude of the bell, for free terms: f(z) = base(z) + sigma (eps u + lift) exp(-u^2 / 2);
-            None: one amplitude for ghat alone.
-    """
-
-    eps: Tensor
-    shape: Tensor
-    table: Tensor | None
-    offset: Tensor | None
-    lift: Tensor | None
-
-    def __init__(
-        self,
-        base: nn.Module,
-        eps: float = 0.01,
-        density: Density | None = None,
-        trainable: bool = True,
-        lift: float | None = None,
-    ) -> None:
-        super().__init__()
-        density = density or standard_normal()
-        self.base = base
-        for name, start in (("eps", eps), ("lift", lift)):
-            amplitude = None if start is None else torch.tensor(float(start))
-            register(self, name, nn.Parameter(amplitude) if trainable and amplitude is not None else amplitude)
-        self.register_buffer("shape", torch.stack([density.mean[0], density.std[0]]).to(torch.float32))
-        register(self, "table", None if lift is not None else shape_table(as_base(base), density))
-        register(self, "offset", None)
-
-    def forward(self, z: Tensor | None = None, **named: Tensor) -> Tensor:
-        """Applies the corrected function.
-
-        Args:
-            z: pre-activations, any shape, floating point.
-            **named: the same under the name that the base's forward has for it, instead of z.
-
-        Returns:
-            f(z), of the shape of z; z itself, overwritten, if the base is in place. What is no tensor of real numbers
-            goes to the base alone.
-        """
-        if z is None:
-            (z,) = named.values()
-        if not is_correctable(z):
-            return self.base(z)
-        known = None if torch.compiler.is_compiling() else known_module(self.base)
-        return _corrected(self.base, self._terms, z, getattr(self.base, "inplace", False), known)
-
-    def _terms(self, z: Tensor) -> Terms:
-        lift = None if self.lift is None else per_channel(self.lift, z)
-        return Terms(per_channel(self.eps, z), self.shape, self.table, self.offset, table_half_width(), lift)
-
-    def extra_repr(self) -> str:
-        """Live amplitude and scale.
-
-        Returns:
-            For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``.
-        """
-        return describe_state(self.eps, self.shape, lift=self.lift)
-
-
-class CRReLU(CorrectedActivation):
-    """The paper's correction-regularised ReLU: relu(x) + eps x exp(-x^2 / 2), eps learned from 0.01.
-
-    The static special case of the correction: ReLU base, standard normal density (arXiv 2405.12954, section 4).
-
-    Args:
-        eps: starting amplitude.
-    """
-
-    def __init__(self, eps: float = 0.01) -> None:
-        super().__init__(nn.ReLU(), eps)
 
 
 def describe_state(eps: Tensor, shape: Tensor, backend: Backend = "auto", lift: Tensor | None = None) -> str:

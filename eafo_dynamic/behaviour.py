@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from eafo_dynamic.activation import CorrectedActivation
 from eafo_dynamic.bases import activation_types, as_base
 from eafo_dynamic.hosting import plain_view
 from eafo_dynamic.probe import forked_random_states
+from eafo_dynamic.standalone import CorrectedActivation
 
 __all__ = ["looks_like_activation", "may_call_functions"]
 

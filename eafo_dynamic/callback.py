@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from eafo_dynamic.controller import EAFOController, Options
 from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError, LogError, SiteError
-from eafo_dynamic.example import averaging, batch_runs, cannot_wait, first_report, search, static_report, swa_rates
+from eafo_dynamic.example import averaging, batch_report, cannot_wait, first_report, report_now, swa_rates
 from eafo_dynamic.kernels import Backend
+from eafo_dynamic.listener import CHECKPOINT_KEY, LoadListener, keep_sites
 from eafo_dynamic.manifest import (
-    CHECKPOINT_KEY,
-    CheckpointListener,
     check_form,
     check_weights,
     manifest,
@@ -154,7 +153,7 @@ class EAFOCallback(Callback):
         self._awaits_batch = ""  # why the sites are not known before the first training batch; empty once they are
         self._earlier: dict[str, Tensor] = {}  # corrections that a model which awaits its batch had before
         self._late = False  # whether eps came after the optimisers
-        self._listener: CheckpointListener | None = None
+        self._listener: LoadListener | None = None
         self._replicas: Replicas | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -162,7 +161,7 @@ class EAFOCallback(Callback):
 
         For other stages the model stays as it is, unless a checkpoint with corrections is about to be restored.
         """
-        self._listener = CheckpointListener(pl_module, on_load_checkpoint=self._restore, on_save_checkpoint=self._save)
+        self._listener = LoadListener(pl_module, self._restore)
         if stage != "fit":
             return
         check_strategy(trainer.strategy)
@@ -189,6 +188,8 @@ class EAFOCallback(Callback):
     def _attach(self, pl_module: LightningModule, report: SiteReport) -> None:
         self.controller = EAFOController(pl_module, self.options, report)
         self.controller.collecting = False
+        # in every checkpoint, so that a plain model can be wrapped the same way before its weights are loaded
+        keep_sites(pl_module, manifest(report, **self.options.form))
         put_back(pl_module, self._earlier)
         self._awaits_batch, self._earlier = "", {}
 
@@ -205,7 +206,7 @@ class EAFOCallback(Callback):
         known = self.controller is not None and self.controller.model is pl_module
         if not known and not self._awaits_batch:
             if not is_wrapped(pl_module):
-                wrap_from_manifest(pl_module, saved)
+                wrap_from_manifest(pl_module, saved, report_now(pl_module.trainer, pl_module))
             return
         check_form(saved, self.options.form)
         if self.controller is None:
@@ -269,10 +270,8 @@ class EAFOCallback(Callback):
         controller.collecting = controller.schedule.collects(trainer.global_step)
 
     def _find_in(self, batch: Any, trainer: Trainer, pl_module: LightningModule) -> None:
-        runs = batch_runs(trainer, pl_module, batch)
-        report, problem = search(pl_module, self.options.selection, runs)
         self._late = True
-        self._wrap(trainer, pl_module, report or static_report(pl_module, self.options.selection, problem))
+        self._wrap(trainer, pl_module, batch_report(trainer, pl_module, self.options.selection, batch))
         self._begin(trainer, pl_module)
         self._align(trainer)
 
@@ -339,15 +338,9 @@ class EAFOCallback(Callback):
         self._log.close()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the list of sites, also after the fit, and what other ranks have collected since the last round."""
-        self._save(pl_module, checkpoint)
+        """Adds what other ranks have collected since the last round."""
         if self.controller is not None and trainer.world_size > 1:
             checkpoint["callbacks"][self.state_key]["ranks"] = everyones(self.controller.own_state())
-
-    def _save(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds the list of sites, so that a plain model can be wrapped the same way before its weights are loaded."""
-        if self.controller is not None and self.controller.model is pl_module:
-            checkpoint[CHECKPOINT_KEY] = manifest(self.controller.report, **self.options.form)
 
     def _restore(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if CHECKPOINT_KEY in checkpoint:

@@ -16,7 +16,6 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eafo_dynamic.activation import CorrectedActivation
 from eafo_dynamic.channels import channel_dim, mark_channels
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.functional import (
@@ -30,6 +29,7 @@ from eafo_dynamic.hosting import ENTRY_POINTS
 from eafo_dynamic.kernels import describe, is_correctable, size_of
 from eafo_dynamic.probe import structural_copy
 from eafo_dynamic.recompute import foreign_function
+from eafo_dynamic.standalone import CorrectedActivation
 from eafo_dynamic.trace import Call, Frame, Trace
 from eafo_dynamic.written import WRITTEN, Made, Tracker, parts
 

@@ -27,10 +27,12 @@ from eafo_dynamic.sites import Selection, SiteReport, find_sites, forked_random_
 
 __all__ = [
     "averaging",
+    "batch_report",
     "batch_runs",
     "cannot_wait",
     "example_runs",
     "first_report",
+    "report_now",
     "search",
     "static_report",
     "swa_rates",
@@ -207,6 +209,36 @@ def first_report(trainer: Any, module: nn.Module, selection: Selection) -> tuple
     return (static_report(module, selection, f"{why}; {obstacle}"), "") if obstacle else (None, why)
 
 
+def batch_report(trainer: Any, module: nn.Module, selection: Selection, batch: Any) -> SiteReport:
+    """The sites of a model as its first training batch shows them, or else its module tree.
+
+    Args:
+        trainer: its Trainer.
+        module: the LightningModule to be wrapped.
+        selection: which sites to wrap.
+        batch: on the module's device.
+
+    Returns:
+        The report.
+    """
+    report, problem = search(module, selection, batch_runs(trainer, module, batch))
+    return report or static_report(module, selection, problem)
+
+
+def report_now(trainer: Any, module: nn.Module) -> SiteReport | None:
+    """The sites of a model that is about to be evaluated, by the same way of running it as before a training.
+
+    Args:
+        trainer: a Trainer whose stage is no training.
+        module: the LightningModule, not wrapped.
+
+    Returns:
+        The report; None where that way cannot be followed: another might not call everything that training does.
+    """
+    runs, _ = example_runs(trainer, module, may_wait=True)
+    return search(module, Selection(), runs[:1])[0] if runs else None
+
+
 def static_report(module: nn.Module, selection: Selection, why: str) -> SiteReport:
     """The sites that the module tree shows; warns that functional and repeated calls are not among them.
 
@@ -304,16 +336,19 @@ def _forward(probe: nn.Module, example: Any) -> object:
 
 
 def _first_items(trainer: Any, module: Any) -> Any:
-    """Two items of the training data, collated as its loader does and moved to the module's device.
+    """Two items of the data that is about to be read, collated as its loader does and moved to the module's device.
 
     Returns:
         The batch; None for a stream, which could not be read without consuming it.
     """
-    source = trainer.fit_loop._data_source
+    loop = trainer._active_loop
+    source = loop._data_source
     if not source.is_defined():
         return None
     loaders = source.dataloader()
     loaders = getattr(loaders, "iterables", loaders)  # of a CombinedLoader
+    if loop is not trainer.fit_loop and isinstance(loaders, (list, tuple)):
+        loaders = loaders[0]  # they are read one after the other
     streams: list[object] = []
 
     def first(loader: Any) -> Any:

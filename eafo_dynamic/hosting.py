@@ -17,6 +17,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.utils.parametrize import is_parametrized
 
 from eafo_dynamic.activation import Site, describe_state
+from eafo_dynamic.errors import SiteError
 from eafo_dynamic.frames import (
     STACK,
     close_frame,
@@ -76,6 +77,11 @@ class Hosting:
             cast(Any, self).__getstate__() if hasattr(self, "__getstate__") else vars(self)
         )  # Python 3.10 has none
         return _rebuild, (self.eafo_class, self.eafo_kind), state
+
+    def __prepare_scriptable__(self) -> Any:
+        raise SiteError(
+            f"{self.eafo_name or 'the model'}: torch.jit.script cannot read a wrapped model. Take script(merge(model))."
+        )
 
     def extra_repr(self) -> str:
         """The original text, then the live state of the sites.

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from eafo_dynamic.errors import SiteError, legible
 from eafo_dynamic.functional import WRITTEN, function_base
-from eafo_dynamic.sites import MAX_CALLS, FoundSite, SiteReport
+from eafo_dynamic.listener import CHECKPOINT_KEY, keep_sites
+from eafo_dynamic.sites import MAX_CALLS, FoundSite, SiteReport, find_sites
 from eafo_dynamic.surgery import hosted_sites, unwrap, wrap
 
 __all__ = [
-    "CHECKPOINT_KEY",
-    "CheckpointListener",
     "apply_from_checkpoint",
     "check_form",
     "check_weights",
@@ -29,8 +28,6 @@ __all__ = [
     "warn_of_changes",
     "wrap_from_manifest",
 ]
-
-CHECKPOINT_KEY = "eafo"
 
 MANIFEST_VERSION = 1
 
@@ -200,11 +197,21 @@ def warn_of_changes(saved: Mapping[str, Any], report: SiteReport) -> None:
     """
     changes = _changes({site.name: site for site in map(_found, saved["sites"])}, {s.name: s for s in report.wrapped})
     if changes and report.dynamic:
-        warnings.warn(
-            f"EAFO: the model has changed since the checkpoint: {'; '.join(changes)}. The checkpoint's sites are used; "
-            "begin a new run from its weights to use the model's.",
-            stacklevel=3,
-        )
+        _warn(changes, "The checkpoint's sites are used; begin a new run from its weights to use the model's.")
+
+
+def _warn_of_losses(saved: Mapping[str, Any], report: SiteReport) -> None:
+    """Names the sites of a checkpoint that a model calls no more, or with other parameters, and what may be instead."""
+    every = {site.name: site for site in map(_found, saved["sites"])}
+    # a module that hosts its own site acts wherever it is called
+    then = {name: site for name, site in every.items() if site.owner is not None or site.parameters is not None}
+    now = {s.name: s for s in report.sites if s.name in then or (s.wrapped and s.name not in every)}
+    if _changes(then, {name: site for name, site in now.items() if name in then}):
+        _warn(_changes(then, now), "Its corrections were learned with the sites of then; use the code of that run.")
+
+
+def _warn(changes: list[str], mend: str) -> None:
+    warnings.warn(f"EAFO: the model has changed since the checkpoint: {'; '.join(changes)}. {mend}", stacklevel=4)
 
 
 def _changes(then: Mapping[str, FoundSite], now: Mapping[str, FoundSite]) -> list[str]:
@@ -222,12 +229,13 @@ def _function(site: FoundSite) -> str:
     return f"{site.class_name}({given})" if given else site.class_name
 
 
-def wrap_from_manifest(model: nn.Module, saved: Mapping[str, Any]) -> SiteReport:
+def wrap_from_manifest(model: nn.Module, saved: Mapping[str, Any], present: SiteReport | None = None) -> SiteReport:
     """Wraps the sites that a manifest lists.
 
     Args:
         model: any module, not wrapped yet.
         saved: from ``manifest``.
+        present: of a search in the model as it is now, with an example; what is lacking there is named in a warning.
 
     Returns:
         The report of these sites.
@@ -242,15 +250,25 @@ def wrap_from_manifest(model: nn.Module, saved: Mapping[str, Any]) -> SiteReport
     except SiteError:
         unwrap(model)
         raise
+    keep_sites(model, saved)
+    if present is not None:
+        _warn_of_losses(saved, present)
     return report
 
 
-def apply_from_checkpoint(model: nn.Module, checkpoint: str | Path | Mapping[str, Any]) -> nn.Module:
+def apply_from_checkpoint(
+    model: nn.Module, checkpoint: str | Path | Mapping[str, Any], *example_args: Any, **example_kwargs: Any
+) -> nn.Module:
     """Wraps a fresh model as a checkpoint's model was wrapped, and loads the checkpoint's weights into it.
+
+    With an example, a warning names the calls that the model's code makes no more, or makes with another function: no
+    weight and no module shows that.
 
     Args:
         model: a model of the same structure, not wrapped.
         checkpoint: a checkpoint saved by a Trainer with an EAFOCallback, or the mapping in it.
+        *example_args: example input; by default a LightningModule's ``example_input_array``.
+        **example_kwargs: example input.
 
     Returns:
         The model.
@@ -265,7 +283,8 @@ def apply_from_checkpoint(model: nn.Module, checkpoint: str | Path | Mapping[str
     weights = checkpoint.get("state_dict")
     if not isinstance(weights, Mapping):
         raise SiteError("the checkpoint holds no weights under 'state_dict'. Use one that a Trainer has saved.")
-    report = wrap_from_manifest(model, checkpoint[CHECKPOINT_KEY])
+    present = _present(model, example_args, example_kwargs)
+    report = wrap_from_manifest(model, checkpoint[CHECKPOINT_KEY], present)
     try:
         check_weights(model, weights)
         with legible(f"the checkpoint's weights do not fit the model of its {len(report.wrapped)} sites"):
@@ -274,6 +293,21 @@ def apply_from_checkpoint(model: nn.Module, checkpoint: str | Path | Mapping[str
         unwrap(model)
         raise
     return model
+
+
+def _present(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SiteReport | None:
+    """The sites of a model as an example shows them; None without one."""
+    if args or kwargs:
+        return find_sites(model, *args, **kwargs)
+    example = getattr(model, "example_input_array", None)
+    if example is None:
+        return None
+    named = example if isinstance(example, Mapping) else {}
+    rest = () if named else example if isinstance(example, tuple) else (example,)
+    try:
+        return find_sites(model, *rest, **named)
+    except SiteError:  # nobody has asked for it
+        return None
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -312,50 +346,3 @@ def _check_tensor(name: str, value: object, own: Tensor) -> None:
         return  # one that is not finite is put back at the next round
     if not bool(value.isfinite().all()) or (name.endswith("_shape") and bool(value[1] <= 0)):
         raise SiteError(f"{name}: holds numbers that no correction can have. {_MEND}")
-
-
-class CheckpointListener:
-    """Stands before hooks of a LightningModule that see every checkpoint, also one of weights only.
-
-    Its ``on_load_checkpoint`` runs before the weights are restored.
-
-    Args:
-        module: whose hooks they are.
-        **actions: by the hook's name, what to do with the module and a checkpoint first.
-    """
-
-    def __init__(self, module: Any, **actions: Callable[[Any, dict[str, Any]], None]) -> None:
-        self.module = module
-        self._hooks = {name: _Hook(module, name, action) for name, action in actions.items()}
-        vars(module).update(self._hooks)
-
-    def release(self) -> None:
-        """Leaves the hooks to the module."""
-        for name, hook in self._hooks.items():
-            if vars(self.module).get(name) is hook:
-                del vars(self.module)[name]
-
-
-class _Hook:
-    """One hook of a LightningModule, with something to do first.
-
-    Args:
-        module: whose it is.
-        name: of the hook.
-        action: what to do.
-    """
-
-    def __init__(self, module: Any, name: str, action: Callable[[Any, dict[str, Any]], None]) -> None:
-        self.module, self.name, self.action = module, name, action
-
-    def __call__(self, checkpoint: dict[str, Any]) -> None:
-        """Acts, then runs the module's own hook.
-
-        Args:
-            checkpoint: that is saved or loaded.
-        """
-        self.action(self.module, checkpoint)
-        getattr(type(self.module), self.name)(self.module, checkpoint)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return self  # a copied module must not copy the callback

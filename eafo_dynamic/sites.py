@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from eafo_dynamic.activation import CorrectedActivation
 from eafo_dynamic.bases import as_base
 from eafo_dynamic.behaviour import looks_like_activation, may_call_functions
 from eafo_dynamic.dryrun import trace_calls
@@ -25,6 +24,7 @@ from eafo_dynamic.functional import function_base, is_function_of_name
 from eafo_dynamic.hosting import Hosting, is_activation, plain_view
 from eafo_dynamic.probe import forked_random_states
 from eafo_dynamic.selection import FoundSite, Selection, SiteReport, matches
+from eafo_dynamic.standalone import CorrectedActivation
 from eafo_dynamic.trace import Call, Frame, Trace
 from eafo_dynamic.unreached import taken_over
 from eafo_dynamic.written import WRITTEN

@@ -19,6 +19,7 @@ from eafo_dynamic.bases import Base, as_base
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.functional import function_base
 from eafo_dynamic.hosting import ACTIVATION, OWNER, Hosting, become, plain_view, revert
+from eafo_dynamic.listener import forget_sites
 from eafo_dynamic.sites import FoundSite, SiteReport, find_sites
 from eafo_dynamic.statistics import Collector
 from eafo_dynamic.written import WRITTEN, parts, written_node
@@ -206,6 +207,7 @@ def unwrap(model: nn.Module) -> None:
     """
     for module in list(model.modules()):
         revert(module)
+        forget_sites(module)
 
 
 @contextmanager

@@ -8,9 +8,10 @@ import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from fabricate import SITES, fabricate_run
 
 from eafo_dynamic.cli import log as log_command
+from eafo_dynamic.cli import log_views
 from eafo_dynamic.errors import ConfigError, EAFOError, LogError
 from eafo_dynamic.records import COLUMNS, CorrectionLog, LogWriter
 
@@ -328,8 +330,31 @@ def test_logs_of_nan_only(log: Run, runs: Path) -> None:
             assert "nan" not in log(view, "nan", "--format", fmt).replace("nan/eafo", "")
 
 
+def test_follow_misses_no_row_that_comes_while_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = LogWriter(tmp_path / "eafo", {})
+    writer.write([{"step": 1, "site": "s", "eps": 0.1}])
+    shown: list[int] = []
+
+    def show(part: CorrectionLog) -> None:
+        shown.append(len(part))
+        if len(shown) == 1:
+            writer.write([{"step": 2, "site": "s", "eps": 0.2}])
+
+    waits = iter([None, None])
+
+    def wait(seconds: float) -> None:
+        if next(waits, seconds) == seconds:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(log_views.time, "sleep", wait)
+    args = argparse.Namespace(folder=str(tmp_path), steps=None, site=None, follow=0.1)
+    assert log_views._shown(args, show) == 0
+    assert shown == [1, 2]
+
+
 FOLLOW = """
-import argparse
+import argparse, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a script inherit that it is ignored
 from eafo_dynamic.cli import log
 parser = argparse.ArgumentParser()
 log.register(parser.add_subparsers())
@@ -355,15 +380,18 @@ def test_follow_prints_again_when_the_run_goes_on(tmp_path: Path) -> None:
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
+        watchdog = threading.Timer(120, process.kill)  # a line that does not come is an empty one then
+        watchdog.start()
         assert process.stdout.readline().startswith("step,")
         assert process.stdout.readline().startswith("1,")
-        time.sleep(0.2)
         writer.write([{"step": 2, "site": "s", "eps": 0.2}])
         assert process.stdout.readline() == "\n"
         assert process.stdout.readline().startswith("step,")
         assert process.stdout.readline().startswith("2,")
-        process.send_signal(2)
+        process.send_signal(signal.SIGINT)
         process.stdout.close()
+        process.wait()
+        watchdog.cancel()
     assert process.returncode == 0
 
 

@@ -8,8 +8,8 @@ from test_kernels import assert_same_bits
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from eafo_dynamic.activation import CorrectedActivation
 from eafo_dynamic.kernels import Backend, Terms, bell, corrected, corrected_, correction_of, fused, known_module, native
+from eafo_dynamic.standalone import CorrectedActivation
 
 BASES = [nn.ReLU(), nn.LeakyReLU(0.2), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Mish(), nn.Hardtanh()]
 SHAPE = (0.2, 1.4)

@@ -7,9 +7,9 @@ import torch
 from test_kernels import HALF_WIDTH, assert_same_bits, smooth_table
 from torch import Tensor, nn
 
-from eafo_dynamic.activation import CorrectedActivation
 from eafo_dynamic.kernels import Terms, corrected, corrected_, fused, known_module, native
 from eafo_dynamic.kernels.formula import correction
+from eafo_dynamic.standalone import CorrectedActivation
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BASES = [nn.ReLU(), nn.LeakyReLU(0.2), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Mish()]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eafo_dynamic import load_merged, merge, save_merged
-from eafo_dynamic.activation import CorrectedActivation
 from eafo_dynamic.bake import CorrectedCalls, MergedGraph
 from eafo_dynamic.errors import ConfigError, SiteError
 from eafo_dynamic.sites import Selection, find_sites
+from eafo_dynamic.standalone import CorrectedActivation
 from eafo_dynamic.surgery import hosted_sites, is_wrapped, wrap
 from tests.zoo.awkward import MODELS, OneReluForAll, make_awkward
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -180,7 +181,7 @@ def test_promises_of_the_schedule(schedule: Schedule) -> None:
     multiples = [s for s in horizon if s > first and s % schedule.update_every_n_steps == 0]
     early = [first, *(first + 2**k - 1 for k in range(1, 9) if 2**k < schedule.update_every_n_steps)]
     assert rounds == [step for step in sorted({*early, *multiples}) if step < frozen_from]
-    distances = [after - before for before, after in zip(rounds, rounds[1:], strict=False)]
+    distances = [after - before for before, after in itertools.pairwise(rounds)]
     assert all(distance <= schedule.update_every_n_steps for distance in distances)
     for before, after in zip([0, *rounds], rounds, strict=False):
         assert any(before < step <= after for step in sampled), "every round finds a sample"

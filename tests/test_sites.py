@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eafo_dynamic.activation import CRReLU
 from eafo_dynamic.bases import register_activation
 from eafo_dynamic.errors import ConfigError, PatternError, SiteError
 from eafo_dynamic.sites import MAX_CALLS, FoundSite, Selection, SiteReport, find_sites
+from eafo_dynamic.standalone import CRReLU
 from eafo_dynamic.surgery import hosted_sites, wrap
 from tests.zoo.awkward import Layers, make_awkward
 

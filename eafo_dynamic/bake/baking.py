@@ -9,10 +9,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from eafo_dynamic.activation import CorrectedActivation, Site, register
+from eafo_dynamic.activation import Site, register
 from eafo_dynamic.bake.calls import CallCounter, CorrectedCalls, Order
 from eafo_dynamic.functional import function_name
 from eafo_dynamic.hosting import Hosting
+from eafo_dynamic.standalone import CorrectedActivation
 from eafo_dynamic.surgery import hosted_sites
 
 __all__ = ["Baked", "Plan", "State", "apply_plan", "plan_of"]

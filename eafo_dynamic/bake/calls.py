@@ -135,6 +135,12 @@ class CorrectedCalls(nn.Module):
         self.base = base
         self.functions = nn.ModuleList(functions)
 
+    def __prepare_scriptable__(self) -> Any:
+        raise SiteError(
+            f"{self.name}: torch.jit.script cannot count calls that have a function of their own each. "
+            "Take torch.jit.trace(model, x), or torch.export."
+        )
+
     def forward(self, z: Tensor | None = None, **named: Tensor) -> Tensor:
         """Applies the function of this call.
 

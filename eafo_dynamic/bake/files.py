@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from eafo_dynamic.activation import CorrectedActivation
 from eafo_dynamic.bake.baking import Baked, Plan, State, apply_plan
 from eafo_dynamic.bake.calls import CallCounter, CorrectedCalls
 from eafo_dynamic.bake.graph import MergedGraph, export
 from eafo_dynamic.errors import ConfigError, SiteError
+from eafo_dynamic.standalone import CorrectedActivation
 
 __all__ = ["FORMATS", "GRAPH_FORMATS", "check_output", "load_merged", "save_merged"]
 

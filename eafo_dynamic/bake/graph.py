@@ -43,6 +43,12 @@ class MergedGraph(nn.Module):
         vars(self)["graph"] = graph
         self.training = training
 
+    def __prepare_scriptable__(self) -> Any:
+        raise SiteError(
+            "torch.jit.script cannot read a graph of torch.export. "
+            "Take torch.jit.trace(model, x), or the graph itself: save_merged(model, 'model.pt2')."
+        )
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the graph.
 

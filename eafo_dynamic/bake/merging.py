@@ -30,7 +30,8 @@ def merge(model: nn.Module, *example_args: Any, **example_kwargs: Any) -> nn.Mod
 
     A site with eps = 0 leaves the plain activation behind. Unless a graph is needed the model is changed in place:
     classes, names and keys of everything else stay, training and evaluation both work, and the result can be copied,
-    pickled, compiled, traced and exported. A graph shares the weights of the model, which stays wrapped.
+    pickled, compiled, traced, exported and, but for a ``CorrectedCalls``, scripted. A graph shares the weights of the
+    model, which stays wrapped; it can be traced, not scripted.
 
     Args:
         model: a wrapped model; one that is not stays as it is.

@@ -10,8 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from eafo_dynamic.activation import CorrectedActivation as Corrected
-from eafo_dynamic.activation import CRReLU
 from eafo_dynamic.benchmark.limits import floor_cases, memory_cases
 from eafo_dynamic.benchmark.peers import Pade, ThreeLineCRReLU, hook_statistics, observer
 from eafo_dynamic.benchmark.rows import Eager, Row, both_ways, compare, row
@@ -20,6 +18,8 @@ from eafo_dynamic.benchmark.timing import milliseconds, paired, settle_allocator
 from eafo_dynamic.controller import EAFOController
 from eafo_dynamic.kernels import native, resolve_backend
 from eafo_dynamic.sites import find_sites
+from eafo_dynamic.standalone import CorrectedActivation as Corrected
+from eafo_dynamic.standalone import CRReLU
 from eafo_dynamic.statistics import Collector
 from eafo_dynamic.surgery import unwrap, wrap
 

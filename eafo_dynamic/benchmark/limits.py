@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from eafo_dynamic.activation import CorrectedActivation as Corrected
-from eafo_dynamic.activation import CRReLU
 from eafo_dynamic.benchmark.peers import Pade, ThreeLineCRReLU
 from eafo_dynamic.benchmark.rows import Eager, Row, both_ways, row
 from eafo_dynamic.benchmark.timing import kept_bytes, paired, peak_bytes
 from eafo_dynamic.kernels import resolve_backend
+from eafo_dynamic.standalone import CorrectedActivation as Corrected
+from eafo_dynamic.standalone import CRReLU
 
 __all__ = ["floor_cases", "memory_cases"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eafo_dynamic.activation import CorrectedActivation
 from eafo_dynamic.benchmark.timing import paired
 from eafo_dynamic.kernels import Terms, corrected, known_module
+from eafo_dynamic.standalone import CorrectedActivation
 
 __all__ = ["Eager", "Row", "both_ways", "compare", "row"]
 

@@ -231,7 +231,11 @@ def load_rows(run: str, steps: tuple[int | None, int | None] | None) -> Correcti
     Raises:
         LogError: if it has no rows, or none at these steps.
     """
-    log = CorrectionLog.load(run)
+    return _with_rows(CorrectionLog.load(run), steps)
+
+
+def _with_rows(log: CorrectionLog, steps: tuple[int | None, int | None] | None) -> CorrectionLog:
+    """Return the part of a log that `load_rows` promises."""
     for note in log.notes:
         sys.stderr.write(f"note: {note}\n")
     if not len(log):
@@ -250,10 +254,10 @@ def _selected(log: CorrectionLog, args: argparse.Namespace) -> CorrectionLog:
 
 def _shown(args: argparse.Namespace, show: Callable[[CorrectionLog], None]) -> int:
     """Return 0 after showing the log, again whenever it grows if `args.follow` says so."""
-    show(_selected(load_rows(args.folder, args.steps), args))
+    live = CorrectionLog.load(args.folder)  # once: rows that come while it is shown are new to it
+    show(_selected(_with_rows(live, args.steps), args))
     if args.follow is None:
         return 0
-    live = CorrectionLog.load(args.folder)
     try:
         while True:
             time.sleep(args.follow)

@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
 def _checkpoint(path: str) -> Mapping[str, Any]:
     import torch
 
-    from eafo_dynamic.manifest import CHECKPOINT_KEY
+    from eafo_dynamic.listener import CHECKPOINT_KEY
 
     try:
         saved = cast(object, torch.load(path, map_location="cpu", weights_only=True))

@@ -13,8 +13,16 @@ import numpy as np
 from eafo_dynamic.errors import ConfigError, EAFOError
 
 __all__ = [
-    *("ALPHA", "Paired", "compare", "holm", "interval", "is_higher_better", "labelled", "main_reference"),
-    *("seeds_needed", "sign_flip"),
+    "ALPHA",
+    "Paired",
+    "compare",
+    "holm",
+    "interval",
+    "is_higher_better",
+    "labelled",
+    "main_reference",
+    "seeds_needed",
+    "sign_flip",
 ]
 
 ALPHA = 0.05

@@ -8,7 +8,15 @@
 - ``fused`` chooses, and joins the backward of base and correction, so that the input alone is kept.
 """
 
-from eafo_dynamic.kernels.formula import MAX_U, bell, correction, correction_of, ghat_closed_form, ghat_table
+from eafo_dynamic.kernels.formula import (
+    MAX_U,
+    bell,
+    correction,
+    correction_of,
+    correction_value,
+    ghat_closed_form,
+    ghat_table,
+)
 from eafo_dynamic.kernels.fused import (
     BACKENDS,
     Backend,
@@ -38,6 +46,7 @@ __all__ = [
     "corrected_nested",
     "correction",
     "correction_of",
+    "correction_value",
     "describe",
     "ghat_closed_form",
     "ghat_table",

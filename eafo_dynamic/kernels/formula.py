@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eafo_dynamic.kernels.terms import Terms
 
-__all__ = ["MAX_U", "bell", "correction", "correction_of", "ghat_closed_form", "ghat_table"]
+__all__ = ["MAX_U", "bell", "correction", "correction_of", "correction_value", "ghat_closed_form", "ghat_table"]
 
 MAX_U = 13.0
 """Standardised pre-activations are clamped to [-MAX_U, MAX_U]: exp(-MAX_U^2 / 2) = 2e-37 still is a float32, MAX_U^2
@@ -37,35 +37,37 @@ def correction_of(z: Tensor, terms: Terms) -> Tensor:
     return correction(z, eps, shape, table, half_width, offset, lift)
 
 
-def ghat_closed_form(u: Tensor) -> tuple[Tensor, Tensor]:
+def ghat_closed_form(u: Tensor, most: float = MAX_U) -> tuple[Tensor, Tensor]:
     """Shape of the correction for a piecewise linear base and a Gaussian density, and its slope.
 
         ghat(u) = u exp(-u^2/2),   ghat'(u) = (1 - u^2) exp(-u^2/2)
 
     Args:
         u: standardised pre-activations, any shape, no unit.
+        most: where they are cut off; torch.jit.script reads no global number.
 
     Returns:
         ghat and ghat', both of the shape of u.
     """
-    u = u.clamp(-MAX_U, MAX_U)
+    u = u.clamp(-most, most)
     square = u * u
     peak = torch.exp(-0.5 * square)
     return u * peak, (1.0 - square) * peak
 
 
-def bell(u: Tensor) -> tuple[Tensor, Tensor]:
+def bell(u: Tensor, most: float = MAX_U) -> tuple[Tensor, Tensor]:
     """Shape of the lift, and its slope.
 
         bell(u) = exp(-u^2/2),   bell'(u) = -u exp(-u^2/2)
 
     Args:
         u: standardised pre-activations, any shape, no unit; a NaN counts as infinitely far away.
+        most: where they are cut off.
 
     Returns:
         The bell and its slope, both of the shape of u.
     """
-    u = u.nan_to_num(nan=MAX_U).clamp(-MAX_U, MAX_U)
+    u = u.nan_to_num(nan=most).clamp(-most, most)
     value = torch.exp(-0.5 * u * u)
     return value, -u * value
 
@@ -91,7 +93,7 @@ def ghat_table(u: Tensor, table: Tensor, half_width: float) -> tuple[Tensor, Ten
     place = ((u + half_width) * per_sd).nan_to_num(nan=0.0).clamp(0.0, float(intervals))
     index = place.detach().to(torch.long).clamp(max=intervals - 1)
     t = place - index
-    a0, a1, a2, a3 = (row[index] for row in table)
+    a0, a1, a2, a3 = table[0][index], table[1][index], table[2][index], table[3][index]
     value = ((a3 * t + a2) * t + a1) * t + a0
     slope = ((3.0 * a3 * t + 2.0 * a2) * t + a1) * per_sd
     return value, slope
@@ -103,7 +105,7 @@ def _ghat(z: Tensor, shape: Tensor, table: Tensor | None, half_width: float) -> 
         # a NaN gets no correction: the base passes it on, and the gradient by eps does not see it
         return ghat_closed_form(((z - mu) / sigma).nan_to_num(nan=0.0))
     # a place among hundreds of intervals needs more digits than a half precision number has
-    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    wide = z if z.dtype == torch.float64 else z.float()
     value, slope = ghat_table((wide - mu) / sigma, table, half_width)
     return value.to(z.dtype), slope.to(z.dtype)
 
@@ -111,6 +113,40 @@ def _ghat(z: Tensor, shape: Tensor, table: Tensor | None, half_width: float) -> 
 def _bell(z: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
     mu, sigma = shape.unbind()
     return bell((z - mu) / sigma)
+
+
+def correction_value(
+    z: Tensor,
+    eps: Tensor,
+    shape: Tensor,
+    table: Tensor | None,
+    offset: Tensor | None,
+    half_width: float,
+    lift: Tensor | None,
+) -> Tensor:
+    """``correction`` by operations that torch.jit.script can read as well; without its promise at eps = 0.
+
+    Args:
+        z: see ``correction``.
+        eps: see ``correction``.
+        shape: see ``correction``.
+        table: see ``correction``.
+        offset: see ``correction``.
+        half_width: see ``correction``.
+        lift: see ``correction``.
+
+    Returns:
+        c(z), of the shape and dtype of z.
+    """
+    sigma = shape[1].to(z.dtype)
+    value, _ = _ghat(z, shape, table, half_width)
+    c = value * (eps.to(z.dtype) * sigma)
+    if offset is not None:
+        settled, _ = _ghat(z, shape, offset, half_width)
+        c = c + settled * sigma
+    if lift is not None:
+        c = c + _bell(z, shape)[0] * (lift.to(z.dtype) * sigma)
+    return c
 
 
 def _summed(grad: Tensor, value: Tensor, amplitude: Tensor, shape: Tensor) -> Tensor:
@@ -151,15 +187,7 @@ class _Correction(torch.autograd.Function):
         half_width: float,
         lift: Tensor | None,
     ) -> Tensor:
-        sigma = shape[1].to(z.dtype)
-        value, _ = _ghat(z, shape, table, half_width)
-        c = value * (eps.to(z.dtype) * sigma)
-        if offset is not None:
-            settled, _ = _ghat(z, shape, offset, half_width)
-            c = c + settled * sigma
-        if lift is not None:
-            c = c + _bell(z, shape)[0] * (lift.to(z.dtype) * sigma)
-        return _neutral_zeros(c, eps)
+        return _neutral_zeros(correction_value(z, eps, shape, table, offset, half_width, lift), eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

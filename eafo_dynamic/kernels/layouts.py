@@ -67,7 +67,7 @@ def per_channel(eps: Tensor, z: Tensor, dim: int | None = None) -> Tensor:
     channels = z.shape[1 if behind_batch else -1] if z.dim() else 1
     if channels != eps.numel():
         return eps.mean()
-    return eps.view(-1, *[1] * (z.dim() - 2)) if behind_batch else eps
+    return eps.view([-1] + [1] * (z.dim() - 2)) if behind_batch else eps
 
 
 def corrected_nested(

@@ -153,6 +153,8 @@ def keep(**given: Any) -> Feature:
     return Feature({"enable_checkpointing": True}, after=[partial(those.ModelCheckpoint, **given)])
 
 
+AVERAGES = hasattr(those, "WeightAveraging")  # lightning has them since 2.6
+
 FEATURES: dict[str, Feature] = {
     "nothing": Feature(),
     "accumulation": options(accumulate_grad_batches=3),
@@ -202,8 +204,8 @@ FEATURES: dict[str, Feature] = {
     ),
     **either("SWA", partial(those.StochasticWeightAveraging, 0.01, swa_epoch_start=1), max_epochs=3),
     **either("SWA, a rate a group", partial(those.StochasticWeightAveraging, [0.01], swa_epoch_start=1), max_epochs=3),
-    **either("weight averaging", those.WeightAveraging),
-    **either("EMA", partial(those.EMAWeightAveraging, decay=0.9)),
+    **(either("weight averaging", those.WeightAveraging) if AVERAGES else {}),
+    **(either("EMA", partial(those.EMAWeightAveraging, decay=0.9)) if AVERAGES else {}),
     **either("learning rate finder", partial(those.LearningRateFinder, num_training_steps=8)),
     **either("batch size finder", partial(those.BatchSizeFinder, "power", 2, 4, 2)),
     **either("pruning", partial(those.ModelPruning, "l1_unstructured", amount=0.3)),

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from eafo_dynamic import apply_from_checkpoint, find_sites, wrap
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.manifest import CHECKPOINT_KEY, manifest
+from eafo_dynamic.listener import CHECKPOINT_KEY
+from eafo_dynamic.manifest import manifest
 from eafo_dynamic.records import CorrectionLog
 from eafo_dynamic.surgery import is_wrapped
 

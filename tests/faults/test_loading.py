@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch import callbacks as those
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -150,6 +154,64 @@ class TestTrainer:
             trainer(tmp_path).test(Net(), loader(), ckpt_path=str(path), verbose=False)
 
 
+class TestWeightsOnly:
+    """Checkpoints for which a Trainer asks no callback anything."""
+
+    @pytest.mark.parametrize("moment", ["during", "after", "another trainer", "copied", "pickled", "tested"])
+    def test_they_list_the_sites(self, moment: str, tmp_path: Path) -> None:
+        net, path = Net(), tmp_path / "weights.ckpt"
+        saver = ModelCheckpoint(tmp_path, filename="weights", save_weights_only=True, enable_version_counter=False)
+        host = trainer(tmp_path, callback(tmp_path), *([saver] if moment in ("during", "tested") else []))
+        host.fit(net, loader())
+        if moment in ("copied", "pickled"):
+            net = copy.deepcopy(net) if moment == "copied" else pickle.loads(pickle.dumps(net))
+        if moment in ("another trainer", "copied", "pickled"):
+            host = trainer(tmp_path)
+            host.validate(net, loader(), verbose=False)
+        elif moment == "tested":
+            net, host = Net(), trainer(tmp_path, callback(tmp_path))
+            host.test(net, loader(), ckpt_path=str(path), verbose=False, weights_only=True)
+            path = tmp_path / "again.ckpt"
+        if moment != "during":
+            host.save_checkpoint(path, weights_only=True)
+        saved = torch.load(path, weights_only=True)
+        assert "optimizer_states" not in saved
+        with torch.no_grad():
+            expected = net.eval()(x())
+            assert torch.equal(apply_from_checkpoint(Net(), path).eval()(x()), expected)
+        fresh = Net()
+        trainer(tmp_path, callback(tmp_path)).test(fresh, loader(), ckpt_path=str(path), verbose=False)
+        with torch.no_grad():
+            assert torch.equal(fresh.eval()(x()), expected)
+
+    def test_the_hooks_of_the_module_run_and_those_of_a_plain_model_are_its_own(self, tmp_path: Path) -> None:
+        class Hooked(Net):
+            def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+                checkpoint["class"] = len(checkpoint.get("eafo", {}).get("sites", []))
+
+        net, host = Hooked(), trainer(tmp_path, callback(tmp_path))
+        host.fit(net, loader())
+        host.save_checkpoint(tmp_path / "class.ckpt", weights_only=True)
+        assert torch.load(tmp_path / "class.ckpt", weights_only=True)["class"] == 4
+        unwrap(net)
+        host.save_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
+        saved = torch.load(tmp_path / "plain.ckpt", weights_only=True)
+        assert "eafo" not in saved
+        assert saved["class"] == 0
+
+        own = Net()
+        own.on_save_checkpoint = lambda checkpoint: checkpoint.update(instance=True)
+        kept = own.on_save_checkpoint
+        host = trainer(tmp_path, callback(tmp_path))
+        host.fit(own, loader())
+        host.save_checkpoint(tmp_path / "own.ckpt", weights_only=True)
+        saved = torch.load(tmp_path / "own.ckpt", weights_only=True)
+        assert saved["instance"]
+        assert saved["eafo"]
+        unwrap(own)
+        assert own.on_save_checkpoint is kept
+
+
 class TestPlainModels:
     def test_apply_from_checkpoint(self, trained: tuple[Path, Net], tally: Tally) -> None:
         path, net = trained
@@ -211,8 +273,10 @@ class TestPlainModels:
         tally("ways of loading tried", 2)
 
     def test_where_eps_cannot_join_later_a_run_without_corrections_is_refused(self, tmp_path: Path) -> None:
+        if not hasattr(those, "EMAWeightAveraging"):
+            pytest.skip("lightning has it since 2.6")
         trainer(tmp_path, ModelCheckpoint(tmp_path, filename="plain"), max_epochs=1).fit(Net(), loader())
-        host = trainer(tmp_path, callback(tmp_path), EMAWeightAveraging())
+        host = trainer(tmp_path, callback(tmp_path), those.EMAWeightAveraging())
         with pytest.raises(
             SiteError, match=r"cannot be resumed with them: EMAWeightAveraging copies.*without ckpt_path"
         ):
@@ -292,6 +356,52 @@ class TestChangedModels:
         said = r"only in the checkpoint: relu#0, relu#1, :gelu; only in the model: relu, :elu\. The checkpoint's"
         with pytest.warns(UserWarning, match=said):
             run.fit(Other(), loader(), ckpt_path=str(path))
+
+    @pytest.mark.parametrize("stage", ["test", "validate", "apply", "apply with an example", "by its array"])
+    def test_an_evaluation_says_it_too(self, stage: str, trained: tuple[Path, Net], tmp_path: Path) -> None:
+        path, _ = trained
+
+        class Other(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.relu(self.two(self.relu(self.one(x))))
+                return self.three(F.elu(x) * torch.sigmoid(x))
+
+        for kind, changed in ((Net, False), (Other, True)):
+            model = kind()
+            if stage == "by its array":
+                model.example_input_array = x()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                if stage in ("test", "validate"):
+                    run = getattr(trainer(tmp_path, callback(tmp_path)), stage)
+                    run(model, [loader()], ckpt_path=str(path), verbose=False)
+                else:
+                    apply_from_checkpoint(model, path, *([x()] if stage == "apply with an example" else []))
+            said = [str(each.message) for each in caught if "the model has changed" in str(each.message)]
+            if not changed or stage == "apply":
+                assert said == [], "the same model, or nothing to see it by"
+            else:
+                (message,) = said
+                assert "only in the checkpoint: :gelu, :silu; only in the model: :elu. Its corrections" in message
+            assert len(hosted_sites(model)) == 4
+
+    @pytest.mark.parametrize("stage", ["predict", "apply"])
+    def test_an_evaluation_says_nothing_that_it_cannot_know(self, stage: str, tmp_path: Path) -> None:
+        """A batch without labels does not run through training_step, where one of the sites is called."""
+
+        class Loss(Net):
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                return F.cross_entropy(F.silu(self(batch[0])), batch[1])
+
+        saver = ModelCheckpoint(tmp_path, filename="last")
+        trainer(tmp_path, callback(tmp_path), saver).fit(Loss(), loader())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "EAFO")
+            if stage == "predict":
+                images = DataLoader(TensorDataset(x()), 4)
+                trainer(tmp_path, callback(tmp_path)).predict(Loss(), images, ckpt_path=str(tmp_path / "last.ckpt"))
+            else:
+                apply_from_checkpoint(Loss(), tmp_path / "last.ckpt")
 
     def test_a_slope_that_is_another(self, tmp_path: Path) -> None:
         net = nn.Sequential(Slope(0.1), nn.Linear(4, 4))

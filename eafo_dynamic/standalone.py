@@ -1,0 +1,122 @@
+"""Corrected activations as modules of their own, without a host or a policy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from eafo_dynamic.activation import apply_correction, describe_state, register, shape_table, standard_normal
+from eafo_dynamic.bases import as_base
+from eafo_dynamic.correction import table_half_width
+from eafo_dynamic.density import Density
+from eafo_dynamic.kernels import Terms, correction_value, is_correctable, known_module, per_channel
+
+__all__ = ["CRReLU", "CorrectedActivation"]
+
+
+class CorrectedActivation(nn.Module):
+    """An activation with its correction, on its own: f(z) = base(z) + eps * sigma * ghat((z - mu) / sigma).
+
+    With eps = 0, ``CorrectedActivation(base)(z)`` equals ``base(z)`` bit for bit.
+
+    Args:
+        base: a pointwise activation module; it is not changed.
+        eps: starting amplitude, no unit.
+        density: density of the pre-activations, of one site; None: standard normal.
+        trainable: whether eps and lift are parameters; otherwise buffers.
+        lift: starting amplitude of the bell, for free terms: f(z) = base(z) + sigma (eps u + lift) exp(-u^2 / 2);
+            None: one amplitude for ghat alone.
+    """
+
+    if TYPE_CHECKING:  # torch.jit.script reads the values, and does not understand annotations that are text
+        eps: Tensor
+        shape: Tensor
+        table: Tensor | None
+        offset: Tensor | None
+        lift: Tensor | None
+
+    def __init__(
+        self,
+        base: nn.Module,
+        eps: float = 0.01,
+        density: Density | None = None,
+        trainable: bool = True,
+        lift: float | None = None,
+    ) -> None:
+        super().__init__()
+        density = density or standard_normal()
+        self.base = base
+        for name, start in (("eps", eps), ("lift", lift)):
+            amplitude = None if start is None else torch.tensor(float(start))
+            register(self, name, nn.Parameter(amplitude) if trainable and amplitude is not None else amplitude)
+        self.register_buffer("shape", torch.stack([density.mean[0], density.std[0]]).to(torch.float32))
+        register(self, "table", None if lift is not None else shape_table(as_base(base), density))
+        register(self, "offset", None)
+        self.half_width = table_half_width()
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        """Calls ``forward``.
+
+        Args:
+            *args: the pre-activations.
+            **named: the same under the name that the base's forward has for it, instead.
+
+        Returns:
+            What forward returns.
+        """
+        return super().__call__(*args, *named.values())
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Applies the corrected function; of what torch.jit.script can read.
+
+        Args:
+            z: pre-activations, any shape, floating point.
+
+        Returns:
+            f(z), of the shape of z; z itself, overwritten, if the base is in place. What is no tensor of real numbers
+            goes to the base alone.
+        """
+        if not torch.jit.is_scripting():
+            out = self._run(z)
+        elif not z.is_floating_point() or z.is_sparse:
+            out = self.base(z)
+        else:
+            lift = per_channel(self.lift, z) if self.lift is not None else None
+            eps = per_channel(self.eps, z)
+            c = correction_value(z, eps, self.shape, self.table, self.offset, self.half_width, lift)
+            c = c.masked_fill(c == 0, -0.0)  # which leaves the base bit for bit
+            out = z.copy_(self.base(z.clone()) + c) if getattr(self.base, "inplace", False) else self.base(z) + c
+        return out
+
+    def _run(self, z: Tensor) -> Tensor:
+        if not is_correctable(z):
+            return self.base(z)
+        known = None if torch.compiler.is_compiling() else known_module(self.base)
+        return apply_correction(self.base, self._terms, z, getattr(self.base, "inplace", False), known)
+
+    def _terms(self, z: Tensor) -> Terms:
+        lift = None if self.lift is None else per_channel(self.lift, z)
+        return Terms(per_channel(self.eps, z), self.shape, self.table, self.offset, self.half_width, lift)
+
+    def extra_repr(self) -> str:
+        """Live amplitude and scale.
+
+        Returns:
+            For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``.
+        """
+        return describe_state(self.eps, self.shape, lift=self.lift)
+
+
+class CRReLU(CorrectedActivation):
+    """The paper's correction-regularised ReLU: relu(x) + eps x exp(-x^2 / 2), eps learned from 0.01.
+
+    The static special case of the correction: ReLU base, standard normal density (arXiv 2405.12954, section 4).
+
+    Args:
+        eps: starting amplitude.
+    """
+
+    def __init__(self, eps: float = 0.01) -> None:
+        super().__init__(nn.ReLU(), eps)
