@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,6 +222,10 @@ def test_both_back_ends_write_the_same_log(kernel: RoundKernel, options: dict[st
                 assert isinstance(found, float) and found == pytest.approx(wanted, rel=1e-4, abs=1e-4, nan_ok=True)
             else:
                 assert found == wanted, column
+
+
+def test_a_copy_of_a_kernel_is_the_kernel_of_the_process_that_has_it(kernel: RoundKernel) -> None:
+    assert copy.deepcopy(kernel) is kernel and pickle.loads(pickle.dumps(kernel)) is kernel
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ static inline double added(const double *part) {
 }
 
 /* for (i = 0; i < n; i++) in groups of LANES, k being the place in the group; the last group may be smaller. Without
-   the pragma gcc 12 vectorises the outer loop, and reads beyond its end where the statement has a condition. */
+   the pragma gcc 12 vectorises the outer loop, and reads beyond its end where the statement has a condition; with the
+   asm it leaves the last group alone, which halves the time of compiling. */
 #define IN_LANES(...) \
     { \
         int64_t base_ = 0; \
@@ -58,7 +59,7 @@ static inline double added(const double *part) {
             _Pragma("omp simd") \
             for (int k = 0; k < LANES; k++) { int64_t i = base_ + k; __VA_ARGS__; } \
         } \
-        for (int k = 0; base_ + k < n; k++) { int64_t i = base_ + k; __VA_ARGS__; } \
+        for (int k = 0; base_ + k < n; k++) { int64_t i = base_ + k; __asm__ volatile(""); __VA_ARGS__; } \
     }
 
 /* Smallest and largest of the samples that count; whether any is missing. weight: null for 1 each. */
@@ -70,11 +71,14 @@ static __attribute__((noinline)) int range_of(const float *x, const float *weigh
     float all = 0.0f;
     for (int k = 0; k < LANES; k++) all += poison[k];
     int missing = all != 0.0f;   /* a NaN */
-    if (missing || weight) {
+    if (missing || weight) {   /* seldom: not worth vectorising */
         for (int k = 0; k < LANES; k++) least[k] = INFINITY, most[k] = -INFINITY;
-        IN_LANES(int counts = isfinite(x[i]) && (!weight || weight[i] > 0.0f);
-                 least[k] = counts && x[i] < least[k] ? x[i] : least[k];
-                 most[k] = counts && x[i] > most[k] ? x[i] : most[k])
+        for (int64_t i = 0; i < n; i++) {
+            __asm__ volatile("");
+            if (!isfinite(x[i]) || (weight && !(weight[i] > 0.0f))) continue;
+            least[0] = x[i] < least[0] ? x[i] : least[0];
+            most[0] = x[i] > most[0] ? x[i] : most[0];
+        }
     }
     *low = INFINITY, *high = -INFINITY;
     for (int k = 0; k < LANES; k++) {

@@ -64,7 +64,7 @@ def check_backend(backend: str) -> Backend:
 
 
 def resolve_backend(backend: Backend) -> Literal["eager", "native"]:
-    """Which back end plain tensors on the CPU get; the first call on a machine compiles, about 0.5 s.
+    """Which back end plain tensors on the CPU get; the first call on a machine compiles, about 1 s.
 
     Native takes float32, bfloat16 and float16, with one amplitude for all or one a channel; eager takes float32 and
     float64 with one for all. What neither takes goes by the traceable formula.

@@ -1,4 +1,4 @@
-"""The correction term in C, compiled once on the user's machine by the compiler it has; about 0.5 s, then kept on disk.
+"""The correction term in C, compiled once on the user's machine by the compiler it has; about 1 s, then kept on disk.
 
 Plain C without torch's headers, so that compiling is a matter of a blink and can be waited for: a kernel that arrived
 in the middle of a run would make the run's numbers depend on the clock.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,10 @@ class RoundKernel:
         self._spacings = _typed(
             *(library.eafo_spacings, None, pointer, pointer, size, size, pointer, real, integer, pointer)
         )
+
+    def __reduce__(self) -> tuple[Callable[[], RoundKernel | None], tuple[()]]:
+        # addresses cannot be copied; whoever gets a copy has, or compiles, a library of its own
+        return _again, ()
 
     @staticmethod
     def takes(*samples: Tensor) -> bool:
@@ -246,6 +251,13 @@ def _typed(
 ) -> ctypes._NamedFuncPointer:
     function.restype, function.argtypes = result, arguments
     return function
+
+
+def _again() -> RoundKernel | None:
+    from eafo_dynamic.kernels.native import native_kernel
+
+    native = native_kernel()
+    return None if native is None else native.rounds
 
 
 def _threads(x: Tensor) -> int:
