@@ -147,7 +147,7 @@ def corrected_(
         watched = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
         if watched or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(z) not in _PLAIN:
             return z.copy_(values)
-        out: Tensor = _Overwritten.apply(z, values)  # pyright: ignore[reportAssignmentType]
+        out: Tensor = _Overwritten.apply(z, values, z._is_view())  # pyright: ignore[reportAssignmentType]
         return out
     if _wants_gradient(z, terms):
         # the copy is an input of its own, so that a second derivative finds its way through it
@@ -281,16 +281,22 @@ def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Grad
 
 
 class _Overwritten(torch.autograd.Function):
-    """``z.copy_(values)``, whose gradient by z is none: torch's is zeros, which add to what z is used for else."""
+    """``z.copy_(values)``, whose gradient by z is none: torch's is zeros, which add to what z is used for else.
+
+    Of a view it must be something, or torch drops the gradient of the rest of the memory that the view looks into;
+    x + (-0.0) is x bit for bit.
+    """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, values: Tensor) -> Tensor:
+    def forward(ctx: Any, z: Tensor, values: Tensor, is_view: bool) -> Tensor:
+        ctx.is_view = is_view
         ctx.mark_dirty(z)
         return z.copy_(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, grads[0]
+        (grad,) = grads
+        return torch.full_like(grad, -0.0) if ctx.is_view else None, grad, None
 
 
 class _CorrectedInPlace(torch.autograd.Function):
