@@ -1,4 +1,4 @@
-"""Activations in place on views, gaps in memory included."""
+"""Activations in place on views, gaps in memory included: at eps = 0 the gradients of torch, bit for bit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from eafo_dynamic.kernels import Backend
 from eafo_dynamic.sites import find_sites
-from eafo_dynamic.surgery import wrap
+from eafo_dynamic.surgery import hosted_sites, wrap
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "ReLU": lambda: nn.ReLU(inplace=True),
@@ -62,6 +64,19 @@ def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return out.detach(), given.grad
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_eps_zero_is_torchs_own_gradient(name: str, backend: Backend) -> None:
+    x = 2 * torch.randn(6, 4, 9, 11, generator=torch.Generator().manual_seed(1))
+    for view_name, view in VIEWS.items():
+        for use_name, use in USES.items():
+            plain, wrapped = (Viewing(ACTIVATIONS[name](), view, use) for _ in range(2))
+            wrap(wrapped, find_sites(wrapped, x), 0.0)
+            hosted_sites(wrapped)[0][1].switch.backend = backend
+            for one, two in zip(gradients(plain, x), gradients(wrapped, x), strict=True):
+                assert torch.equal(one, two), (view_name, use_name)
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_correction_of_a_view_leaves_the_rest_its_gradient(name: str) -> None:
     """With eps other than 0, against the same written out of place."""
@@ -87,3 +102,20 @@ def test_the_correction_of_a_view_leaves_the_rest_its_gradient(name: str) -> Non
         found.append((out, by_x, next(model.parameters()).grad))
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda z: F.silu(z, inplace=True), lambda z: z.relu_(), F.elu_], ids=["silu", "relu_", "elu_"]
+)
+def test_functions_in_place(call: Callable[[Tensor], Tensor]) -> None:
+    class Calling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            h = x * 1.3
+            call(h[:, ::2])
+            return h.square().sum()
+
+    x = 2 * torch.randn(7, 9, generator=torch.Generator().manual_seed(1))
+    plain, wrapped = Calling(), Calling()
+    wrap(wrapped, find_sites(wrapped, x), 0.0)
+    for one, two in zip(gradients(plain, x), gradients(wrapped, x), strict=True):
+        assert torch.equal(one, two)
