@@ -164,8 +164,8 @@ def corrected_(
         out: Tensor = _Overwritten.apply(z, values, z._is_view())  # pyright: ignore[reportAssignmentType]
         return out
     if _wants_gradient(z, terms):
-        # the copy is an input of its own, so that a second derivative finds its way through it
-        result: Tensor = _CorrectedInPlace.apply(_twin(z, z), z, *terms, known, kernel)  # pyright: ignore[reportAssignmentType]
+        # the copy is an input of its own, so that a second derivative finds its way through it, and dense as torch's
+        result: Tensor = _CorrectedInPlace.apply(z.clone(), z, *terms, known, kernel)  # pyright: ignore[reportAssignmentType]
         return result
     _overwrite(z, _twin(z, z), terms, known, kernel)
     return z
@@ -333,7 +333,8 @@ class _CorrectedInPlace(torch.autograd.Function):
         ctx.half_width, ctx.known, ctx.kernel = half_width, known, kernel
         ctx.mark_dirty(z)
         ctx.save_for_backward(kept, eps, shape, table, offset, lift)
-        _overwrite(z, kept, Terms(eps, shape, table, offset, half_width, lift), known, kernel)
+        values = kept if kept.stride() == z.stride() else _twin(z, z)
+        _overwrite(z, values, Terms(eps, shape, table, offset, half_width, lift), known, kernel)
         return z
 
     @staticmethod
