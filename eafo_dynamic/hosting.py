@@ -182,6 +182,8 @@ def _counted(method: Callable[..., Any], is_forward: bool) -> Callable[..., Any]
         functions = bool(self.eafo_functions) and not idle
         if torch.compiler.is_compiling():
             return entered(self, method, args, kwargs, is_forward, functions)
+        if self.eafo_sites and not idle:  # in a graph nobody would open frames, and its activations would be plain
+            refuse_symbols(args[0] if args else next(iter(kwargs.values()), None), self)
         # as entered does, but all in one function: recursive models need the depth of Python's stack
         outer = open_frame(self, is_forward)
         try:

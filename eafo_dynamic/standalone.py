@@ -91,6 +91,9 @@ class CorrectedActivation(nn.Module):
         return out
 
     def _run(self, z: Tensor) -> Tensor:
+        if isinstance(z, torch.fx.Proxy):  # one node, as an activation of torch is; it shows no size to decide by
+            tracer: Any = z.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (z,), {})
         if not is_correctable(z):
             return self.base(z)
         known = None if torch.compiler.is_compiling() else known_module(self.base)

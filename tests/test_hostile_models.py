@@ -329,6 +329,29 @@ class TestWhatCannotBeCorrected:
         unwrap(model)
         assert torch.equal(torch.fx.symbolic_trace(model)(example()), forward(model))
 
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_nor_is_one_of_calls_that_an_owner_counts(self, inside: bool) -> None:
+        class Twice(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.one, self.act = nn.Linear(8, 8), nn.GELU()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.act(self.one(self.act(self.one(x))))
+
+        model = nn.Sequential(Twice(), nn.SiLU()) if inside else Twice()
+        wrap(model, find_sites(model, example()), 0.3)
+        with pytest.raises(SiteError, match=r"torch\.fx traces the plain activations only"):
+            torch.fx.symbolic_trace(model)
+        for host, site in hosted_sites(model):
+            nn.init.zeros_(getattr(host, site.keys[0])).requires_grad_(False)
+        assert torch.equal(torch.fx.symbolic_trace(model)(example()), forward(model))
+
+    def test_modules_that_are_called_once_keep_their_corrections_in_a_trace(self) -> None:
+        model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+        wrap(model, find_sites(model, example()), 0.3)
+        assert torch.equal(torch.fx.symbolic_trace(model)(example()), forward(model))
+
 
 class Registered(nn.Module):
     """Keeps a register of its subclasses, and wants an argument of each."""

@@ -156,3 +156,14 @@ def test_what_torch_cannot_script_says_what_to_do(name: str, said: str) -> None:
     assert "\n" not in str(caught.value)
     traced = torch.jit.trace(model, (x.clone(),))
     torch.testing.assert_close(result(traced, x), result(model, x), **ROUNDING)
+
+
+@pytest.mark.parametrize("form", ["tied", "per channel, free"])
+def test_torch_fx_traces_the_corrections(form: str) -> None:
+    model, x = merged(nn.GELU(), images=True, **FORMS[form])
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(x), model(x))
+    assert not torch.allclose(traced(x), model[2](model[1].base(model[0](x))), atol=1e-3)
+    calls, x = wrapped_awkward("OneReluForAll")
+    with pytest.raises(SiteError, match="has a function of its own for each call"):
+        torch.fx.symbolic_trace(merge(calls))
