@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.activation import Site, describe_state
-from eafo_dynamic.bases import as_base
+from eafo_dynamic.bases import Base, as_base
+from eafo_dynamic.kernels import RoundKernel
 from eafo_dynamic.surgery import site_source
 from eafo_dynamic.update import Functions
 
@@ -66,33 +67,34 @@ class Bank:
         host, site = self._hosted[0]
         return getattr(host, site.keys[0]).device
 
-    def functions(self) -> Functions:
+    def functions(self, kernel: RoundKernel | None = None) -> Functions:
         """All sites' functions as they are now.
+
+        Args:
+            kernel: what computes them on the CPU; None for torch's operations.
 
         Returns:
             Stacked copies of eps, mu, sigma and tables.
         """
         device = self.device
+        one: dict[Base, Base] = {}  # equal bases become the same, so that nobody has to compare them again
         states = [[getattr(host, key) for key in site.keys] for host, site in self._hosted]
         settled = [offset for *_, offset, _ in states if offset is not None]
-        lifts = [_mean(lift).to(device, torch.float32) for *_, lift in states if lift is not None]
+        lifts = [_mean(lift) for *_, lift in states if lift is not None]
         with torch.no_grad():
             return Functions(
-                bases=[as_base(view) for view in self._plain],
+                bases=[one.setdefault(base, base) for base in map(as_base, self._plain)],
                 # one amplitude a channel: the log and the entropies see their mean
-                eps=torch.stack([_mean(eps).to(device, torch.float32) for eps, *_ in states]),
-                shape=torch.stack([shape.to(device, torch.float32) for _, shape, *_ in states]),
-                tables=self._stacked([table for _, _, table, *_ in states]),
+                eps=_stacked([_mean(eps) for eps, *_ in states], device),
+                shape=_stacked([shape for _, shape, *_ in states], device),
+                tables=_stacked([table for _, _, table, *_ in states if table is not None], device),
                 tabulated=torch.tensor(
                     [i for i, s in enumerate(states) if s[2] is not None], dtype=torch.long, device=device
                 ),
-                offsets=self._stacked(settled) if settled else None,
-                lift=torch.stack(lifts) if lifts else None,
+                offsets=_stacked(settled, device) if settled else None,
+                lift=_stacked(lifts, device) if lifts else None,
+                kernel=kernel,
             )
-
-    def _stacked(self, tables: list[Tensor | None]) -> Tensor:
-        present = [table.to(self.device, torch.float32) for table in tables if table is not None]
-        return torch.stack(present) if present else torch.empty(0, 4, 1, device=self.device)
 
     def commit(self, old: Functions, new: Functions) -> None:
         """Writes functions back into the model, in place.
@@ -104,17 +106,18 @@ class Bank:
         place = {row: k for k, row in enumerate(new.tabulated.tolist())}
         targets: list[Tensor] = []
         values: list[Tensor] = []
-        amplitudes, shapes = new.eps.unbind(), new.shape.unbind()
+        before, amplitudes, shapes = old.eps.unbind(), new.eps.unbind(), new.shape.unbind()
+        tables = new.tables.unbind()
         for row, (host, site) in enumerate(self._hosted):
             eps, shape, table, offset, lift = (getattr(host, key) for key in site.keys)
             targets += [eps.detach(), shape]
-            values += [_moved(eps, old.eps[row], amplitudes[row]), shapes[row]]
+            values += [_moved(eps, before[row], amplitudes[row]), shapes[row]]
             if lift is not None and old.lift is not None and new.lift is not None:
                 targets.append(lift.detach())
                 values.append(_moved(lift, old.lift[row], new.lift[row]))
             if table is not None:
                 targets.append(table)
-                values.append(new.tables[place[row]])
+                values.append(tables[place[row]])
             if offset is not None and new.offsets is not None:
                 targets.append(offset)
                 values.append(new.offsets[place[row]])
@@ -146,6 +149,13 @@ class Bank:
         amplitudes = [each.detach() for each in self.amplitudes]
         torch._foreach_clamp_min_(amplitudes, -bound)
         torch._foreach_clamp_max_(amplitudes, bound)
+
+
+def _stacked(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Tensors of equal shape one above the other, float32; no tables are an empty stack."""
+    if any(each.device != device or each.dtype != torch.float32 for each in tensors):
+        tensors = [each.to(device, torch.float32) for each in tensors]
+    return torch.stack(list(tensors)) if tensors else torch.empty(0, 4, 1, device=device)
 
 
 def _moved(amplitude: Tensor, old: Tensor, new: Tensor) -> Tensor:

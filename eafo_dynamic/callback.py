@@ -25,7 +25,7 @@ from eafo_dynamic.manifest import (
     warn_of_changes,
     wrap_from_manifest,
 )
-from eafo_dynamic.optim import check_group, own_group
+from eafo_dynamic.optim import LR_MULTIPLE, check_group, own_group
 from eafo_dynamic.policy import Policy, Rule
 from eafo_dynamic.records import CorrectionLog
 from eafo_dynamic.replicas import Replicas, check_strategy, everyones
@@ -67,7 +67,7 @@ class EAFOCallback(Callback):
         eps_init: starting amplitude of every correction, no unit.
         max_eps: bound of |eps|: the slope of a function stays within max_eps of its base's.
         max_delta: bound of the change of a function at one update, in standard deviations of its pre-activation.
-        update_every_n_steps: optimiser steps between update rounds.
+        update_every_n_steps: optimiser steps between update rounds; the first ones come at steps 1, 2, 4, 8, ...
         update_every_n_epochs: epochs between update rounds, in place of update_every_n_steps.
         update_starting_at_step: first step with an update round.
         freeze_at_step: from this step on every correction stays as it is; None: never.
@@ -75,7 +75,7 @@ class EAFOCallback(Callback):
         samples_per_site: pre-activations a site contributes to an update round.
         momentum: weight of a new round in the running estimate of a density, in (0, 1].
         lr: learning rate of eps; None: that of the model's own parameters times lr_multiple.
-        lr_multiple: see lr.
+        lr_multiple: see lr; the paper's is 1.
         weight_decay: of eps.
         per_channel: one amplitude a channel in place of one a site; the log then shows their mean.
         compounding: each round settles the correction so far and corrects the corrected function, in place of
@@ -108,10 +108,10 @@ class EAFOCallback(Callback):
         functional: str = "wrap",
         policy: str | Policy | list[Rule] = "learned",
         density: str | Callable[[Tensor], Density] = "gaussian",
-        terms: str = "tied",
+        terms: str = "auto",
         eps_init: float = 0.01,
         max_eps: float = 0.5,
-        max_delta: float = 0.1,
+        max_delta: float = 0.5,
         update_every_n_steps: int = 50,
         update_every_n_epochs: int | None = None,
         update_starting_at_step: int = 0,
@@ -120,7 +120,7 @@ class EAFOCallback(Callback):
         samples_per_site: int = 4096,
         momentum: float = 0.5,
         lr: float | None = None,
-        lr_multiple: float = 1.0,
+        lr_multiple: float = LR_MULTIPLE,
         weight_decay: float = 0.0,
         per_channel: bool = False,
         compounding: bool = False,

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.bank import Bank
-from eafo_dynamic.diagnostics import OutputEntropy, Record, describe_events, diagnostics, snapshot, to_rows
+from eafo_dynamic.diagnostics import Record, describe_events, diagnostics, snapshot, to_rows
 from eafo_dynamic.errors import ConfigError, PatternError, SiteError, legible
-from eafo_dynamic.kernels import resolve_backend
+from eafo_dynamic.estimates import OutputEntropy, pooled
+from eafo_dynamic.kernels import resolve_backend, round_kernel
 from eafo_dynamic.manifest import manifest
 from eafo_dynamic.options import Options
 from eafo_dynamic.policy import Policy, make_policy, make_rules
@@ -22,7 +23,7 @@ from eafo_dynamic.running import LossWatch, RunningDensity, make_estimator
 from eafo_dynamic.schedule import Schedule
 from eafo_dynamic.showing import SiteList
 from eafo_dynamic.sites import SiteReport, find_sites, matches
-from eafo_dynamic.statistics import dead_fractions, moments, pool_ranks, stack_samples, world_size
+from eafo_dynamic.statistics import Moments, world_size
 from eafo_dynamic.surgery import put_back, take_off, unwrap, wrap
 from eafo_dynamic.update import Functions, bounded_move, compounded, mended, refreshed, reverted
 from eafo_dynamic.version import package_versions
@@ -115,6 +116,7 @@ class EAFOController:
         self._eps_before, self._lift_before = start.eps, start.lift
         self._switch = self.bank.sites[0].switch
         self._switch.backend = self.options.backend
+        self._kernel = round_kernel(self.options.backend)
         self._switch.collecting = self.schedule.collects(0)
 
     def _set_quota(self) -> None:
@@ -255,12 +257,15 @@ class EAFOController:
         Returns:
             One row a site.
         """
-        samples, dead, nonfinite, losses = self._samples()
-        stats = moments(samples)
+        drained = [site.collector.drain() for site in self.bank.sites]
+        losses = self._losses.drain()
+        samples, stats, dead, nonfinite, losses = pooled(
+            drained, losses.to(self.bank.device), self.options.samples_per_site, self._kernel
+        )
         usable = (stats.n >= 2) & (stats.std > 0) & stats.std.isfinite() & stats.mean.isfinite()
-        old, broken = mended(self.bank.functions(), self._eps_before, self._lift_before)
+        old, broken = mended(self.bank.functions(self._kernel), self._eps_before, self._lift_before)
         directions = old.directions(samples)
-        before = OutputEntropy(old.outputs(samples, directions), self.options.resolution)
+        before = OutputEntropy(old.outputs(samples, directions), self.options.resolution, self._kernel)
         gradients = [before.gradient(direction) for direction in directions]
         self._gradient = torch.cat([torch.where(usable, g, 0.0).nan_to_num().to(old.eps.dtype) for g in gradients])
 
@@ -269,7 +274,7 @@ class EAFOController:
         if undo is not None:
             wanted = reverted(old, undo, torch.tensor([policy.trains_eps for policy in self.policies]))
         else:
-            wanted = self._wanted(old, samples, usable)
+            wanted = self._wanted(old, samples, stats, usable)
         new, fraction = bounded_move(old, wanted, self.trust_region)
         self.bank.commit(old, new)
         self._undo = None if undo is not None or self.options.rollback_factor is None else old
@@ -291,28 +296,6 @@ class EAFOController:
         self.records.extend(rows)
         return rows
 
-    def _samples(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Empties the collectors; the only collective of a round.
-
-        Returns:
-            Of all ranks: samples, [S, n]; dead fractions, [S]; non-finite samples, [S]; sum and number of losses, [2].
-        """
-        device = self.bank.device
-        drained = [site.collector.drain() for site in self.bank.sites]
-        values = [sample.to(device) for sample, _ in drained]
-        longest = max(sample.numel() for sample in values)
-        padded = stack_samples(values, longest)
-        units = [each.to(device, torch.float32) for _, each in drained]  # exact, and they travel with the samples
-        missing = torch.tensor([longest - sample.numel() for sample in values], device=device)
-        nonfinite = (~padded.isfinite()).sum(1) - missing
-        width = math.ceil(self.options.samples_per_site / world_size())
-        stacked = padded if longest <= width else stack_samples(values, width)
-        losses = self._losses.drain().to(device).expand(len(values), 2)
-        sums = torch.cat([nonfinite.unsqueeze(1), losses], dim=1)
-        pooled, sums = pool_ranks(torch.cat([stacked, stack_samples(units, width)]), width, sums.repeat(2, 1))
-        samples, owners = pooled.chunk(2)
-        return samples, dead_fractions(samples, owners.nan_to_num().long()), sums[: len(values), 0].long(), sums[0, 1:]
-
     def _passed_over(self) -> list[str | None]:
         """Kinds of values that this rank's sites could not correct since the last round."""
         collectors = [site.collector for site in self.bank.sites]
@@ -321,7 +304,7 @@ class EAFOController:
             collector.passed_over = None
         return kinds
 
-    def _wanted(self, old: Functions, samples: Tensor, usable: Tensor) -> Functions:
+    def _wanted(self, old: Functions, samples: Tensor, stats: Moments, usable: Tensor) -> Functions:
         """Where the policy wants every function to be, before the trust region bounds the move."""
         assert self._gradient is not None
         by_eps, *by_lift = self._gradient.split(len(usable))
@@ -331,7 +314,7 @@ class EAFOController:
         follows = usable & self._follows.to(usable.device)
         if not self._follows.any():
             return wanted
-        density = self._running.follow(samples, usable)
+        density = self._running.follow(samples, usable, stats)
         if self.options.compounding:
             return compounded(wanted, density, follows, self.options.resolution, self.trust_region.max_eps / 2)
         return refreshed(wanted, density, follows, self.options.resolution)

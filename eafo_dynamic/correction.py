@@ -18,6 +18,7 @@ from eafo_dynamic.density import Density, Gaussian
 from eafo_dynamic.entropy import SmoothedOutput
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.grids import fourier_size, smooth, to_double, transform
+from eafo_dynamic.kernels import RoundKernel
 
 __all__ = [
     "HALF_WIDTH",
@@ -110,6 +111,21 @@ class Shape:
             return self.gain[..., None] * ((1 - u.square()) * torch.exp(-0.5 * u.square()))
         return _evaluate(self._pieces, u, _GRID_HALF_WIDTH, order=1)
 
+    def at_nodes(self, count: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Values and slopes at equally spaced points of [-8, 8], if these are nodes of the pieces; 0 at the last.
+
+        Args:
+            count: number of points, ends included.
+
+        Returns:
+            Both float64, shape [sites, count]; None for both where a point lies inside a piece, or there are no pieces.
+        """
+        if self._pieces is None or self._pieces.shape[-1] % (count - 1):
+            return None, None
+        nodes = self._pieces[..., :2, :: self._pieces.shape[-1] // (count - 1)]
+        values, slopes = torch.nn.functional.pad(nodes, (0, 1)).unbind(-2)
+        return values, slopes / _GRID_STEP
+
     def _points(self, u: Tensor) -> Tensor:
         return to_double(u).to(self.gain.device).expand(*self.gain.shape, u.shape[-1])
 
@@ -143,7 +159,14 @@ def choose_route(base: Base) -> Literal["analytic", "score"]:
     return "analytic" if base.traits.monotone else "score"
 
 
-def correction_shape(base: Base | str, density: Density, route: Route = "auto", resolution: float = 0.1) -> Shape:
+def correction_shape(
+    base: Base | str,
+    density: Density,
+    route: Route = "auto",
+    resolution: float = 0.1,
+    *,
+    kernel: RoundKernel | None = None,
+) -> Shape:
     """The correction shape ghat of (3), normalised to largest |slope| 1.
 
     Analytic: ghat = -sqrt(2 pi) [p_u' - p_u sigma f'' f' / (f'^2 + delta^2)], delta = r sigma |f''| / 2,
@@ -162,6 +185,7 @@ def correction_shape(base: Base | str, density: Density, route: Route = "auto", 
         density: density of the pre-activation of each site.
         route: "auto" (see :func:`choose_route`), "analytic" or "score".
         resolution: r, in standard deviations of the output (score) or of the pre-activation (smoothing).
+        kernel: what smooths outputs on the CPU; None for torch's operations.
 
     Returns:
         The shape; 0 for a site whose density is missing.
@@ -184,7 +208,10 @@ def correction_shape(base: Base | str, density: Density, route: Route = "auto", 
     if chosen == "analytic" and is_closed_form(base, density):
         return Shape(None, density.mean.isfinite().double(), "analytic")
     u = _grid(1, density.mean)
-    raw, size = (_analytic if chosen == "analytic" else _score)(base, density, u, resolution)
+    if chosen == "analytic":
+        raw, size = _analytic(base, density, u, resolution)
+    else:
+        raw, size = _score(base, density, u, resolution, kernel)
     smoothed = not (chosen == "analytic" and base.traits.piecewise_linear)
     return _normalise(raw, size, density, resolution if smoothed else 0.0, chosen)
 
@@ -210,18 +237,32 @@ def _analytic(base: Base, density: Density, u: Tensor, resolution: float) -> tup
     return -_SQRT_2PI * (dp - p * ratio), _SQRT_2PI * (_norm(dp) + _norm(p * ratio))
 
 
-def _score(base: Base, density: Density, u: Tensor, resolution: float) -> tuple[Tensor, Tensor]:
+def _score(
+    base: Base, density: Density, u: Tensor, resolution: float, kernel: RoundKernel | None
+) -> tuple[Tensor, Tensor]:
     """Return raw ghat, and the size that it would have with the score of a unit Gaussian's scale."""
     mean, std = _known(density)
     fine = _grid(_SCORE_REFINEMENT, u)
     output, slope = derivatives(base, mean + std * fine, order=1)[:2]
     # float32 is ample for positions on a grid and twice as fast
-    smoothed = SmoothedOutput(output.float(), resolution, weights=density.pdf(fine))
+    spread, score = _spread_and_score(output.float(), density.pdf(fine), resolution, kernel)
     coarse = slice(None, None, _SCORE_REFINEMENT)
     weight = std * slope[..., coarse].abs() * density.pdf(u)
-    spread = smoothed.std.double()[..., None]
     size = _norm(torch.where(spread > 0, weight / torch.where(spread > 0, spread, 1.0), 0.0))
-    return -_SQRT_2PI * weight * smoothed.score[..., coarse], _SQRT_2PI * size
+    return -_SQRT_2PI * weight * score[..., coarse], _SQRT_2PI * size
+
+
+def _spread_and_score(
+    output: Tensor, weight: Tensor, resolution: float, kernel: RoundKernel | None
+) -> tuple[Tensor, Tensor]:
+    """Standard deviation of outputs, float64, [sites, 1], and their score per unit of the output, [sites, n]."""
+    if kernel is not None and kernel.takes(output):
+        found = kernel.smooth(output, resolution, weight.to(output).contiguous(), sampled=False, score=True)
+        if found is not None and found.score is not None:
+            spread = found.column("std")[:, None]
+            return spread, found.score * torch.where(spread > 0, 1 / spread, 0.0)
+    smoothed = SmoothedOutput(output, resolution, weights=weight)
+    return smoothed.std.double()[..., None], smoothed.score
 
 
 def _norm(values: Tensor) -> Tensor:
@@ -267,9 +308,12 @@ def tabulate(shape: Shape, half_width: float = HALF_WIDTH, knots: int = KNOTS) -
         raise ConfigError("knots", knots, "is too few for a shape", f"Use 9 or more; the default is {KNOTS}.")
     if not half_width > _TAPER:
         raise ConfigError("half_width", half_width, "leaves no room for the taper", "The default is 8.")
-    u = torch.linspace(-half_width, half_width, knots, dtype=torch.float64, device=shape.gain.device)
     step = 2 * half_width / (knots - 1)
-    table = faded_table(shape(u), shape.slope(u), half_width)
+    values, slopes = shape.at_nodes(knots) if half_width == _GRID_HALF_WIDTH else (None, None)
+    if values is None or slopes is None:
+        u = torch.linspace(-half_width, half_width, knots, dtype=torch.float64, device=shape.gain.device)
+        values, slopes = shape(u), shape.slope(u)
+    table = faded_table(values, slopes, half_width)
     return table / (steepest_slope(table) / step).clamp(min=1.0)[..., None, None]
 
 
@@ -314,11 +358,11 @@ def steepest_slope(table: Tensor) -> Tensor:
         Slopes, shape [sites].
     """
     _, a1, a2, a3 = table.unbind(-2)
-    # The slope is a parabola in t: its extremes are at the ends and at its vertex.
-    vertex = torch.where(a3 != 0, -a2 / (3 * torch.where(a3 != 0, a3, 1.0)), 0.0).clamp(0, 1)
+    # The slope is a parabola in t: its extremes are at the ends and at its vertex. A vertex at infinity is an end.
+    vertex = (a2 / (-3 * a3)).clamp_(0, 1).nan_to_num_(nan=0.0)
     inner = a1 + vertex * (2 * a2 + vertex * 3 * a3)
-    ends = torch.stack([a1, a1 + 2 * a2 + 3 * a3, inner])
-    return ends.abs().amax(0).amax(-1)
+    first, last, between = (part.abs().amax(-1) for part in (a1, a1 + 2 * a2 + 3 * a3, inner))
+    return torch.maximum(torch.maximum(first, last), between)
 
 
 def evaluate_table(table: Tensor, u: Tensor, half_width: float = HALF_WIDTH) -> Tensor:

@@ -9,49 +9,14 @@ import torch
 from torch import Tensor
 
 from eafo_dynamic.density import Density
-from eafo_dynamic.entropy import MixedEntropy, SmoothedOutput
+from eafo_dynamic.estimates import OutputEntropy, entropies
 from eafo_dynamic.statistics import Moments
 from eafo_dynamic.update import Functions
 
-__all__ = ["OutputEntropy", "Record", "aggregate", "describe_events", "diagnostics", "snapshot", "to_rows"]
+__all__ = ["Record", "aggregate", "describe_events", "diagnostics", "snapshot", "to_rows"]
 
 Record = dict[str, object]
 """One row of the correction log: one site at one update round."""
-
-
-class OutputEntropy:
-    """Resolution-r entropy of all sites' outputs and its derivatives, from one smoothing.
-
-    Args:
-        outputs: a = f(z), shape [S, n]; NaN where missing.
-        resolution: r, in standard deviations of the output.
-    """
-
-    def __init__(self, outputs: Tensor, resolution: float) -> None:
-        self.outputs = outputs
-        self.resolution = resolution
-        self._smoothed = SmoothedOutput(outputs, resolution)
-
-    @property
-    def entropy(self) -> Tensor:
-        """H_r in nats, shape [S]."""
-        return self._smoothed.entropy
-
-    @property
-    def mixed(self) -> MixedEntropy:
-        """Atom mass, entropy of the rest and H_r."""
-        return self._smoothed.mixed
-
-    def gradient(self, direction: Tensor) -> Tensor:
-        """First-order change of H_r when the outputs move along a direction, equation (1').
-
-        Args:
-            direction: g at the samples, shape [S, n], units of the outputs.
-
-        Returns:
-            dH_r/d eps in nats, shape [S].
-        """
-        return self._smoothed.gradient(direction)
 
 
 def diagnostics(
@@ -87,8 +52,7 @@ def diagnostics(
     if gradient is None:
         gradient = before.gradient(old.direction(samples))
     mixed = before.mixed
-    # in one go: most of what a round costs is the number of its operations
-    entropy_after, of_samples = SmoothedOutput(torch.cat([after, samples]), r).entropy.chunk(2)
+    entropy_after, of_samples = entropies(after, samples, r, before.kernel)
     gaussian = 0.5 * math.log(2 * math.pi * math.e * (1 + r * r))
     free = {"lift": new.lift, "delta_lift": delta_lift, "d_entropy_d_lift": lift_gradient}
     return {
@@ -97,7 +61,7 @@ def diagnostics(
         "d_entropy_d_eps": gradient,
         **{name: values for name, values in free.items() if values is not None},
         "entropy": mixed.entropy,
-        "entropy_predicted": before.entropy + before.gradient(after - before.outputs),
+        "entropy_predicted": before.entropy + before.change(after),
         "entropy_after": entropy_after,
         "entropy_drift": gradient * delta_eps,
         "continuous_entropy": mixed.continuous_entropy,

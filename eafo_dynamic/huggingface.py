@@ -10,7 +10,7 @@ import torch
 
 from eafo_dynamic.controller import EAFOController
 from eafo_dynamic.errors import EAFOError
-from eafo_dynamic.optim import check_group, own_group
+from eafo_dynamic.optim import LR_MULTIPLE, check_group, own_group
 from eafo_dynamic.options import Options
 from eafo_dynamic.records import LogWriter
 from eafo_dynamic.sites import find_sites
@@ -58,7 +58,7 @@ class EAFOTrainerCallback(TrainerCallback):
         self,
         example: dict[str, Any] | None = None,
         lr: float | None = None,
-        lr_multiple: float = 1.0,
+        lr_multiple: float = LR_MULTIPLE,
         weight_decay: float = 0.0,
         **options: Any,
     ) -> None:

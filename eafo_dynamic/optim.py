@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 
 from eafo_dynamic.errors import ConfigError
 
-__all__ = ["GROUP_NAME", "check_group", "own_group"]
+__all__ = ["GROUP_NAME", "LR_MULTIPLE", "check_group", "own_group"]
 
 GROUP_NAME = "eafo"
+# learning rate of eps over that of the model: measured over eight tasks, see examples/results; the paper has 1
+LR_MULTIPLE = 5.0
 
 # how torch's schedulers, and those written after them (timm), name their lists with an entry a parameter group
 _RATES_PER_GROUP = ("lrs", "_last_lr", "base_values")
@@ -30,7 +32,7 @@ def own_group(
     *,
     schedulers: Iterable[Any] = (),
     lr: float | None = None,
-    lr_multiple: float = 1.0,
+    lr_multiple: float = LR_MULTIPLE,
     weight_decay: float = 0.0,
     save_ungrouped: bool = False,
     by_relatives: bool = False,
@@ -73,26 +75,23 @@ def own_group(
     for optimizer in plain:
         if isinstance(optimizer, torch.optim.LBFGS) or _grouped(optimizer):
             continue
-        sources = sorted({index for home, index in homes.values() if home is optimizer})
-        groups = [_copied(optimizer.param_groups[index], lr, lr_multiple, weight_decay) for index in sources]
-        ids = {id(p) for p in amplitudes.values()}
+        before, mine = len(optimizer.param_groups), _of(optimizer, flat)
+        groups = {
+            index: _copied(optimizer.param_groups[index], lr, lr_multiple, weight_decay)
+            for index in sorted({index for home, index in homes.values() if home is optimizer})
+        }
         if save_ungrouped:
             optimizer.register_state_dict_post_hook(_Ungrouped(optimizer))
-        for group in optimizer.param_groups:
-            _remove(group, ids)
-        for p in amplitudes.values():
-            if not p.requires_grad:
-                optimizer.state.pop(p, None)  # of a parameter in no group it would break state_dict
-        before = len(optimizer.param_groups)
-        for number, (source, (group, scale)) in enumerate(zip(sources, groups, strict=True), start=1):
-            mine = {name: amplitudes[name] for name, home in homes.items() if home == (optimizer, source)}
+        _take_out(optimizer, amplitudes)
+        for number, (source, (group, scale)) in enumerate(groups.items(), start=1):
+            members = {name: amplitudes[name] for name, home in homes.items() if home == (optimizer, source)}
             # monitors of learning rates refuse two groups of one name
             group["name"] = GROUP_NAME if number == 1 else f"{GROUP_NAME}-{number}"
-            _add(optimizer, source, mine, group)
-            for scheduler in _of(optimizer, flat):
+            _add(optimizer, source, members, group)
+            for scheduler in mine:
                 _extend(scheduler, len(optimizer.param_groups) - 1, source, scale)
-        if save_ungrouped and sources:
-            for scheduler in _of(optimizer, flat):
+        if save_ungrouped and groups:
+            for scheduler in mine:
                 _save_first(scheduler, before)
     return notes
 
@@ -154,7 +153,7 @@ def check_group(lr: float | None, lr_multiple: float, weight_decay: float) -> No
         raise ConfigError("lr", lr, "a learning rate cannot be negative", "Give 0 or more, or leave it out.")
     if not 0.0 <= lr_multiple < math.inf:
         raise ConfigError("lr_multiple", lr_multiple, "a multiple cannot be negative", "Give 0 or more.")
-    if lr is not None and lr_multiple != 1.0:
+    if lr is not None and lr_multiple != LR_MULTIPLE:
         raise ConfigError("lr_multiple", lr_multiple, f"given beside lr={lr}", "Give one of the two.")
     if not 0.0 <= weight_decay < math.inf:
         raise ConfigError("weight_decay", weight_decay, "cannot be negative", "Give 0 or more.")
@@ -236,6 +235,15 @@ def _copied(
     if "weight_decay" in group:
         group["weight_decay"] = weight_decay
     return group, scale
+
+
+def _take_out(optimizer: Optimizer, amplitudes: dict[str, nn.Parameter]) -> None:
+    ids = {id(p) for p in amplitudes.values()}
+    for group in optimizer.param_groups:
+        _remove(group, ids)
+    for p in amplitudes.values():
+        if not p.requires_grad:
+            optimizer.state.pop(p, None)  # of a parameter in no group it would break state_dict
 
 
 def _add(optimizer: Optimizer, source: int, amplitudes: dict[str, nn.Parameter], group: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ class Options:
         eps_init: starting amplitude.
         max_eps: bound of |eps|.
         max_delta: bound of max |c_new - c_old| / sigma at one update round.
-        update_every_n_steps: optimiser steps between update rounds.
+        update_every_n_steps: optimiser steps between update rounds; the first ones come at steps 1, 2, 4, 8, ...
         update_starting_at_step: first step with a round.
         freeze_at_step: from this step on everything stays; None: never.
         collect_every_n_steps: optimiser steps between sampled steps; None: at most five a round.
@@ -61,10 +61,10 @@ class Options:
     functional: str = "wrap"
     policy: str | Policy | Sequence[Rule] = "learned"
     density: str | Callable[[Tensor], Density] = "gaussian"
-    terms: str = "tied"
+    terms: str = "auto"
     eps_init: float = 0.01
     max_eps: float = 0.5
-    max_delta: float = 0.1
+    max_delta: float = 0.5
     update_every_n_steps: int = 50
     update_starting_at_step: int = 0
     freeze_at_step: int | None = None

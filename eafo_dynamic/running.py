@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eafo_dynamic.density import Density, Gaussian, Histogram, gaussian, histogram
 from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.statistics import Moments
 
 __all__ = ["LossWatch", "RunningDensity", "make_estimator"]
 
@@ -156,17 +157,21 @@ class RunningDensity:
         self.density: Density | None = None
         self.rounds: Tensor | None = None
 
-    def follow(self, samples: Tensor, usable: Tensor) -> Density:
+    def follow(self, samples: Tensor, usable: Tensor, stats: Moments | None = None) -> Density:
         """Takes in the samples of one round.
 
         Args:
             samples: pre-activations, shape [S, n], NaN where missing.
             usable: sites whose samples may count, shape [S], bool.
+            stats: moments of the samples, if somebody has them already.
 
         Returns:
             The estimate after it.
         """
-        fresh = self.estimator(samples)
+        if stats is not None and self.estimator is gaussian:
+            fresh = Gaussian(stats.mean, stats.std, stats.n)
+        else:
+            fresh = self.estimator(samples)
         if self.density is None or self.rounds is None:
             self.density, self.rounds = fresh, usable.to(torch.long)
         else:

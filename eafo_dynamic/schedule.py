@@ -18,12 +18,14 @@ __all__ = ["Schedule", "TrustRegion", "steps_of_epochs"]
 class Schedule:
     """When statistics are collected and when an update round runs, counted in optimiser steps.
 
-    The first round runs after step max(1, update_starting_at_step), so that the log shows how training began and
-    the shapes fit the data early; the next ones after every multiple of update_every_n_steps. Counted from the
-    last such multiple, every ``collect_every_n_steps``-th step is sampled, and so is the step of every round.
+    The first round runs after step max(1, update_starting_at_step), so that the log shows how training began. From
+    then on the distance between rounds doubles until it is update_every_n_steps: pre-activations change by factors
+    at the start of a training, and a shape that lags behind them harms more than its correction helps (measured: see
+    examples/results). The other rounds run after every multiple of update_every_n_steps. Counted from the last such
+    multiple, every ``collect_every_n_steps``-th step is sampled, and so is the step of every round.
 
     Args:
-        update_every_n_steps: optimiser steps from one update round to the next.
+        update_every_n_steps: optimiser steps from one update round to the next, but for the first few.
         update_starting_at_step: first step after which a round may run.
         freeze_at_step: from this step on nothing is collected, updated or learned; None: never.
         collect_every_n_steps: optimiser steps from one sampled step to the next; None: at most five a round.
@@ -34,7 +36,7 @@ class Schedule:
     Example:
         >>> schedule = Schedule(update_every_n_steps=50)
         >>> [step for step in range(201) if schedule.updates(step)]
-        [1, 50, 100, 150, 200]
+        [1, 2, 4, 8, 16, 32, 50, 100, 150, 200]
     """
 
     update_every_n_steps: int = 50
@@ -78,7 +80,7 @@ class Schedule:
         """
         if step < self.first_update or self.frozen(step):
             return False
-        return step == self.first_update or step % self.update_every_n_steps == 0
+        return self._early(step) or step % self.update_every_n_steps == 0
 
     def collects(self, step: int) -> bool:
         """Whether the batches of the coming step are sampled.
@@ -92,7 +94,12 @@ class Schedule:
         coming = step + 1
         if coming < self.first_update or self.frozen(coming):
             return False
-        return coming == self.first_update or coming % self.update_every_n_steps % self.collect_period == 0
+        return self._early(coming) or coming % self.update_every_n_steps % self.collect_period == 0
+
+    def _early(self, step: int) -> bool:
+        """Whether the round after this step is one of those at doubling distance: the 1st, 2nd, 4th, 8th, ... step."""
+        count = step - self.first_update + 1
+        return 0 < count < max(2, self.update_every_n_steps) and count.bit_count() == 1
 
     def frozen(self, step: int) -> bool:
         """Whether everything is frozen after this many optimiser steps.
@@ -120,7 +127,7 @@ class TrustRegion:
     """
 
     max_eps: float = 0.5
-    max_delta: float = 0.1
+    max_delta: float = 0.5
 
     def __post_init__(self) -> None:
         for option in ("max_eps", "max_delta"):

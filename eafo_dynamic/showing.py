@@ -12,7 +12,7 @@ from eafo_dynamic.records import COLUMNS
 
 __all__ = ["History", "Reporter", "SiteList", "log_figure", "site_scalars"]
 
-_SHOWN = ("step", "site", "eps", "delta_eps", "entropy", "entropy_after", "d_entropy_d_eps", "n", "policy", "event")
+_SHOWN = ("step", "site", "eps", "lift", "entropy", "entropy_after", "d_entropy_d_eps", "n", "policy", "event")
 _MOST_ROWS = 60
 
 

@@ -20,7 +20,7 @@ from eafo_dynamic.correction import (
     tabulate,
 )
 from eafo_dynamic.density import Density
-from eafo_dynamic.kernels import MAX_U, bell, ghat_table
+from eafo_dynamic.kernels import MAX_U, RoundKernel, bell, ghat_table
 from eafo_dynamic.schedule import TrustRegion
 
 __all__ = ["Functions", "bounded_move", "compounded", "mended", "refreshed", "reverted"]
@@ -41,6 +41,7 @@ class Functions:
         tabulated: which sites these are, shape [T], int64; all others have the closed form.
         offsets: what earlier rounds have settled, shape [T, 4, intervals]; None unless corrections compound.
         lift: amplitudes of the bells, shape [S]; None unless terms are free.
+        kernel: what computes them for float32 on the CPU; None for torch's operations.
     """
 
     bases: Sequence[Base]
@@ -50,6 +51,7 @@ class Functions:
     tabulated: Tensor
     offsets: Tensor | None = None
     lift: Tensor | None = None
+    kernel: RoundKernel | None = None
 
     @property
     def sigma(self) -> Tensor:
@@ -73,6 +75,8 @@ class Functions:
         Returns:
             Shape [S, n], units of z.
         """
+        if (kernel := self._compiled(z)) is not None:
+            return self._added(kernel, torch.zeros_like(z), z, torch.ones_like(self.eps))
         u = (z - self.shape[:, :1]) / self.sigma
         if len(self.tabulated) == len(self.bases):  # not first the closed form of all, and no copies
             return self.sigma * evaluate_table(self.tables, u).to(u.dtype)
@@ -91,6 +95,9 @@ class Functions:
         Returns:
             Shape [S, n], units of z.
         """
+        if (kernel := self._compiled(z)) is not None:
+            ones = torch.ones_like(self.eps)
+            return self._added(kernel, torch.zeros_like(z), z, torch.zeros_like(ones), ones)
         return self.sigma * bell((z - self.shape[:, :1]) / self.sigma)[0]
 
     def directions(self, z: Tensor) -> tuple[Tensor, ...]:
@@ -115,6 +122,8 @@ class Functions:
         Returns:
             Corrections, units of z.
         """
+        if (kernel := self._compiled(z)) is not None:
+            return self._added(kernel, torch.zeros_like(z), z, self.eps, self.lift, self.offsets)
         by_eps, *by_lift = self.directions(z) if directions is None else directions
         c = self.eps.unsqueeze(-1) * by_eps
         if self.offsets is not None:
@@ -136,12 +145,41 @@ class Functions:
         Returns:
             Activations, shape [S, n].
         """
-        out = self.correction(z, directions)
+        out = self._bases(z)
+        if (kernel := self._compiled(z)) is not None and kernel.takes(out):
+            return self._added(kernel, out, z, self.eps, self.lift, self.offsets)
+        return out.add_(self.correction(z, directions))
+
+    def _bases(self, z: Tensor) -> Tensor:
+        """base(z), shape [S, n], in a new tensor; sites with equal bases in one call."""
         groups = self.groups()
+        if len(groups) == 1:
+            return next(iter(groups)).fn(z)
+        out = torch.empty_like(z)
         for base, rows in groups.items():
-            if len(groups) == 1:
-                return out.add_(base.fn(z))
-            out[rows] += base.fn(z[rows])
+            out[rows] = base.fn(z[rows])
+        return out
+
+    def _compiled(self, z: Tensor) -> RoundKernel | None:
+        """The compiled functions, where they can be used for these pre-activations."""
+        mixed = self.lift is not None and self.tabulated.numel() > 0
+        if self.kernel is None or mixed or not self.kernel.takes(z, self.shape):
+            return None
+        return self.kernel
+
+    def _added(
+        self,
+        kernel: RoundKernel,
+        out: Tensor,
+        z: Tensor,
+        eps: Tensor,
+        lift: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> Tensor:
+        """Out plus the correction with these amplitudes, in place."""
+        place = self.tabulated.new_full((len(self.bases),), -1)
+        place[self.tabulated] = torch.arange(len(self.tabulated))
+        kernel.add_corrections(out, z, eps, self.shape, self.tables, place, HALF_WIDTH, lift=lift, offsets=offsets)
         return out
 
     def groups(self) -> dict[Base, list[int]]:
@@ -150,6 +188,8 @@ class Functions:
         Returns:
             Rows by base.
         """
+        if len({id(base) for base in self.bases}) == 1:  # hashing and comparing bases takes longer
+            return {self.bases[0]: list(range(len(self.bases)))}
         rows: dict[Base, list[int]] = {}
         for row, base in enumerate(self.bases):
             rows.setdefault(base, []).append(row)
@@ -210,7 +250,8 @@ def refreshed(old: Functions, density: Density, usable: Tensor, resolution: floa
     for base, rows in old.groups().items():
         wanted = [row for row in rows if row in place and good[row]]
         if wanted:
-            fresh = tabulate(correction_shape(base, density.select(wanted), resolution=resolution))
+            shapes = correction_shape(base, density.select(wanted), resolution=resolution, kernel=old.kernel)
+            fresh = tabulate(shapes)
             tables[[place[row] for row in wanted]] = fresh.to(tables.dtype)
     return replace(old, shape=shape, tables=tables)
 
@@ -283,7 +324,7 @@ def compounded(old: Functions, density: Density, usable: Tensor, resolution: flo
     new = replace(old, shape=shape, offsets=offsets, eps=torch.where(usable, 0.0, old.eps), tables=old.tables.clone())
     for row in usable.nonzero().flatten().tolist():
         base = Base("corrected", _one_function(new, row), key=row)
-        fresh = correction_shape(base, density.select([row]), route="score", resolution=resolution)
+        fresh = correction_shape(base, density.select([row]), "score", resolution, kernel=old.kernel)
         new.tables[row] = tabulate(fresh)[0].to(new.tables.dtype)
     return new
 

@@ -191,6 +191,16 @@ def test_layers_as_json_is_the_log(log: Run, runs: Path) -> None:
         assert entry["eps"] == entry["eps_trend"][-1]
 
 
+def test_the_second_amplitude_has_a_column_where_there_is_one(log: Run, runs: Path) -> None:
+    assert "lift" not in log("layers", "run a", "--wide") + log("show", "run a", "head", "--wide")
+    writer = LogWriter(runs / "free" / "eafo", {"sites": [{"name": "act", "base": "gelu"}]})
+    writer.write([{"step": 1, "site": "act", "eps": 0.1, "lift": -0.25, "entropy": 1.0}])
+    writer.close()
+    for command in (["layers", "free"], ["show", "free", "act"]):
+        heading, line = (text.split() for text in log(*command, "--wide").splitlines()[1:4:2])
+        assert "lift" in heading and any(word.startswith("-0.25") for word in line), command
+
+
 def test_wide_shows_every_column(log: Run) -> None:
     head = log("layers", "run a", "--wide").splitlines()[1].split()
     assert head[-5:] == ["n", "updates", "policy", "event", "event_step"]

@@ -184,6 +184,9 @@ def test_every_seed_key_is_set(tmp_path: Path) -> None:
         ({"arms": {"a": {}}}, "needs two arms"),
         ({"arms": {"a": {}, "b": {}}}, "arms='b': is the same as 'a'"),
         ({"arms": {"a b": {}, "A  b": {"activation": "gelu"}}}, "has the name of 'a b'"),
+        ({"arms": {"a": {}, "b": {"activation": "gelu", "against": "c"}}}, "arm='c': the plan has no such arm"),
+        ({"arms": {"a": {"against": "b"}, "b": {"activation": "gelu"}}}, "arms.a.against='b': the reference is"),
+        ({"arms": {"a": {}, "b": {"activation": "gelu", "against": "b"}}}, "arms.b.against='b': is itself compared"),
         ({"arms": {"a": {}, "../b": {"activation": "gelu"}}}, "is no name for an arm"),
         ({"arms": {"a": {}, "b": {"policy": "learned"}}}, "arms.b='policy': unknown key"),
         ({"arms": {"a": {}, "b": {"eafo": "learned"}}}, "arms.b.eafo='learned': is no mapping"),
@@ -233,6 +236,13 @@ def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
     assert [arm.swept for arm in plan.arms] == [None, 1e-3, 2e-2, None]
     assert [arm.name for arm in plan.arms] == ["plain", "lr=0.001", "lr=0.02", "lr=None"]
     assert plan.arms[1].eafo == {"lr": 1e-3}
+
+
+def test_each_value_of_a_sweep_may_have_its_own_reference(tmp_path: Path) -> None:
+    names = ["relu", "gelu"]
+    sweep = {"option": "activation", "values": names, "arm": {"eafo": {}, "against": "{}"}}
+    plan = plan_of(tmp_path, arms={name: {"activation": name} for name in names}, sweep=sweep)
+    assert [arm.against for arm in plan.arms] == [None, None, "relu", "gelu"]
 
 
 def test_listed_commands_are_the_open_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,16 @@ from fabricate_cells import result, write_cell, write_comparison
 from scipy import stats
 
 from eafo_dynamic.compare.across import summarise
-from eafo_dynamic.compare.paired import compare, holm, interval, is_higher_better, seeds_needed, sign_flip
+from eafo_dynamic.compare.paired import (
+    compare,
+    holm,
+    interval,
+    is_higher_better,
+    labelled,
+    main_reference,
+    seeds_needed,
+    sign_flip,
+)
 from eafo_dynamic.compare.results import read_cell, read_cells, step_times, tidy, unpaired, values, write_csv
 from eafo_dynamic.errors import ConfigError, EAFOError, LogError
 
@@ -151,6 +160,20 @@ def test_comparison_by_hand() -> None:
     assert pair.gain_per_time == pytest.approx(5.0 / 10.0)
     assert pair.p == stats.permutation_test((differences,), np.sum, permutation_type="samples").pvalue
     assert pair.verdict == "no difference found"
+
+
+def test_an_arm_may_have_a_reference_of_its_own() -> None:
+    table = {"a": by_seed(1, 2, 3), "b": by_seed(2, 3, 5), "c": by_seed(2, 2, 2)}
+    first, second = compare(
+        table, "a", "loss", against={"c": "b"}, step_ms={"b": by_seed(2, 2, 2), "c": by_seed(3, 3, 3)}
+    )
+    assert (first.reference, first.differences) == ("a", (1, 1, 2))
+    assert (second.reference, second.differences, second.reference_mean) == ("b", (0, -1, -3), pytest.approx(10 / 3))
+    assert second.time_ratio == 1.5 and second.relative == pytest.approx(-40)
+    assert main_reference([second, first]) == "a"
+    assert [labelled(pair, "a") for pair in (first, second)] == ["b", "c (against b)"]
+    with pytest.raises(ConfigError, match="reference='d': has no finished cell"):
+        compare(table, "a", "loss", against={"c": "d"})
 
 
 def test_effect_size_is_that_of_the_paired_t_test() -> None:

@@ -56,6 +56,19 @@ def test_rows_say_what_the_statistics_say(pairs: list[Paired]) -> None:
     assert "d_z" not in without[0]
 
 
+def test_another_reference_is_named_in_tables_and_figures() -> None:
+    table = {arm: {seed: seed + shift for seed in range(6)} for arm, shift in (("a", 1.0), ("b", 2.0), ("c", 0.5))}
+    pairs = compare(table, "a", "loss", against={"c": "b"})
+    shown = rows(pairs)
+    assert [row["arm"] for row in shown] == ["a (reference)", "b", "c (against b)"]
+    assert shown[2]["relative [%]"].startswith("-33.33")
+    for drawn in (figures.forest(pairs), figures.sensitivity(pairs, {"b": 1, "c": 2}, "x")):
+        assert "arm less its reference" in texts(drawn)
+    table["b"][3] = math.nan
+    lines = notes(compare(table, "a", "loss", against={"c": "b"}))
+    assert lines[-2:] == ["b: diverged in seed 3.", "b (reference): diverged in seed 3."]
+
+
 def test_notes_hide_nothing() -> None:
     table = {
         "base": {seed: 1.0 + seed for seed in range(6)} | {5: math.nan},

@@ -174,7 +174,9 @@ def test_every_policy_with_every_density_gives_a_row_per_site_and_update(policy:
         optimizer.step()
         controller.step(step + 1)
     rows = list(controller.records)
-    assert [(row["step"], row["site"]) for row in rows] == [(s, site) for s in (1, 10, 20, 30) for site in ("1", "3")]
+    assert [(row["step"], row["site"]) for row in rows] == [
+        (s, site) for s in (1, 2, 4, 8, 10, 20, 30) for site in ("1", "3")
+    ]
     numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
     assert all(math.isfinite(value) for value in numbers)
     assert {row["policy"] for row in rows} == {policy}

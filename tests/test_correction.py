@@ -244,6 +244,16 @@ def test_table_carries_the_shape(name: str) -> None:
         assert finer < 1e-4
 
 
+def test_shapes_at_their_nodes_are_what_they_are_anywhere() -> None:
+    shape = correction_shape("gelu", normal(0.3, 2.0))
+    u = torch.linspace(-8, 8, 257, dtype=torch.float64)
+    values, slopes = shape.at_nodes(257)
+    assert values is not None and slopes is not None and values[-1] == slopes[-1] == 0
+    torch.testing.assert_close(values[:-1], shape(u)[:-1], rtol=0.0, atol=0.0)
+    torch.testing.assert_close(slopes[:-1], shape.slope(u)[:-1], rtol=0.0, atol=0.0)
+    assert shape.at_nodes(258) == correction_shape("relu", normal()).at_nodes(257) == (None, None)
+
+
 def test_table_is_read_as_documented() -> None:
     shape = correction_shape("gelu", Gaussian(torch.tensor([0.0, -1.0]), torch.tensor([1.0, 2.0])))
     table = tabulate(shape, half_width=6.0, knots=49)

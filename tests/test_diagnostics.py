@@ -15,8 +15,9 @@ from torch import Tensor
 from eafo_dynamic.bases import as_base
 from eafo_dynamic.correction import correction_shape, tabulate
 from eafo_dynamic.density import Gaussian
-from eafo_dynamic.diagnostics import OutputEntropy, Record, describe_events, diagnostics, to_rows
+from eafo_dynamic.diagnostics import Record, describe_events, diagnostics, to_rows
 from eafo_dynamic.entropy import mixed_entropy
+from eafo_dynamic.estimates import OutputEntropy
 from eafo_dynamic.statistics import moments
 from eafo_dynamic.update import Functions
 

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 SITES = ["act#0", ":relu#0", "act#1", ":relu#1"]
 EPS = ["eafo_0_eps", "eafo_1_eps", "eafo_2_eps", "eafo_3_eps"]
+CRITIC = ["critic.eafo_0_eps"]
 
 
 class Net(LightningModule):
@@ -141,7 +142,7 @@ def test_a_stream_read_once_shows_every_call_and_eps_trains(tmp_path: Path) -> N
     amplitudes = dict(net.named_parameters())
     assert all(amplitudes[name].item() != pytest.approx(0.01, abs=1e-6) for name in EPS)
     log = CorrectionLog.load(tmp_path)
-    assert [(row["step"], row["site"]) for row in log.rows] == [(step, site) for step in (1, 3, 6) for site in SITES]
+    assert [(row["step"], row["site"]) for row in log.rows] == [(step, site) for step in (1, 2, 3, 6) for site in SITES]
     assert all(row["n"] > 0 for row in log.rows)
 
 
@@ -200,8 +201,10 @@ def test_manual_optimisation_is_followed_without_its_optimisers(tmp_path: Path) 
     names = {id(p): name for name, p in callback.controller.amplitudes.items()}
     held = [{id(p) for group in each.param_groups for p in group["params"]} for each in host.optimizers]
     found = [{name for key, name in names.items() if key in each} for each in held]
-    assert found == [set(EPS), {"critic.eafo_0_eps"}], "every eps trains in the optimiser of its own layers"
-    assert all(p.item() != pytest.approx(0.01, abs=1e-7) for p in callback.controller.amplitudes.values())
+    wanted = [{name.replace("_eps", part) for name in names for part in ("_eps", "_lift")} for names in (EPS, CRITIC)]
+    assert found == wanted, "every amplitude trains in the optimiser of its own layers"
+    for name, p in callback.controller.amplitudes.items():
+        assert p.item() != pytest.approx(0.01 if name.endswith("_eps") else 0.0, abs=1e-7), name
 
 
 class _OwnGradients(Manual):
@@ -257,7 +260,7 @@ def test_a_plain_checkpoint_goes_on_and_gets_its_sites_at_the_first_batch(tmp_pa
     host.fit(Net(), DataLoader(Once(), 16), ckpt_path=tmp_path / "plain.ckpt")
     assert sites_of(callback) == SITES
     weights, _, eps = host.optimizers[0].param_groups
-    assert eps["lr"] == pytest.approx(weights["lr"])
+    assert eps["lr"] == pytest.approx(5.0 * weights["lr"])
 
 
 class _LateData(TensorDataset):

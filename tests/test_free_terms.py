@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eafo_dynamic import EAFOController, apply_from_checkpoint, merge, unwrap
-from eafo_dynamic.diagnostics import OutputEntropy
+from eafo_dynamic.estimates import OutputEntropy
 from eafo_dynamic.listener import CHECKPOINT_KEY
 from eafo_dynamic.manifest import manifest
 from eafo_dynamic.policy import Entropy, Hybrid

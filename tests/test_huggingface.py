@@ -58,7 +58,7 @@ def test_eps_learns_in_a_group_of_its_own_and_is_logged(tmp_path: Path) -> None:
     trainer = make(tmp_path, 12, callback)
     trainer.train()
     log = CorrectionLog.load(tmp_path)
-    assert log.steps == [1, 4, 8, 12]
+    assert log.steps == [1, 2, 4, 8, 12]
     assert log.sites == ["transformer.h.0.mlp.act", "transformer.h.1.mlp.act"]
     assert all(abs(row["eps"] - 0.01) > 1e-4 for row in log.last())
     groups = trainer.optimizer.param_groups

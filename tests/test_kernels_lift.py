@@ -62,6 +62,21 @@ def test_values_and_gradients_are_those_of_the_formula(base: nn.Module, n: int, 
     assert_is_the_formula(points(n), base, given, backend, 1e-5)
 
 
+@pytest.mark.parametrize("sigma", [1e-36, 1e-20, 1e-16, 1e16, 1e22, 1e37])
+def test_any_spread_that_float32_holds_is_computed(sigma: float, backend: Backend) -> None:
+    """Squares of z leave the range of float32 long before z does."""
+    u = points(64)
+    given = free_terms(0.3, -0.2)._replace(shape=torch.tensor([0.0, sigma]))
+    z = (u.detach() * sigma).requires_grad_()
+    base = nn.ReLU()
+    out = corrected(z, base, given, known_module(base), backend)
+    exact = torch.relu(u) + (0.3 * u - 0.2) * torch.exp(-0.5 * u * u)
+    torch.testing.assert_close(out / sigma, exact, rtol=1e-4, atol=1e-5)
+    (slope,) = torch.autograd.grad(out.sum(), z)
+    (expected,) = torch.autograd.grad(exact.sum(), u)
+    torch.testing.assert_close(slope, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("amplitudes", [(0.0, 0.4), (0.4, 0.0), (-0.5, 0.5)], ids=str)
 def test_either_amplitude_may_be_zero(amplitudes: tuple[float, float], backend: Backend) -> None:
     assert_is_the_formula(points(999), nn.GELU(), free_terms(*amplitudes), backend, 1e-5)

@@ -203,7 +203,7 @@ def test_every_optimiser_trains_eps_without_decay(kind: str, held: bool, named: 
     model = make_model()
     pairs = [(n, p) for n, p in model.named_parameters() if held or not n.endswith("_eps")]
     optimizer = OPTIMIZERS[kind](pairs if named else [p for _, p in pairs])
-    own_group([optimizer], amplitudes(model), model)
+    own_group([optimizer], amplitudes(model), model, lr_multiple=1.0)
     assert_each_once(optimizer, list(model.parameters()))
     (group,) = own(optimizer)
     origin = optimizer.param_groups[0]
@@ -222,6 +222,14 @@ def test_every_optimiser_trains_eps_without_decay(kind: str, held: bool, named: 
         assert p.isfinite().all() and not torch.equal(p, start[name]), name
 
 
+def test_amplitudes_learn_five_times_as_fast_as_the_model_unless_told_otherwise() -> None:
+    for options, rate in (({}, 0.05), ({"lr": 0.3}, 0.3), ({"lr_multiple": 1.0}, 0.01)):
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        own_group([optimizer], amplitudes(model), model, **options)
+        assert own(optimizer)[0]["lr"] == pytest.approx(rate)
+
+
 VARIES = ("params", "param_names", "name", "weight_decay")
 
 
@@ -229,7 +237,7 @@ def test_a_new_amplitude_gets_the_state_that_adagrad_makes_when_it_is_built() ->
     """Releases of torch before 2.13 look for it at the first step and find nothing otherwise."""
     model = make_model()
     optimizer = OPTIMIZERS["Adagrad"]([p for p in model.parameters() if p.dim()])
-    own_group([optimizer], amplitudes(model), model)
+    own_group([optimizer], amplitudes(model), model, lr_multiple=1.0)
     for eps in amplitudes(model).values():
         assert optimizer.state[eps]["sum"].item() == 0.5 and optimizer.state[eps]["step"].item() == 0
 
@@ -243,7 +251,7 @@ def test_the_base_trains_as_without_the_group(kind: str) -> None:
         optimizer = OPTIMIZERS[kind](model.parameters())
         optimizer.param_groups[0]["weight_decay"] = 0.0
         if grouped:
-            own_group([optimizer], amplitudes(model), model)
+            own_group([optimizer], amplitudes(model), model, lr_multiple=1.0)
         list(train(model, optimizer, None, 5))
         trajectories.append(model.state_dict())
     for name, value in trajectories[0].items():
@@ -332,7 +340,7 @@ def test_two_optimisers_keep_their_own_amplitudes() -> None:
     generator = torch.optim.Adam(gan["generator"].parameters(), lr=0.1)
     discriminator = torch.optim.SGD(gan["discriminator"].parameters(), lr=0.01)
     schedulers = [SCHEDULES["StepLR"](generator), SCHEDULES["OneCycleLR"](discriminator)]
-    own_group([generator, discriminator], amplitudes(gan), gan, schedulers=schedulers)
+    own_group([generator, discriminator], amplitudes(gan), gan, schedulers=schedulers, lr_multiple=1.0)
     assert_each_once(generator, list(gan["generator"].parameters()))
     assert_each_once(discriminator, list(gan["discriminator"].parameters()))
     assert len(schedulers[0].base_lrs) == len(schedulers[1].base_lrs) == 2
@@ -347,7 +355,7 @@ def test_eps_that_no_optimiser_holds_goes_to_its_nearest_relatives() -> None:
     fast = torch.optim.SGD(
         [{"params": [model[1].linear.bias]}, {"params": [model[1].linear.weight], "lr": 0.5}], lr=0.2
     )
-    own_group([slow, fast], amplitudes(model), model)
+    own_group([slow, fast], amplitudes(model), model, lr_multiple=1.0)
     assert own(slow)[0]["params"] == [model[0].act.eafo_0_eps] and own(slow)[0]["lr"] == 0.001
     assert own(fast)[0]["params"] == [model[1].act.eafo_0_eps] and own(fast)[0]["lr"] == 0.5
 
@@ -355,7 +363,7 @@ def test_eps_that_no_optimiser_holds_goes_to_its_nearest_relatives() -> None:
 def test_frozen_relatives_lead_up_the_tree() -> None:
     model = make_model()
     head = torch.optim.SGD(model[1].linear.parameters(), lr=0.1)
-    own_group([head], amplitudes(model), model)
+    own_group([head], amplitudes(model), model, lr_multiple=1.0)
     assert len(own(head)[0]["params"]) == 2
 
 
@@ -375,7 +383,7 @@ def test_lambdas_by_group_stay_with_their_group() -> None:
     model = make_model()
     optimizer = torch.optim.SGD([{"params": list(layer.parameters())} for layer in model], lr=0.1)
     scheduler = lr_scheduler.LambdaLR(optimizer, [lambda k: 1.0, lambda k: 0.5**k])
-    own_group([optimizer], amplitudes(model), model, schedulers=[scheduler])
+    own_group([optimizer], amplitudes(model), model, schedulers=[scheduler], lr_multiple=1.0)
     for rates in train(model, optimizer, scheduler, 4):
         assert rates[2:] == rates[:2]
     assert rates[0] != rates[1]
@@ -386,7 +394,7 @@ def test_decayed_and_undecayed_groups() -> None:
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": rest, "weight_decay": 0.0}], lr=0.1)
-    own_group([optimizer], amplitudes(model), model)
+    own_group([optimizer], amplitudes(model), model, lr_multiple=1.0)
     assert_each_once(optimizer, list(model.parameters()))
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2, 2]
 
@@ -397,7 +405,7 @@ def test_a_group_of_amplitudes_alone_may_become_empty() -> None:
     rest = [p for p in model.parameters() if p.dim()]
     for make in (torch.optim.SGD, torch.optim.Adam):
         optimizer = make([{"params": scalars, "lr": 0.5}, {"params": rest}], lr=0.1)
-        own_group([optimizer], amplitudes(model), model)
+        own_group([optimizer], amplitudes(model), model, lr_multiple=1.0)
         assert optimizer.param_groups[0]["params"] == [] and own(optimizer)[0]["lr"] == 0.5
         list(train(model, optimizer, None, 2))
 
@@ -409,7 +417,7 @@ def test_frozen_amplitudes_are_in_no_group(frozen: int, kind: str) -> None:
     for layer in list(model)[:frozen]:
         layer.act.eafo_0_eps.requires_grad_(False)
     optimizer = OPTIMIZERS[kind](model.parameters())
-    own_group([optimizer], amplitudes(model), model)
+    own_group([optimizer], amplitudes(model), model, lr_multiple=1.0)
     assert_each_once(optimizer, [p for p in model.parameters() if p.requires_grad])
     optimizer.load_state_dict(optimizer.state_dict())
     assert len(own(optimizer)) == (1 if frozen == 1 else 0)
@@ -418,7 +426,7 @@ def test_frozen_amplitudes_are_in_no_group(frozen: int, kind: str) -> None:
 def test_lbfgs_keeps_its_one_group_and_a_note_says_so() -> None:
     model = make_model()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
-    notes = own_group([optimizer], amplitudes(model), model)
+    notes = own_group([optimizer], amplitudes(model), model, lr_multiple=1.0)
     assert len(optimizer.param_groups) == 1
     assert len(notes) == 2 and all("LBFGS has one parameter group only" in note for note in notes)
     assert "0.act.eafo_0_eps" in notes[0]
@@ -451,7 +459,7 @@ def test_muon_takes_matrices_only() -> None:
     model = make_model()
     muon = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=0.1)
     adam = torch.optim.Adam([p for p in model.parameters() if p.dim() == 1], lr=0.01)
-    own_group([muon, adam], amplitudes(model), model)
+    own_group([muon, adam], amplitudes(model), model, lr_multiple=1.0)
     assert own(muon) == [] and own(adam)[0]["lr"] == 0.01
 
 

@@ -104,8 +104,8 @@ FREE: list[tuple[dict[str, Any], bool]] = [
 
 @pytest.mark.parametrize(("options", "free"), FREE, ids=str)
 def test_terms_are_free_where_they_can_be(options: dict[str, Any], free: bool) -> None:
-    assert Options(**options, terms="auto").form["free"] is free
-    assert not Options(**options).form["free"]
+    assert Options(**options).form["free"] is free
+    assert not Options(**options, terms="tied").form["free"]
 
 
 def test_unknown_terms_are_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -178,7 +179,10 @@ def test_promises_of_the_schedule(schedule: Schedule) -> None:
     first = max(1, schedule.update_starting_at_step)
     frozen_from = math.inf if schedule.freeze_at_step is None else schedule.freeze_at_step
     multiples = [s for s in horizon if s > first and s % schedule.update_every_n_steps == 0]
-    assert rounds == [step for step in [first, *multiples] if step < frozen_from]
+    early = [first, *(first + 2**k - 1 for k in range(1, 9) if 2**k < schedule.update_every_n_steps)]
+    assert rounds == [step for step in sorted({*early, *multiples}) if step < frozen_from]
+    distances = [after - before for before, after in itertools.pairwise(rounds)]
+    assert all(distance <= schedule.update_every_n_steps for distance in distances)
     for before, after in zip([0, *rounds], rounds, strict=False):
         assert any(before < step <= after for step in sampled), "every round finds a sample"
     assert all(first <= step < frozen_from for step in sampled)
@@ -205,8 +209,19 @@ def _endless(schedule: Schedule) -> Schedule:
 
 def test_the_default_schedule_by_hand() -> None:
     schedule = Schedule()
-    assert [s for s in range(201) if schedule.updates(s)] == [1, 50, 100, 150, 200]
-    assert [s for s in range(1, 101) if schedule.collects(s - 1)] == [1, *range(10, 101, 10)]
+    assert [s for s in range(201) if schedule.updates(s)] == [1, 2, 4, 8, 16, 32, 50, 100, 150, 200]
+    assert [s for s in range(1, 101) if schedule.collects(s - 1)] == [
+        1,
+        2,
+        4,
+        8,
+        10,
+        16,
+        20,
+        30,
+        32,
+        *range(40, 101, 10),
+    ]
 
 
 @pytest.mark.parametrize(

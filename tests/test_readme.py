@@ -125,7 +125,7 @@ def test_the_plain_loop_snippet() -> None:
         "loss_fn": nn.functional.cross_entropy,
     }  # fmt: skip
     exec(snippet, names)
-    assert len(names["controller"].records) == 2
+    assert names["controller"].rounds == 2, "after steps 1 and 2"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -202,7 +202,9 @@ def test_the_two_commands_name_what_exists() -> None:
 def test_the_first_command_shows_the_table_of_the_readme(workplace: Path) -> None:
     heading = next(line for line in README.splitlines() if line.startswith("site "))
     shown = (workplace / "first.out").read_text().splitlines()
-    assert heading.split() in [line.split() for line in shown]
+    words = [set(line.split()) for line in shown if line.startswith("site ")]
+    # its sites have longer names, which leave less room for the other columns
+    assert any({"site", "eps", "lift", "H"} <= found <= set(heading.split()) for found in words)
     assert (workplace / "runs/digits_vit/version_0/config.yaml").is_file()
 
 

@@ -39,6 +39,7 @@ LAYERS = [
     "base",
     "eps",
     "eps_trend",
+    "lift",
     "entropy_first",
     "entropy",
     "entropy_trend",
@@ -66,6 +67,7 @@ LAYERS_OPTIONAL = [
     "base",
     "d_entropy_d_eps",
     "entropy_first",
+    "lift",
     "eps_trend",
     "entropy_trend",
 ]
@@ -75,6 +77,7 @@ SHOW = [
     "epoch",
     "eps",
     "delta_eps",
+    "lift",
     "entropy",
     "d_entropy_d_eps",
     "atom_mass",
@@ -100,5 +103,6 @@ SHOW_OPTIONAL = [
     "dead_fraction",
     "std",
     "mean",
+    "lift",
 ]
 COMPARE_OPTIONAL = ["updates", "mean_abs_eps", "last_step", "policy", "events", "sites", "entropy_first"]

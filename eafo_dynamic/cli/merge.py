@@ -200,10 +200,12 @@ def _rows(model: nn.Module, plan: Plan) -> list[dict[str, object]]:
         became = {site: "in the graph" if text.startswith("Corrected") else text for site, text in became.items()}
     rows: list[dict[str, object]] = []
     for host, site in hosted_sites(model):
-        eps, table = (getattr(host, site.keys[k]) for k in (0, 2))
+        eps, table, lift = (getattr(host, site.keys[k]) for k in (0, 2, 4))
         mu, sigma = getattr(host, site.keys[1]).tolist()
         row: dict[str, object] = {"site": site.name, "base": str(as_base(site_source(model, site)))}
-        row |= {"eps": float(eps.detach().mean()), "mu": mu, "sigma": sigma}
+        row["eps"] = float(eps.detach().mean())
+        row |= {} if lift is None else {"lift": float(lift.detach().mean())}
+        row |= {"mu": mu, "sigma": sigma}
         row |= {
             "shape": "closed form" if table is None else "table",
             "becomes": became.get(site.name, "the plain activation"),

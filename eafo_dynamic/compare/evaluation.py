@@ -30,7 +30,7 @@ class Evaluation:
     Attributes:
         plan: the plan.
         cells: what is finished.
-        pairs: every arm against the reference, by metric; the plan's own metric is the first.
+        pairs: every arm against its reference, by metric; the plan's own metric is the first.
         doubts: cells that did not start as their reference did.
 
     Raises:
@@ -42,6 +42,7 @@ class Evaluation:
         self.cells: list[Cell] = read_cells(plan.directory, [arm.name for arm in plan.arms])
         self.doubts = unpaired(self.cells, plan.reference)
         times = step_times(self.cells)
+        against = {arm.name: arm.against for arm in plan.arms if arm.against is not None}
         logged = dict.fromkeys(name for cell in self.cells for name in cell.metrics)
         self.pairs: dict[str, list[Paired]] = {}
         for metric in (plan.metric, *plan.also):
@@ -49,8 +50,13 @@ class Evaluation:
                 raise ConfigError("metric", metric, "was not logged", f"There are: {', '.join(logged)}.")
             higher = plan.higher_is_better if metric == plan.metric else None
             found = values(self.cells, metric)
-            pairs = compare(found, plan.reference, metric, higher_is_better=higher, step_ms=times, seeds=plan.seeds)
-            self.pairs[metric] = pairs
+            self.pairs[metric] = compare(
+                *(found, plan.reference, metric),
+                higher_is_better=higher,
+                step_ms=times,
+                seeds=plan.seeds,
+                against=against,
+            )
 
     def tables(self) -> dict[str, tuple[list[dict[str, str]], list[str]]]:
         """One table a metric, and what a reader must know of it.

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eafo_dynamic.compare.paired import Paired
+from eafo_dynamic.compare.paired import Paired, labelled, main_reference
 from eafo_dynamic.compare.results import Cell
 from eafo_dynamic.errors import LogError
 from eafo_dynamic.plots.style import DARK, LIGHT, Style, drawing
@@ -49,10 +49,11 @@ def forest(pairs: Sequence[Paired], dark: bool = False) -> Figure:
                 axes.plot([scale * pair.low, scale * pair.high], [place, place], color=colour, linewidth=2.5)
             axes.scatter([scale * pair.difference], [place], s=46, marker="D", color=colour, zorder=3)
         axes.axvline(0, color=style.ink, linewidth=0.8)
-        axes.set_yticks(range(len(pairs)), [f"{pair.arm}  (n={len(pair.seeds)})" for pair in pairs])
+        main = main_reference(pairs)
+        axes.set_yticks(range(len(pairs)), [f"{labelled(pair, main)}  (n={len(pair.seeds)})" for pair in pairs])
         axes.set_ylim(len(pairs) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
-        _label_direction(axes, pairs[0], percent)
+        _label_direction(axes, pairs, percent)
         figure.draw_without_rendering()
         return figure
 
@@ -104,7 +105,7 @@ def sensitivity(pairs: Sequence[Paired], swept: Mapping[str, Any], option: str, 
         _mark_values(axes, places, [swept[pair.arm] for pair in chosen], numeric)
         axes.axhline(0, color=style.ink, linewidth=0.8)
         axes.set_xlabel(option)
-        _label_direction(axes, chosen[0], percent, upright=True)
+        _label_direction(axes, chosen, percent, upright=True)
         figure.draw_without_rendering()
         return figure
 
@@ -228,10 +229,12 @@ def address(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
-def _label_direction(axes: Axes, pair: Paired, percent: bool, upright: bool = False) -> None:
-    unit = f"% of {pair.reference}'s mean" if percent else "in its own unit"
+def _label_direction(axes: Axes, pairs: Sequence[Paired], percent: bool, upright: bool = False) -> None:
+    pair = pairs[0]
+    reference = pair.reference if len({each.reference for each in pairs}) == 1 else "its reference"
+    unit = f"% of {reference}'s mean" if percent else "in its own unit"
     arrow = ("up" if pair.higher_is_better else "down") if upright else "right" if pair.higher_is_better else "left"
-    axes.set_title(f"{pair.metric}: arm less {pair.reference}, {unit}; better is {arrow}")
+    axes.set_title(f"{pair.metric}: arm less {reference}, {unit}; better is {arrow}")
     (axes.set_ylabel if upright else axes.set_xlabel)(f"paired difference [{'%' if percent else pair.metric}]")
 
 

@@ -12,7 +12,18 @@ import numpy as np
 
 from eafo_dynamic.errors import ConfigError, EAFOError
 
-__all__ = ["ALPHA", "Paired", "compare", "holm", "interval", "is_higher_better", "seeds_needed", "sign_flip"]
+__all__ = [
+    "ALPHA",
+    "Paired",
+    "compare",
+    "holm",
+    "interval",
+    "is_higher_better",
+    "labelled",
+    "main_reference",
+    "seeds_needed",
+    "sign_flip",
+]
 
 ALPHA = 0.05
 
@@ -122,8 +133,9 @@ def compare(
     higher_is_better: bool | None = None,
     step_ms: _Values | None = None,
     seeds: Sequence[int] | None = None,
+    against: Mapping[str, str] | None = None,
 ) -> list[Paired]:
-    """Compare every arm with the reference, over the seeds that both have.
+    """Compare every arm with its reference, over the seeds that both have.
 
     Args:
         values: `{arm: {seed: value}}`.
@@ -132,6 +144,7 @@ def compare(
         higher_is_better: None: known from the metric's name.
         step_ms: step times like `values`.
         seeds: seeds that were planned; None: all that some arm has.
+        against: arms that have another reference, and its name.
 
     Returns:
         One entry for each other arm, in the order of `values`.
@@ -139,19 +152,46 @@ def compare(
     Raises:
         ConfigError: if the reference has no value, or the direction cannot be told from the metric's name.
     """
-    if reference not in values:
-        mend = f"Run its cells, or choose another reference: {', '.join(values)}."
-        raise ConfigError("reference", reference, "has no finished cell", mend)
+    references = {arm: (against or {}).get(arm, reference) for arm in values if arm != reference}
+    for name in dict.fromkeys([reference, *references.values()]):
+        if name not in values:
+            mend = f"Run its cells, or choose another reference: {', '.join(values)}."
+            raise ConfigError("reference", name, "has no finished cell", mend)
     higher = is_higher_better(metric) if higher_is_better is None else higher_is_better
     planned = sorted({seed for found in values.values() for seed in found} if seeds is None else set(seeds))
     pairs = [
-        _pair(arm, reference, metric, higher, values, planned, _ratio(step_ms, arm, reference))
-        for arm in values
-        if arm != reference
+        _pair(arm, name, metric, higher, values, planned, _ratio(step_ms, arm, name))
+        for arm, name in references.items()
     ]
     corrected = holm([pair.p for pair in pairs])
     judged = [replace(pair, p_corrected=value) for pair, value in zip(pairs, corrected, strict=True)]
     return [replace(pair, verdict=_verdict(pair)) for pair in judged]
+
+
+def main_reference(pairs: Sequence[Paired]) -> str:
+    """Return the reference that is compared with nothing itself.
+
+    Args:
+        pairs: what `compare` returned, of one metric.
+
+    Returns:
+        Its name.
+    """
+    arms = {pair.arm for pair in pairs}
+    return next((pair.reference for pair in pairs if pair.reference not in arms), pairs[0].reference)
+
+
+def labelled(pair: Paired, main: str) -> str:
+    """Return the arm's name, and what it is compared with where that is not what the others are.
+
+    Args:
+        pair: one of several that are shown together.
+        main: their `main_reference`.
+
+    Returns:
+        `gelu learned`, or `gelu learned (against gelu)`.
+    """
+    return pair.arm if pair.reference == main else f"{pair.arm} (against {pair.reference})"
 
 
 def is_higher_better(metric: str) -> bool:

@@ -22,7 +22,7 @@ _PLAN_KEYS = (
     *("task", "title", "arms", "sweep", "reference", "seeds", "metric", "higher_is_better", "also"),
     *("settings", "pretrain", "pretrain_settings", "directory", "threads", "select"),
 )
-_ARM_KEYS = ("activation", "eafo", "set")
+_ARM_KEYS = ("activation", "eafo", "set", "against")
 _SEED_KEYS = ("seed_everything", "data.init_args.seed", "data.init_args.split_seed")
 _NAME = re.compile(r"[\w .,=()+:-]+")
 
@@ -37,6 +37,7 @@ class Arm:
         eafo: options of the EAFOCallback; None: the model trains without one.
         settings: whatever else is different: configuration keys with dots, and their values.
         swept: the value of the swept option, where the plan sweeps one.
+        against: name of the arm that it is compared with; None: the plan's reference.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Arm:
     eafo: Options | None = None
     settings: Options = field(default_factory=dict)
     swept: Any = None
+    against: str | None = None
 
     @property
     def slug(self) -> str:
@@ -60,7 +62,7 @@ class Plan:
         title: for people.
         task: configuration of ``eafo-dynamic fit`` that all arms share.
         arms: at least two; the reference is one of them.
-        reference: name of the arm that the others are compared with.
+        reference: name of the arm that those are compared with which do not name another.
         seeds: each of them decides initial weights, order of the data and its split, alike in all arms.
         metric: what is compared.
         higher_is_better: None: known from the metric's name.
@@ -188,7 +190,20 @@ def read_plan(path: Path, directory: Path | None = None) -> Plan:
     )
     at_least("threads", plan.threads, 1)
     plan.arm(plan.reference)
+    _check_against(plan)
     return plan
+
+
+def _check_against(plan: Plan) -> None:
+    for arm in plan.arms:
+        if arm.against is None:
+            continue
+        where = f"arms.{arm.name}.against"
+        if arm.name == plan.reference:
+            raise ConfigError(where, arm.against, "the reference is compared with nothing", "Remove the line.")
+        if plan.arm(arm.against).against is not None or arm.against == arm.name:
+            mend = "Name the reference, or an arm that is compared with it."
+            raise ConfigError(where, arm.against, "is itself compared with another arm", mend)
 
 
 def _arms(raw: Options, folder: Path) -> tuple[str | None, tuple[Arm, ...]]:
@@ -225,6 +240,7 @@ def _arm(name: str, options: Any, swept: Any = None) -> Arm:
         eafo=None if eafo is None else _mapping(f"{where}.eafo", eafo),
         settings=_mapping(f"{where}.set", options.get("set", {})),
         swept=swept,
+        against=None if options.get("against") is None else str(options["against"]),
     )
 
 
@@ -241,6 +257,8 @@ def _swept(sweep: Options) -> tuple[str, list[Arm]]:
         options = {**_mapping("sweep.arm", sweep.get("arm") or {})}
         part, _, key = option.partition(".")
         options[part] = {**(options.get(part) or {}), key: value} if key else value
+        if options.get("against") is not None:
+            options["against"] = str(options["against"]).replace("{}", _text(value))
         short = key.rpartition(".")[2] or part
         arms.append(_arm(f"{short}={_text(value)}", options, swept=value))
     return option, arms

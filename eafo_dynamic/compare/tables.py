@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eafo_dynamic.compare.across import Across
-from eafo_dynamic.compare.paired import Paired, seeds_needed
+from eafo_dynamic.compare.paired import Paired, labelled, main_reference, seeds_needed
 from eafo_dynamic.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ MEANINGS = {
     "n": "seeds that the arm and the reference have both finished; only these are paired",
     "mean": "mean over these seeds",
     "difference": "mean of the paired differences, arm less reference, and its 95 % bootstrap interval",
-    "relative [%]": "the same in percent of the reference's mean",
+    "relative [%]": "the same in percent of its reference's mean",
     "w/t/l": "seeds in which the arm wins, ties and loses",
     "p": "paired sign-flip test, corrected for the number of arms (Holm)",
     "d_z": "mean of the paired differences in their standard deviations",
@@ -53,11 +53,11 @@ def rows(pairs: Sequence[Paired]) -> list[dict[str, str]]:
     Returns:
         Text by column, columns as in `MEANINGS`; columns that no arm has a value for are left out.
     """
-    first = pairs[0]
-    widest = max(pairs, key=lambda pair: len(pair.seeds))
-    reference = {"arm": f"{first.reference} (reference)", "n": str(len(widest.seeds))}
+    name = main_reference(pairs)
+    widest = max((pair for pair in pairs if pair.reference == name), key=lambda pair: len(pair.seeds))
+    reference = {"arm": f"{name} (reference)", "n": str(len(widest.seeds))}
     reference |= {"mean": _number(widest.reference_mean), "verdict": "-"}
-    table = [reference, *(_row(pair) for pair in pairs)]
+    table = [reference, *({**_row(pair), "arm": labelled(pair, name)} for pair in pairs)]
     columns = [name for name in MEANINGS if any(row.get(name, "-") != "-" for row in table)]
     return [{name: row.get(name, "-") for name in columns} for row in table]
 
@@ -139,9 +139,10 @@ def notes(pairs: Sequence[Paired], unpaired: Sequence[str] = ()) -> list[str]:
             for seeds, arms in alike.items()
             if seeds
         ]
-    lost = sorted({seed for pair in pairs for seed in pair.reference_diverged})
-    if lost:
-        lines.append(f"{first.reference} (reference): diverged in seed {', '.join(map(str, lost))}.")
+    for name in dict.fromkeys(pair.reference for pair in pairs):
+        lost = sorted({seed for pair in pairs if pair.reference == name for seed in pair.reference_diverged})
+        if lost:
+            lines.append(f"{name} (reference): diverged in seed {', '.join(map(str, lost))}.")
     return lines + [f"Not a fair pair: {line}." for line in unpaired]
 
 

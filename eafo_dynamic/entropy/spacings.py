@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ATOM_SHARE", "atoms_and_rest"]
+__all__ = ["ATOM_SHARE", "atoms_and_rest", "sort_rows"]
 
 ATOM_SHARE = 0.01  # a value is an atom when it holds at least this share of the samples, and at least two
 _MOST_WINDOWS = 8192  # spacings averaged, at most
@@ -34,7 +34,7 @@ def atoms_and_rest(samples: Tensor, *, complete: bool = False, sampled: bool = T
     else:
         known = values.isfinite()
         values, count = torch.where(known, values, math.inf), known.sum(1, keepdim=True)
-    ordered = _sort(values)
+    ordered = sort_rows(values)
     start, length = _atoms(ordered, count)
     held = length.sum(1, keepdim=True)
     epsilon = torch.finfo(samples.dtype).eps if samples.is_floating_point() else 0.0
@@ -42,7 +42,15 @@ def atoms_and_rest(samples: Tensor, *, complete: bool = False, sampled: bool = T
     return held.double() / count, torch.where(count > 0, continuous, math.nan)
 
 
-def _sort(rows: Tensor) -> Tensor:
+def sort_rows(rows: Tensor) -> Tensor:
+    """Every row in ascending order, NaN last.
+
+    Args:
+        rows: shape [sites, n].
+
+    Returns:
+        Same shape.
+    """
     if rows.device.type == "cpu":
         # numpy sorts with vector instructions, some fifty times faster than torch on a CPU
         return torch.from_numpy(np.sort(rows.numpy(), axis=1))

@@ -4,6 +4,7 @@
 - ``native`` computes it in one pass each way, compiled from C on the user's machine.
 - ``eager`` computes it by torch's operations, in place and by parts, where there is no compiler.
 - ``layouts`` knows which tensors can be corrected at all, and the values inside nested ones.
+- ``rounds`` has what an update round asks of all samples, compiled with it.
 - ``fused`` chooses, and joins the backward of base and correction, so that the input alone is kept.
 """
 
@@ -16,9 +17,18 @@ from eafo_dynamic.kernels.formula import (
     ghat_closed_form,
     ghat_table,
 )
-from eafo_dynamic.kernels.fused import BACKENDS, Backend, check_backend, corrected, corrected_, resolve_backend
+from eafo_dynamic.kernels.fused import (
+    BACKENDS,
+    Backend,
+    check_backend,
+    corrected,
+    corrected_,
+    resolve_backend,
+    round_kernel,
+)
 from eafo_dynamic.kernels.known import Known, known_function, known_module
 from eafo_dynamic.kernels.layouts import corrected_nested, describe, is_correctable, per_channel, size_of, values_of
+from eafo_dynamic.kernels.rounds import RoundKernel, Smoothed
 from eafo_dynamic.kernels.terms import Terms
 
 __all__ = [
@@ -26,6 +36,8 @@ __all__ = [
     "MAX_U",
     "Backend",
     "Known",
+    "RoundKernel",
+    "Smoothed",
     "Terms",
     "bell",
     "check_backend",
@@ -43,6 +55,7 @@ __all__ = [
     "known_module",
     "per_channel",
     "resolve_backend",
+    "round_kernel",
     "size_of",
     "values_of",
 ]

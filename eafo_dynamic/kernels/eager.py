@@ -109,14 +109,19 @@ class _Bell:
     def __init__(self, mu: float, sigma: float, z: Tensor, size: int) -> None:
         self.mu, self.sigma = mu, sigma
         self.room = z.new_empty(2, size)
+        # where the square of z - mu leaves the range of float32, one pass more makes it u first
+        self.extreme = not 1e-15 < sigma < 1e15
 
     def _parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Z - mu, no further from 0 than MAX_U sigma, and exp(-u^2 / 2)."""
         centred, bell = self.room[:, : z.numel()]
-        reach = MAX_U * self.sigma
+        reach = min(MAX_U * self.sigma, torch.finfo(z.dtype).max)
         torch.sub(z, self.mu, out=centred).clamp_(-reach, reach).nan_to_num_(nan=reach)  # the base passes a NaN on
         # exp2 is vectorised by torch itself and takes a third of the time of exp
-        torch.mul(centred, centred, out=bell).mul_(-_HALF_LOG2_E / self.sigma**2).exp2_()
+        if self.extreme:
+            torch.div(centred, self.sigma, out=bell).square_().mul_(-_HALF_LOG2_E).exp2_()
+        else:
+            torch.mul(centred, centred, out=bell).mul_(-_HALF_LOG2_E / self.sigma**2).exp2_()
         return centred, bell
 
     def add_value(self, into: Tensor, z: Tensor, amplitude: float, lift: float | None = None) -> None:
@@ -133,11 +138,14 @@ class _Bell:
         by_amplitude = torch.dot(bell, centred)
         # not summed for nobody: a pass over the part costs as much as any other of these
         by_lift = torch.zeros_like(by_amplitude) if lift is None else bell.sum() * self.sigma
+        unit = 1.0 if self.extreme else self.sigma
+        if self.extreme:
+            centred.div_(self.sigma)  # u
         if lift:
-            into.addcmul_(bell, centred, value=-lift / self.sigma)
+            into.addcmul_(bell, centred, value=-lift / unit)
         if amplitude != 0.0:
             square = centred.square_()
-            into.addcmul_(bell, torch.rsub(square, 1.0, alpha=self.sigma**-2), value=amplitude)
+            into.addcmul_(bell, torch.rsub(square, 1.0, alpha=unit**-2), value=amplitude)
         return torch.stack([by_amplitude, by_lift])
 
 

@@ -37,37 +37,41 @@ def correction_of(z: Tensor, terms: Terms) -> Tensor:
     return correction(z, eps, shape, table, half_width, offset, lift)
 
 
-def ghat_closed_form(u: Tensor, most: float = MAX_U) -> tuple[Tensor, Tensor]:
+def _cut(u: Tensor) -> Tensor:
+    # MAX_U as a literal: torch.jit.script reads no global number, and torch.compile with dynamic=True lifts one as an
+    # input, which fails where a second site meets it
+    return u.clamp(-13.0, 13.0)
+
+
+def ghat_closed_form(u: Tensor) -> tuple[Tensor, Tensor]:
     """Shape of the correction for a piecewise linear base and a Gaussian density, and its slope.
 
         ghat(u) = u exp(-u^2/2),   ghat'(u) = (1 - u^2) exp(-u^2/2)
 
     Args:
         u: standardised pre-activations, any shape, no unit.
-        most: where they are cut off; torch.jit.script reads no global number.
 
     Returns:
         ghat and ghat', both of the shape of u.
     """
-    u = u.clamp(-most, most)
+    u = _cut(u)
     square = u * u
     peak = torch.exp(-0.5 * square)
     return u * peak, (1.0 - square) * peak
 
 
-def bell(u: Tensor, most: float = MAX_U) -> tuple[Tensor, Tensor]:
+def bell(u: Tensor) -> tuple[Tensor, Tensor]:
     """Shape of the lift, and its slope.
 
         bell(u) = exp(-u^2/2),   bell'(u) = -u exp(-u^2/2)
 
     Args:
         u: standardised pre-activations, any shape, no unit; a NaN counts as infinitely far away.
-        most: where they are cut off.
 
     Returns:
         The bell and its slope, both of the shape of u.
     """
-    u = u.nan_to_num(nan=most).clamp(-most, most)
+    u = _cut(u.nan_to_num(nan=13.0))
     value = torch.exp(-0.5 * u * u)
     return value, -u * value
 

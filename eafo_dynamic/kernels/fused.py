@@ -18,9 +18,10 @@ from eafo_dynamic.kernels.eager import EagerKernel
 from eafo_dynamic.kernels.formula import correction_of
 from eafo_dynamic.kernels.known import NOTHING, Known
 from eafo_dynamic.kernels.native import native_kernel
+from eafo_dynamic.kernels.rounds import RoundKernel
 from eafo_dynamic.kernels.terms import Terms, is_dense
 
-__all__ = ["BACKENDS", "Backend", "check_backend", "corrected", "corrected_", "resolve_backend"]
+__all__ = ["BACKENDS", "Backend", "check_backend", "corrected", "corrected_", "resolve_backend", "round_kernel"]
 
 Backend = Literal["auto", "eager", "native"]
 BACKENDS: tuple[Backend, ...] = ("auto", "eager", "native")
@@ -63,7 +64,7 @@ def check_backend(backend: str) -> Backend:
 
 
 def resolve_backend(backend: Backend) -> Literal["eager", "native"]:
-    """Which back end plain tensors on the CPU get; the first call on a machine compiles, about 0.5 s.
+    """Which back end plain tensors on the CPU get; the first call on a machine compiles, about 1 s.
 
     Native takes float32, bfloat16 and float16, with one amplitude for all or one a channel; eager takes float32 and
     float64 with one for all. What neither takes goes by the traceable formula.
@@ -85,6 +86,19 @@ def resolve_backend(backend: Backend) -> Literal["eager", "native"]:
         mend = "Install cc, gcc or clang, or name one in the environment variable CC; or leave it at 'auto'."
         raise ConfigError("backend", backend, "needs a C compiler that makes a working library", mend)
     return "eager"
+
+
+def round_kernel(backend: Backend) -> RoundKernel | None:
+    """What computes update rounds on the CPU.
+
+    Args:
+        backend: what was asked for.
+
+    Returns:
+        The compiled functions; None for torch's operations.
+    """
+    native = native_kernel() if backend != "eager" else None
+    return None if native is None else native.rounds
 
 
 def corrected(

@@ -1,4 +1,4 @@
-"""The correction term in C, compiled once on the user's machine by the compiler it has; about 0.5 s, then kept on disk.
+"""The correction term in C, compiled once on the user's machine by the compiler it has; about 1 s, then kept on disk.
 
 Plain C without torch's headers, so that compiling is a matter of a blink and can be waited for: a kernel that arrived
 in the middle of a run would make the run's numbers depend on the clock.
@@ -23,11 +23,12 @@ from torch import Tensor
 
 from eafo_dynamic.kernels.formula import MAX_U, correction_of
 from eafo_dynamic.kernels.known import INSIDE, Known
+from eafo_dynamic.kernels.rounds import RoundKernel
 from eafo_dynamic.kernels.terms import Terms
 
 __all__ = ["NativeKernel", "native_kernel"]
 
-_SOURCE = Path(__file__).with_name("mixed.c")  # includes native.c
+_SOURCE = Path(__file__).with_name("round.c")  # includes the others
 _COMMON = ("-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # best first; a compiler that does not know an option fails, and the next set is tried
 _FLAGS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ())
@@ -44,12 +45,16 @@ class NativeKernel:
 
     Args:
         library: path of the shared library.
+
+    Attributes:
+        rounds: the functions for update rounds.
     """
 
     name = "native"
 
     def __init__(self, library: Path) -> None:
         loaded = ctypes.CDLL(str(library))
+        self.rounds = RoundKernel(loaded)
         pointer, real, integer = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
         term = [*[pointer] * 5, integer, real, real, integer, real, integer]  # as in the source
         size = ctypes.c_int64
@@ -232,7 +237,7 @@ def _library(compiler: str, folder: Path) -> Path | None:
     # several processes may be at it: each writes a file of its own, and the last one to be done stays
     made = folder / f"{library.stem}.{os.getpid()}.tmp"
     for flags in _FLAGS:
-        command = [compiler, *_COMMON, *flags, str(_SOURCE), "-o", str(made)]
+        command = [compiler, *_COMMON, *flags, str(_SOURCE), "-lm", "-o", str(made)]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=_PATIENCE)
         except (subprocess.SubprocessError, OSError):
@@ -290,4 +295,4 @@ def _checked(library: Path | None) -> NativeKernel | None:
             kernels_agree &= torch.allclose(out.float(), c, rtol=0.0, atol=0.05 if dtype.itemsize == 2 else 1e-5)
         if not kernels_agree:
             return None
-    return kernel
+    return kernel if kernel.rounds.is_sound() else None

@@ -20,6 +20,7 @@ __all__ = ["render_report", "write_report"]
 _LAYERS = [
     "base",
     "eps",
+    "lift",
     "entropy_first",
     "entropy",
     "entropy_change",
@@ -160,7 +161,8 @@ def _comparison(logs: Sequence[CorrectionLog]) -> str:
 
 def _layers(log: CorrectionLog) -> str:
     rows = layer_rows(log)
-    columns = ["site", *_LAYERS]
+    free = any(row.get("lift") is not None for row in rows)
+    columns = ["site", *(name for name in _LAYERS if name != "lift" or free)]
     columns[columns.index("eps") + 1 : columns.index("eps") + 1] = ["eps_trend"]
     columns[columns.index("entropy") + 1 : columns.index("entropy") + 1] = ["entropy_trend"]
     return _table("Every site at its last update", rows, columns, chosen="site")

@@ -167,16 +167,17 @@ def test_nan_that_the_loss_masks_out_stay_where_they_are(dtype: torch.dtype, bac
     model = Called(nn.ReLU())
     controller = EAFOController.attach(model, eps_init=0.2, density=density, backend=backend)
     controller.collecting = False
-    (eps,) = controller.amplitudes.values()
+    amplitudes = list(controller.amplitudes.values())
     grads = []
     for z in (some(math.nan), some(math.nan)[some(math.nan).isfinite()]):
-        eps.grad = None
+        for amplitude in amplitudes:
+            amplitude.grad = None
         scale = torch.ones((), dtype=dtype, requires_grad=True)
         out = model(z.to(dtype) if grads else z.to(dtype).requires_grad_())
         known = out.isfinite()
-        torch.where(known, out * scale, torch.zeros((), dtype=dtype)).sum().backward(inputs=[eps])
-        assert eps.grad is not None
-        grads.append(eps.grad.clone())
+        torch.where(known, out * scale, torch.zeros((), dtype=dtype)).sum().backward(inputs=amplitudes)
+        grads.append([torch.zeros(()) if each.grad is None else each.grad.clone() for each in amplitudes])
+    assert all(grad.item() != 0.0 for grad in grads[0])
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
 
 
@@ -243,8 +244,8 @@ class TestRagged:
         model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
         controller = EAFOController.attach(model, torch.randn(2, 3), per_channel=True)
         controller.collecting = False
-        (eps,) = controller.amplitudes.values()
-        nn.init.uniform_(eps, -0.3, 0.3)
+        for amplitude in controller.amplitudes.values():
+            nn.init.uniform_(amplitude, -0.3, 0.3)
         batch = [torch.randn(2, 3), torch.randn(5, 3)]
         for part, alone in zip(model(torch.nested.nested_tensor(batch)).unbind(), map(model, batch), strict=True):
             torch.testing.assert_close(part, alone)
@@ -255,11 +256,13 @@ def test_amplitudes_a_channel_meet_another_number_of_channels() -> None:
     model = Called(nn.ReLU())
     controller = EAFOController.attach(model, torch.randn(2, 4), per_channel=True)
     controller.collecting = False
-    (eps,) = controller.amplitudes.values()
     with torch.no_grad():
-        eps.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+        for amplitude, values in zip(
+            controller.amplitudes.values(), ([0.1, 0.2, 0.3, 0.4], [0.0, 0.1, 0.1, 0.2]), strict=True
+        ):
+            amplitude.copy_(torch.tensor(values))
     for z in (normal(5, 3), normal(7), torch.tensor(0.4), normal(2, 3, 5, 5), torch.empty(0, 6)):
-        torch.testing.assert_close(model(z), F.relu(z) + 0.25 * z * torch.exp(-z * z / 2))
+        torch.testing.assert_close(model(z), F.relu(z) + (0.25 * z + 0.1) * torch.exp(-z * z / 2))
 
 
 def test_the_example_of_the_dry_run_may_be_what_cannot_be_corrected() -> None:

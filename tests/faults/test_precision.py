@@ -97,7 +97,7 @@ def test_no_activation_changes_its_dtype_and_all_numbers_are_finite(
         assert eps.item() != pytest.approx(0.1, abs=1e-7)
     log = CorrectionLog.load(tmp_path)
     assert len(log.sites) == 1 + len(BASES)
-    assert log.steps == [1, 3, 6, 9, 12]
+    assert log.steps == [1, 2, 3, 6, 9, 12]
     for row in log.rows:
         for column in ("eps", "entropy", "entropy_after", "d_entropy_d_eps", "mean", "std", "mu", "sigma"):
             assert math.isfinite(row[column]), (row["site"], column)

@@ -1,0 +1,270 @@
+"""What an update round asks of the samples of all sites, in C: one call for all of them, one thread a site at a time.
+
+The estimators are those of ``statistics`` and ``entropy``, which are the reference; samples are float32, on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.kernels.formula import MAX_U, correction
+
+__all__ = ["RoundKernel", "Smoothed"]
+
+_LEAST_PARALLEL = 32768  # samples, as torch's own pointwise kernels
+_MOST_SAMPLES = 1 << 20  # a site; above it sums need float64, as in grids
+_FOUND = ("count", "low", "span", "mean", "std", "entropy", "fisher")  # columns, as in the source
+
+
+class Smoothed(NamedTuple):
+    """The resolution-r density of every site's outputs, read off.
+
+    Args:
+        found: float64, shape [S, 7]; see ``column``.
+        score: sbar_r at every sample, per standard deviation, 0 where missing, shape [S, n]; None if nobody asked.
+    """
+
+    found: Tensor
+    score: Tensor | None
+
+    def column(self, name: str) -> Tensor:
+        """One number a site.
+
+        Args:
+            name: count, low, span, mean, std, entropy (nats), or fisher, which is known with a score only.
+
+        Returns:
+            Float64, shape [S].
+        """
+        return self.found[:, _FOUND.index(name)]
+
+
+class RoundKernel:
+    """The compiled functions for update rounds.
+
+    Args:
+        library: the loaded library.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, size, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+        self._corrections = _typed(
+            *(library.eafo_corrections, None, pointer, pointer, size, size, *[pointer] * 6, integer),
+            *(ctypes.c_float, ctypes.c_float, integer),
+        )
+        self._smooth = _typed(
+            *(library.eafo_smooth, integer, pointer, pointer, size, size, real, integer, integer, pointer, pointer)
+        )
+        self._gradient = _typed(
+            *(library.eafo_entropy_gradient, None, pointer, pointer, pointer, pointer, size, size, real),
+            *(integer, integer, pointer),
+        )
+        self._moments = _typed(library.eafo_moments, None, pointer, size, size, integer, pointer)
+        self._dead = _typed(library.eafo_dead, integer, pointer, pointer, size, size, integer, integer, pointer)
+        self._spacings = _typed(
+            *(library.eafo_spacings, None, pointer, pointer, size, size, pointer, real, integer, pointer)
+        )
+
+    def __reduce__(self) -> tuple[Callable[[], RoundKernel | None], tuple[()]]:
+        # addresses cannot be copied; whoever gets a copy has, or compiles, a library of its own
+        return _again, ()
+
+    @staticmethod
+    def takes(*samples: Tensor) -> bool:
+        """Whether the compiled functions can work on these tensors.
+
+        Args:
+            *samples: one number a sample each, shape [S, n].
+
+        Returns:
+            Whether all are float32 in rows on the CPU, not empty, and not so long that sums need float64.
+        """
+        return all(
+            each.dtype == torch.float32
+            and each.device.type == "cpu"
+            and each.dim() == 2
+            and each.is_contiguous()
+            and 0 < each.shape[1] <= _MOST_SAMPLES
+            and each.shape[0] > 0
+            for each in samples
+        )
+
+    def add_corrections(
+        self,
+        out: Tensor,
+        z: Tensor,
+        eps: Tensor,
+        shape: Tensor,
+        tables: Tensor,
+        place: Tensor,
+        half_width: float,
+        *,
+        lift: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> None:
+        """Adds c(z) of every site, in place.
+
+        Args:
+            out: shape [S, n].
+            z: pre-activations, shape [S, n].
+            eps: amplitudes, shape [S].
+            shape: mu and sigma, shape [S, 2].
+            tables: coefficients, shape [T, 4, intervals].
+            place: which table is a site's, -1 for the closed form, int64, shape [S].
+            half_width: end of the tables in standard deviations.
+            lift: amplitudes of the bells, shape [S], none of a site with a table; None for none.
+            offsets: coefficients of what has been settled, as the tables; None for nothing.
+        """
+        given = [None if each is None else each.contiguous() for each in (eps, lift, shape, tables, offsets, place)]
+        addresses = [None if each is None else each.data_ptr() for each in given]
+        rest = tables.shape[-1], half_width, MAX_U, _threads(z)
+        self._corrections(z.data_ptr(), out.data_ptr(), *z.shape, *addresses, *rest)
+
+    def smooth(
+        self, x: Tensor, resolution: float, weight: Tensor | None = None, *, sampled: bool = True, score: bool = False
+    ) -> Smoothed | None:
+        """Moments and resolution-r entropy of every site's outputs, and what its gradient needs.
+
+        Args:
+            x: outputs, shape [S, n]; non-finite ones are missing.
+            resolution: r, in standard deviations of the output.
+            weight: nonnegative weights, shape [S, n]; None for 1 each.
+            sampled: whether to take the bias of a random sample off the entropy.
+            score: whether the score at the samples and the Fisher information are wanted.
+
+        Returns:
+            The results; None where a site's numbers are too large, too close or too wide apart for it.
+        """
+        found = torch.empty(len(x), len(_FOUND), dtype=torch.float64)
+        scores = torch.empty_like(x) if score else None
+        refused = self._smooth(
+            *(x.data_ptr(), None if weight is None else weight.data_ptr(), *x.shape, resolution, sampled, _threads(x)),
+            *(found.data_ptr(), None if scores is None else scores.data_ptr()),
+        )
+        return None if refused else Smoothed(found, scores)
+
+    def gradient(
+        self, x: Tensor, smoothed: Smoothed, direction: Tensor, resolution: float, *, moved: bool = False
+    ) -> Tensor:
+        """dH_r / d eps when outputs move along a direction, equation (1').
+
+        Args:
+            x: the outputs, shape [S, n].
+            smoothed: what ``smooth`` says of them, with a score.
+            direction: shape [S, n], finite where the outputs are.
+            resolution: r.
+            moved: whether ``direction`` is where the outputs move to.
+
+        Returns:
+            Gradients in nats, float64, shape [S].
+        """
+        assert smoothed.score is not None
+        out = torch.empty(len(x), dtype=torch.float64)
+        addresses = [each.data_ptr() for each in (x, smoothed.score, direction, smoothed.found)]
+        self._gradient(*addresses, *x.shape, resolution, moved, _threads(x), out.data_ptr())
+        return out
+
+    def moments(self, x: Tensor) -> Tensor:
+        """Number, mean, standard deviation, skewness and excess kurtosis of the finite samples.
+
+        Args:
+            x: samples, shape [S, n].
+
+        Returns:
+            Float64, shape [S, 5].
+        """
+        out = torch.empty(len(x), 5, dtype=torch.float64)
+        self._moments(x.data_ptr(), *x.shape, _threads(x), out.data_ptr())
+        return out
+
+    def dead_fractions(self, x: Tensor, units: Tensor, per_unit: int) -> Tensor | None:
+        """Fraction of units that never fired.
+
+        Args:
+            x: pre-activations, shape [S, n]; NaN ones are left out.
+            units: unit of each, as floats, finite where x is no NaN.
+            per_unit: samples a unit needs on average for the answer to mean something.
+
+        Returns:
+            The fractions, float32, shape [S]; None where there are too many units to mark them one by one.
+        """
+        out = torch.empty(len(x))
+        refused = self._dead(x.data_ptr(), units.data_ptr(), *x.shape, per_unit, _threads(x), out.data_ptr())
+        return None if refused else out
+
+    def spacings(self, ordered: Tensor, count: Tensor, epsilon: float) -> Tensor:
+        """Probability on atoms, and differential entropy of the other samples.
+
+        Args:
+            ordered: sorted samples, missing ones last, shape [S, n].
+            count: number of samples that are not missing, float64, shape [S].
+            epsilon: relative rounding of the samples.
+
+        Returns:
+            Mass and entropy in nats, float64, shape [S, 2].
+        """
+        out, count = torch.empty(len(ordered), 2, dtype=torch.float64), count.contiguous()
+        table = _digamma(ordered.shape[1] + 2)
+        addresses = ordered.data_ptr(), count.data_ptr()
+        self._spacings(*addresses, *ordered.shape, table.data_ptr(), epsilon, _threads(ordered), out.data_ptr())
+        return out
+
+    def is_sound(self) -> bool:
+        """Whether results are what closed forms say; a compiler may be broken.
+
+        Returns:
+            Whether they are.
+        """
+        r, n = 0.1, 64
+        pair = torch.tensor([[-1.0, 1.0]]).repeat(1, n // 2)
+        found = self.smooth(pair, r, sampled=False, score=True)
+        if found is None:
+            return False
+        # two atoms far apart: log 2 more than the noise alone; nothing changes when the outputs are stretched
+        apart = math.log(2) + 0.5 * math.log(2 * math.pi * math.e * r * r)
+        stretched = self.gradient(pair, found, pair, r)
+        z, place, tables = torch.linspace(-4.0, 4.0, n).view(1, -1), torch.tensor([-1]), torch.empty(0, 4, 1)
+        out, eps, shape = torch.zeros_like(z), torch.tensor([0.3]), torch.tensor([[0.2, 1.4]])
+        self.add_corrections(out, z, eps, shape, tables, place, 8.0)
+        dead = self.dead_fractions(pair, (pair > 0).float(), 8)
+        expected = torch.tensor([n, 0.0, 1.0, 0.0, -2.0], dtype=torch.float64)
+        return (
+            abs(float(found.column("entropy")) - apart) < 1e-4
+            and abs(float(stretched)) < 1e-3
+            and torch.allclose(self.moments(pair)[0], expected, atol=1e-9)
+            and torch.allclose(out[0], correction(z[0], eps[0], shape[0]), rtol=0.0, atol=1e-5)
+            and dead is not None
+            and float(dead) == 0.5
+            and bool(self.spacings(pair.sort().values, torch.tensor([n], dtype=torch.float64), 1e-7)[0, 0] == 1.0)
+        )
+
+
+def _typed(
+    function: ctypes._NamedFuncPointer, result: type[ctypes.c_int] | None, *arguments: type
+) -> ctypes._NamedFuncPointer:
+    function.restype, function.argtypes = result, arguments
+    return function
+
+
+def _again() -> RoundKernel | None:
+    from eafo_dynamic.kernels.native import native_kernel
+
+    native = native_kernel()
+    return None if native is None else native.rounds
+
+
+def _threads(x: Tensor) -> int:
+    return torch.get_num_threads() if x.numel() >= _LEAST_PARALLEL else 1
+
+
+@functools.lru_cache(maxsize=16)
+def _digamma(count: int) -> Tensor:
+    """Digamma function of 0, 1, ..., count - 1."""
+    return torch.digamma(torch.arange(count, dtype=torch.float64))
