@@ -214,3 +214,27 @@ def test_the_rate_of_eps_stays_its_multiple_of_the_one_that_is_found(tmp_path: P
         host.fit(Net())
     model, eps = host.optimizers[0].param_groups
     assert eps["lr"] == pytest.approx(5 * model["lr"])
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_finder_in_a_resumed_run_begins_anew_with_the_weights(tmp_path: Path, corrected: bool) -> None:
+    """As the troubleshooting page says, with and without the plugin."""
+
+    class Start(Callback):
+        def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+            self.step, self.states = trainer.global_step, len(trainer.optimizers[0].state)
+            self.weights = {key: value.clone() for key, value in trainer.lightning_module.state_dict().items()}
+
+    def plugin() -> list[EAFOCallback]:
+        return [EAFOCallback(update_every_n_steps=EVERY, save_log=False, verbose=False)] if corrected else []
+
+    first, start = trainer(tmp_path, *plugin()), Start()
+    first.fit(Net())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
+    finder = those.LearningRateFinder(num_training_steps=8)
+    again = trainer(tmp_path, *plugin(), finder, start, max_epochs=3)
+    again.fit(Net(), ckpt_path=str(tmp_path / "half.ckpt"))
+    assert (start.step, start.states) == (0, 0)
+    assert all(torch.equal(start.weights[key], value) for key, value in saved.items())
+    assert again.global_step == 3 * first.global_step // 2
