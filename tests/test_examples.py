@@ -35,14 +35,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CorrectionLog]:
 
 def test_lightning_trainer(run: tuple[Path, CorrectionLog]) -> None:
     _, log = run
-    assert log.steps == [1, 20, 40]
+    assert log.steps == [1, 2, 4, 8, 16, 20, 40]
     assert log.sites == ["net.1", "net.3", "net.6"]
     assert all(row["eps"] != 0.01 for row in log.last()), "the optimiser has moved every eps"
 
 
 def test_plain_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
     controller = example("plain_pytorch")["main"](steps=60)
-    assert len(controller.records) == 2 * 2
+    assert len(controller.records) == 2 * 7  # sites, and rounds 1, 2, 4, 8, 16, 32, 50
     assert "entropy" in capsys.readouterr().out
 
 
@@ -50,7 +50,7 @@ def test_plain_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
 def test_huggingface_trainer(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     log = example("huggingface_trainer")["main"](tmp_path, steps=20)
-    assert log.steps == [1, 20]
+    assert log.steps == [1, 2, 4, 8, 16, 20]
     assert all(row["eps"] != pytest.approx(0.01, abs=1e-4) for row in log.select(steps=(20, 20)).rows)
 
 
@@ -60,7 +60,7 @@ def test_transformers_models(capsys: pytest.CaptureFixture[str]) -> None:
     controllers = example("transformers_models")["main"](steps=20)
     assert {name: len(each.report.wrapped) for name, each in controllers.items()} == {"gpt2": 3, "vit": 3}
     for each in controllers.values():
-        assert each.rounds == 2
+        assert each.rounds == 6  # after steps 1, 2, 4, 8, 16, 20
         assert all(abs(eps.item() - 0.01) > 1e-4 for eps in each.bank.eps)
     assert "gpt2: 3 sites" in capsys.readouterr().out
 

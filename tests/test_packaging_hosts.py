@@ -73,13 +73,13 @@ def test_fits_and_resumes_under_either_name(host: Any, tmp_path: Path) -> None:
     second.fit(model, DataLoader(pairs(), 16), ckpt_path=tmp_path / "half.ckpt")
     callback = second.callbacks[0]
     assert [site.name for site in callback.controller.bank.sites] == ["net.1", "head.0"], "configure_model came first"
-    assert callback.controller.rounds == 5, "steps 1, 4, 8 before the checkpoint, 12 and 16 after it"
+    assert callback.controller.rounds == 6, "steps 1, 2, 4, 8 before the checkpoint, 12 and 16 after it"
 
     straight, whole = trainer(host, tmp_path / "straight", max_epochs=4), network(host)
     straight.fit(whole, DataLoader(pairs(), 16))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), f"{name}: resuming is bitwise the same run"
-    assert CorrectionLog.load(tmp_path / "straight").steps == [1, 4, 8, 12, 16]
+    assert CorrectionLog.load(tmp_path / "straight").steps == [1, 2, 4, 8, 12, 16]
 
     straight.save_checkpoint(tmp_path / "end.ckpt")  # after the fit, as scripts do
     plain = network(host)
@@ -92,4 +92,4 @@ def test_fits_and_resumes_under_either_name(host: Any, tmp_path: Path) -> None:
 def test_a_stream_waits_for_its_first_batch_under_either_name(host: Any, tmp_path: Path) -> None:
     run = trainer(host, tmp_path, max_steps=8)
     run.fit(network(host), DataLoader(Stream(), 16))  # a warning that only modules are searched would be an error
-    assert CorrectionLog.load(tmp_path).steps == [1, 4, 8]
+    assert CorrectionLog.load(tmp_path).steps == [1, 2, 4, 8]
