@@ -203,8 +203,8 @@ def _rows(model: nn.Module, plan: Plan) -> list[dict[str, object]]:
         eps, table, lift = (getattr(host, site.keys[k]) for k in (0, 2, 4))
         mu, sigma = getattr(host, site.keys[1]).tolist()
         row: dict[str, object] = {"site": site.name, "base": str(as_base(site_source(model, site)))}
-        row["eps"] = float(eps.detach().mean())
-        row |= {} if lift is None else {"lift": float(lift.detach().mean())}
+        amplitudes = {"eps": eps, "lift": lift}
+        row |= {name: float(each.detach().mean()) for name, each in amplitudes.items() if each is not None}
         row |= {"mu": mu, "sigma": sigma}
         row |= {
             "shape": "closed form" if table is None else "table",

@@ -201,7 +201,7 @@ def _check_against(plan: Plan) -> None:
         where = f"arms.{arm.name}.against"
         if arm.name == plan.reference:
             raise ConfigError(where, arm.against, "the reference is compared with nothing", "Remove the line.")
-        if plan.arm(arm.against).against is not None or arm.against == arm.name:
+        if plan.arm(arm.against).against is not None:  # itself included
             mend = "Name the reference, or an arm that is compared with it."
             raise ConfigError(where, arm.against, "is itself compared with another arm", mend)
 

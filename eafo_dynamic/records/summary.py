@@ -19,6 +19,7 @@ __all__ = [
     "layer_rows",
     "run_labels",
     "summarise",
+    "with_lift",
 ]
 
 
@@ -68,6 +69,19 @@ def layer_rows(log: CorrectionLog) -> list[dict[str, Any]]:
         `entropy_trend` (lists, one value an update).
     """
     return [_layer_row(log, last) for last in log.last()]
+
+
+def with_lift(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the columns of a table; the one of the second amplitude only where some row has one.
+
+    Args:
+        names: columns.
+        rows: rows of the table.
+
+    Returns:
+        The columns that are shown.
+    """
+    return [name for name in names if name != "lift" or any(row.get("lift") is not None for row in rows)]
 
 
 def _layer_row(log: CorrectionLog, last: dict[str, Any]) -> dict[str, Any]:

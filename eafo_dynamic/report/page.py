@@ -12,7 +12,7 @@ from typing import Any
 
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.records import COLUMNS, CorrectionLog
-from eafo_dynamic.records.summary import compare_runs, compare_sites, layer_rows, run_labels, summarise
+from eafo_dynamic.records.summary import compare_runs, compare_sites, layer_rows, run_labels, summarise, with_lift
 from eafo_dynamic.report.data import payload
 
 __all__ = ["render_report", "write_report"]
@@ -161,8 +161,7 @@ def _comparison(logs: Sequence[CorrectionLog]) -> str:
 
 def _layers(log: CorrectionLog) -> str:
     rows = layer_rows(log)
-    free = any(row.get("lift") is not None for row in rows)
-    columns = ["site", *(name for name in _LAYERS if name != "lift" or free)]
+    columns = ["site", *with_lift(_LAYERS, rows)]
     columns[columns.index("eps") + 1 : columns.index("eps") + 1] = ["eps_trend"]
     columns[columns.index("entropy") + 1 : columns.index("entropy") + 1] = ["entropy_trend"]
     return _table("Every site at its last update", rows, columns, chosen="site")
