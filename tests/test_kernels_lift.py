@@ -8,7 +8,19 @@ from test_kernels import assert_same_bits
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from eafo_dynamic.kernels import Backend, Terms, bell, corrected, corrected_, correction_of, fused, known_module, native
+from eafo_dynamic.kernels import (
+    MAX_U,
+    Backend,
+    Terms,
+    bell,
+    corrected,
+    corrected_,
+    correction_of,
+    fused,
+    ghat_closed_form,
+    known_module,
+    native,
+)
 from eafo_dynamic.standalone import CorrectedActivation
 
 BASES = [nn.ReLU(), nn.LeakyReLU(0.2), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Mish(), nn.Hardtanh()]
@@ -80,6 +92,15 @@ def test_any_spread_that_float32_holds_is_computed(sigma: float, backend: Backen
 @pytest.mark.parametrize("amplitudes", [(0.0, 0.4), (0.4, 0.0), (-0.5, 0.5)], ids=str)
 def test_either_amplitude_may_be_zero(amplitudes: tuple[float, float], backend: Backend) -> None:
     assert_is_the_formula(points(999), nn.GELU(), free_terms(*amplitudes), backend, 1e-5)
+
+
+@pytest.mark.parametrize("u", [torch.inf, -torch.inf, torch.nan, 1e30])
+def test_what_is_far_away_lies_where_the_compiled_kernel_cuts(u: float) -> None:
+    """The formula has MAX_U as a literal, the kernel gets it as a number."""
+    expected = torch.exp(torch.tensor(-0.5 * MAX_U * MAX_U))
+    assert bell(torch.tensor(u))[0] == expected
+    if u == u:
+        assert ghat_closed_form(torch.tensor(u))[0].abs() == MAX_U * expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
