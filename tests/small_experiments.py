@@ -14,6 +14,7 @@ from eafo_dynamic.experiments import (
     ResNet,
     StdlibText,
     TabularData,
+    TransformerInTransformer,
     VisionTransformer,
 )
 
@@ -21,6 +22,11 @@ from eafo_dynamic.experiments import (
 def vit(activation: str = "gelu", **options: Any) -> VisionTransformer:
     defaults = {"image_size": 8, "patch_size": 2, "in_channels": 1, "dim": 16, "depth": 2, "heads": 2}
     return VisionTransformer(**{**defaults, **options}, activation=activation)
+
+
+def tnt(activation: str = "gelu", **options: Any) -> TransformerInTransformer:
+    defaults = {"image_size": 8, "patch_size": 4, "in_channels": 1, "dim": 16, "word_dim": 8, "depth": 2, "heads": 2}
+    return TransformerInTransformer(**{**defaults, **options}, activation=activation)
 
 
 def resnet(activation: str = "relu") -> ResNet:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_experiments import gpt, mlp, resnet, vit
+from small_experiments import gpt, mlp, resnet, tnt, vit
 from torch import Tensor, nn
 
 from eafo_dynamic.errors import ConfigError
@@ -18,13 +18,14 @@ from eafo_dynamic.experiments import (
     GPT,
     MLP,
     ResNet,
+    TransformerInTransformer,
     VisionTransformer,
     make_activation,
 )
 from eafo_dynamic.experiments.blocks import SelfAttention
 from eafo_dynamic.experiments.resnet import BasicBlock
 
-IMAGE_MODELS = {"vit": vit, "resnet": resnet, "mlp": mlp}
+IMAGE_MODELS = {"vit": vit, "tnt": tnt, "resnet": resnet, "mlp": mlp}
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -92,8 +93,9 @@ def test_attention_equals_torch_multihead_attention(causal: bool) -> None:
 @pytest.mark.parametrize(
     ("build", "published"),
     [
-        # ViT-Tiny/16 at 224 pixels, GPT-2 small, ResNet-20 with projection shortcuts.
+        # ViT-Tiny/16 and DeiT-Tiny/16 at 224 pixels, GPT-2 small, ResNet-20 with projection shortcuts.
         (lambda: VisionTransformer(224, 16, num_classes=1000), 5_717_416),
+        (lambda: VisionTransformer(224, 16, num_classes=1000, pool="distilled"), 5_910_800),
         (lambda: GPT(50257, block_size=1024, dim=768, depth=12, heads=12), 124_439_808),
         (lambda: ResNet(), 272_474),
     ],
@@ -103,12 +105,18 @@ def test_sizes_are_the_published_ones(build: Any, published: int) -> None:
         assert parameter_count(build()) == published
 
 
+def test_tnt_has_about_the_published_size() -> None:
+    with torch.device("meta"):
+        network = TransformerInTransformer(224, 16, 4, dim=384, word_dim=24, heads=6, word_heads=4, num_classes=1000)
+    assert parameter_count(network) == pytest.approx(23.8e6, rel=0.002)  # biases and the first convolution differ
+
+
 def permute_patches(images: Tensor, order: Tensor, size: int) -> Tensor:
     patches = F.unfold(images, size, stride=size)
     return F.fold(patches[..., order], images.shape[-2:], size, stride=size)
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("pool", ["cls", "mean", "distilled"])
 def test_vit_knows_the_order_of_patches_by_positions_only(pool: str) -> None:
     torch.manual_seed(0)
     network = vit(pool=pool).double()
@@ -117,6 +125,42 @@ def test_vit_knows_the_order_of_patches_by_positions_only(pool: str) -> None:
     assert not torch.allclose(network(images), network(shuffled))
     nn.init.zeros_(network.position_embedding)
     torch.testing.assert_close(network(images), network(shuffled))
+
+
+def test_distilled_vit_answers_with_the_mean_of_two_heads() -> None:
+    torch.manual_seed(0)
+    network, seen = vit(pool="distilled"), []
+    for head in (network.head, network.distilled_head):
+        head.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    logits = network(torch.randn(2, 1, 8, 8))
+    (one, first), (other, second) = seen
+    assert not torch.equal(one, other)  # each reads a token of its own
+    torch.testing.assert_close(logits, (first + second) / 2)
+    assert_every_parameter_learns(network, logits)
+
+
+def test_tnt_reads_every_word_of_its_own_patch() -> None:
+    torch.manual_seed(0)
+    network = tnt().double()
+    images = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    expected = F.unfold(images, 4, stride=4).mT.unflatten(-1, (4, 4))  # [batch, patches, 4, 4]
+    nn.init.dirac_(network.word_embedding.weight)
+    nn.init.zeros_(network.word_embedding.bias)
+    with torch.no_grad():
+        network.word_position.zero_()
+        network.word_embedding.weight.zero_()
+        network.word_embedding.weight[0] = 1.0  # the first feature of a word: the sum of its pixels
+    words = network._words(images)[..., 0].unflatten(-1, (2, 2))
+    torch.testing.assert_close(words, expected.unflatten(-1, (2, 2)).unflatten(-3, (2, 2)).sum((-3, -1)))
+
+
+def test_tnt_options_that_cannot_work() -> None:
+    with pytest.raises(ConfigError, match="patch_size=3: does not divide image_size=8"):
+        tnt(patch_size=3)
+    with pytest.raises(ConfigError, match="word_size=3: does not divide patch_size=4"):
+        tnt(word_size=3)
+    with pytest.raises(ConfigError, match="heads=5: does not divide dim=8"):
+        tnt(word_heads=5)
 
 
 def test_vit_options_that_cannot_work() -> None:

@@ -13,6 +13,7 @@ from eafo_dynamic.experiments.resnet import ResNet
 from eafo_dynamic.experiments.sampling import EpochSampler
 from eafo_dynamic.experiments.tasks import Autoencoder, Classifier, LanguageModel, Regressor, Task
 from eafo_dynamic.experiments.text import StdlibText
+from eafo_dynamic.experiments.tnt import TransformerInTransformer
 from eafo_dynamic.experiments.vit import VisionTransformer
 from eafo_dynamic.experiments.weights import load_weights
 
@@ -34,6 +35,7 @@ __all__ = [
     "StdlibText",
     "TabularData",
     "Task",
+    "TransformerInTransformer",
     "VisionTransformer",
     "causal_lm",
     "load_weights",

@@ -13,10 +13,14 @@ from eafo_dynamic.experiments.blocks import TransformerBlock
 __all__ = ["VisionTransformer"]
 
 
+_TOKENS = {"cls": 1, "mean": 0, "distilled": 2}  # that are no patches, by pooling
+
+
 class VisionTransformer(nn.Module):
     """An image cut into patches, read as a sequence of tokens by pre-norm transformer blocks.
 
-    ViT-Tiny is `dim=192, depth=12, heads=3`.
+    ViT-Tiny is `dim=192, depth=12, heads=3`; DeiT-Tiny is the same with `pool="distilled"` (Touvron et al., 2021),
+    which here learns from the labels alone, without a teacher.
 
     Args:
         image_size: height and width of the square images, in pixels.
@@ -29,7 +33,8 @@ class VisionTransformer(nn.Module):
         mlp_ratio: hidden features of the feed-forward parts, in units of `dim`.
         activation: activation of the feed-forward parts, by name ("gelu", "relu", "silu", ...).
         dropout: probability of dropping an entry of the embedded tokens and of each residual update.
-        pool: "cls" reads the logits from a class token, "mean" from the mean of the patches.
+        pool: "cls" reads the logits from a class token, "mean" from the mean of the patches, "distilled" their mean
+            from a class and a distillation token, with a head each.
 
     Raises:
         ConfigError: when `patch_size` does not divide `image_size`, or `heads` does not divide `dim`.
@@ -47,23 +52,25 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         activation: str = "gelu",
         dropout: float = 0.0,
-        pool: Literal["cls", "mean"] = "cls",
+        pool: Literal["cls", "mean", "distilled"] = "cls",
     ) -> None:
         super().__init__()
         if patch_size < 1 or image_size % patch_size:
             raise ConfigError("patch_size", patch_size, f"does not divide image_size={image_size}", "Choose a divisor.")
-        if pool not in ("cls", "mean"):
-            raise ConfigError("pool", pool, "no such pooling", "Use cls or mean.")
+        if pool not in _TOKENS:
+            raise ConfigError("pool", pool, "no such pooling", "Use cls, mean or distilled.")
         patches = (image_size // patch_size) ** 2
         self.patch_embedding = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
-        self.position_embedding = nn.Parameter(torch.zeros(1, patches + (pool == "cls"), dim))
+        tokens = _TOKENS[pool]
+        self.class_token = nn.Parameter(torch.zeros(1, tokens, dim)) if tokens else None
+        self.position_embedding = nn.Parameter(torch.zeros(1, patches + tokens, dim))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.Sequential(
             *(TransformerBlock(dim, heads, mlp_ratio, activation, dropout) for _ in range(depth))
         )
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
+        self.distilled_head = nn.Linear(dim, num_classes) if pool == "distilled" else None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -85,5 +92,5 @@ class VisionTransformer(nn.Module):
         if self.class_token is not None:
             tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
         tokens = self.norm(self.blocks(self.dropout(tokens + self.position_embedding)))
-        pooled = tokens.mean(dim=1) if self.class_token is None else tokens[:, 0]
-        return self.head(pooled)
+        logits = self.head(tokens.mean(dim=1) if self.class_token is None else tokens[:, 0])
+        return logits if self.distilled_head is None else (logits + self.distilled_head(tokens[:, 1])) / 2
