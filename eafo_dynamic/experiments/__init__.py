@@ -7,6 +7,7 @@ from eafo_dynamic.experiments.blocks import ACTIVATIONS, make_activation
 from eafo_dynamic.experiments.cifar import CifarData
 from eafo_dynamic.experiments.data import DigitsData, SplitData, TabularData
 from eafo_dynamic.experiments.gpt import GPT
+from eafo_dynamic.experiments.graphs import BlockGraphs, GraphNetwork
 from eafo_dynamic.experiments.hf_text import PreferenceData, PreferenceTask, causal_lm
 from eafo_dynamic.experiments.mlp import MLP
 from eafo_dynamic.experiments.resnet import ResNet
@@ -22,10 +23,12 @@ __all__ = [
     "GPT",
     "MLP",
     "Autoencoder",
+    "BlockGraphs",
     "CifarData",
     "Classifier",
     "DigitsData",
     "EpochSampler",
+    "GraphNetwork",
     "LanguageModel",
     "PreferenceData",
     "PreferenceTask",

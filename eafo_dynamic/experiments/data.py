@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -50,6 +50,8 @@ class SplitData(LightningDataModule, ABC):
     """Examples that make a training epoch, drawn with replacement; None: every example once."""
     own_test: bool = False
     """Whether the data comes with a test part, so that none is cut from it."""
+    collate: Callable[[list[Any]], Any] | None = None
+    """What makes a batch of a list of examples; None: torch's own."""
 
     def __init__(
         self,
@@ -99,6 +101,7 @@ class SplitData(LightningDataModule, ABC):
             sampler=sampler,
             num_workers=self.num_workers,
             drop_last=drop_last,
+            collate_fn=self.collate,
         )
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -173,7 +173,7 @@ class Classifier(Task):
     """Cross-entropy of classes (nats) and accuracy.
 
     Args:
-        model: network from inputs to logits, shape [batch, num_classes].
+        model: network from inputs to logits, one row a class of the batch, shape [batch, num_classes].
         num_classes: number of classes.
         lr: largest learning rate.
         weight_decay: of AdamW, on every parameter.
@@ -216,7 +216,7 @@ class Classifier(Task):
         loss = F.cross_entropy(logits, classes, label_smoothing=smoothing)
         accuracy: MulticlassAccuracy = getattr(self, f"{stage}_accuracy")
         accuracy(logits, classes)
-        self.log_loss(loss, stage, len(inputs))
+        self.log_loss(loss, stage, len(classes))
         self.log(f"{stage}_accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=stage == "val")
         return loss
 
