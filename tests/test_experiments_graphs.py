@@ -94,5 +94,5 @@ def test_without_torch_geometric(monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("nn.models", "utils"):
         monkeypatch.setitem(sys.modules, f"torch_geometric.{part}", None)
     for make in (BlockGraphs, lambda: GraphNetwork(4, 2)):
-        with pytest.raises(ConfigError, match=r"torch_geometric.*pip install 'eafo-dynamic\[graphs\]'"):
+        with pytest.raises(ConfigError, match=r"needs torch_geometric.*pip install 'eafo-dynamic\[graphs\]'"):
             make()

@@ -53,7 +53,7 @@ class GraphNetwork(nn.Module):
             raise ConfigError("depth", depth, "must be at least 1", "Choose 1 or more.")
         if layer not in get_args(Layer):
             raise ConfigError("layer", layer, "no such layer", f"Use one of {', '.join(get_args(Layer))}.")
-        build = getattr(_geometric("nn.models"), layer)
+        build = getattr(_geometric("nn.models", "layer", layer), layer)
         act = make_activation(activation)
         self.network = build(in_channels, hidden, depth, num_classes, dropout=dropout, act=act, norm=norm)
 
@@ -116,7 +116,7 @@ class BlockGraphs(SplitData):
         for option, chance in {"inside": inside, "between": between}.items():
             if not 0 <= chance <= 1:
                 raise ConfigError(option, chance, "is no probability", "Choose a number from 0 to 1.")
-        _geometric("utils")  # absent: said before anything runs
+        self._generate = _geometric("utils", "graphs", graphs).stochastic_blockmodel_graph
         self.graphs = graphs
         self.nodes = nodes
         self.classes = classes
@@ -143,7 +143,7 @@ class BlockGraphs(SplitData):
 
     def _graph(self, means: Tensor) -> Graph:
         chances = torch.full((self.classes, self.classes), self.between).fill_diagonal_(self.inside)
-        edges = _geometric("utils").stochastic_blockmodel_graph([self.nodes] * self.classes, chances)
+        edges = self._generate([self.nodes] * self.classes, chances)
         classes = torch.arange(self.classes).repeat_interleave(self.nodes)
         features = means[classes] + torch.randn(len(classes), self.channels)
         return features, edges, classes
@@ -168,10 +168,10 @@ def _side_by_side(graphs: Sequence[Graph]) -> tuple[tuple[Tensor, Tensor], Tenso
     return (torch.cat(features), torch.cat(moved, dim=1)), torch.cat(classes)
 
 
-def _geometric(part: str) -> Any:
+def _geometric(part: str, option: str, value: object) -> Any:
     try:
         return importlib.import_module(f"torch_geometric.{part}")
     except ImportError as error:
         raise ConfigError(
-            "torch_geometric", None, "is not installed", "Install it: pip install 'eafo-dynamic[graphs]'."
+            option, value, "needs torch_geometric", "Install it: pip install 'eafo-dynamic[graphs]'."
         ) from error
