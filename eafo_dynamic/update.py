@@ -76,7 +76,7 @@ class Functions:
             Shape [S, n], units of z.
         """
         if (kernel := self._compiled(z)) is not None:
-            return self._added(kernel, torch.zeros_like(z), z, torch.ones_like(self.eps))
+            return self._by_kernel(kernel, z, torch.ones_like(self.eps))
         u = (z - self.shape[:, :1]) / self.sigma
         if len(self.tabulated) == len(self.bases):  # not first the closed form of all, and no copies
             return self.sigma * evaluate_table(self.tables, u).to(u.dtype)
@@ -97,7 +97,7 @@ class Functions:
         """
         if (kernel := self._compiled(z)) is not None:
             ones = torch.ones_like(self.eps)
-            return self._added(kernel, torch.zeros_like(z), z, torch.zeros_like(ones), ones)
+            return self._by_kernel(kernel, z, torch.zeros_like(ones), ones)
         return self.sigma * bell((z - self.shape[:, :1]) / self.sigma)[0]
 
     def directions(self, z: Tensor) -> tuple[Tensor, ...]:
@@ -123,7 +123,7 @@ class Functions:
             Corrections, units of z.
         """
         if (kernel := self._compiled(z)) is not None:
-            return self._added(kernel, torch.zeros_like(z), z, self.eps, self.lift, self.offsets)
+            return self._by_kernel(kernel, z, self.eps, self.lift, self.offsets)
         by_eps, *by_lift = self.directions(z) if directions is None else directions
         c = self.eps.unsqueeze(-1) * by_eps
         if self.offsets is not None:
@@ -147,7 +147,7 @@ class Functions:
         """
         out = self._bases(z)
         if (kernel := self._compiled(z)) is not None and kernel.takes(out):
-            return self._added(kernel, out, z, self.eps, self.lift, self.offsets)
+            return self._by_kernel(kernel, z, self.eps, self.lift, self.offsets, onto=out)
         return out.add_(self.correction(z, directions))
 
     def _bases(self, z: Tensor) -> Tensor:
@@ -167,20 +167,21 @@ class Functions:
             return None
         return self.kernel
 
-    def _added(
+    def _by_kernel(
         self,
         kernel: RoundKernel,
-        out: Tensor,
         z: Tensor,
         eps: Tensor,
         lift: Tensor | None = None,
         offsets: Tensor | None = None,
+        onto: Tensor | None = None,
     ) -> Tensor:
-        """Out plus the correction with these amplitudes, in place."""
+        """The correction with these amplitudes, in a new tensor or added to one."""
         place = self.tabulated.new_full((len(self.bases),), -1)
         place[self.tabulated] = torch.arange(len(self.tabulated))
-        kernel.add_corrections(out, z, eps, self.shape, self.tables, place, HALF_WIDTH, lift=lift, offsets=offsets)
-        return out
+        return kernel.corrections(
+            *(z, eps, self.shape, self.tables, place, HALF_WIDTH), lift=lift, offsets=offsets, onto=onto
+        )
 
     def groups(self) -> dict[Base, list[int]]:
         """Rows of the sites with equal bases.

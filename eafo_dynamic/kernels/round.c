@@ -7,16 +7,17 @@
 #define ATOM_SHARE 0.01f
 #define MOST_UNITS (1 << 22)
 
-/* out += c(z) of every site, on [sites, n]. eps and lift [sites], the latter or null; shape [sites, 2] = mu, sigma;
+/* out += c(z) of every site, or out = c(z) where fresh, on [sites, n]. eps and lift [sites], the latter or null; shape [sites, 2] = mu, sigma;
    place [sites]: which of the tables [.., 4, intervals] is the site's, -1 for the closed form; offsets: likewise, or
    null. */
 void eafo_corrections(const float *z, float *out, int64_t sites, int64_t n, const float *eps, const float *lift,
                       const float *shape, const float *tables, const float *offsets, const int64_t *place,
-                      int intervals, float half_width, float clamp, int threads) {
+                      int intervals, float half_width, float clamp, int fresh, int threads) {
     ROUND_PARALLEL
     for (int64_t s = 0; s < sites; s++) {
         int64_t from = 4 * place[s] * intervals;
         int known = place[s] >= 0;
+        if (fresh) memset(out + s * n, 0, sizeof(float) * (size_t)n);
         eafo_forward(z + s * n, out + s * n, n, eps + s, lift ? lift + s : 0, shape + 2 * s, known ? tables + from : 0,
                      known && offsets ? offsets + from : 0, known ? intervals : 0, half_width, clamp, GIVEN, 0.0f, 1);
     }

@@ -57,7 +57,7 @@ class RoundKernel:
         pointer, size, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
         self._corrections = _typed(
             *(library.eafo_corrections, None, pointer, pointer, size, size, *[pointer] * 6, integer),
-            *(ctypes.c_float, ctypes.c_float, integer),
+            *(ctypes.c_float, ctypes.c_float, integer, integer),
         )
         self._smooth = _typed(
             *(library.eafo_smooth, integer, pointer, pointer, size, size, real, integer, integer, pointer, pointer)
@@ -96,9 +96,8 @@ class RoundKernel:
             for each in samples
         )
 
-    def add_corrections(
+    def corrections(
         self,
-        out: Tensor,
         z: Tensor,
         eps: Tensor,
         shape: Tensor,
@@ -108,11 +107,11 @@ class RoundKernel:
         *,
         lift: Tensor | None = None,
         offsets: Tensor | None = None,
-    ) -> None:
-        """Adds c(z) of every site, in place.
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """c(z) of every site.
 
         Args:
-            out: shape [S, n].
             z: pre-activations, shape [S, n].
             eps: amplitudes, shape [S].
             shape: mu and sigma, shape [S, 2].
@@ -121,11 +120,17 @@ class RoundKernel:
             half_width: end of the tables in standard deviations.
             lift: amplitudes of the bells, shape [S], none of a site with a table; None for none.
             offsets: coefficients of what has been settled, as the tables; None for nothing.
+            onto: what to add it to, in place, shape [S, n]; None for a new tensor.
+
+        Returns:
+            Shape [S, n].
         """
+        out = torch.empty_like(z) if onto is None else onto
         given = [None if each is None else each.contiguous() for each in (eps, lift, shape, tables, offsets, place)]
         addresses = [None if each is None else each.data_ptr() for each in given]
-        rest = tables.shape[-1], half_width, MAX_U, _threads(z)
+        rest = tables.shape[-1], half_width, MAX_U, onto is None, _threads(z)
         self._corrections(z.data_ptr(), out.data_ptr(), *z.shape, *addresses, *rest)
+        return out
 
     def smooth(
         self, x: Tensor, resolution: float, weight: Tensor | None = None, *, sampled: bool = True, score: bool = False
@@ -231,8 +236,8 @@ class RoundKernel:
         apart = math.log(2) + 0.5 * math.log(2 * math.pi * math.e * r * r)
         stretched = self.gradient(pair, found, pair, r)
         z, place, tables = torch.linspace(-4.0, 4.0, n).view(1, -1), torch.tensor([-1]), torch.empty(0, 4, 1)
-        out, eps, shape = torch.zeros_like(z), torch.tensor([0.3]), torch.tensor([[0.2, 1.4]])
-        self.add_corrections(out, z, eps, shape, tables, place, 8.0)
+        eps, shape = torch.tensor([0.3]), torch.tensor([[0.2, 1.4]])
+        out = self.corrections(z, eps, shape, tables, place, 8.0)
         dead = self.dead_fractions(pair, (pair > 0).float(), 8)
         expected = torch.tensor([n, 0.0, 1.0, 0.0, -2.0], dtype=torch.float64)
         return (
