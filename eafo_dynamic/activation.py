@@ -32,6 +32,7 @@ __all__ = [
     "Form",
     "Site",
     "Switch",
+    "amplitude_dtype",
     "apply_correction",
     "describe_state",
     "register",
@@ -49,7 +50,18 @@ def standard_normal() -> Gaussian:
     Returns:
         A Gaussian of one site.
     """
-    return Gaussian(torch.zeros(1), torch.ones(1))
+    # whatever the defaults are: a model may be built in half precision, or on "meta"
+    zero = torch.zeros(1, dtype=torch.float32, device="cpu")
+    return Gaussian(zero, zero + 1.0)
+
+
+def amplitude_dtype() -> torch.dtype:
+    """The dtype of a new site's tensors: half precision would swallow the optimiser's small steps of an amplitude.
+
+    Returns:
+        The default dtype, or float32 where that is narrower.
+    """
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def shape_table(base: Base, density: Density, tabulated: bool = False) -> Tensor | None:
@@ -149,14 +161,16 @@ class Site:
         """
         eps_key, shape_key, table_key, offset_key, lift_key = self.keys
         size = () if channels is None else (channels,)
-        host.register_parameter(eps_key, nn.Parameter(torch.full(size, float(form.eps_init), device=device)))
-        host.register_buffer(shape_key, torch.tensor([0.0, 1.0], device=device))
+        dtype = amplitude_dtype()
+        eps = torch.full(size, float(form.eps_init), dtype=dtype, device=device)
+        host.register_parameter(eps_key, nn.Parameter(eps))
+        host.register_buffer(shape_key, torch.tensor([0.0, 1.0], dtype=dtype, device=device))
         tabulated = form.tabulated or form.compounding
         table = None if form.free else shape_table(base, standard_normal(), tabulated)
         register(host, table_key, None if table is None else table.to(device))
         settled = torch.zeros_like(table, device=device) if form.compounding and table is not None else None
         register(host, offset_key, settled)
-        register(host, lift_key, nn.Parameter(torch.zeros(size, device=device)) if form.free else None)
+        register(host, lift_key, nn.Parameter(torch.zeros(size, dtype=dtype, device=device)) if form.free else None)
 
     def unregister(self, host: nn.Module) -> None:
         """Removes the site's tensors from its host.

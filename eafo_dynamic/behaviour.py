@@ -71,7 +71,7 @@ def _is_small(module: nn.Module) -> bool:
 
 def _same_function(module: nn.Module, child: nn.Module) -> bool:
     """Whether a module only hands its input to a child: then the child is the activation."""
-    values = torch.linspace(-3.0, 3.0, 24)
+    values = torch.linspace(-3.0, 3.0, 24, dtype=torch.float32, device="cpu")
     with forked_random_states(), torch.no_grad():
         outer, inner = (copy.deepcopy(each).cpu().float()(values.clone()) for each in (module, child))
     return torch.equal(outer, inner)
@@ -85,8 +85,8 @@ def _behaves_pointwise(module: nn.Module) -> bool:
     Returns:
         Whether it does.
     """
-    values = torch.linspace(-3.0, 3.0, 24, dtype=torch.float32)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    values = torch.linspace(-3.0, 3.0, 24, dtype=torch.float32, device="cpu")
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0), device="cpu")
     try:
         with forked_random_states(), torch.no_grad():
             probe = copy.deepcopy(module).cpu().float()

@@ -178,7 +178,7 @@ class Functions:
     ) -> Tensor:
         """Out plus the correction with these amplitudes, in place."""
         place = self.tabulated.new_full((len(self.bases),), -1)
-        place[self.tabulated] = torch.arange(len(self.tabulated))
+        place[self.tabulated] = torch.arange(len(self.tabulated), device=place.device)
         kernel.add_corrections(out, z, eps, self.shape, self.tables, place, HALF_WIDTH, lift=lift, offsets=offsets)
         return out
 
