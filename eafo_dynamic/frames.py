@@ -7,6 +7,8 @@ of them is corrected; a module called from there shields its own code with a fra
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -34,6 +36,7 @@ __all__ = [
     "open_frame",
     "refuse_symbols",
     "route",
+    "unbound",
 ]
 
 
@@ -283,6 +286,29 @@ def _follow_written(frame: _Frame, func: Any, args: Any, kwargs: dict[str, Any],
     if owner is None or site is None:
         return out
     return site(cast(nn.Module, owner), lambda z: out, made.root, False)
+
+
+def unbound(cls: type[nn.Module], name: str) -> Callable[..., Any] | None:
+    """A method as a function that takes the module first.
+
+    Args:
+        cls: a module class.
+        name: of the method.
+
+    Returns:
+        The function; None if the class has no such method.
+    """
+    method = getattr(cls, name, None)
+    if not callable(method):
+        return None
+    found = inspect.getattr_static(cls, name)
+    if isinstance(found, (staticmethod, classmethod)) or not hasattr(found, "__get__"):
+        return functools.partial(_without_module, method)  # nor does a built-in function want the module
+    return method
+
+
+def _without_module(method: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return method(*args, **kwargs)
 
 
 def open_frame(owner: Owner, is_forward: bool = True) -> TorchFunctionMode | None:

@@ -27,6 +27,7 @@ from eafo_dynamic.frames import (
     open_frame,
     refuse_symbols,
     route,
+    unbound,
 )
 from eafo_dynamic.kernels import is_correctable, known_module
 from eafo_dynamic.written import Node
@@ -258,8 +259,8 @@ def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
     if kind == ACTIVATION:
         return _derived(cls.__name__, (_Activation, cls), body)
     for name in ENTRY_POINTS:
-        method = getattr(cls, name, None)
-        if callable(method):
+        method = unbound(cls, name)
+        if method is not None:
             body[name] = _counted(method, name == "forward")
     if issubclass(cls, nn.TransformerEncoderLayer):
         body["activation_relu_or_gelu"] = _FastPath()
