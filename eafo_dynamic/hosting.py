@@ -129,13 +129,13 @@ class _Activation(Hosting):
     """The forward of a wrapped activation module."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        base = cast("Callable[..., Any]", super().forward)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+        base: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
         frames = STACK.frames
         if not frames or frames[-1].mode is None:
             if self.eafo_shared:
                 if not frames and not in_backward():
                     return base(*args, **kwargs)  # no owner is there to count
-            elif self.eafo_sites[0].idle(cast(nn.Module, self)):
+            elif self.eafo_sites[0].idle(self):  # pyright: ignore[reportArgumentType]
                 return base(*args, **kwargs)
         else:
             # the caller's mode must not take the functions inside the activation for the caller's own
@@ -220,7 +220,10 @@ def _acts(host: Hosting) -> bool:
 
 def _all_idle(owner: Hosting) -> bool:
     """Whether no function of the owner has anything to do, so that its code runs as if it had none."""
-    return bool(owner.eafo_sites) and all(site.idle(cast(nn.Module, owner)) for site in owner.eafo_sites)
+    for site in owner.eafo_sites:
+        if not site.idle(cast(nn.Module, owner)):
+            return False
+    return bool(owner.eafo_sites)
 
 
 class _FastPath:

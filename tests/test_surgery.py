@@ -88,6 +88,19 @@ def test_every_site_acts_and_disabled_switches_all_off(name: str) -> None:
     assert torch.equal(run(model), reference)
 
 
+def test_a_part_can_be_disabled_alone() -> None:
+    model, x = nn.Sequential(make_awkward("OneReluForAll")[0], make_awkward("HelperFunctions")[0]), torch.randn(4, 8)
+    wrap(model, find_sites(model, x), 0.3)
+    expected, half = model(x), copy.deepcopy(model)
+    unwrap(half[0])
+    with disabled(model[0]), disabled(model[0]):
+        torch.testing.assert_close(model(x), half(x), rtol=0.0, atol=0.0)
+        with disabled(model):
+            unwrap(half)
+            torch.testing.assert_close(model(x), half(x), rtol=0.0, atol=0.0)
+    assert torch.equal(model(x), expected)
+
+
 def test_correction_acts_on_each_call_by_its_own_amplitude() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
