@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eafo_dynamic.channels import channel_dim, mark_channels
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.frames import unbound
 from eafo_dynamic.functional import (
     function_name,
     hyper_parameters,
     is_hidden_from_compiler,
     kernel_name,
+    unbound,
     with_input_first,
 )
 from eafo_dynamic.hosting import ENTRY_POINTS

@@ -7,8 +7,6 @@ of them is corrected; a module called from there shields its own code with a fra
 
 from __future__ import annotations
 
-import functools
-import inspect
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eafo_dynamic.activation import Site
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.functional import function_name, is_inplace, with_input_first
+from eafo_dynamic.functional import function_name, in_compiled_graph, is_inplace, with_input_first
 from eafo_dynamic.kernels import is_correctable, known_function
 from eafo_dynamic.recompute import current_hooks, region_since, replace_recomputation
 from eafo_dynamic.written import Node, Tracker
@@ -36,7 +34,6 @@ __all__ = [
     "open_frame",
     "refuse_symbols",
     "route",
-    "unbound",
 ]
 
 
@@ -185,6 +182,8 @@ class _FunctionMode(TorchFunctionMode):
         # not "is": the compiler does not always know two ways to the same object for one
         if len(STACK.frames) != frame.depth:
             return func(*args, **kwargs)
+        if in_compiled_graph():
+            return func(*args, **kwargs)  # a backend that runs graphs as they are; the corrections are in them
         if func is checkpoint and torch.compiler.is_compiling():
             # the compiler alone shows this call to modes, and would run what it is given without them
             if kwargs.get("use_reentrant") is not False and not isinstance(args[0], nn.Module):
@@ -286,29 +285,6 @@ def _follow_written(frame: _Frame, func: Any, args: Any, kwargs: dict[str, Any],
     if owner is None or site is None:
         return out
     return site(cast(nn.Module, owner), lambda z: out, made.root, False)
-
-
-def unbound(cls: type[nn.Module], name: str) -> Callable[..., Any] | None:
-    """A method as a function that takes the module first.
-
-    Args:
-        cls: a module class.
-        name: of the method.
-
-    Returns:
-        The function; None if the class has no such method.
-    """
-    method = getattr(cls, name, None)
-    if not callable(method):
-        return None
-    found = inspect.getattr_static(cls, name)
-    if isinstance(found, (staticmethod, classmethod)) or not hasattr(found, "__get__"):
-        return functools.partial(_without_module, method)  # nor does a built-in function want the module
-    return method
-
-
-def _without_module(method: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return method(*args, **kwargs)
 
 
 def open_frame(owner: Owner, is_forward: bool = True) -> TorchFunctionMode | None:

@@ -27,8 +27,8 @@ from eafo_dynamic.frames import (
     open_frame,
     refuse_symbols,
     route,
-    unbound,
 )
+from eafo_dynamic.functional import unbound
 from eafo_dynamic.kernels import is_correctable, known_module
 from eafo_dynamic.written import Node
 

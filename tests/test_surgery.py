@@ -611,6 +611,33 @@ class TestCompile:
         _, _, out = compiled_counts(model, lambda m: m(x), fullgraph=False)
         torch.testing.assert_close(out, model(x))
 
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_graphs_that_run_under_the_owners_mode_are_corrected_once(self, backend: str) -> None:
+        def squared(x: Tensor) -> Tensor:
+            return F.relu(x).square() * torch.sigmoid(x)
+
+        class Parts(Layers):
+            def __init__(self, part: Callable[[Tensor], Tensor]) -> None:
+                super().__init__()
+                self.part = part
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = F.relu(self.one(x))
+                torch._dynamo.graph_break()
+                x = self.two(x)
+                return torch.tanh(self.part(x * torch.sigmoid(1.702 * x)))
+
+        torch._dynamo.reset()
+        outs: list[Tensor] = []
+        for part in (squared, torch.compile(squared, backend=backend, fullgraph=True)):
+            torch.manual_seed(0)
+            model, x = Parts(part), torch.randn(4, 8)
+            wrap(model, find_sites(model, x), 0.3)
+            outs.append(model(x))
+        outs.append(torch.compile(model, backend=backend)(x))
+        for out in outs[1:]:
+            torch.testing.assert_close(out, outs[0])
+
     @pytest.mark.parametrize("spelling", ["F.relu_", "F.leaky_relu_", "torch.tanh_"])
     def test_functions_hidden_from_the_compiler_are_corrected_and_said(self, spelling: str) -> None:
         home, name = spelling.split(".")
