@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ __all__ = [
     "Form",
     "Site",
     "Switch",
+    "amplitude_dtype",
     "apply_correction",
     "describe_state",
     "register",
@@ -49,7 +51,18 @@ def standard_normal() -> Gaussian:
     Returns:
         A Gaussian of one site.
     """
-    return Gaussian(torch.zeros(1), torch.ones(1))
+    # whatever the defaults are: a model may be built in half precision, or on "meta"
+    zero = torch.zeros(1, dtype=torch.float32, device="cpu")
+    return Gaussian(zero, zero + 1.0)
+
+
+def amplitude_dtype() -> torch.dtype:
+    """The dtype of a new site's tensors: half precision would swallow the optimiser's small steps of an amplitude.
+
+    Returns:
+        The default dtype, or float32 where that is narrower.
+    """
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def shape_table(base: Base, density: Density, tabulated: bool = False) -> Tensor | None:
@@ -94,12 +107,10 @@ class Switch:
 
     Args:
         collecting: whether forwards leave a sample of their pre-activations.
-        enabled: whether corrections act.
         backend: what computes them for plain tensors on the CPU.
     """
 
     collecting: bool = False
-    enabled: bool = True
     backend: Backend = "auto"
 
 
@@ -119,6 +130,7 @@ class Site:
         switch: shared by all sites of the model.
         collector: sample of the pre-activations.
         function: name and hyper-parameters of a functional call; None where a module is called.
+        enabled: whether the correction acts.
     """
 
     name: str
@@ -127,6 +139,7 @@ class Site:
     switch: Switch
     collector: Collector = field(default_factory=Collector)
     function: tuple[str, dict[str, object]] | None = None
+    enabled: bool = True
     _zero_seen: tuple[tuple[tuple[int, int], ...], bool] | None = field(default=None, init=False, repr=False)
 
     @functools.cached_property
@@ -149,14 +162,16 @@ class Site:
         """
         eps_key, shape_key, table_key, offset_key, lift_key = self.keys
         size = () if channels is None else (channels,)
-        host.register_parameter(eps_key, nn.Parameter(torch.full(size, float(form.eps_init), device=device)))
-        host.register_buffer(shape_key, torch.tensor([0.0, 1.0], device=device))
+        dtype = amplitude_dtype()
+        eps = torch.full(size, float(form.eps_init), dtype=dtype, device=device)
+        host.register_parameter(eps_key, nn.Parameter(eps))
+        host.register_buffer(shape_key, torch.tensor([0.0, 1.0], dtype=dtype, device=device))
         tabulated = form.tabulated or form.compounding
         table = None if form.free else shape_table(base, standard_normal(), tabulated)
         register(host, table_key, None if table is None else table.to(device))
         settled = torch.zeros_like(table, device=device) if form.compounding and table is not None else None
         register(host, offset_key, settled)
-        register(host, lift_key, nn.Parameter(torch.zeros(size, device=device)) if form.free else None)
+        register(host, lift_key, nn.Parameter(torch.zeros(size, dtype=dtype, device=device)) if form.free else None)
 
     def unregister(self, host: nn.Module) -> None:
         """Removes the site's tensors from its host.
@@ -219,18 +234,20 @@ class Site:
         Returns:
             Whether f is the base itself, in value and gradient.
         """
+        # spelled out: every call of every site comes by here, and a generator takes as long as all that it looks at
         if self.switch.collecting and host.training:
             return False
-        if not self.switch.enabled:
+        if not self.enabled:
             return True
         first, _, _, settled, last = self.keys
-        parameters, buffers = host._parameters, host._buffers
-        eps, lift = (parameters[key] if key in parameters else getattr(host, key) for key in (first, last))
-        offset = buffers[settled] if settled in buffers else getattr(host, settled)
-        amplitudes = tuple(each for each in (eps, lift) if each is not None)
-        if offset is not None or (torch.is_grad_enabled() and any(each.requires_grad for each in amplitudes)):
+        if settled in host._buffers or getattr(host, settled) is not None:
             return False
-        return self._is_zero(amplitudes, host.training)
+        parameters = host._parameters
+        eps: Any = parameters[first] if first in parameters else getattr(host, first)
+        lift: Any = parameters[last] if last in parameters else getattr(host, last)
+        if (eps.requires_grad or (lift is not None and lift.requires_grad)) and torch.is_grad_enabled():
+            return False
+        return self._is_zero((eps,) if lift is None else (eps, lift), host.training)
 
     def _is_zero(self, amplitudes: tuple[Tensor, ...], training: bool) -> bool:
         """Whether amplitudes are known to be zero; on an accelerator a training step never waits for them.
@@ -240,14 +257,21 @@ class Site:
         Returns:
             Whether it is; False where it cannot be read.
         """
-        if any(type(each) not in _PLAIN for each in amplitudes):
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
             return False
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-            return False
+        far = False
+        for each in amplitudes:
+            if type(each) not in _PLAIN:
+                return False
+            if not _costs_nothing_to_read(each):
+                far = True
+            elif each.any().item() if each.dim() else each.item():
+                return False
+        return not far or self._seen_zero(amplitudes, training)
+
+    def _seen_zero(self, amplitudes: tuple[Tensor, ...], training: bool) -> bool:
         if any(each.is_meta or each.is_inference() for each in amplitudes):
             return False
-        if all(map(_costs_nothing_to_read, amplitudes)):
-            return not any(each.any().item() if each.dim() else each.item() for each in amplitudes)
         stamp = tuple((each.data_ptr(), each._version) for each in amplitudes)
         if self._zero_seen is None or self._zero_seen[0] != stamp:
             if training or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
@@ -279,7 +303,7 @@ class Site:
             return base(z)
         if self.switch.collecting and host.training and not _recomputing():
             self.collector.observe(values_of(z) if z.is_nested else z)
-        if not self.switch.enabled:
+        if not self.enabled:
             return base(z)
         return apply_correction(base, functools.partial(self.terms, host), z, inplace, known, self.switch.backend)
 

@@ -155,7 +155,7 @@ def _stacked(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Tensors of equal shape one above the other, float32; no tables are an empty stack."""
     if any(each.device != device or each.dtype != torch.float32 for each in tensors):
         tensors = [each.to(device, torch.float32) for each in tensors]
-    return torch.stack(list(tensors)) if tensors else torch.empty(0, 4, 1, device=device)
+    return torch.stack(list(tensors)) if tensors else torch.empty(0, 4, 1, dtype=torch.float32, device=device)
 
 
 def _moved(amplitude: Tensor, old: Tensor, new: Tensor) -> Tensor:

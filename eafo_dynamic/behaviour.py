@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from eafo_dynamic.bases import activation_types, as_base
+from eafo_dynamic.bases import Base, activation_types, as_base
 from eafo_dynamic.hosting import plain_view
 from eafo_dynamic.probe import forked_random_states
 from eafo_dynamic.standalone import CorrectedActivation
 
-__all__ = ["looks_like_activation", "may_call_functions"]
+__all__ = ["is_soft_cap", "looks_like_activation", "may_call_functions"]
 
 _CONTAINERS = (nn.ModuleDict, ParametrizationList)
 _MOST = 2**16  # parameters of an activation: a few a channel
@@ -58,9 +58,28 @@ def looks_like_activation(module: nn.Module) -> bool:
     kind = plain_view(module)
     if type(kind).__module__.startswith("torch.nn.") or not _is_small(kind):
         return False
-    if not all(looks_like_activation(child) and as_base(child).traits.gate for child in module.children()):
-        return False  # a hidden activation inside has its own site
-    return _behaves_pointwise(kind) and not any(_same_function(kind, child) for child in module.children())
+    children = list(module.children())
+    if not all(map(looks_like_activation, children)) or not _behaves_pointwise(kind):
+        return False
+    if not all(as_base(child).traits.gate for child in children):
+        return as_base(kind).traits.gate  # relu6(x + 3) / 6; else the hidden activation inside has its own site
+    return not any(_same_function(kind, child) for child in children)
+
+
+def is_soft_cap(base: Base) -> bool:
+    """Whether a function is c tanh(z / c) with a c other than 1: it bounds scores, and is no hidden activation.
+
+    Args:
+        base: any.
+
+    Returns:
+        Whether it is.
+    """
+    z = torch.tensor([-7.0, -1.0, -0.1, 0.5, 3.0, 40.0, 1e6], dtype=torch.float64, device="cpu")
+    with torch.no_grad():
+        values = base(z)
+    cap = values[-1]
+    return bool(cap > 0) and float(cap) != 1.0 and torch.allclose(values, cap * torch.tanh(z / cap))
 
 
 def _is_small(module: nn.Module) -> bool:
@@ -71,7 +90,7 @@ def _is_small(module: nn.Module) -> bool:
 
 def _same_function(module: nn.Module, child: nn.Module) -> bool:
     """Whether a module only hands its input to a child: then the child is the activation."""
-    values = torch.linspace(-3.0, 3.0, 24)
+    values = torch.linspace(-3.0, 3.0, 24, dtype=torch.float32, device="cpu")
     with forked_random_states(), torch.no_grad():
         outer, inner = (copy.deepcopy(each).cpu().float()(values.clone()) for each in (module, child))
     return torch.equal(outer, inner)
@@ -85,8 +104,8 @@ def _behaves_pointwise(module: nn.Module) -> bool:
     Returns:
         Whether it does.
     """
-    values = torch.linspace(-3.0, 3.0, 24, dtype=torch.float32)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    values = torch.linspace(-3.0, 3.0, 24, dtype=torch.float32, device="cpu")
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0), device="cpu")
     try:
         with forked_random_states(), torch.no_grad():
             probe = copy.deepcopy(module).cpu().float()

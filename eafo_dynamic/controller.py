@@ -110,7 +110,7 @@ class EAFOController:
         self._set_quota()
         for amplitude, policy in self._amplitudes():
             amplitude.requires_grad_(policy.trains_eps)
-        self._follows = torch.tensor([policy.follows_data for policy in self.policies])
+        self._follows = torch.tensor([policy.follows_data for policy in self.policies], device="cpu")
         self._adds_gradient = any(policy.adds_gradient for policy in self.policies)
         start = self.bank.functions()
         self._eps_before, self._lift_before = start.eps, start.lift
@@ -272,7 +272,8 @@ class EAFOController:
         jumped = self._losses.jumped(losses)  # every round: what is before it and what after must not mix
         undo = self._undo if jumped else None
         if undo is not None:
-            wanted = reverted(old, undo, torch.tensor([policy.trains_eps for policy in self.policies]))
+            trained = [policy.trains_eps for policy in self.policies]
+            wanted = reverted(old, undo, torch.tensor(trained, device=old.eps.device))
         else:
             wanted = self._wanted(old, samples, stats, usable)
         new, fraction = bounded_move(old, wanted, self.trust_region)

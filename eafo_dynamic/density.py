@@ -346,5 +346,5 @@ def _bandwidth(mass: Tensor, count: Tensor) -> Tensor:
     cumulative = (mass * 2**40).long().cumsum(-1).contiguous()
     quartiles = torch.tensor([2**38, 3 * 2**38], device=mass.device).expand(mass.shape[0], 2)
     low, high = torch.searchsorted(cumulative, quartiles.contiguous()).unbind(-1)
-    spread = ((high - low) * (_STEP / 1.349)).clamp(max=1.0)
+    spread = ((high - low).to(mass.dtype) * (_STEP / 1.349)).clamp(max=1.0)
     return (spread * (4 / (5 * count.clamp(min=1.0))) ** (1 / 7)).clamp(4 * _STEP, 1.0)

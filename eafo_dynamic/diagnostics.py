@@ -165,7 +165,7 @@ def snapshot(sites: Sequence[str], functions: Functions, density: Density | None
     Returns:
         One row a site: site, eps, mu, sigma, z, base, function and, with a density, u and pdf (per standard deviation).
     """
-    u = torch.linspace(-4.0, 4.0, points, device=functions.eps.device)
+    u = torch.linspace(-4.0, 4.0, points, dtype=functions.eps.dtype, device=functions.eps.device)
     z = functions.shape[:, :1] + functions.sigma * u
     corrected = functions.outputs(z)
     base = corrected - functions.correction(z)

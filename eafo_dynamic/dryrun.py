@@ -6,7 +6,7 @@ import functools
 import threading
 import types
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from eafo_dynamic.functional import (
     hyper_parameters,
     is_hidden_from_compiler,
     kernel_name,
+    unbound,
     with_input_first,
 )
 from eafo_dynamic.hosting import ENTRY_POINTS
@@ -30,7 +31,7 @@ from eafo_dynamic.kernels import describe, is_correctable, size_of
 from eafo_dynamic.probe import structural_copy
 from eafo_dynamic.recompute import foreign_function
 from eafo_dynamic.standalone import CorrectedActivation
-from eafo_dynamic.trace import Call, Frame, Trace
+from eafo_dynamic.trace import SOFT_CAP, Call, Frame, Trace
 from eafo_dynamic.written import WRITTEN, Made, Tracker, parts
 
 __all__ = ["trace_calls"]
@@ -69,7 +70,7 @@ class _Thread(threading.local):
 class _Listener(TorchFunctionMode):
     """Sees every torch function of the run and writes down those that are activations."""
 
-    def __init__(self, activations: Collection[str]) -> None:
+    def __init__(self, activations: Mapping[str, str]) -> None:
         super().__init__()
         self.trace = Trace()
         self.activations = activations
@@ -120,13 +121,17 @@ class _Listener(TorchFunctionMode):
             What forward returns.
         """
         running, trace = self.here.running, self.trace
+        noted = None
         if name in self.activations and not running[-1].inside:
-            self._note_module(name, module, (*args, *kwargs.values()))
+            noted = self._note_module(name, module, (*args, *kwargs.values()))
         trace.callees.setdefault(running[-1].frame.module, {})[name] = None
         if all(each.frame.module != name or not each.frame.is_forward for each in running):
             trace.forwards[name] += 1
         inside = running[-1].inside or name in self.activations or isinstance(module, CorrectedActivation)
-        return self._framed(name, True, inside, call, args, kwargs)
+        out = self._framed(name, True, inside, call, args, kwargs)
+        if noted is not None and isinstance(out, Tensor):
+            running[-1].made[id(out)] = (out, noted)
+        return out
 
     def step(self, name: str, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs another entry point of a module, such as a training_step, in a frame of its own.
@@ -154,13 +159,17 @@ class _Listener(TorchFunctionMode):
         finally:
             self.here.running.pop()
 
-    def _note_module(self, name: str, module: nn.Module, values: tuple[Any, ...]) -> None:
+    def _note_module(self, name: str, module: nn.Module, values: tuple[Any, ...]) -> Call | None:
         value = values[0] if len(values) == 1 else values
         if is_correctable(value):
             inplace, dim = bool(getattr(module, "inplace", False)), channel_dim(value)
-            self.trace.calls.append(Call(name, self.path(), size_of(value), inplace=inplace, channel_dim=dim))
-        else:
-            self.trace.refused[name] = describe(value)
+            call = Call(name, self.path(), size_of(value), inplace=inplace, channel_dim=dim)
+            self.trace.calls.append(call)
+            return call
+        self.trace.refused[name] = describe(value)
+        if len(values) != 1:
+            self.trace.crowded.add(name)
+        return None
 
     def hear_kernel(self, name: str, shape: tuple[int, ...]) -> None:
         """Takes down an activation kernel, if no torch function shows it.
@@ -214,17 +223,20 @@ class _Listener(TorchFunctionMode):
         if name.strip("_") in ("mul", "multiply", "div", "true_divide", "rmul"):
             self._judge_product(running, name, args, tensors, before)
 
+    def _function(self, call: Call) -> str:
+        return self.activations[call.module] if call.function is None else call.function
+
     def _judge_product(self, running: _Running, name: str, args: Any, tensors: Any, before: Any) -> None:
         calls = [running.call_that_made(tensor) for tensor in tensors]
         for call, other in zip(calls, reversed(calls), strict=True):
-            if call is None or call.function != "tanh" or call.role != "hidden":
+            if call is None or self._function(call) != "tanh" or call.role != "hidden":
                 continue
-            if len(calls) == 2 and other is not None and other.role == "gate" and other.function == "sigmoid":
+            if len(calls) == 2 and other is not None and other.role != "part" and self._function(other) == "sigmoid":
                 call.role, call.reason = "gate", "part of a gated cell: multiplied by a sigmoid"
             scale = next((a for a in args if isinstance(a, (int, float))), None)
             inner = before[0]
             if len(calls) == 1 and scale and inner is not None and _is_cap(inner.node, float(scale), name):
-                call.role, call.reason = "unknown", "a soft cap, not a hidden activation"
+                call.role, call.reason = "unknown", SOFT_CAP
 
 
 _CONTROL_FLOW = ("cond", "while_loop", "map_impl", "scan", "associative_scan")
@@ -286,14 +298,14 @@ def _is_pointwise_call(args: Any, kwargs: Any, out: Any) -> bool:
     )
 
 
-def trace_calls(model: nn.Module, activations: Collection[str], run: Callable[[nn.Module], object]) -> Trace:
+def trace_calls(model: nn.Module, activations: Mapping[str, str], run: Callable[[nn.Module], object]) -> Trace:
     """Runs a copy of a model once and writes down its activation calls.
 
     The run has no gradient; one that fails for want of it is tried again with.
 
     Args:
         model: any module; nothing of it changes.
-        activations: FQNs of its activation modules.
+        activations: names of the functions that its activation modules compute, by FQN.
         run: runs the copy.
 
     Returns:
@@ -321,8 +333,8 @@ def trace_calls(model: nn.Module, activations: Collection[str], run: Callable[[n
 _WANTS_GRADIENT = ("require grad", "requires_grad", "requires grad")  # of torch, where a forward differentiates
 
 
-def _traced(model: nn.Module, activations: Collection[str], run: Callable[[nn.Module], object], grad: bool) -> Trace:
-    listener = _Listener(frozenset(activations))
+def _traced(model: nn.Module, activations: Mapping[str, str], run: Callable[[nn.Module], object], grad: bool) -> Trace:
+    listener = _Listener(activations)
     with structural_copy(model) as probe, torch.set_grad_enabled(grad):
         _listen(probe, listener)
         with warnings.catch_warnings(), _uncompiled(), _Kernels(listener), listener:
@@ -359,7 +371,7 @@ def _listen(probe: nn.Module, listener: _Listener) -> None:
 
 def _heard(module: nn.Module, entry: str, names: dict[int, str], listener: _Listener) -> Callable[..., Any]:
     replaced = vars(module).get(entry)
-    plain = getattr(type(module), entry, None) if replaced is None else None
+    plain = unbound(type(module), entry) if replaced is None else None
     around = listener.forward if entry == "forward" else listener.step
     name = names[id(module)]  # of a copy that a forward makes, too
 

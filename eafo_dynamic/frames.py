@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eafo_dynamic.activation import Site
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.functional import function_name, is_inplace, with_input_first
+from eafo_dynamic.functional import function_name, in_compiled_graph, is_inplace, with_input_first
 from eafo_dynamic.kernels import is_correctable, known_function
 from eafo_dynamic.recompute import current_hooks, region_since, replace_recomputation
 from eafo_dynamic.written import Node, Tracker
@@ -182,6 +182,8 @@ class _FunctionMode(TorchFunctionMode):
         # not "is": the compiler does not always know two ways to the same object for one
         if len(STACK.frames) != frame.depth:
             return func(*args, **kwargs)
+        if in_compiled_graph():
+            return func(*args, **kwargs)  # a backend that runs graphs as they are; the corrections are in them
         if func is checkpoint and torch.compiler.is_compiling():
             # the compiler alone shows this call to modes, and would run what it is given without them
             if kwargs.get("use_reentrant") is not False and not isinstance(args[0], nn.Module):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import inspect
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -19,10 +21,12 @@ __all__ = [
     "function_base",
     "function_name",
     "hyper_parameters",
+    "in_compiled_graph",
     "is_function_of_name",
     "is_hidden_from_compiler",
     "is_inplace",
     "kernel_name",
+    "unbound",
     "with_input_first",
 ]
 
@@ -137,6 +141,24 @@ def is_hidden_from_compiler(func: Any) -> bool:
     return func in _IN_PLACE and getattr(torch.Tensor, func.__name__, None) is not func
 
 
+def in_compiled_graph() -> bool:
+    """Whether a function that a TorchFunctionMode is shown is called by a graph that torch.compile has made.
+
+    Returns:
+        Whether it is.
+    """
+    if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:
+        return False
+    python_frame = sys._getframe(2)
+    for _ in range(3):  # functions of Python lie between: F.relu and handle_torch_function
+        if python_frame is None:
+            break
+        if python_frame.f_code.co_filename.startswith("<eval_with_key>"):
+            return hasattr(python_frame.f_locals.get("self"), "compile_subgraph_reason")  # a user's graph has none
+        python_frame = python_frame.f_back
+    return False
+
+
 def is_function_of_name(name: str) -> bool:
     """Whether an identifier in somebody's code looks like an activation function, a gate not counted.
 
@@ -190,3 +212,26 @@ def function_base(name: str, parameters: Mapping[str, object]) -> Base:
     if name == "rrelu":
         return as_base(nn.RReLU(values.get("lower", 1 / 8), values.get("upper", 1 / 3)))
     return as_base(functools.partial(getattr(F, name, getattr(torch, name, None)), **values))  # pyright: ignore[reportArgumentType]
+
+
+def unbound(cls: type[nn.Module], name: str) -> Callable[..., Any] | None:
+    """A method as a function that takes the module first.
+
+    Args:
+        cls: a module class.
+        name: of the method.
+
+    Returns:
+        The function; None if the class has no such method.
+    """
+    method = getattr(cls, name, None)
+    if not callable(method):
+        return None
+    found = inspect.getattr_static(cls, name)
+    if isinstance(found, (staticmethod, classmethod)) or not hasattr(found, "__get__"):
+        return functools.partial(_without_module, method)  # nor does a built-in function want the module
+    return method
+
+
+def _without_module(method: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return method(*args, **kwargs)

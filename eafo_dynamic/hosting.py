@@ -28,6 +28,7 @@ from eafo_dynamic.frames import (
     refuse_symbols,
     route,
 )
+from eafo_dynamic.functional import unbound
 from eafo_dynamic.kernels import is_correctable, known_module
 from eafo_dynamic.written import Node
 
@@ -128,13 +129,13 @@ class _Activation(Hosting):
     """The forward of a wrapped activation module."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        base = cast("Callable[..., Any]", super().forward)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+        base: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
         frames = STACK.frames
         if not frames or frames[-1].mode is None:
             if self.eafo_shared:
                 if not frames and not in_backward():
                     return base(*args, **kwargs)  # no owner is there to count
-            elif self.eafo_sites[0].idle(cast(nn.Module, self)):
+            elif self.eafo_sites[0].idle(self):  # pyright: ignore[reportArgumentType]
                 return base(*args, **kwargs)
         else:
             # the caller's mode must not take the functions inside the activation for the caller's own
@@ -219,7 +220,10 @@ def _acts(host: Hosting) -> bool:
 
 def _all_idle(owner: Hosting) -> bool:
     """Whether no function of the owner has anything to do, so that its code runs as if it had none."""
-    return bool(owner.eafo_sites) and all(site.idle(cast(nn.Module, owner)) for site in owner.eafo_sites)
+    for site in owner.eafo_sites:
+        if not site.idle(cast(nn.Module, owner)):
+            return False
+    return bool(owner.eafo_sites)
 
 
 class _FastPath:
@@ -258,8 +262,8 @@ def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
     if kind == ACTIVATION:
         return _derived(cls.__name__, (_Activation, cls), body)
     for name in ENTRY_POINTS:
-        method = getattr(cls, name, None)
-        if callable(method):
+        method = unbound(cls, name)
+        if method is not None:
             body[name] = _counted(method, name == "forward")
     if issubclass(cls, nn.TransformerEncoderLayer):
         body["activation_relu_or_gelu"] = _FastPath()

@@ -89,7 +89,7 @@ class LossWatch:
         Returns:
             The state.
         """
-        return {"sum": torch.as_tensor(self._sum, dtype=torch.float32).cpu(), "count": self._count}
+        return {"sum": self._total().cpu(), "count": self._count}
 
     def load_own_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Restores what one rank, or several, had seen.
@@ -100,13 +100,17 @@ class LossWatch:
         self._sum = sum((float(state["sum"]) for state in states), 0.0)
         self._count = sum(state["count"] for state in states)
 
+    def _total(self) -> Tensor:
+        total = self._sum
+        return total if isinstance(total, Tensor) else torch.tensor(total, dtype=torch.float32, device="cpu")
+
     def drain(self) -> Tensor:
         """Hands out the losses since the last call and forgets them.
 
         Returns:
             Their sum and their number, float32, shape [2].
         """
-        total = torch.as_tensor(self._sum, dtype=torch.float32)
+        total = self._total()
         both = torch.stack([total, torch.full_like(total, self._count)])
         self._sum, self._count = 0.0, 0
         return both
@@ -176,7 +180,7 @@ class RunningDensity:
             self.density, self.rounds = fresh, usable.to(torch.long)
         else:
             self.rounds = self.rounds + usable
-            weight = (1.0 / self.rounds.clamp(min=1)).clamp(min=self.momentum)
+            weight = self.rounds.clamp(min=1).to(torch.float32).reciprocal().clamp(min=self.momentum)
             self.density = self.density.blend(fresh, torch.where(usable, weight, 0.0))
         return self.density
 

@@ -9,7 +9,7 @@ several times in a forward then is one site, and functional calls are not seen, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from eafo_dynamic.bases import as_base
-from eafo_dynamic.behaviour import looks_like_activation, may_call_functions
+from eafo_dynamic.behaviour import is_soft_cap, looks_like_activation, may_call_functions
 from eafo_dynamic.dryrun import trace_calls
 from eafo_dynamic.functional import function_base, is_function_of_name
 from eafo_dynamic.hosting import Hosting, is_activation, plain_view
 from eafo_dynamic.probe import forked_random_states
 from eafo_dynamic.selection import FoundSite, Selection, SiteReport, matches
 from eafo_dynamic.standalone import CorrectedActivation
-from eafo_dynamic.trace import Call, Frame, Trace
+from eafo_dynamic.trace import SOFT_CAP, Call, Frame, Trace
 from eafo_dynamic.unreached import taken_over
 from eafo_dynamic.written import WRITTEN
 
@@ -112,8 +112,8 @@ def _names_functions(module: nn.Module) -> bool:
     return code is not None and any(is_function_of_name(name) for name in code.co_names)
 
 
-def _activations(model: nn.Module) -> dict[str, nn.Module]:
-    """Activation modules by FQN; what lies inside one of them is not another."""
+def _activations(model: nn.Module, but: Collection[str] = ()) -> dict[str, nn.Module]:
+    """Activation modules by FQN, but for some; what lies inside one of them is not another."""
     found: dict[str, nn.Module] = {}
     inside = ""
     for name, module in model.named_modules():
@@ -121,7 +121,7 @@ def _activations(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if isinstance(module, CorrectedActivation):
             inside = name + "."
-        elif name and looks_like_activation(module):
+        elif name and name not in but and looks_like_activation(module):
             found[name] = module
             inside = name + "."
     return found
@@ -149,19 +149,22 @@ def _opaque(model: nn.Module) -> list[FoundSite]:
 def _describe(name: str, module: nn.Module) -> FoundSite:
     corrected = is_activation(module)
     module = plain_view(module)
-    reason, base_name, gate = "", type(module).__name__, False
+    reason, note, base_name, role = "", "", type(module).__name__, "hidden"
     if isinstance(module, torch.jit.ScriptModule):
         reason = "TorchScript: its forward cannot be replaced; pass the Python module instead"
     else:
         base = as_base(module)
-        base_name, gate = base.name, base.traits.gate
+        base_name, role = base.name, "gate" if base.traits.gate else role
+        if is_soft_cap(base):
+            role, note = "unknown", SOFT_CAP
         if corrected:
             reason = "corrected already"
         elif base.traits.affine:
             reason = "affine: nothing to correct"
         elif "forward" in vars(module):
             reason = "forward is replaced on the instance, which hides the class's; wrap before replacing it"
-    transform = ".parametrizations." in f".{name}."
+    if ".parametrizations." in f".{name}.":
+        role, note = "gate", "transforms a parameter"
     return FoundSite(
         name=name,
         module=name,
@@ -171,17 +174,39 @@ def _describe(name: str, module: nn.Module) -> FoundSite:
         class_name=type(module).__name__,
         shape=None,
         inplace=bool(getattr(module, "inplace", False)),
-        role="gate" if gate or transform else "hidden",
+        role=role,
         wrapped=not reason,
-        reason=reason or ("transforms a parameter" if transform else ""),
+        reason=reason or note,
     )
+
+
+def _described_and_traced(model: nn.Module, run: Callable[[nn.Module], object]) -> tuple[dict[str, FoundSite], Trace]:
+    """Activation modules by FQN, and all calls of one run.
+
+    An activation that is called with more than one value, ``act(x, inplace=True)``, cannot be corrected as a whole: it
+    gives way to the calls inside it, where there are any.
+
+    Returns:
+        The two.
+    """
+    described, trace = _traced_with(model, run)
+    if trace.crowded:
+        inside = _traced_with(model, run, trace.crowded)[1].calls
+        opened = {name for name in trace.crowded if any(f"{call.module}.".startswith(f"{name}.") for call in inside)}
+        described, trace = _traced_with(model, run, opened) if opened else (described, trace)
+    return described, trace
+
+
+def _traced_with(
+    model: nn.Module, run: Callable[[nn.Module], object], but: Collection[str] = ()
+) -> tuple[dict[str, FoundSite], Trace]:
+    described = {name: _describe(name, module) for name, module in _activations(model, but).items()}
+    return described, trace_calls(model, {name: site.base for name, site in described.items()}, run)
 
 
 def _dynamic_sites(model: nn.Module, run: Callable[[nn.Module], object]) -> tuple[list[FoundSite], str]:
     """Sites of the calls of one run in their order, then the modules that the run never reached."""
-    modules = _activations(model)
-    trace = trace_calls(model, list(modules), run)
-    described = {name: _describe(name, module) for name, module in modules.items()}
+    described, trace = _described_and_traced(model, run)
     sites = _Naming(model, trace).sites(described)
     sites += taken_over(model, [name for name, count in trace.forwards.items() if count], sites)
     shared = {site.module for site in sites if site.kind == "shared"}
@@ -255,6 +280,8 @@ class _Naming:
                 outside.add(site.module)
             elif frame.instance == 0:
                 site = replace(site, wrapped=False, reason=_OUTSIDE)
+            if site.parameters is None and call.role != "hidden":
+                site = replace(site, role=call.role, reason=site.reason or call.reason)
             found.append((site, frame.instance))
         calls: Counter[tuple[str | None, str]] = Counter()
         for (owner, _, key), count in counts.items():

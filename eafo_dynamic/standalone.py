@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from eafo_dynamic.activation import apply_correction, describe_state, register, shape_table, standard_normal
+from eafo_dynamic.activation import (
+    amplitude_dtype,
+    apply_correction,
+    describe_state,
+    register,
+    shape_table,
+    standard_normal,
+)
 from eafo_dynamic.bases import as_base
 from eafo_dynamic.correction import table_half_width
 from eafo_dynamic.density import Density
@@ -49,7 +56,7 @@ class CorrectedActivation(nn.Module):
         density = density or standard_normal()
         self.base = base
         for name, start in (("eps", eps), ("lift", lift)):
-            amplitude = None if start is None else torch.tensor(float(start))
+            amplitude = None if start is None else torch.tensor(float(start), dtype=amplitude_dtype())
             register(self, name, nn.Parameter(amplitude) if trainable and amplitude is not None else amplitude)
         self.register_buffer("shape", torch.stack([density.mean[0], density.std[0]]).to(torch.float32))
         register(self, "table", None if lift is not None else shape_table(as_base(base), density))

@@ -153,7 +153,8 @@ class Collector:
             chunks.append(self._newest)
             self._newest = self._newest.previous
         if not chunks:
-            return torch.empty(0), torch.empty(0, dtype=torch.long)
+            nothing = torch.empty(0, dtype=torch.float32, device="cpu")
+            return nothing, nothing.long()
         device = chunks[0].values.device  # replicas of one module may have left samples on several
         parts = [(chunk.values.to(device), _units(chunk, self.channel_dim).to(device)) for chunk in chunks]
         values, units = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
@@ -240,7 +241,7 @@ def dead_fractions(values: Tensor, units: Tensor, per_unit: int = 8) -> Tensor:
     """
     sites, n = values.shape
     if not n:
-        return torch.full((sites,), math.nan, device=values.device)
+        return torch.full((sites,), math.nan, dtype=torch.float32, device=values.device)
     width = int(units.max()) + 1
     if sites * width > _MOST_CELLS and sites > 1:
         return torch.cat([dead_fractions(v, u, per_unit) for v, u in zip(values.split(1), units.split(1), strict=True)])

@@ -215,7 +215,7 @@ def disabled(model: nn.Module) -> Generator[nn.Module]:
     """Runs the plain functions for a while; afterwards corrections act as before.
 
     Args:
-        model: a wrapped model.
+        model: a wrapped model, or a part of one: the corrections of the other parts then act on.
 
     Yields:
         The model.
@@ -230,15 +230,15 @@ def disabled(model: nn.Module) -> Generator[nn.Module]:
         True
         >>> unwrap(net)
     """
-    switches = {id(site.switch): site.switch for _, site in hosted_sites(model)}.values()
-    before = [switch.enabled for switch in switches]
-    for switch in switches:
-        switch.enabled = False
+    sites = [site for _, site in hosted_sites(model)]
+    before = [site.enabled for site in sites]
+    for site in sites:
+        site.enabled = False
     try:
         yield model
     finally:
-        for switch, enabled in zip(switches, before, strict=True):
-            switch.enabled = enabled
+        for site, enabled in zip(sites, before, strict=True):
+            site.enabled = enabled
 
 
 def take_off(model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-__all__ = ["Call", "Frame", "Trace"]
+__all__ = ["SOFT_CAP", "Call", "Frame", "Trace"]
+
+SOFT_CAP = "a soft cap, not a hidden activation"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Trace:
         entered: number of all forwards.
         callees: modules whose forward a module's own forward has called.
         refused: kind of the value that an activation module was called with and that cannot be corrected.
+        crowded: activation modules that were called with more than one value.
         opaque: activation kernels that ran where no Python function shows them, with the shape of their input; keys
             are the module whose forward ran and the function's name.
     """
@@ -73,4 +76,5 @@ class Trace:
     entered: int = 0
     callees: dict[str, dict[str, None]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    crowded: set[str] = field(default_factory=set)
     opaque: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)

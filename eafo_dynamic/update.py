@@ -178,7 +178,7 @@ class Functions:
     ) -> Tensor:
         """The correction with these amplitudes, in a new tensor or added to one."""
         place = self.tabulated.new_full((len(self.bases),), -1)
-        place[self.tabulated] = torch.arange(len(self.tabulated))
+        place[self.tabulated] = torch.arange(len(self.tabulated), device=place.device)
         return kernel.corrections(
             *(z, eps, self.shape, self.tables, place, HALF_WIDTH), lift=lift, offsets=offsets, onto=onto
         )

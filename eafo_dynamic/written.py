@@ -144,7 +144,7 @@ def written_base(node: Node, constants: tuple[float, ...]) -> Base:
         The base.
     """
     written = Written(node, constants)
-    z = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64)
+    z = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
     value = written(z)
     for known in ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "hardswish"):
         base = as_base(known)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from eafo_dynamic.controller import EAFOController
 from eafo_dynamic.entropy import resolution_entropy
 from eafo_dynamic.errors import ConfigError, EAFOError, PatternError, SiteError
+from eafo_dynamic.kernels.native import native_kernel
 from eafo_dynamic.optim import own_group
 from eafo_dynamic.policy import Entropy, Hybrid, Rule
 
@@ -531,3 +532,34 @@ def test_compounding_keeps_the_function_at_a_round_and_shapes_the_next_correctio
         controller.collecting = False
         assert eps.item() == 0.0
         torch.testing.assert_close(controller.model(grid), before, atol=2e-4, rtol=0)
+
+
+def _trained_under(dtype: torch.dtype, device: str, density: str) -> dict[str, Tensor]:
+    """The corrections of a float32 model on the CPU, from the search to the last round under other defaults."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.SELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 1)]
+    model, x = nn.Sequential(*layers), torch.randn(64, 8)
+    torch.set_default_dtype(dtype)
+    native_kernel.cache_clear()
+    try:
+        with torch.device(device):
+            controller = EAFOController.attach(model, x, update_every_n_steps=2, density=density)
+            optimizer = torch.optim.SGD(model.parameters(), 0.01)
+            for step in range(1, 9):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+                controller.step(step)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return {key: value for key, value in model.state_dict().items() if "eafo_" in key}
+
+
+@pytest.mark.parametrize("density", ["gaussian", "histogram"])
+def test_the_defaults_of_torch_for_new_tensors_do_not_matter(density: str) -> None:
+    expected = _trained_under(torch.float32, "cpu", density)
+    for dtype, device in ((torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")):
+        found = _trained_under(dtype, device, density)
+        assert {value.dtype for value in found.values()} <= {torch.float32, dtype} - {torch.bfloat16}
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key].to(torch.float32), value, rtol=1e-4, atol=1e-6)

@@ -91,6 +91,48 @@ class TestHowAForwardIsReached:
         names = assert_every_call_has_a_site_that_acts_and_learns(Direct())
         assert names == ["act", "block.1", ":relu#0", "child:relu", ":relu#1"]
 
+    def test_by_a_static_method_or_a_built_in_function(self) -> None:
+        class Swish(nn.Module):
+            @staticmethod
+            def forward(x: Tensor) -> Tensor:
+                return x * torch.sigmoid(x)
+
+        class Tanh(nn.Module):
+            forward = torch.tanh  # type: ignore[assignment]
+
+        class Halves(nn.Module):
+            @staticmethod
+            def forward(x: Tensor) -> Tensor:
+                return torch.cat([F.relu(x[:, :4]), F.gelu(x[:, 4:])], -1)
+
+        model = nn.Sequential(nn.Linear(8, 8), Swish(), nn.Linear(8, 8), Halves(), nn.Linear(8, 8), Tanh())
+        assert assert_every_call_has_a_site_that_acts_and_learns(model) == ["1", "3:relu", "3:gelu", "5"]
+
+    def test_with_more_than_the_pre_activation(self) -> None:
+        class Scaled(nn.Module):
+            def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+                return F.relu(x) * scale
+
+        class Gated(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.act, self.other = nn.GELU(), nn.SiLU()
+
+            def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+                return self.act(x) if gate is None else self.other(x) * gate
+
+        class Model(Layers):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scaled, self.gated, self.plain = Scaled(), Gated(), Scaled()
+
+            def forward(self, x: Tensor) -> Tensor:
+                h = self.scaled(self.scaled(self.one(x)), scale=0.5)
+                return self.gated(self.two(h)) + self.gated(self.plain(h), gate=self.three(x))
+
+        names = assert_every_call_has_a_site_that_acts_and_learns(Model())
+        assert names == ["scaled:relu#0", "scaled:relu#1", "gated.act", "plain", "gated.other"]
+
     def test_hooks_that_call_activations_belong_to_the_caller(self) -> None:
         class Hooked(Layers):
             def forward(self, x: Tensor) -> Tensor:

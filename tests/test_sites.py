@@ -229,6 +229,60 @@ class TestDryRun:
             find_sites(nn.Linear(2, 2), torch.randn(3, 5))
 
 
+class TestGatesOfModules:
+    def test_cells_are_gated_by_modules_as_by_functions(self) -> None:
+        class Cell(Layers):
+            def __init__(self) -> None:
+                super().__init__()
+                self.tanh, self.sigmoid = nn.Tanh(), nn.Sigmoid()
+
+            def forward(self, x: Tensor) -> Tensor:
+                h = self.tanh(self.one(x)) * self.sigmoid(self.two(x))
+                h = torch.tanh(self.one(h)) * self.sigmoid(self.two(h))
+                return self.tanh(self.three(h))
+
+        report = find_sites(Cell(), torch.randn(4, 8))
+        roles = {site.name: site.role for site in report.sites if site.base == "tanh"}
+        assert roles == {"tanh#0": "gate", ":tanh": "gate", "tanh#1": "hidden"}
+        assert names(report.wrapped) == ["tanh#1"]
+
+    @pytest.mark.parametrize("dynamic", [True, False])
+    def test_hard_sigmoids_of_a_relu6_are_gates_and_swish_with_one_is_none(self, dynamic: bool) -> None:
+        class HardSigmoid(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.relu = nn.ReLU6(inplace=True)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.relu(x + 3) / 6
+
+        class HardSwish(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.sigmoid = HardSigmoid()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x * self.sigmoid(x)
+
+        model = nn.Sequential(nn.Linear(8, 8), HardSwish(), nn.Linear(8, 8), nn.ReLU6(), nn.Linear(8, 8), HardSigmoid())
+        report = find_sites(model, *[torch.randn(4, 8)] * dynamic)
+        assert {site.name: site.role for site in report.sites} == {"1": "hidden", "3": "hidden", "5": "gate"}
+
+    def test_soft_caps_are_no_hidden_activations(self) -> None:
+        class Cap(nn.Module):
+            def __init__(self, bound: float, inner: float) -> None:
+                super().__init__()
+                self.bound, self.inner = bound, inner
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.bound * torch.tanh(x / self.inner)
+
+        model = nn.Sequential(nn.Linear(8, 8), Cap(30.0, 30.0), Cap(1.0, 1.0), Cap(1.7159, 1.5))
+        report = find_sites(model, torch.randn(4, 8))
+        assert {site.name: site.role for site in report.sites} == {"1": "unknown", "2": "hidden", "3": "hidden"}
+        assert report.sites[0].reason.startswith("a soft cap")
+
+
 def test_registered_and_unregistered_classes_are_found_by_behaviour() -> None:
     class Cube(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

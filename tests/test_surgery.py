@@ -88,6 +88,19 @@ def test_every_site_acts_and_disabled_switches_all_off(name: str) -> None:
     assert torch.equal(run(model), reference)
 
 
+def test_a_part_can_be_disabled_alone() -> None:
+    model, x = nn.Sequential(make_awkward("OneReluForAll")[0], make_awkward("HelperFunctions")[0]), torch.randn(4, 8)
+    wrap(model, find_sites(model, x), 0.3)
+    expected, half = model(x), copy.deepcopy(model)
+    unwrap(half[0])
+    with disabled(model[0]), disabled(model[0]):
+        torch.testing.assert_close(model(x), half(x), rtol=0.0, atol=0.0)
+        with disabled(model):
+            unwrap(half)
+            torch.testing.assert_close(model(x), half(x), rtol=0.0, atol=0.0)
+    assert torch.equal(model(x), expected)
+
+
 def test_correction_acts_on_each_call_by_its_own_amplitude() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -597,6 +610,33 @@ class TestCompile:
         wrap(model, find_sites(model, x), 0.3)
         _, _, out = compiled_counts(model, lambda m: m(x), fullgraph=False)
         torch.testing.assert_close(out, model(x))
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_graphs_that_run_under_the_owners_mode_are_corrected_once(self, backend: str) -> None:
+        def squared(x: Tensor) -> Tensor:
+            return F.relu(x).square() * torch.sigmoid(x)
+
+        class Parts(Layers):
+            def __init__(self, part: Callable[[Tensor], Tensor]) -> None:
+                super().__init__()
+                self.part = part
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = F.relu(self.one(x))
+                torch._dynamo.graph_break()
+                x = self.two(x)
+                return torch.tanh(self.part(x * torch.sigmoid(1.702 * x)))
+
+        torch._dynamo.reset()
+        outs: list[Tensor] = []
+        for part in (squared, torch.compile(squared, backend=backend, fullgraph=True)):
+            torch.manual_seed(0)
+            model, x = Parts(part), torch.randn(4, 8)
+            wrap(model, find_sites(model, x), 0.3)
+            outs.append(model(x))
+        outs.append(torch.compile(model, backend=backend)(x))
+        for out in outs[1:]:
+            torch.testing.assert_close(out, outs[0])
 
     @pytest.mark.parametrize("spelling", ["F.relu_", "F.leaky_relu_", "torch.tanh_"])
     def test_functions_hidden_from_the_compiler_are_corrected_and_said(self, spelling: str) -> None:

@@ -177,7 +177,7 @@ class _Table:
         self.rows = torch.cat([table, end], dim=1).unbind()
         self.slopes = [self.rows[1], 2.0 * self.rows[2], 3.0 * self.rows[3]]
         self.room = z.new_empty(4, size)
-        self.index = torch.empty(size, dtype=torch.long)
+        self.index = z.new_empty(size, dtype=torch.long)
 
     def _places(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Interval of each pre-activation, and its place inside it in [0, 1]."""

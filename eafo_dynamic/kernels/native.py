@@ -266,18 +266,18 @@ def _checked(library: Path | None) -> NativeKernel | None:
     if library is None:
         return None
     kernel = NativeKernel(library)
-    z = torch.linspace(-9.0, 9.0, 301)
-    knots = torch.cos(torch.arange(17.0))
+    z = torch.linspace(-9.0, 9.0, 301, dtype=torch.float32, device="cpu")  # whatever the defaults are
+    knots = torch.cos(torch.arange(17, dtype=z.dtype, device=z.device))
     # t^2 - t^3 vanishes at both ends: the table is continuous, and a place rounded across a knot does not matter
     table = torch.stack([knots[:-1], knots.diff(), knots[1:], -knots[1:]])
-    shape, lift = torch.tensor([0.2, 1.4]), torch.tensor(-0.2)
+    shape, lift = z.new_tensor([0.2, 1.4]), z.new_tensor(-0.2)
     for each, offset, bell in (
         (None, None, None),
         (None, None, lift),
         (table, None, None),
         (table, -0.7 * table, None),
     ):
-        terms = Terms(torch.tensor(0.3), shape, each, offset, 4.0, bell)
+        terms = Terms(z.new_tensor(0.3), shape, each, offset, 4.0, bell)
         out = torch.zeros_like(z)
         kernel.add(out, z, terms)
         c = correction_of(z, terms)
@@ -285,9 +285,9 @@ def _checked(library: Path | None) -> NativeKernel | None:
         for base in INSIDE if each is not None or bell is not None else INSIDE[:2]:
             kernel.add(out, z, terms, base)
             kernels_agree &= torch.allclose(out, base.value(z) + c, rtol=0.0, atol=1e-5)
-        channels = terms._replace(eps=torch.linspace(-0.5, 0.5, len(z)))
+        channels = terms._replace(eps=z / 18.0)
         if bell is not None:
-            channels = channels._replace(lift=torch.linspace(0.5, -0.4, len(z)))
+            channels = channels._replace(lift=0.05 - z / 20.0)
         c = correction_of(z, channels)
         for dtype in _TYPES:
             out = torch.zeros_like(z, dtype=dtype)

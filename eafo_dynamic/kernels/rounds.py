@@ -147,7 +147,7 @@ class RoundKernel:
         Returns:
             The results; None where a site's numbers are too large, too close or too wide apart for it.
         """
-        found = torch.empty(len(x), len(_FOUND), dtype=torch.float64)
+        found = x.new_empty(len(x), len(_FOUND), dtype=torch.float64)
         scores = torch.empty_like(x) if score else None
         refused = self._smooth(
             *(x.data_ptr(), None if weight is None else weight.data_ptr(), *x.shape, resolution, sampled, _threads(x)),
@@ -171,7 +171,7 @@ class RoundKernel:
             Gradients in nats, float64, shape [S].
         """
         assert smoothed.score is not None
-        out = torch.empty(len(x), dtype=torch.float64)
+        out = x.new_empty(len(x), dtype=torch.float64)
         addresses = [each.data_ptr() for each in (x, smoothed.score, direction, smoothed.found)]
         self._gradient(*addresses, *x.shape, resolution, moved, _threads(x), out.data_ptr())
         return out
@@ -185,7 +185,7 @@ class RoundKernel:
         Returns:
             Float64, shape [S, 5].
         """
-        out = torch.empty(len(x), 5, dtype=torch.float64)
+        out = x.new_empty(len(x), 5, dtype=torch.float64)
         self._moments(x.data_ptr(), *x.shape, _threads(x), out.data_ptr())
         return out
 
@@ -200,7 +200,7 @@ class RoundKernel:
         Returns:
             The fractions, float32, shape [S]; None where there are too many units to mark them one by one.
         """
-        out = torch.empty(len(x))
+        out = x.new_empty(len(x))
         refused = self._dead(x.data_ptr(), units.data_ptr(), *x.shape, per_unit, _threads(x), out.data_ptr())
         return None if refused else out
 
@@ -215,7 +215,7 @@ class RoundKernel:
         Returns:
             Mass and entropy in nats, float64, shape [S, 2].
         """
-        out, count = torch.empty(len(ordered), 2, dtype=torch.float64), count.contiguous()
+        out, count = ordered.new_empty(len(ordered), 2, dtype=torch.float64), count.contiguous()
         table = _digamma(ordered.shape[1] + 2)
         addresses = ordered.data_ptr(), count.data_ptr()
         self._spacings(*addresses, *ordered.shape, table.data_ptr(), epsilon, _threads(ordered), out.data_ptr())
@@ -228,18 +228,19 @@ class RoundKernel:
             Whether they are.
         """
         r, n = 0.1, 64
-        pair = torch.tensor([[-1.0, 1.0]]).repeat(1, n // 2)
+        pair = torch.tensor([[-1.0, 1.0]], dtype=torch.float32, device="cpu").repeat(1, n // 2)
         found = self.smooth(pair, r, sampled=False, score=True)
         if found is None:
             return False
         # two atoms far apart: log 2 more than the noise alone; nothing changes when the outputs are stretched
         apart = math.log(2) + 0.5 * math.log(2 * math.pi * math.e * r * r)
         stretched = self.gradient(pair, found, pair, r)
-        z, place, tables = torch.linspace(-4.0, 4.0, n).view(1, -1), torch.tensor([-1]), torch.empty(0, 4, 1)
-        eps, shape = torch.tensor([0.3]), torch.tensor([[0.2, 1.4]])
+        z = torch.linspace(-4.0, 4.0, n, dtype=pair.dtype, device=pair.device).view(1, -1)
+        place, tables = pair.new_tensor([-1], dtype=torch.long), pair.new_empty(0, 4, 1)
+        eps, shape = pair.new_tensor([0.3]), pair.new_tensor([[0.2, 1.4]])
         out = self.corrections(z, eps, shape, tables, place, 8.0)
         dead = self.dead_fractions(pair, (pair > 0).float(), 8)
-        expected = torch.tensor([n, 0.0, 1.0, 0.0, -2.0], dtype=torch.float64)
+        expected = pair.new_tensor([n, 0.0, 1.0, 0.0, -2.0], dtype=torch.float64)
         return (
             abs(float(found.column("entropy")) - apart) < 1e-4
             and abs(float(stretched)) < 1e-3
@@ -247,7 +248,7 @@ class RoundKernel:
             and torch.allclose(out[0], correction(z[0], eps[0], shape[0]), rtol=0.0, atol=1e-5)
             and dead is not None
             and float(dead) == 0.5
-            and bool(self.spacings(pair.sort().values, torch.tensor([n], dtype=torch.float64), 1e-7)[0, 0] == 1.0)
+            and bool(self.spacings(pair.sort().values, expected[:1], 1e-7)[0, 0] == 1.0)
         )
 
 
@@ -272,4 +273,4 @@ def _threads(x: Tensor) -> int:
 @functools.lru_cache(maxsize=16)
 def _digamma(count: int) -> Tensor:
     """Digamma function of 0, 1, ..., count - 1."""
-    return torch.digamma(torch.arange(count, dtype=torch.float64))
+    return torch.digamma(torch.arange(count, dtype=torch.float64, device="cpu"))

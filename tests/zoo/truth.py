@@ -233,7 +233,7 @@ def _marked_sites(flow: _Flow) -> Iterator[None]:
     plain = Site.__call__
 
     def marked(self: Site, host: Any, base: Any, z: Tensor, *rest: Any, **more: Any) -> Any:
-        if not self.switch.enabled:
+        if not self.enabled:
             return plain(self, host, base, z, *rest, **more)
         label = f"{self.name}"
         source = flow.key(z)
