@@ -257,10 +257,10 @@ class EAFOController:
         Returns:
             One row a site.
         """
-        drained = [site.collector.drain() for site in self.bank.sites]
-        losses = self._losses.drain()
-        samples, stats, dead, nonfinite, losses = pooled(
-            drained, losses.to(self.bank.device), self.options.samples_per_site, self._kernel
+        drained, passed_over = self.bank.drain()
+        losses = self._losses.drain().to(self.bank.device)
+        samples, stats, dead, nonfinite, losses, passed_over = pooled(
+            drained, losses, passed_over, self.options.samples_per_site, self._kernel
         )
         usable = (stats.n >= 2) & (stats.std > 0) & stats.std.isfinite() & stats.mean.isfinite()
         old, broken = mended(self.bank.functions(self._kernel), self._eps_before, self._lift_before)
@@ -289,20 +289,12 @@ class EAFOController:
         )
         columns.update(dead_fraction=dead, n_nonfinite=nonfinite)
         self._eps_before, self._lift_before = new.eps, new.lift
-        events = describe_events(stats.n, usable, fraction, undo is not None, nonfinite, broken, self._passed_over())
+        events = describe_events(stats.n, usable, fraction, undo is not None, nonfinite, broken, passed_over)
         heads: list[Record] = [{"step": step, "epoch": epoch, "site": site.name} for site in self.bank.sites]
         tails = [{"policy": policy.name, "event": event} for policy, event in zip(self.policies, events, strict=True)]
         rows = to_rows(heads, columns, tails)
         self.records.extend(rows)
         return rows
-
-    def _passed_over(self) -> list[str | None]:
-        """Kinds of values that this rank's sites could not correct since the last round."""
-        collectors = [site.collector for site in self.bank.sites]
-        kinds = [collector.passed_over for collector in collectors]
-        for collector in collectors:
-            collector.passed_over = None
-        return kinds
 
     def _wanted(self, old: Functions, samples: Tensor, stats: Moments, usable: Tensor) -> Functions:
         """Where the policy wants every function to be, before the trust region bounds the move."""
