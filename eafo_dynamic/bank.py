@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from eafo_dynamic.surgery import site_source
 from eafo_dynamic.update import Functions
 
 __all__ = ["Bank"]
+
+_MOST_ELEMENTS = 1 << 48  # of a tensor
 
 
 class Bank:
@@ -149,10 +153,10 @@ class Bank:
         Args:
             states: one a rank.
         """
-        for index, site in enumerate(self.sites):
-            chunks = [chunk for state in states for chunk in state["samples"][index]]
+        for place, site in enumerate(self.sites):
+            chunks = [_checked(*chunk) for state in states for chunk in state["samples"][place]]
             site.collector.restore(chunks, self.device)
-            kinds = [state["passed_over"][index] for state in states]
+            kinds = [str(state["passed_over"][place] or "") for state in states]
             site.collector.passed_over = next(filter(None, kinds), None)
 
     def bound(self, bound: float) -> None:
@@ -164,6 +168,15 @@ class Bank:
         amplitudes = [each.detach() for each in self.amplitudes]
         torch._foreach_clamp_min_(amplitudes, -bound)
         torch._foreach_clamp_max_(amplitudes, bound)
+
+
+def _checked(values: Tensor, shape: Sequence[int], channels_last: bool) -> tuple[Tensor, list[int], bool]:
+    """A part of a sample, if it can be one: what a checkpoint holds may be anything."""
+    size = [index(each) for each in shape]
+    small = values.dim() == 1 and values.is_floating_point() and 0 < len(values) <= math.prod(size) < _MOST_ELEMENTS
+    if not small or min(size, default=1) < 1 or (channels_last and len(size) < 3):
+        raise ValueError(f"a sample of {values.dtype} {list(values.shape)} from a tensor {size}")
+    return values, size, bool(channels_last)
 
 
 def _stacked(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.bank import Bank
+from eafo_dynamic.checks import fitting
 from eafo_dynamic.diagnostics import Record, describe_events, diagnostics, snapshot, to_rows
 from eafo_dynamic.errors import ConfigError, PatternError, SiteError, legible
 from eafo_dynamic.estimates import OutputEntropy, pooled
@@ -373,13 +374,16 @@ class EAFOController:
                 f"only in the model: {extra}. Use the same model and the same target_modules, exclude_modules."
             )
         self.rounds, self._last_step = int(state["rounds"]), int(state["last_step"])
-        for name in ("gradient", "eps_before", "lift_before"):
-            setattr(self, f"_{name}", None if state[name] is None else state[name].to(self.bank.device))
-        self._running.load_state_dict(state["running"], self.bank.device)
+        now = self.bank.functions()
+        self._eps_before = fitting(state["eps_before"], now.eps)
+        self._lift_before = None if now.lift is None else fitting(state["lift_before"], now.lift)
+        both = now.eps if now.lift is None else torch.cat([now.eps, now.lift])
+        self._gradient = None if state["gradient"] is None else fitting(state["gradient"], both)
+        self._running.load_state_dict(state["running"], now.eps)
         self._undo = None
         if state["undo"] is not None:
-            before = {name: value.to(self.bank.device) for name, value in state["undo"].items()}
-            self._undo = replace(self.bank.functions(), **before)
+            before = {name: fitting(value, getattr(now, name)) for name, value in state["undo"].items()}
+            self._undo = replace(now, **before)
         self._losses.load_state_dict(state["losses"])
         # whether there are as many ranks now as there were or not, all that they had seen is shared out
         rank = torch.distributed.get_rank() if world_size() > 1 else 0

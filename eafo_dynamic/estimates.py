@@ -80,7 +80,7 @@ def pooled(
 
 def _as_codes(texts: Sequence[str | None], device: torch.device) -> Tensor:
     """Short texts as numbers, shape [S, _LETTERS], so that they travel with the samples."""
-    padded = b"".join((text or "").encode()[:_LETTERS].ljust(_LETTERS, b"\0") for text in texts)
+    padded = b"".join((text or "").encode(errors="replace")[:_LETTERS].ljust(_LETTERS, b"\0") for text in texts)
     return torch.frombuffer(bytearray(padded), dtype=torch.uint8).view(-1, _LETTERS).to(device, torch.float32)
 
 
