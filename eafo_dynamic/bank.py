@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from eafo_dynamic.update import Functions
 
 __all__ = ["Bank"]
 
-Chunk = tuple[Any, ...]  # of a sample: its values, and what is known of the tensor they come from
+_MOST_ELEMENTS = 1 << 48  # of a tensor
 
 
 class Bank:
@@ -123,22 +125,39 @@ class Bank:
                 values.append(new.offsets[place[row]])
         torch._foreach_copy_(targets, values)
 
-    def pending(self) -> list[list[Chunk]]:
-        """What every site has collected since the last round.
+    def drain(self) -> tuple[list[tuple[Tensor, Tensor]], list[str | None]]:
+        """Hands out what every site has collected since the last round, and forgets it.
 
         Returns:
-            Its sample, a list a site, on the CPU.
+            Its sample, as from ``Collector.drain``, and the kind of a value that it could not correct, if any.
         """
-        return [[(values.cpu(), *rest) for values, *rest in site.collector.pending()] for site in self.sites]
+        collectors = [site.collector for site in self.sites]
+        passed_over = [each.passed_over for each in collectors]
+        for each in collectors:
+            each.passed_over = None
+        return [each.drain() for each in collectors], passed_over
 
-    def restore_pending(self, samples: Sequence[Sequence[Sequence[Chunk]]]) -> None:
-        """Puts back what ``pending`` gave, of one rank or of several, in place of the present sample.
+    def pending(self) -> dict[str, Any]:
+        """What ``drain`` would hand out, for a checkpoint; it stays where it is.
+
+        Returns:
+            Samples, a list a site, on the CPU, and the kinds.
+        """
+        collectors = [site.collector for site in self.sites]
+        samples = [[(values.cpu(), *rest) for values, *rest in each.pending()] for each in collectors]
+        return {"samples": samples, "passed_over": [each.passed_over for each in collectors]}
+
+    def restore_pending(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Puts back what ``pending`` gave, of one rank or of several, in place of what there is.
 
         Args:
-            samples: one entry a rank.
+            states: one a rank.
         """
-        for index, site in enumerate(self.sites):
-            site.collector.restore([chunk for sample in samples for chunk in sample[index]], self.device)
+        for place, site in enumerate(self.sites):
+            chunks = [_checked(*chunk) for state in states for chunk in state["samples"][place]]
+            site.collector.restore(chunks, self.device)
+            kinds = [str(state["passed_over"][place] or "") for state in states]
+            site.collector.passed_over = next(filter(None, kinds), None)
 
     def bound(self, bound: float) -> None:
         """Brings every amplitude back into [-bound, bound], without a look at their values.
@@ -149,6 +168,15 @@ class Bank:
         amplitudes = [each.detach() for each in self.amplitudes]
         torch._foreach_clamp_min_(amplitudes, -bound)
         torch._foreach_clamp_max_(amplitudes, bound)
+
+
+def _checked(values: Tensor, shape: Sequence[int], channels_last: bool) -> tuple[Tensor, list[int], bool]:
+    """A part of a sample, if it can be one: what a checkpoint holds may be anything."""
+    size = [index(each) for each in shape]
+    small = values.dim() == 1 and values.is_floating_point() and 0 < len(values) <= math.prod(size) < _MOST_ELEMENTS
+    if not small or min(size, default=1) < 1 or (channels_last and len(size) < 3):
+        raise ValueError(f"a sample of {values.dtype} {list(values.shape)} from a tensor {size}")
+    return values, size, bool(channels_last)
 
 
 def _stacked(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

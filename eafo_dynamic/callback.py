@@ -266,6 +266,7 @@ class EAFOCallback(Callback):
         """Finds the sites where they wait for a batch; lets the forwards leave samples when it is time."""
         if self._awaits_batch:
             self._find_in(batch, trainer, pl_module)
+        self._take_up()
         controller = self._controller
         controller.collecting = controller.schedule.collects(trainer.global_step)
 
@@ -339,7 +340,7 @@ class EAFOCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds what other ranks have collected since the last round."""
-        if self.controller is not None and trainer.world_size > 1:
+        if self.controller is not None and self._resumed is None and trainer.world_size > 1:
             checkpoint["callbacks"][self.state_key]["ranks"] = everyones(self.controller.own_state())
 
     def _restore(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:

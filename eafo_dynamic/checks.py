@@ -1,12 +1,16 @@
-"""Checks of options that several modules share."""
+"""Checks that several modules share: of options, and of what a checkpoint holds."""
 
 from __future__ import annotations
 
 import numbers
+from typing import TYPE_CHECKING
 
 from eafo_dynamic.errors import ConfigError
 
-__all__ = ["at_least", "number"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["at_least", "fitting", "number"]
 
 
 def number(option: str, value: object) -> float:
@@ -45,3 +49,21 @@ def at_least(option: str, value: int, least: int) -> None:
     """
     if not isinstance(value, numbers.Integral) or value < least:
         raise ConfigError(option, value, f"must be at least {least}", f"Give a whole number of {least} or more.")
+
+
+def fitting(saved: Tensor, like: Tensor) -> Tensor:
+    """Checks that a tensor of a checkpoint can stand where another stands.
+
+    Args:
+        saved: from the checkpoint.
+        like: the other.
+
+    Returns:
+        The tensor, on the device of the other.
+
+    Raises:
+        ValueError: if shapes or dtypes differ.
+    """
+    if saved.shape != like.shape or saved.dtype != like.dtype:
+        raise ValueError(f"{saved.dtype} {list(saved.shape)} in place of {like.dtype} {list(like.shape)}")
+    return saved.to(like.device)

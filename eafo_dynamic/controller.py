@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.bank import Bank
+from eafo_dynamic.checks import fitting
 from eafo_dynamic.diagnostics import Record, describe_events, diagnostics, snapshot, to_rows
 from eafo_dynamic.errors import ConfigError, PatternError, SiteError, legible
 from eafo_dynamic.estimates import OutputEntropy, pooled
@@ -257,10 +258,10 @@ class EAFOController:
         Returns:
             One row a site.
         """
-        drained = [site.collector.drain() for site in self.bank.sites]
-        losses = self._losses.drain()
-        samples, stats, dead, nonfinite, losses = pooled(
-            drained, losses.to(self.bank.device), self.options.samples_per_site, self._kernel
+        drained, passed_over = self.bank.drain()
+        losses = self._losses.drain().to(self.bank.device)
+        samples, stats, dead, nonfinite, losses, passed_over = pooled(
+            drained, losses, passed_over, self.options.samples_per_site, self._kernel
         )
         usable = (stats.n >= 2) & (stats.std > 0) & stats.std.isfinite() & stats.mean.isfinite()
         old, broken = mended(self.bank.functions(self._kernel), self._eps_before, self._lift_before)
@@ -290,20 +291,12 @@ class EAFOController:
         )
         columns.update(dead_fraction=dead, n_nonfinite=nonfinite)
         self._eps_before, self._lift_before = new.eps, new.lift
-        events = describe_events(stats.n, usable, fraction, undo is not None, nonfinite, broken, self._passed_over())
+        events = describe_events(stats.n, usable, fraction, undo is not None, nonfinite, broken, passed_over)
         heads: list[Record] = [{"step": step, "epoch": epoch, "site": site.name} for site in self.bank.sites]
         tails = [{"policy": policy.name, "event": event} for policy, event in zip(self.policies, events, strict=True)]
         rows = to_rows(heads, columns, tails)
         self.records.extend(rows)
         return rows
-
-    def _passed_over(self) -> list[str | None]:
-        """Kinds of values that this rank's sites could not correct since the last round."""
-        collectors = [site.collector for site in self.bank.sites]
-        kinds = [collector.passed_over for collector in collectors]
-        for collector in collectors:
-            collector.passed_over = None
-        return kinds
 
     def _wanted(self, old: Functions, samples: Tensor, stats: Moments, usable: Tensor) -> Functions:
         """Where the policy wants every function to be, before the trust region bounds the move."""
@@ -382,13 +375,16 @@ class EAFOController:
                 f"only in the model: {extra}. Use the same model and the same target_modules, exclude_modules."
             )
         self.rounds, self._last_step = int(state["rounds"]), int(state["last_step"])
-        for name in ("gradient", "eps_before", "lift_before"):
-            setattr(self, f"_{name}", None if state[name] is None else state[name].to(self.bank.device))
-        self._running.load_state_dict(state["running"], self.bank.device)
+        now = self.bank.functions()
+        self._eps_before = fitting(state["eps_before"], now.eps)
+        self._lift_before = None if now.lift is None else fitting(state["lift_before"], now.lift)
+        both = now.eps if now.lift is None else torch.cat([now.eps, now.lift])
+        self._gradient = None if state["gradient"] is None else fitting(state["gradient"], both)
+        self._running.load_state_dict(state["running"], now.eps)
         self._undo = None
         if state["undo"] is not None:
-            before = {name: value.to(self.bank.device) for name, value in state["undo"].items()}
-            self._undo = replace(self.bank.functions(), **before)
+            before = {name: fitting(value, getattr(now, name)) for name, value in state["undo"].items()}
+            self._undo = replace(now, **before)
         self._losses.load_state_dict(state["losses"])
         # whether there are as many ranks now as there were or not, all that they had seen is shared out
         rank = torch.distributed.get_rank() if world_size() > 1 else 0

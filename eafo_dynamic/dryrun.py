@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import types
 import warnings
@@ -192,7 +193,8 @@ class _Listener(TorchFunctionMode):
 
     def _note(self, running: _Running, func: Any, name: str, args: Any, kwargs: Any, out: Tensor) -> None:
         call = Call(running.frame.module, self.path(), size_of(args[0]), name, hyper_parameters(name, args, kwargs))
-        call.inplace, call.hidden_from_compiler = out is args[0], is_hidden_from_compiler(func)
+        call.inplace = out is args[0]
+        call.hidden_from_compiler = is_hidden_from_compiler(func, sys._getframe(2).f_code)  # past the mode's own
         call.channel_dim = channel_dim(args[0])
         if name in ("sigmoid", "hardsigmoid"):
             call.role, call.reason = "gate", "a gate, not a hidden activation"

@@ -18,6 +18,8 @@ from eafo_dynamic.statistics import Moments, pool_ranks, stack_samples, world_si
 
 __all__ = ["OutputEntropy", "Pooled", "dead_fractions", "entropies", "moments", "pooled"]
 
+_LETTERS = 32  # of the name of a kind of value; a longer one is cut off
+
 
 class Pooled(NamedTuple):
     """The samples of all sites and ranks.
@@ -28,6 +30,7 @@ class Pooled(NamedTuple):
         dead: fraction of units that never fired, shape [S].
         nonfinite: samples that were not finite, before any were left out, int64, shape [S].
         losses: sum and number of losses, shape [2].
+        passed_over: kinds of values that no rank could correct, one text a site, None where there was none.
     """
 
     samples: Tensor
@@ -35,16 +38,22 @@ class Pooled(NamedTuple):
     dead: Tensor
     nonfinite: Tensor
     losses: Tensor
+    passed_over: list[str | None]
 
 
 def pooled(
-    drained: Sequence[tuple[Tensor, Tensor]], losses: Tensor, limit: int, kernel: RoundKernel | None = None
+    drained: Sequence[tuple[Tensor, Tensor]],
+    losses: Tensor,
+    passed_over: Sequence[str | None],
+    limit: int,
+    kernel: RoundKernel | None = None,
 ) -> Pooled:
     """What the ranks have collected, put together; the only collective of a round.
 
     Args:
         drained: samples and units of every site of this rank, from ``Collector.drain``.
         losses: sum and number of this rank's losses, shape [2], on the device where rounds are computed.
+        passed_over: kind of a value that each site of this rank could not correct, None where there was none.
         limit: samples of a site, over all ranks.
         kernel: the compiled functions; None for torch's operations.
 
@@ -60,10 +69,27 @@ def pooled(
     stacked = padded if max(lengths) <= width else stack_samples(values, width)
     units = stack_samples(_as_floats([each for _, each in drained], device), width)
     nonfinite = torch.tensor(lengths, device=device) - own.n
-    sums = torch.cat([nonfinite.unsqueeze(1), losses.expand(len(values), 2)], dim=1)
-    (samples, owners), sums = pool_ranks((stacked, units), width, sums)
+    beside = torch.cat([nonfinite.unsqueeze(1), losses.expand(len(values), 2), _as_codes(passed_over, device)], dim=1)
+    (samples, owners), beside = pool_ranks((stacked, units), width, beside)
     stats = own if samples is padded else moments(samples, kernel)
-    return Pooled(samples, stats, dead_fractions(samples, owners, kernel), sums[:, 0].long(), sums[0, 1:])
+    numbers, codes = beside.split([3, _LETTERS], dim=-1)
+    sums = numbers.sum(1)
+    dead = dead_fractions(samples, owners, kernel)
+    return Pooled(samples, stats, dead, sums[:, 0].long(), sums[0, 1:], _as_texts(codes))
+
+
+def _as_codes(texts: Sequence[str | None], device: torch.device) -> Tensor:
+    """Short texts as numbers, shape [S, _LETTERS], so that they travel with the samples."""
+    padded = b"".join((text or "").encode(errors="replace")[:_LETTERS].ljust(_LETTERS, b"\0") for text in texts)
+    return torch.frombuffer(bytearray(padded), dtype=torch.uint8).view(-1, _LETTERS).to(device, torch.float32)
+
+
+def _as_texts(codes: Tensor) -> list[str | None]:
+    """The texts of all ranks from their numbers, shape [S, ranks, _LETTERS]; each once, one after the other."""
+    if not codes.any():  # as nearly always
+        return [None] * len(codes)
+    every = [[bytes(map(int, text)).rstrip(b"\0").decode(errors="ignore") for text in site] for site in codes.tolist()]
+    return [", ".join(dict.fromkeys(filter(None, texts))) or None for texts in every]
 
 
 def _as_floats(units: Sequence[Tensor], device: torch.device) -> list[Tensor]:

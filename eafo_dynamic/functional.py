@@ -6,11 +6,13 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from types import CodeType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import get_overridable_functions
 
 from eafo_dynamic.bases import Base, as_base
 from eafo_dynamic.errors import SiteError
@@ -136,9 +138,26 @@ def is_inplace(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str,
     return func in _IN_PLACE or bool(kwargs.get("inplace", False)) or (len(args) > place and args[place] is True)
 
 
-def is_hidden_from_compiler(func: Any) -> bool:
-    """Whether torch.compile shows a function to no function mode: ``F.relu_(x)``; ``x.relu_()`` it does."""
-    return func in _IN_PLACE and getattr(torch.Tensor, func.__name__, None) is not func
+def is_hidden_from_compiler(func: Any, caller: CodeType) -> bool:
+    """Whether torch.compile shows a call to no function mode: ``F.relu_(x)``, ``F.hardswish(x)``, ``F.tanh(x)``.
+
+    It shows ``x.relu_()``, ``F.relu(x, inplace=True)`` and ``x.tanh()``.
+
+    Args:
+        func: as a TorchFunctionMode gets it.
+        caller: code of the function that called it: eager torch shows the ``x.tanh()`` inside ``F.tanh(x)``.
+
+    Returns:
+        Whether it does not.
+    """
+    shown = _shown_by_compiler()
+    return func not in shown or any(getattr(each, "__code__", None) is caller for each in _FUNCTIONS.keys() - shown)
+
+
+@functools.cache
+def _shown_by_compiler() -> frozenset[Any]:
+    """Functions of torch that its compiler shows to modes: those that it calls overridable."""
+    return frozenset(func for group in get_overridable_functions().values() for func in group)
 
 
 def in_compiled_graph() -> bool:

@@ -203,10 +203,11 @@ def _uncompiled(
     owner: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_forward: bool
 ) -> Any:
     """Runs an entry point as it runs without torch.compile, and says so: slower, but never silently uncorrected."""
-    names = " and ".join(sorted(f"{name}_" for name in owner.eafo_uncompiled))
+    names = " and ".join(sorted(owner.eafo_uncompiled))
     warnings.warn(
         f"EAFO: {owner.eafo_name or type(owner).__name__} is not compiled: torch.compile hides its {names} from the "
-        "correction. Write F.relu(x, inplace=True) or x.relu_() in place of F.relu_(x) to compile it.",
+        "correction. Write x.relu_() for F.relu_(x), x.tanh() for F.tanh(x), nn.Hardswish()(x) for F.hardswish(x) "
+        "to compile it.",
         stacklevel=2,
     )
     return entered(owner, method, args, kwargs, is_forward, True)

@@ -49,13 +49,13 @@ class RunLog:
             self._writer = LogWriter(self.dirpath or Path(run) / "eafo", about)
             self.path = self._writer.path
 
-    def resumed(self, source: str | None) -> None:
+    def resumed(self, source: object) -> None:
         """Takes note of the log of the run that is resumed; of several, the first is the one.
 
         Args:
-            source: its folder.
+            source: its folder, as a checkpoint says it; what is no text says nothing.
         """
-        self._source = self._source or source
+        self._source = self._source or (source if isinstance(source, str) else None)
 
     def align(self, step: int) -> None:
         """Drops rows that lie past the restored step, once.

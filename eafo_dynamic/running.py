@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eafo_dynamic.checks import fitting
 from eafo_dynamic.density import Density, Gaussian, Histogram, gaussian, histogram
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.statistics import Moments
@@ -81,7 +82,8 @@ class LossWatch:
         Args:
             state: from ``state_dict``.
         """
-        self._before, self._blamed = state["before"], state["blamed"]
+        before = state["before"]
+        self._before, self._blamed = None if before is None else float(before), bool(state["blamed"])
 
     def own_state(self) -> dict[str, Any]:
         """What this rank has seen since the last round; a tensor on the CPU and primitives only.
@@ -98,7 +100,7 @@ class LossWatch:
             states: from ``own_state``.
         """
         self._sum = sum((float(state["sum"]) for state in states), 0.0)
-        self._count = sum(state["count"] for state in states)
+        self._count = sum(int(state["count"]) for state in states)
 
     def _total(self) -> Tensor:
         total = self._sum
@@ -111,7 +113,7 @@ class LossWatch:
             Their sum and their number, float32, shape [2].
         """
         total = self._total()
-        both = torch.stack([total, torch.full_like(total, self._count)])
+        both = torch.stack([total, torch.full_like(total, float(self._count))])
         self._sum, self._count = 0.0, 0
         return both
 
@@ -194,15 +196,17 @@ class RunningDensity:
         tensors = {k: v for k, v in vars(self.density).items() if isinstance(v, Tensor)} if kind in _KINDS else None
         return {"rounds": self.rounds, "kind": kind, "density": tensors}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], like: Tensor) -> None:
         """Restores a state.
 
         Args:
             state: from ``state_dict``.
-            device: where the sites live.
+            like: any numbers of the sites, shape [S], where they live.
         """
         if state["density"] is None:
             self.rounds = self.density = None
             return
-        self.rounds = state["rounds"].to(device)
-        self.density = _KINDS[state["kind"]](**{k: v.to(device) for k, v in state["density"].items()})
+        self.rounds = fitting(state["rounds"], like.to(torch.long))
+        kind = _KINDS[state["kind"]]
+        own = vars(_ESTIMATORS[state["kind"].lower()](torch.zeros(len(like), 2, device=like.device)))
+        self.density = kind(**{name: fitting(value, own[name]) for name, value in state["density"].items()})

@@ -318,26 +318,27 @@ def gather_ranks(samples: Tensor, width: int) -> Tensor:
     return torch.cat(everyone, dim=-1)
 
 
-def pool_ranks(samples: Sequence[Tensor], width: int, sums: Tensor) -> tuple[Sequence[Tensor], Tensor]:
-    """Samples of all ranks side by side, and sums over the ranks, by one collective.
+def pool_ranks(samples: Sequence[Tensor], width: int, beside: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+    """Samples of all ranks side by side, and what else they have to say, by one collective.
 
     Args:
         samples: this rank's, each of shape [sites, n] with n <= width, NaN where missing; of any dtype on any rank.
         width: columns a rank contributes, equal on all ranks.
-        sums: numbers of this rank to be added up, shape [sites, k].
+        beside: further numbers of this rank, shape [sites, k].
 
     Returns:
-        Samples, each [sites, ranks * width], and sums, [sites, k]; float32, or what was given with one process.
+        Samples, each [sites, ranks * width], and numbers, [sites, ranks, k]; float32, or what was given with one
+        process.
     """
-    ranks, extra = world_size(), sums.shape[1]
+    ranks, extra = world_size(), beside.shape[1]
     if ranks == 1:
-        return samples, sums
+        return samples, beside.unsqueeze(1)
     # a rank without a sample does not know the dtype of the others'
     rows = torch.cat([each.to(torch.float32) for each in samples])
-    mine = torch.cat([sums.to(torch.float32).repeat(len(samples), 1), rows], dim=1)
+    mine = torch.cat([beside.to(torch.float32).repeat(len(samples), 1), rows], dim=1)
     everyone = gather_ranks(mine, extra + width).unflatten(1, (ranks, extra + width))
-    added, kept = everyone.split([extra, width], dim=-1)
-    return kept.flatten(1).chunk(len(samples)), added.sum(1)[: len(sums)]
+    numbers, kept = everyone.split([extra, width], dim=-1)
+    return kept.flatten(1).chunk(len(samples)), numbers[: len(beside)]
 
 
 class Moments(NamedTuple):

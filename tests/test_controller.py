@@ -475,6 +475,22 @@ def test_state_round_trip_goes_on_as_if_never_interrupted() -> None:
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_state_knows_what_was_left_alone_since_the_last_round(ranks: int) -> None:
+    """The row of the next round says it, also where the state is that of several ranks."""
+    controllers = [attach(OneSite(nn.ReLU()), update_every_n_steps=2) for _ in range(ranks + 1)]
+    *_, met, resumed = controllers
+    met.model(torch.arange(4))
+    states = [each.own_state() for each in controllers[:-1]]
+    resumed.load_state_dict({**met.state_dict(), "ranks": states})
+    resumed.model(standard_normal(64))
+    (row,) = resumed.step(2)
+    assert str(row["event"]).startswith("left alone: int64 tensor")
+    resumed.model(standard_normal(64))
+    (row,) = resumed.step(4)
+    assert row["event"] in (None, "bounded"), "and it says it once"
+
+
 def test_state_of_another_model_is_refused_with_a_readable_difference() -> None:
     one = attach(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     two = attach(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU()))

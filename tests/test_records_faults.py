@@ -88,6 +88,7 @@ def test_rows_of_two_runs_are_refused(tmp_path: Path) -> None:
         (None, "missing"),
         ("", "damaged, not JSON"),
         ('{"format": "eafo-cor', "damaged, not JSON"),
+        ("[" * 100_000, "damaged, not JSON"),
         ("[]", "not the manifest of a correction log"),
         ('{"name": "some model"}', "not the manifest of a correction log"),
         ('{"format": "eafo-correction-log"}', "schema_version=None"),
@@ -183,10 +184,26 @@ def test_resume_into_a_new_folder_takes_the_rows_along(tmp_path: Path) -> None:
     assert CorrectionLog.load(tmp_path / "version_0").steps == [10, 20, 30, 40, 50]
 
 
-def test_resume_drops_a_damaged_line_with_a_warning(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"a":' * 100_000, "[1]", '{"created": [[]], "resumed_at_steps": 5}', '{"created": null}'],
+)
+def test_resume_mends_a_manifest_that_cannot_be_used(tmp_path: Path, content: str) -> None:
+    """Training goes on: what the old manifest does not say is said anew."""
+    write_run(tmp_path)
+    (tmp_path / "eafo" / "manifest.json").write_text(content)
+    writer = LogWriter(tmp_path / "eafo", MANIFEST)
+    writer.resume(30)
+    manifest = CorrectionLog.load(tmp_path).manifest
+    assert (manifest["created"], manifest["resumed_at_steps"]) == (writer.manifest["created"], [30])
+    assert isinstance(manifest["created"], float)
+
+
+@pytest.mark.parametrize("damaged", [b'{"step":20,"x', b"[" * 100_000, b'{"step":' + b"9" * 5000 + b',"site":"s"}'])
+def test_resume_drops_a_damaged_line_with_a_warning(tmp_path: Path, damaged: bytes) -> None:
     write_run(tmp_path)
     lines = jsonl(tmp_path).read_bytes().splitlines(keepends=True)
-    jsonl(tmp_path).write_bytes(b"".join([*lines[:4], b'{"step":20,"x\n', *lines[4:]]))
+    jsonl(tmp_path).write_bytes(b"".join([*lines[:4], damaged + b"\n", *lines[4:]]))
     with pytest.warns(UserWarning, match="1 damaged lines"):
         LogWriter(tmp_path / "eafo", MANIFEST).resume(50)
     assert jsonl(tmp_path).read_bytes() == b"".join(lines)

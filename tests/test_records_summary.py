@@ -70,6 +70,22 @@ def test_damaged_twin_is_passed_over(tmp_path: Path, keep: int) -> None:
 
 
 @pytest.mark.usefixtures("small_cache")
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b'{"mark":"eafo-columns-1","tail":[],"offset":1' + b"0" * 40 + b"}",
+        b'{"mark":"eafo-columns-1","tail":[],"offset":"all"}',
+        b"{}",
+    ],
+)
+def test_twin_with_a_hostile_header_is_passed_over(tmp_path: Path, header: bytes) -> None:
+    write_run(tmp_path)
+    (tmp_path / "eafo" / cache.CACHE).write_bytes(header + b"\n")
+    assert CorrectionLog.load(tmp_path).rows == oracle_rows(tmp_path)
+
+
+@pytest.mark.usefixtures("small_cache")
 def test_twin_of_another_file_is_passed_over(tmp_path: Path) -> None:
     write_run(tmp_path)
     CorrectionLog.load(tmp_path)

@@ -238,14 +238,14 @@ def test_the_running_estimate_survives_a_checkpoint(estimator: Any, tmp_path: Pa
         first.follow(each, usable)
     first.density.pdf(torch.zeros(1))  # type: ignore[union-attr]  # caches are no state
     torch.save(first.state_dict(), tmp_path / "state.pt")
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), torch.device("cpu"))
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), usable)
     assert isinstance(second.density, (Gaussian, Histogram))
     u = torch.linspace(-4, 4, 9)
     for each in samples[3:]:
         one, two = whole.follow(each, usable), second.follow(each, usable)
         for a, b in ((one.mean, two.mean), (one.std, two.std), (one.pdf(u), two.pdf(u)), (one.count, two.count)):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-    second.load_state_dict(fresh, torch.device("cpu"))
+    second.load_state_dict(fresh, usable)
     assert second.density is None and second.rounds is None
 
 
@@ -257,7 +257,7 @@ def test_a_density_of_the_users_own_starts_anew_after_a_restore() -> None:
     running.follow(rounds_of_samples()[0], torch.ones(3, dtype=torch.bool))
     state = running.state_dict()
     assert state["density"] is None
-    running.load_state_dict(state, torch.device("cpu"))
+    running.load_state_dict(state, torch.ones(3))
     assert running.density is None and running.rounds is None
 
 

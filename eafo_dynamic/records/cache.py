@@ -46,7 +46,7 @@ def read_cache(source: Path) -> tuple[Table, int, int] | None:
             if not {"step", "site"} <= columns.keys():
                 return None
             return Table(columns, rows), header["offset"], header["line"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError):
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, EOFError, MemoryError, RecursionError):
         return None
 
 

@@ -89,7 +89,7 @@ def read_manifest(file: Path) -> dict[str, Any]:
         raise LogError(f"{file}: missing; the folder is no correction log, or was copied in part") from None
     except OSError as error:
         raise LogError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LogError(f"{file}: damaged, not JSON ({error})") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise LogError(f'{file}: not the manifest of a correction log (no "format": "{FORMAT}")')

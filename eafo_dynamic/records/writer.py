@@ -26,7 +26,7 @@ _ROW_DIGITS = 9
 _SHAPE_DIGITS = 6
 
 # A whole line of this writer, its step first: parsing a gigabyte of JSON on resume would take a minute.
-_OWN_LINE = re.compile(rb'\{"step":(\d+),[^\0]*\}\n\Z')
+_OWN_LINE = re.compile(rb'\{"step":(\d{1,18}),[^\0]*\}\n\Z')
 
 
 class LogWriter:
@@ -137,8 +137,11 @@ class LogWriter:
 
     def _continue(self, step: int, origin: Path) -> int:
         old = _read_manifest(origin)
-        self.manifest["created"] = old.get("created", self.manifest["created"])
-        self.manifest["resumed_at_steps"] = [*old.get("resumed_at_steps", []), step]
+        created, steps = old.get("created"), old.get("resumed_at_steps")
+        if isinstance(created, (int, float)):
+            self.manifest["created"] = created
+        known = [each for each in steps if isinstance(each, int)] if isinstance(steps, list) else []
+        self.manifest["resumed_at_steps"] = [*known, step]
         (self.path / CACHE).unlink(missing_ok=True)
         past = _keep_until(origin / CORRECTIONS, self.path / CORRECTIONS, step)
         _keep_until(origin / SHAPES, self.path / SHAPES, step)
@@ -246,7 +249,7 @@ def _step_of(line: bytes) -> int | None:
         return int(own[1])
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     step = row.get("step") if isinstance(row, dict) else None
     return step if isinstance(step, int) else None
@@ -277,7 +280,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """Return the folder's manifest, an empty one if it is missing or damaged: a resume mends it."""
     try:
         found = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

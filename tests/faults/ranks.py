@@ -72,6 +72,21 @@ def poison(folder: Path, rank: int, options: dict[str, Any]) -> None:
     training_process.Net.forward = poisoned
 
 
+def mistake(folder: Path, rank: int, options: dict[str, Any]) -> None:
+    """Lets every rank but the first call its last activation with what it cannot correct, in the second step."""
+    import training_process
+
+    class Mistaken(training_process.Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if rank and self._trainer is not None and self.trainer.global_step == 1:
+                wrong = torch.arange(3) if rank == 1 else torch.ones(3, dtype=torch.complex64)
+                with contextlib.suppress(RuntimeError):  # nor can torch
+                    self.gelu(wrong)
+            return super().forward(x)
+
+    training_process.Net = Mistaken  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def silence(folder: Path, rank: int, options: dict[str, Any]) -> None:
     """Lets the first activation fire on the last rank alone."""
     import training_process

@@ -132,6 +132,18 @@ def test_what_one_rank_sees_is_in_the_log_of_rank_0(tmp_path: Path, tally: Tally
     tally("distributed runs tried")
 
 
+@pytest.mark.parametrize(("ranks", "kinds"), [(2, "int64 tensor"), (4, "int64 tensor, complex64 tensor")])
+def test_what_other_ranks_left_alone_is_in_the_log_of_rank_0(
+    tmp_path: Path, ranks: int, kinds: str, tally: Tally
+) -> None:
+    succeed(tmp_path, ranks, steps=4, prepare=of_ranks.mistake, batch=8, **ROUNDS)
+    said = {(row["step"], row["site"]): row["event"].split("; ")[0] for row in CorrectionLog.load(tmp_path).events()}
+    assert said.pop((2, "gelu")) == f"left alone: {kinds}"
+    assert not any("left alone" in text for text in said.values())
+    assert_ranks_agree(tmp_path, ranks, 4)
+    tally("distributed runs tried")
+
+
 RESUMED: dict[str, Any] = {
     "ranks": 2,
     "steps": 12,

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,6 +215,58 @@ def test_the_rate_of_eps_stays_its_multiple_of_the_one_that_is_found(tmp_path: P
         host.fit(Net())
     model, eps = host.optimizers[0].param_groups
     assert eps["lr"] == pytest.approx(5 * model["lr"])
+
+
+class Later(those.LearningRateFinder):
+    """Tries rates not before the fit starts, but after."""
+
+    def on_fit_start(self, *_: Any) -> None:
+        pass
+
+
+class AtStart(Later):
+    """As training begins."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.lr_find(trainer, pl_module)
+
+
+class Between(Later):
+    """At the start of the second epoch."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.parametrize("finder", [AtStart, Between])
+def test_a_finder_within_a_fit_takes_back_what_it_has_tried(tmp_path: Path, finder: type[Later], tally: Tally) -> None:
+    """The run goes on from there, and what it saves later is the state of later; an earlier fit makes no difference."""
+    plugin = EAFOCallback(dirpath=tmp_path / "eafo", update_every_n_steps=EVERY, verbose=False)
+    trainer(tmp_path, plugin, max_steps=1, fast_dev_run=1).fit(net := Net())
+    assert plugin.controller is not None
+    before = plugin.controller.rounds
+    host = trainer(tmp_path, plugin, finder(num_training_steps=8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        host.fit(net)
+    log = CorrectionLog.load(tmp_path / "eafo")
+    assert log.steps == [1, *range(EVERY, 17, EVERY)]
+    state = plugin.state_dict()
+    assert (state["rounds"], state["last_step"]) == (before + len(log.steps), 16)
+    tally("trainer features tried")
+
+
+def test_a_state_that_is_not_taken_up_yet_is_saved_as_it_is(tmp_path: Path) -> None:
+    """What a tuner saves before a fit of several ranks has begun holds what every rank had seen."""
+    plugin = EAFOCallback(update_every_n_steps=EVERY, save_log=False, verbose=False)
+    trainer(tmp_path, plugin).fit(net := Net())
+    state = {**plugin.state_dict(), "ranks": ["what one has seen", "what the other has"]}
+    plugin.load_state_dict(dict(state))
+    saved = {"callbacks": {plugin.state_key: plugin.state_dict()}}
+    several: Any = SimpleNamespace(world_size=2)
+    plugin.on_save_checkpoint(several, net, saved)
+    assert saved["callbacks"][plugin.state_key]["ranks"] == state["ranks"]
 
 
 @pytest.mark.parametrize("corrected", [False, True])
