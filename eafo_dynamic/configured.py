@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import importlib
 import inspect
+import itertools
 import logging
 import re
 import traceback
@@ -19,11 +20,13 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import eafo_dynamic.experiments  # noqa: F401  # pyright: ignore[reportUnusedImport] (YAML may name its classes without a path)
-from eafo_dynamic.errors import EAFOError, one_line
+from eafo_dynamic.errors import ConfigError, EAFOError, one_line
 
 __all__ = ["TRAINING_OPTIONS", "configured", "quieten"]
 
 _PARSER = {"exit_on_error": False}
+_PLACE = re.compile(r"[ -]*(?:Parser key \"|Problem with given class_path ')")
+_KINDS = {"<class 'NoneType'>": "null", "dot import path string": "a class (package.module.Class)"}
 _COMMANDS = {
     "fit": "Train a model as a YAML configuration says: any LightningModule, any LightningDataModule. Every value can "
     "be changed on the command line, as in --trainer.max_epochs 3 --model.init_args.lr 1e-3; --print_config shows all "
@@ -81,7 +84,7 @@ def _plain_errors() -> Generator[None]:
             raise EAFOError("the configuration holds a part that contains itself, by an anchor of YAML") from None
         raise
     except Exception as error:
-        raise _inner(error) or _of_checkpoint(error) or error from None
+        raise _inner(error) or _of_trainer(error) or _of_checkpoint(error) or error from None
 
 
 def quieten() -> None:
@@ -100,6 +103,12 @@ def _inner(error: BaseException | None) -> EAFOError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def _of_trainer(error: Exception) -> EAFOError | None:
+    """What the Trainer says when it is made: that one of its options has a value that it does not know."""
+    calls = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return EAFOError(f"trainer: {one_line(error)}") if "instantiate_trainer" in calls else None
 
 
 def _of_checkpoint(error: Exception) -> EAFOError | None:
@@ -125,21 +134,45 @@ def _condensed(text: str) -> str:
     Returns:
         One line.
     """
-    lines = [line.strip(" -\t") for line in text.splitlines()]
-    option = next((found[1] for line in lines if (found := re.match(r"Option '([^']+)' is not accepted", line))), None)
-    owner = next((found[1] for line in lines if (found := re.match(r".*given class_path '([^']+)'", line))), None)
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    if missing := re.match(rf"the following arguments are required: (?:{'|'.join(_COMMANDS)})\.(.+)", text):
+        return f"no {missing[1]} is given. Name a configuration that has one: --config FILE."
+    places = [place for place, line in enumerate(lines) if _PLACE.match(line)]
+    if not places:
+        return " ".join(line.strip() for line in lines)
+    deepest = max(places, key=lambda place: _indent(lines[place]))  # of several: the first
+    owners = [found[1] for line in lines[: deepest + 1] if (found := re.search(r"given class_path '([^']+)'", line))]
+    owner = owners[-1] if owners else None
+    inner = itertools.takewhile(lambda line: _indent(line) > _indent(lines[deepest]), lines[deepest + 1 :])
+    said = [line.strip(" -") for line in inner] or [lines[deepest].partition('":')[2].strip()]
     where = f"{owner}: " if owner else ""
+    option = next((found[1] for line in said if (found := re.match(r"Option '([^']+)' is not accepted", line))), None)
     if option is not None:
         return f"{where}unknown option {option!r}. {_nearest(owner, option)}"
-    for place, line in enumerate(lines):
-        found = re.match(r'Parser key "([^"]+)":?\s*(.*)', line)
-        if found and (owner is None or place > 0):
-            rest = found[2] or (lines[place + 1] if place + 1 < len(lines) else "")
-            return f"{where}{found[1]}: {rest}"
-    for place, line in enumerate(lines[:-1]):
-        if "given class_path" in line:
-            return f"{where}{lines[place + 1]}"
-    return " ".join(line for line in lines if line)
+    key = re.search(r'Parser key "([^"]+)"', lines[deepest])
+    return where + (_refused(key[1], said) if key else said[0])
+
+
+def _indent(line: str) -> int:
+    """How deep in the message a line lies: of its words, behind the dash of a list."""
+    return len(line) - len(line.lstrip(" -"))
+
+
+def _refused(option: str, said: list[str]) -> str:
+    """A value of another type than its option's: what was given, and what could have been."""
+    given = next((found[1] for line in said if (found := re.search(r"(?:Given|Got) value: (.*)", line))), None)
+    expected = [found[1] for line in said if (found := re.match(r"Expected an? (.+?)(?:\. Got value: .*)?$", line))]
+    kinds = list(
+        dict.fromkeys(_KINDS.get(kind.split(":")[0], _bare(kind)) for kind in expected if "path but" not in kind)
+    )
+    if given is None or not kinds:
+        return f"{option}: {said[0]}"
+    return str(ConfigError(option, given, "does not fit", f"It takes {' or '.join(kinds)}."))
+
+
+def _bare(kind: str) -> str:
+    """The name of a type as jsonargparse writes it: ``<class 'int'>``, ``typing.Literal['a', 'b']``."""
+    return re.sub(r"^<class '(?:[\w.]*\.)?(\w+)'>$|^typing\.Literal\[(.*)\]$", r"\1\2", kind)
 
 
 def _nearest(owner: str | None, option: str) -> str:

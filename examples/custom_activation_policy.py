@@ -59,9 +59,8 @@ def main(steps: int = 400) -> EAFOController:
         optimizer.step()
         for row in controller.step(step):
             if step % 100 == 0:
-                print(
-                    f"step {step:3d}  {row['site']}  {row['policy']:9}  eps {row['eps']:+.4f}  loss {float(loss):.4f}"
-                )
+                where = f"step {step:3d}  {row['site']}  {row['policy']:9}"
+                print(f"{where}  eps {row['eps']:+.4f}  loss {loss.item():.4f}")
     return controller
 
 

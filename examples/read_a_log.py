@@ -22,7 +22,7 @@ from eafo_dynamic.plots.logs import plot
 
 out = Path(tempfile.mkdtemp())
 run = Path(sys.argv[1]) if len(sys.argv) > 1 else out / "run"
-if not run.exists():
+if len(sys.argv) == 1:
     seed_everything(0, verbose=False)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     callback = EAFOCallback(update_every_n_steps=10, dirpath=run / "eafo", verbose=False)

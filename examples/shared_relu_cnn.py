@@ -65,8 +65,9 @@ def main(steps: int = 200) -> EAFOController:
         nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
         optimizer.step()
         controller.step(step)
-    for name, eps in controller.amplitudes.items():
-        print(f"{name}: {eps.numel()} channels, eps from {eps.min().item():+.3f} to {eps.max().item():+.3f}")
+    for name, amplitude in controller.amplitudes.items():
+        low, high = amplitude.aminmax()
+        print(f"{name}: {amplitude.numel()} channels, from {low.item():+.3f} to {high.item():+.3f}")
     return controller
 
 

@@ -188,13 +188,22 @@ def test_yaml_numbers_written_as_text_are_numbers(tmp_path: Path, monkeypatch: p
     assert CorrectionLog.load(tmp_path / "runs").manifest["options"]["eps_init"] == 1e-3
 
 
+WINE = ["fit", f"--config={ROOT / 'configs/wine_mlp.yaml'}"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["fit", "--config=nowhere.yaml"], "nowhere.yaml"),
         (["fit", "--config=broken.yaml"], "pars"),
-        (["fit", f"--config={ROOT / 'configs/wine_mlp.yaml'}", "--model.class_path=eafo_dynamic.Nope"], "Nope"),
-        (["fit", f"--config={ROOT / 'configs/wine_mlp.yaml'}", "--model.init_args.lr=abc"], "lr"),
+        ([*WINE, "--model.class_path=eafo_dynamic.Nope"], "module 'eafo_dynamic' has no attribute 'Nope'"),
+        (["fit"], "no model is given. Name a configuration that has one: --config FILE."),
+        ([*WINE, "--model.init_args.lr=abc"], "Classifier: lr='abc': does not fit. It takes float."),
+        ([*WINE, "--model.init_args.model.init_args.hidden=abc"], "MLP: hidden='abc': does not fit. It takes "),
+        ([*WINE, "--model=Nope"], "model='Nope': does not fit. It takes a class (package.module.Class) or null."),
+        ([*WINE, "--trainer.max_epochs=three"], "trainer.max_epochs='three': does not fit. It takes int or null."),
+        ([*WINE, "--trainer.precision=33"], "trainer.precision='33': does not fit. It takes 64, 32, 16 or "),
+        ([*WINE, "--trainer.accelerator=gpux"], "trainer: ValueError: You selected an invalid accelerator name"),
         (["log", "summary", "nowhere"], "nowhere"),
         (["log", "layers", "empty"], "empty"),
         (["sites", "no_such_module:make"], "no_such_module"),

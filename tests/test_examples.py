@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from eafo_dynamic import CorrectionLog
+from eafo_dynamic.errors import LogError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "gallery")
@@ -72,11 +73,13 @@ def test_shared_relu_cnn(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(eps.shape == (16,) for eps in controller.bank.eps), "one amplitude a channel"
     shared = controller.model.blocks[0].relu
     assert isinstance(shared, torch.nn.ReLU) and shared.inplace
-    assert "blocks.0.relu#1: relu" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "blocks.0.relu#1: relu" in shown and "stem.2.eafo_0_lift: 16 channels, from " in shown
 
 
-def test_custom_activation_policy() -> None:
-    controller = example("custom_activation_policy")["main"](steps=40)
+def test_custom_activation_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    controller = example("custom_activation_policy")["main"](steps=100)
+    assert "step 100  1  sign step" in capsys.readouterr().out
     assert [policy.name for policy in controller.policies] == ["sign step", "learned"]
     first = [row["eps"] for row in controller.records if row["policy"] == "sign step"]
     steps = [round(b - a, 6) for a, b in zip([0.01, *first], first, strict=False)]
@@ -94,6 +97,12 @@ def test_read_a_log(
     assert len(names["frame"]) == len(run[1])
     shown = capsys.readouterr().out
     assert "net.6" in shown and "correlation of predicted and measured" in shown
+
+
+def test_read_a_log_trains_nothing_where_a_run_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["read_a_log.py", str(tmp_path / "mistyped")])
+    with pytest.raises(LogError, match="mistyped"):
+        example("read_a_log")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
