@@ -887,7 +887,7 @@ def test_site_is_idle_only_where_it_changes_nothing() -> None:
         assert site.idle(host)
         host.get_parameter(site.keys[0]).fill_(0.1)
         assert not site.idle(host)
-    site.switch.enabled = False
+    site.enabled = False
     assert site.idle(host)
     site.switch.collecting = True
     assert not site.idle(host)
