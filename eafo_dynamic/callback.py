@@ -110,7 +110,7 @@ class EAFOCallback(Callback):
         density: str | Callable[[Tensor], Density] = "gaussian",
         terms: str = "auto",
         eps_init: float = 0.01,
-        max_eps: float = 0.5,
+        max_eps: float = 1.0,
         max_delta: float = 0.5,
         update_every_n_steps: int = 50,
         update_every_n_epochs: int | None = None,

@@ -126,7 +126,7 @@ class TrustRegion:
         ConfigError: if a bound is not positive.
     """
 
-    max_eps: float = 0.5
+    max_eps: float = 1.0
     max_delta: float = 0.5
 
     def __post_init__(self) -> None:

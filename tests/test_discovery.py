@@ -260,7 +260,7 @@ def test_a_plain_checkpoint_goes_on_and_gets_its_sites_at_the_first_batch(tmp_pa
     host.fit(Net(), DataLoader(Once(), 16), ckpt_path=tmp_path / "plain.ckpt")
     assert sites_of(callback) == SITES
     weights, _, eps = host.optimizers[0].param_groups
-    assert eps["lr"] == pytest.approx(5.0 * weights["lr"])
+    assert eps["lr"] == pytest.approx(10.0 * weights["lr"])
 
 
 class _LateData(TensorDataset):

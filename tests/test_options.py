@@ -20,7 +20,7 @@ BAD: list[tuple[str, Any]] = [
     ("policy", []),
     ("density", "kde"),
     ("density", 3),
-    ("eps_init", 0.6),
+    ("eps_init", 1.1),
     ("eps_init", math.nan),
     ("max_eps", 0.0),
     ("max_delta", -1.0),
@@ -64,9 +64,9 @@ class _Nothing:
 
 
 def test_compounding_leaves_eps_one_half_of_its_bound() -> None:
-    Options(compounding=True, eps_init=0.25)
-    with pytest.raises(ConfigError, match=r"eps_init=0\.3: with compounding, eps has half of max_eps=0\.5"):
-        Options(compounding=True, eps_init=0.3)
+    Options(compounding=True, eps_init=0.5)
+    with pytest.raises(ConfigError, match=r"eps_init=0\.6: with compounding, eps has half of max_eps=1\.0"):
+        Options(compounding=True, eps_init=0.6)
 
 
 def test_parts_are_made_of_the_options() -> None:

@@ -274,12 +274,12 @@ def test_bounds_that_cannot_work(option: str, value: float) -> None:
     assert_names(error, option, value)
 
 
-@pytest.mark.parametrize("eps", [0.51, -0.51, math.nan, "0.1"])
+@pytest.mark.parametrize("eps", [1.01, -1.01, math.nan, "0.1"])
 def test_a_start_outside_the_region(eps: float) -> None:
     with pytest.raises(ConfigError) as error:
         TrustRegion().check_start(eps)
     assert_names(error, "eps_init", eps)
-    TrustRegion().check_start(-0.5)
+    TrustRegion().check_start(-1.0)
 
 
 def test_no_bound_at_all_is_a_choice() -> None:
