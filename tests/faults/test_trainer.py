@@ -119,7 +119,7 @@ def test_averages_know_the_corrections_in_either_order(tmp_path: Path, kind: Any
     states = []
     for order in ("before", "after"):
         feature = Feature({"max_epochs": 3}, **{order: [partial(kind, **given)]})
-        plugin = EAFOCallback(eps_init=0.2, update_every_n_steps=EVERY, save_log=False, verbose=False)
+        plugin = EAFOCallback(eps_init=0.2, lr_multiple=5.0, update_every_n_steps=EVERY, save_log=False, verbose=False)
         host, _ = fit(tmp_path / order, feature, plugin)
         (average,) = [each for each in host.callbacks if type(each) is kind]
         states.append(average._average_model.state_dict())
