@@ -141,7 +141,7 @@ def edited(tmp_path: Path, **init_args: Any) -> Path:
         ("density", "gauss", "density='gauss': no such density"),
         ("target_modules", ["Nope"], "target_modules='Nope' matches no activation"),
         ("update_every_n_steps", -3, "update_every_n_steps=-3: must be at least 1"),
-        ("eps_init", 0.9, "eps_init=0.9: outside the trust region |eps| <= max_eps=0.5"),
+        ("eps_init", 1.9, "eps_init=1.9: outside the trust region |eps| <= max_eps=1.0"),
         ("eps_init", "abc", "eps_init"),
         ("eps_inti", 0.1, "unknown option 'eps_inti'. Did you mean 'eps_init'?"),
         ("samples_per_site", 1, "samples_per_site=1: must be at least 16"),

@@ -218,7 +218,7 @@ def test_rules_that_cannot_work(rules: list[Rule], message: str) -> None:
         ({"collect_every_n_steps": 0}, ConfigError, "collect_every_n_steps=0"),
         ({"collect_every_n_steps": 100}, ConfigError, "larger than update_every_n_steps=50"),
         ({"freeze_at_step": -5}, ConfigError, "freeze_at_step=-5"),
-        ({"eps_init": 0.9}, ConfigError, "eps_init=0.9.*max_eps=0.5"),
+        ({"eps_init": 1.9}, ConfigError, "eps_init=1.9.*max_eps=1.0"),
         ({"eps_init": math.nan}, ConfigError, "eps_init=nan"),
         ({"max_eps": 0.0}, ConfigError, "max_eps=0.0"),
         ({"max_delta": -1.0}, ConfigError, "max_delta=-1.0"),
