@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eafo_dynamic.compare.paired import Paired, labelled, main_reference
+from eafo_dynamic.compare.plan import value_text
 from eafo_dynamic.compare.results import Cell
 from eafo_dynamic.errors import LogError
 from eafo_dynamic.plots.style import DARK, LIGHT, Style, drawing
@@ -240,7 +241,7 @@ def _label_direction(axes: Axes, pairs: Sequence[Paired], percent: bool, upright
 
 def _mark_values(axes: Axes, places: Sequence[float], values: Sequence[Any], numeric: bool) -> None:
     if not numeric:
-        axes.set_xticks(places, [str(value) for value in values])
+        axes.set_xticks(places, [value_text(value).replace("+", "\n") for value in values])
         axes.set_xlim(-0.6, len(places) - 0.4)
         return
     if min(places) > 0 and max(places) / min(places) >= 8:

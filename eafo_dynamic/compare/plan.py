@@ -14,7 +14,7 @@ import yaml
 from eafo_dynamic.checks import at_least
 from eafo_dynamic.errors import ConfigError
 
-__all__ = ["Arm", "Plan", "read_plan", "read_yaml"]
+__all__ = ["Arm", "Plan", "read_plan", "read_yaml", "value_text"]
 
 Options = dict[str, Any]
 
@@ -258,15 +258,23 @@ def _swept(sweep: Options) -> tuple[str, list[Arm]]:
         part, _, key = option.partition(".")
         options[part] = {**(options.get(part) or {}), key: value} if key else value
         if options.get("against") is not None:
-            options["against"] = str(options["against"]).replace("{}", _text(value))
+            options["against"] = str(options["against"]).replace("{}", value_text(value))
         short = key.rpartition(".")[2] or part
-        arms.append(_arm(f"{short}={_text(value)}", options, swept=value))
+        arms.append(_arm(f"{short}={value_text(value)}", options, swept=value))
     return option, arms
 
 
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A value of a sweep as it stands in the name of its arm.
+
+    Args:
+        value: a number, a text, a list of such or a class with its arguments.
+
+    Returns:
+        For example ``0.01`` or ``model.2+model.4``.
+    """
     if isinstance(value, (list, tuple)):
-        return "+".join(_text(each) for each in cast("Sequence[Any]", value))
+        return "+".join(value_text(each) for each in cast("Sequence[Any]", value))
     if isinstance(value, Mapping):
         return re.sub(r"[^\w.=+-]", "", str(cast("Mapping[str, Any]", value).get("class_path", value)))
     return re.sub(r"[^\w .,=+-]", "", f"{value:g}" if isinstance(value, float) else str(value))
