@@ -201,6 +201,8 @@ def kernel() -> TritonKernel:
 
 @needs_gpu
 @needs_triton
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode", "ignore:TensorFloat32 tensor cores")
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream", "ignore:.*torch.jit.script_method")
 class TestOnADevice:
     """What a machine with a GPU runs."""
 

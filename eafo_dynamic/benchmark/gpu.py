@@ -32,9 +32,9 @@ def gpu_cases(quick: bool) -> Iterator[Row]:
     backend = resolve_backend("auto", device)
     n, pairs = (1 << 22, 5) if quick else (1 << 28, 11)
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-        z = torch.randn(n, dtype=dtype, device=device).requires_grad_()
-        grad, source, target = torch.randn_like(z), z.detach(), torch.empty_like(z.detach())
-        copy = _replayed(lambda target=target, source=source: target.copy_(source))
+        source = torch.randn(n, dtype=dtype, device=device)
+        grad, target = torch.randn_like(source), torch.empty_like(source)
+        copy = _waited_for(lambda target=target, source=source: target.copy_(source))
         channels = CRReLU()
         channels.eps = nn.Parameter(torch.full((256,), 0.01))
         units: dict[str, nn.Module] = {
@@ -52,20 +52,20 @@ def gpu_cases(quick: bool) -> Iterator[Row]:
             "three-line CRReLU": ThreeLineCRReLU(),
         }
         for case, unit in units.items():
-            x, g = (each.view(-1, 256) if "channel" in case else each for each in (z, grad))
-            run = _replayed(both_ways(unit.to(device), x, g))
-            found = paired(run, copy, pairs)
+            x, g = (each.view(-1, 256) if "channel" in case else each for each in (source, grad))
+            graph = _captured(both_ways(unit.to(device), x.detach().requires_grad_(), g))
+            found = paired(_waited_for(graph.replay), copy, pairs)
             floor = _MOVED / 2  # a copy moves two numbers an element
             times = {"ms": found.ms / _REPLAYS, "beside_ms": floor * found.beside_ms / _REPLAYS}
             more = {"low": found.low / floor, "high": found.high / floor, **times}
             yield row(f"{case}, {name}", "floor", found.ratio / floor, None, "x", **more)
         found = paired(copy, copy, pairs)
-        moved = 2 * z.nbytes * _REPLAYS
-        yield row(f"copy of {z.nbytes >> 20} MB, {name}", "", 1e-6 * moved / found.beside_ms, None, "GB/s")
+        moved = 2 * source.nbytes * _REPLAYS
+        yield row(f"copy of {source.nbytes >> 20} MB, {name}", "", 1e-6 * moved / found.beside_ms, None, "GB/s")
 
 
-def _replayed(run: Callable[[], object]) -> Callable[[], None]:
-    """The same as a graph, several times in a row, and waited for."""
+def _captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of what a function does."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -75,10 +75,15 @@ def _replayed(run: Callable[[], object]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
+    return graph
 
-    def replay() -> None:
+
+def _waited_for(run: Callable[[], object]) -> Callable[[], None]:
+    """The same several times in a row, and to its end."""
+
+    def repeated() -> None:
         for _ in range(_REPLAYS):
-            graph.replay()
+            run()
         torch.cuda.synchronize()
 
-    return replay
+    return repeated

@@ -18,9 +18,10 @@ from eafo_dynamic.kernels.terms import Terms, channels_of
 
 __all__ = ["EVERY_BASE", "TritonKernel", "code_of"]
 
-_TILE = 1024  # elements: eight a thread, 16 bytes of half precision
+_TILE, _WARPS = 1024, 4  # elements and warps of 32 threads: eight a thread, 16 bytes of half precision
 _LARGE = 1 << 22  # elements from which on a program of the backward goes several tiles
 _STEPS = 4
+_HERE = nullcontext()
 _RELU, _NOTHING, _LEAKY = 1, 5, 6  # as in the code
 EVERY_BASE = frozenset(range(1, 7))
 """Codes of all bases that the code has."""
@@ -162,6 +163,7 @@ class TritonKernel:
             "PRECISE": not self._code.INTERPRETED,
             "ROWS": rows,
             "COLUMNS": columns,
+            "num_warps": _WARPS,
         }
 
 
@@ -206,4 +208,5 @@ def _numbers(terms: Terms, inside: Known | None) -> tuple[float, float, float]:
 
 def _on(z: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be that of z."""
-    return torch.cuda.device(z.device) if z.is_cuda else nullcontext()
+    elsewhere = z.is_cuda and torch.cuda.current_device() != z.get_device()
+    return torch.cuda.device(z.device) if elsewhere else _HERE
