@@ -107,7 +107,7 @@ class Switch:
 
     Args:
         collecting: whether forwards leave a sample of their pre-activations.
-        backend: what computes them for plain tensors on the CPU.
+        backend: what computes them for plain tensors.
     """
 
     collecting: bool = False
@@ -361,11 +361,12 @@ def describe_state(eps: Tensor, shape: Tensor, backend: Backend = "auto", lift: 
     Args:
         eps: amplitude, 0-dim or one a channel (then their mean is shown).
         shape: mu and sigma.
-        backend: what was asked for; shown is what tensors on the CPU get.
+        backend: what was asked for; shown is what tensors get where the site is.
         lift: likewise, where terms are free.
 
     Returns:
-        For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``; without the last off the CPU.
+        For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``; without the last on other
+        devices than a CPU and CUDA.
     """
     if eps.is_meta or shape.is_meta:
         return "eps, mu, sigma on meta"
@@ -373,4 +374,4 @@ def describe_state(eps: Tensor, shape: Tensor, backend: Backend = "auto", lift: 
     amplitudes = {"eps": eps} if lift is None else {"eps": eps, "lift": lift}
     values = {name: float(each.detach().mean()) if each.numel() else math.nan for name, each in amplitudes.items()}
     state = ", ".join(f"{name}={value:+.4f}" for name, value in values.items()) + f", mu={mu:+.3f}, sigma={sigma:.3f}"
-    return f"{state}, backend={resolve_backend(backend)}" if eps.device.type == "cpu" else state
+    return f"{state}, backend={resolve_backend(backend, eps.device)}" if eps.device.type in ("cpu", "cuda") else state

@@ -81,8 +81,8 @@ class EAFOCallback(Callback):
         compounding: each round settles the correction so far and corrects the corrected function, in place of
             refreshing the correction of the base.
         resolution: r of the resolution-r entropy, in standard deviations of the output.
-        backend: what computes activations on a CPU: "native", compiled from C on this machine; "eager",
-            torch's operations; "auto", native where there is a C compiler.
+        backend: what computes activations: "native", compiled from C on this machine, on a CPU; "triton", on CUDA;
+            "eager", torch's operations; "auto", native and triton where they can be had.
         rollback_factor: undo a round after which the mean training loss is larger than before it by more than this
             factor; None: never.
         log_every_n_steps: optimiser steps between aggregates sent to the loggers; None: at every update round.

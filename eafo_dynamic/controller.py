@@ -73,7 +73,7 @@ class EAFOController:
         self._losses = LossWatch(self.options.rollback_factor)
         self._undo: Functions | None = None  # what the last round replaced
         self._gradient: Tensor | None = None
-        hosted = wrap(model, self.report, self.options.eps_init, **self.options.form)
+        hosted = wrap(model, self.report, self.options.eps_init, backend=self.options.backend, **self.options.form)
         self.bank = Bank(model, hosted)
         self._prepare()
 
@@ -152,8 +152,8 @@ class EAFOController:
 
     @property
     def backend(self) -> str:
-        """What computes activations on a CPU: "native" or "eager"."""
-        return resolve_backend(self.options.backend)
+        """What computes activations where the model is: "native", "eager", "triton" or "formula"."""
+        return resolve_backend(self.options.backend, self.bank.device)
 
     @property
     def collecting(self) -> bool:

@@ -29,7 +29,7 @@ from eafo_dynamic.frames import (
     route,
 )
 from eafo_dynamic.functional import unbound
-from eafo_dynamic.kernels import is_correctable, known_module
+from eafo_dynamic.kernels import is_correctable, known_module, prepare
 from eafo_dynamic.written import Node
 
 __all__ = ["ACTIVATION", "ENTRY_POINTS", "OWNER", "Hosting", "become", "is_activation", "plain_view", "revert"]
@@ -114,6 +114,8 @@ class Hosting:
                 now.data = tensor.to(now.device, torch.float32)
                 if now.grad is not None:
                     now.grad.data = now.grad.data.to(torch.float32)
+        for site in self.eafo_sites:
+            prepare(getattr(host, site.keys[0]).device, site.switch.backend)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -246,7 +246,7 @@ def wrap_from_manifest(model: nn.Module, saved: Mapping[str, Any], present: Site
     report = report_from_manifest(model, saved)
     try:
         with legible(_DAMAGED):
-            wrap(model, report, **{key: bool(saved[key]) for key in _FORM})
+            wrap(model, report, backend="auto", **{key: bool(saved[key]) for key in _FORM})
     except SiteError:
         unwrap(model)
         raise

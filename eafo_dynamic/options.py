@@ -49,8 +49,8 @@ class Options:
         compounding: each round settles the correction so far and corrects the corrected function, in place of
             refreshing the correction of the base.
         resolution: r of the resolution-r entropy, in standard deviations of the output.
-        backend: what computes activations on a CPU: "native", compiled from C on this machine; "eager",
-            torch's operations; "auto", native where there is a C compiler.
+        backend: what computes activations: "native", compiled from C on this machine, on a CPU; "triton", on CUDA;
+            "eager", torch's operations; "auto", native and triton where they can be had.
         rollback_factor: undo a round after which the mean training loss is larger than before it by more than this
             factor; None: never. Needs the losses, see ``EAFOController.observe_loss``.
     """
@@ -83,8 +83,8 @@ class Options:
         if self.filter_fn is not None and not callable(self.filter_fn):
             mend = "Give a function of (module, FQN) that says whether to wrap."
             raise ConfigError("filter_fn", self.filter_fn, "not a function", mend)
-        if check_backend(self.backend) == "native":
-            resolve_backend("native")  # an error where there is no compiler
+        if check_backend(self.backend) in ("native", "triton"):
+            resolve_backend(self.backend)  # an error where there is no compiler, or no GPU
         _ = (self.selection, self.schedule, make_rules(self.policy), make_estimator(self.density))
         self._check_terms()
         self.trust_region.check_start(self.eps_init)

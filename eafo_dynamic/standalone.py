@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from eafo_dynamic.activation import (
 from eafo_dynamic.bases import as_base
 from eafo_dynamic.correction import table_half_width
 from eafo_dynamic.density import Density
-from eafo_dynamic.kernels import Terms, correction_value, is_correctable, known_module, per_channel
+from eafo_dynamic.kernels import Terms, correction_value, is_correctable, known_module, per_channel, prepare
 
 __all__ = ["CRReLU", "CorrectedActivation"]
 
@@ -62,6 +63,11 @@ class CorrectedActivation(nn.Module):
         register(self, "table", None if lift is not None else shape_table(as_base(base), density))
         register(self, "offset", None)
         self.half_width = table_half_width()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        prepare(self.eps.device)
+        return self
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         """Calls ``forward``.

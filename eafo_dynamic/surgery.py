@@ -19,6 +19,7 @@ from eafo_dynamic.bases import Base, as_base
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.functional import function_base
 from eafo_dynamic.hosting import ACTIVATION, OWNER, Hosting, become, plain_view, revert
+from eafo_dynamic.kernels import Backend, prepare
 from eafo_dynamic.listener import forget_sites
 from eafo_dynamic.sites import FoundSite, SiteReport, find_sites
 from eafo_dynamic.statistics import Collector
@@ -85,6 +86,7 @@ def wrap(
     per_channel: bool = False,
     compounding: bool = False,
     free: bool = False,
+    backend: Backend = "auto",
 ) -> list[tuple[nn.Module, Site]]:
     """Gives every selected activation call of a model its correction, in place.
 
@@ -99,6 +101,7 @@ def wrap(
         per_channel: whether every channel has an amplitude of its own.
         compounding: whether each round settles the correction so far and corrects the corrected function.
         free: whether the two terms of a correction have an amplitude each.
+        backend: what computes the functions, see Options; of new models, not of one that is wrapped already.
 
     Returns:
         Pairs (host, site) in the order of the report; all that exist if the report has nothing to add to them.
@@ -112,13 +115,15 @@ def wrap(
             return hosted_sites(model)
         raise SiteError(_nothing_to_wrap(model, report))
     existing = hosted_sites(model)
-    switch = existing[0][1].switch if existing else Switch()
+    switch = existing[0][1].switch if existing else Switch(backend=backend)
     form = Form(eps_init, tabulated, per_channel, compounding, free)
     if per_channel:
         for found in report.wrapped:
             _channels(found)
     hosted = [_install(model, found, switch, form) for found in report.wrapped]
     _guard(model, report)
+    for device in {getattr(host, site.keys[0]).device for host, site in hosted}:
+        prepare(device, switch.backend)
     return hosted
 
 

@@ -18,6 +18,7 @@ from eafo_dynamic.benchmark.timing import kept_bytes, milliseconds, peak_bytes
 from eafo_dynamic.cli import main
 from eafo_dynamic.cli.bench import GROUPS as NAMES
 
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a CUDA device")
 FIELDS = {"group", "case", "beside", "value", "unit", "target"}
 
 
@@ -130,6 +131,14 @@ def test_quick_groups_measure(group: str) -> None:
     assert heard == [row["case"] for row in rows] and {row["group"] for row in rows} == {group}
 
 
+def test_a_gpu_is_measured_where_there_is_one() -> None:
+    rows = run_benchmark(["gpu"], True)
+    if not torch.cuda.is_available():
+        assert rows == []
+        pytest.skip("torch sees no CUDA device")
+    assert_rows_are_complete(rows)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["growth", "step"])
 def test_quick_groups_of_whole_steps_measure(group: str) -> None:
@@ -186,6 +195,7 @@ def test_command_prints_rows_for_programs(capsys: pytest.CaptureFixture[str]) ->
     [
         (["--only", "kernel"], "kernel"),
         (["--threads", "0"], "--threads"),
+        pytest.param(["--only", "gpu"], "CUDA", marks=no_gpu),
         (["--json", "/no/such/folder/x.json"], "--json"),
     ],
 )

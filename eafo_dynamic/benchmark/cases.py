@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from eafo_dynamic.benchmark.gpu import gpu_cases
 from eafo_dynamic.benchmark.limits import floor_cases, memory_cases
 from eafo_dynamic.benchmark.peers import Pade, ThreeLineCRReLU, hook_statistics, observer
 from eafo_dynamic.benchmark.rows import Eager, Row, both_ways, compare, row
@@ -164,6 +165,7 @@ GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "activation": activation_cases,
     "memory": memory_cases,
     "floor": floor_cases,
+    "gpu": gpu_cases,
     "statistics": statistics_cases,
     "round": round_cases,
     "start": start_cases,

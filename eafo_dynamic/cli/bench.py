@@ -16,7 +16,7 @@ __all__ = ["register"]
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"  # pyright: ignore[reportPrivateUsage]
 
-GROUPS = ("activation", "memory", "floor", "statistics", "round", "start", "growth", "step")
+GROUPS = ("activation", "memory", "floor", "gpu", "statistics", "round", "start", "growth", "step")
 
 _DESCRIPTION = """\
 Measure what the corrections cost on this machine. Ratios are medians over pairs measured in alternation in
@@ -56,6 +56,8 @@ def _run(args: argparse.Namespace) -> int:
 
     import torch
 
+    if args.only == ["gpu"] and not torch.cuda.is_available():
+        raise ConfigError("--only", "gpu", "torch sees no CUDA device", "Leave it out, or measure where there is one.")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     rows = _measured(args.only, args.quick)
@@ -103,7 +105,7 @@ def machine() -> dict[str, Any]:
     """What the numbers belong to.
 
     Returns:
-        Processor, cores, threads, versions and the back end.
+        Processor, cores, threads, versions, the back end of a CPU, and the GPU.
     """
     import os
     import platform
@@ -127,4 +129,5 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "eafo_dynamic": __version__,
         "backend": resolve_backend("auto"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

@@ -1,13 +1,16 @@
-"""Base plus correction: one equation (formula), a traceable form of it, and faster ways to compute it on a CPU.
+"""Base plus correction: one equation (formula), a traceable form of it, and faster ways to compute it.
 
 - ``formula`` is the equation as operations that autograd, compilers, transforms and every device understand.
-- ``native`` computes it in one pass each way, compiled from C on the user's machine.
+- ``native`` computes it in one pass each way on a CPU, compiled from C on the user's machine.
+- ``gpu`` computes it likewise on CUDA devices, by ``triton_code``; ``gpu_check`` holds that against the formula first.
 - ``eager`` computes it by torch's operations, in place and by parts, where there is no compiler.
 - ``layouts`` knows which tensors can be corrected at all, and the values inside nested ones.
 - ``rounds`` has what an update round asks of all samples, compiled with it.
-- ``fused`` chooses, and joins the backward of base and correction, so that the input alone is kept.
+- ``choice`` knows the back ends by name, and which of them a device gets.
+- ``fused`` joins the backward of base and correction, so that the input alone is kept.
 """
 
+from eafo_dynamic.kernels.choice import BACKENDS, Backend, check_backend, prepare, resolve_backend, round_kernel
 from eafo_dynamic.kernels.formula import (
     MAX_U,
     bell,
@@ -17,15 +20,7 @@ from eafo_dynamic.kernels.formula import (
     ghat_closed_form,
     ghat_table,
 )
-from eafo_dynamic.kernels.fused import (
-    BACKENDS,
-    Backend,
-    check_backend,
-    corrected,
-    corrected_,
-    resolve_backend,
-    round_kernel,
-)
+from eafo_dynamic.kernels.fused import corrected, corrected_
 from eafo_dynamic.kernels.known import Known, known_function, known_module
 from eafo_dynamic.kernels.layouts import corrected_nested, describe, is_correctable, per_channel, size_of, values_of
 from eafo_dynamic.kernels.rounds import RoundKernel, Smoothed
@@ -54,6 +49,7 @@ __all__ = [
     "known_function",
     "known_module",
     "per_channel",
+    "prepare",
     "resolve_backend",
     "round_kernel",
     "size_of",

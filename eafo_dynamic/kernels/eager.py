@@ -37,6 +37,19 @@ class EagerKernel:
         return z.dtype in (torch.float32, torch.float64) and not terms.eps.dim() and not both
 
     @staticmethod
+    def inside(z: Tensor, terms: Terms, known: Known) -> Known | None:
+        """No base is computed in the same pass.
+
+        Args:
+            z: pre-activations.
+            terms: the other operands.
+            known: the base.
+
+        Returns:
+            None.
+        """
+
+    @staticmethod
     def add(out: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> None:
         """Adds c(z) to the base's output, in place; see the compiled kernel.
 

@@ -6,25 +6,21 @@ f(z) = base(z) + c(z),   f'(z) = base'(z) + c'(z)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.kernels.choice import Backend, demanded_kernel
 from eafo_dynamic.kernels.eager import EagerKernel
 from eafo_dynamic.kernels.formula import correction_of
 from eafo_dynamic.kernels.known import NOTHING, Known
 from eafo_dynamic.kernels.native import native_kernel
-from eafo_dynamic.kernels.rounds import RoundKernel
 from eafo_dynamic.kernels.terms import Terms, is_dense
 
-__all__ = ["BACKENDS", "Backend", "check_backend", "corrected", "corrected_", "resolve_backend", "round_kernel"]
-
-Backend = Literal["auto", "eager", "native"]
-BACKENDS: tuple[Backend, ...] = ("auto", "eager", "native")
+__all__ = ["corrected", "corrected_"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _EAGER = EagerKernel()
@@ -34,71 +30,16 @@ _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Kernel(Protocol):
-    """A back end: the two functions that the equation needs."""
+    """A back end: the two functions that the equation needs, and which bases it computes in the same pass."""
 
     name: str
 
     def takes(self, z: Tensor, terms: Terms) -> bool: ...
+    def inside(self, z: Tensor, terms: Terms, known: Known) -> Known | None: ...
     def add(self, out: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> None: ...
     def add_gradient(
         self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None
     ) -> tuple[Tensor, Tensor | None]: ...
-
-
-def check_backend(backend: str) -> Backend:
-    """The back end of that name.
-
-    Args:
-        backend: "auto", "eager" or "native".
-
-    Returns:
-        The same.
-
-    Raises:
-        ConfigError: if there is none of that name.
-    """
-    for known in BACKENDS:
-        if backend == known:
-            return known
-    raise ConfigError("backend", backend, "is no back end", f"Choose one of {', '.join(BACKENDS)}.")
-
-
-def resolve_backend(backend: Backend) -> Literal["eager", "native"]:
-    """Which back end plain tensors on the CPU get; the first call on a machine compiles, about 1 s.
-
-    Native takes float32, bfloat16 and float16, with one amplitude for all or one a channel; eager takes float32 and
-    float64 with one for all. What neither takes goes by the traceable formula.
-
-    Args:
-        backend: what was asked for; "auto" is native where it can be had.
-
-    Returns:
-        The back end.
-
-    Raises:
-        ConfigError: if "native" was asked for and there is no compiler that makes it.
-    """
-    if backend == "eager":
-        return "eager"
-    if native_kernel() is not None:
-        return "native"
-    if backend == "native":
-        mend = "Install cc, gcc or clang, or name one in the environment variable CC; or leave it at 'auto'."
-        raise ConfigError("backend", backend, "needs a C compiler that makes a working library", mend)
-    return "eager"
-
-
-def round_kernel(backend: Backend) -> RoundKernel | None:
-    """What computes update rounds on the CPU.
-
-    Args:
-        backend: what was asked for.
-
-    Returns:
-        The compiled functions; None for torch's operations.
-    """
-    native = native_kernel() if backend != "eager" else None
-    return None if native is None else native.rounds
 
 
 def corrected(
@@ -118,7 +59,7 @@ def corrected(
         base: the base function, out of place.
         terms: amplitude, shape and tables.
         known: the same base with its derivative, where that is known.
-        backend: what to compute plain CPU tensors with.
+        backend: what to compute plain tensors with.
 
     Returns:
         f(z), of the shape and dtype of z; differentiable in z, eps and lift, also twice.
@@ -149,7 +90,7 @@ def corrected_(
         base: the base function; it may overwrite its argument.
         terms: amplitude, shape and tables.
         known: the same base with its derivative, where that is known.
-        backend: what to compute plain CPU tensors with.
+        backend: what to compute plain tensors with.
 
     Returns:
         z.
@@ -177,17 +118,21 @@ def _wants_gradient(z: Tensor, terms: Terms) -> bool:
 
 
 def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
-    """The back end for these tensors; None where they are not plain, dense ones on the CPU."""
+    """The back end for these tensors; None where they are not plain, dense ones on a CPU or a CUDA device."""
     eps = terms.eps
     if torch.compiler.is_compiling() or type(z) not in _PLAIN or type(eps) not in _PLAIN:
         return None
-    if z.device.type != "cpu" or (eps.dim() and not is_dense(z)):
+    on_gpu = z.device.type == "cuda"
+    if not (on_gpu or z.device.type == "cpu") or (eps.dim() and not is_dense(z)):
         return None
     # transforms, tracers and modes that watch operations must see operations
     watched = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
     watched |= forward_ad._current_level >= 0
     if watched or torch.jit.is_tracing() or not (eps.device == terms.shape.device == z.device):
         return None
+    if on_gpu:
+        kernel = demanded_kernel(z.device, backend)
+        return kernel if kernel is not None and kernel.takes(z, terms) else None
     if backend != "eager":
         native = native_kernel()
         if native is not None and native.takes(z, terms):
@@ -195,23 +140,8 @@ def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
     return _EAGER if _EAGER.takes(z, terms) else None
 
 
-def _inside(known: Known, terms: Terms, kernel: _Kernel) -> Known | None:
-    """The base, if the kernel may compute it itself; an eps of 0 wants the bits of torch's own."""
-    # the closed form without a lift is that of piecewise linear functions, and compiled for no others
-    able = known.code == 1 or (known.code > 1 and (terms.table is not None or terms.lift is not None))
-    return known if able and kernel is not _EAGER and _acts(terms) else None
-
-
-def _acts(terms: Terms) -> bool:
-    """Whether no amplitude leaves its part of the tensor as it is."""
-    eps, lift = terms.eps, terms.lift
-    if not eps.dim():
-        return bool(eps.item()) or (lift is not None and bool(lift.item()))
-    return bool((eps.ne(0) if lift is None else eps.ne(0) | lift.ne(0)).all().item())
-
-
 def _forward(z: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> Tensor:
-    inside = _inside(known, terms, kernel) if is_dense(z) else None
+    inside = kernel.inside(z, terms, known) if is_dense(z) else None
     out = known.value(z) if inside is None else torch.empty_like(z)
     _add(out, z, terms, inside, kernel)
     return out
@@ -229,7 +159,7 @@ def _add(out: Tensor, z: Tensor, terms: Terms, inside: Known | None, kernel: _Ke
 
 
 def _overwrite(z: Tensor, kept: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> None:
-    inside = _inside(known, terms, kernel) if is_dense(z) else None
+    inside = kernel.inside(z, terms, known) if is_dense(z) else None
     if inside is None or (z.is_inference() and not torch.is_inference_mode_enabled()):  # where torch refuses to write
         z.copy_(known.value(kept))
     _add(z, kept, terms, inside, kernel)
@@ -277,9 +207,11 @@ def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Grad
     terms = Terms(eps, shape, table, offset, ctx.half_width, lift)
     if torch.is_grad_enabled() or not _is_plain(grad, z):
         return _traceable(z, terms, ctx.known, grad, needed)
-    if ctx.known is NOTHING and offset is None and not eps.any().item() and not (lift is not None and lift.any()):
+    # only where a look at the amplitudes costs nothing
+    quiet = z.is_cpu and ctx.known is NOTHING and offset is None
+    if quiet and not eps.any().item() and not (lift is not None and lift.any()):
         needed = (False, *needed[1:])  # nothing to add, not even zeros in another order of memory
-    inside = _inside(ctx.known, terms, ctx.kernel) if is_dense(z) else None
+    inside = ctx.kernel.inside(z, terms, ctx.known) if is_dense(z) else None
     # from the gradient as it came and in torch's own order of memory: its loops over gaps, and the sums that layers
     # before this one make of the result, differ from those over other orders in the last bit
     out = ctx.known.gradient(grad, z) if inside is None else torch.empty_like(z)

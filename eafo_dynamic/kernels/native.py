@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import platform
 import shutil
@@ -24,7 +23,7 @@ from torch import Tensor
 from eafo_dynamic.kernels.formula import MAX_U, correction_of
 from eafo_dynamic.kernels.known import INSIDE, Known
 from eafo_dynamic.kernels.rounds import RoundKernel
-from eafo_dynamic.kernels.terms import Terms
+from eafo_dynamic.kernels.terms import Terms, channels_of
 
 __all__ = ["NativeKernel", "native_kernel"]
 
@@ -80,11 +79,27 @@ class NativeKernel:
         """
         if terms.lift is not None and (terms.table is not None or terms.lift.shape != terms.eps.shape):
             return False
-        if z.dtype not in _TYPES or (terms.eps.dim() and _channels(z, terms.eps) is None):
+        if z.dtype not in _TYPES or (terms.eps.dim() and channels_of(z, terms.eps) is None):
             return False
         if terms.offset is not None and (terms.table is None or terms.table.shape != terms.offset.shape):
             return False
         return terms.table is None or terms.table.shape[-1] <= _MOST_INTERVALS
+
+    @staticmethod
+    def inside(z: Tensor, terms: Terms, known: Known) -> Known | None:
+        """The base, if it may be computed in the same pass; an eps of 0 wants the bits of torch's own.
+
+        Args:
+            z: pre-activations, dense.
+            terms: the other operands.
+            known: the base.
+
+        Returns:
+            The same, or None.
+        """
+        # the closed form without a lift is that of piecewise linear functions, and compiled for no others
+        able = known.code == 1 or (known.code > 1 and (terms.table is not None or terms.lift is not None))
+        return known if able and _acts(terms) else None
 
     def add(self, out: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> None:
         """Adds c(z) to the base's output, in place.
@@ -131,6 +146,14 @@ class NativeKernel:
         return by_eps, None if terms.lift is None else by_lift
 
 
+def _acts(terms: Terms) -> bool:
+    """Whether no amplitude leaves its part of the tensor as it is."""
+    eps, lift = terms.eps, terms.lift
+    if not eps.dim():
+        return bool(eps.item()) or (lift is not None and bool(lift.item()))
+    return bool((eps.ne(0) if lift is None else eps.ne(0) | lift.ne(0)).all().item())
+
+
 def _is_simple(z: Tensor, terms: Terms) -> bool:
     return z.dtype == torch.float32 and not terms.eps.dim()
 
@@ -146,27 +169,9 @@ def _float32(terms: Terms) -> Terms:
 
 def _layout(z: Tensor, terms: Terms) -> tuple[int, int, int]:
     """Type, number of channels, and how many elements of a channel lie side by side."""
-    channels = _channels(z, terms.eps) if terms.eps.dim() else None
+    channels = channels_of(z, terms.eps) if terms.eps.dim() else None
     count, inner = channels or (1, max(z.numel(), 1))
     return _TYPES.index(z.dtype), count, inner
-
-
-def _channels(z: Tensor, eps: Tensor) -> tuple[int, int] | None:
-    """Number of channels, and how many elements of one lie side by side.
-
-    Args:
-        z: pre-activations, dense.
-        eps: amplitudes, shape [C] or [C, 1, ...], contiguous, that broadcasts to z.
-
-    Returns:
-        The two numbers; None where eps is of another shape.
-    """
-    count, place = eps.shape[0], z.dim() - eps.dim()
-    if count != eps.numel() or place < 0 or z.shape[place] != count or not eps.is_contiguous():
-        return None
-    if z.is_contiguous():
-        return count, math.prod(z.shape[place + 1 :])
-    return (count, 1) if place == 1 else None  # dense, and not in order: channels last
 
 
 def _arguments(terms: Terms, inside: Known | None, n: int) -> tuple[object, ...]:

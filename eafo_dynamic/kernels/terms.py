@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Terms", "flat", "is_dense"]
+__all__ = ["Terms", "channels_of", "flat", "is_dense"]
 
 
 class Terms(NamedTuple):
@@ -56,3 +57,21 @@ def flat(z: Tensor) -> Tensor:
         A view, shape [numel].
     """
     return z.as_strided((z.numel(),), (1,))
+
+
+def channels_of(z: Tensor, eps: Tensor) -> tuple[int, int] | None:
+    """Number of channels, and how many elements of one lie side by side.
+
+    Args:
+        z: pre-activations, dense.
+        eps: amplitudes, shape [C] or [C, 1, ...], contiguous, that broadcasts to z.
+
+    Returns:
+        The two numbers; None where eps is of another shape.
+    """
+    count, place = eps.shape[0], z.dim() - eps.dim()
+    if count != eps.numel() or place < 0 or z.shape[place] != count or not eps.is_contiguous():
+        return None
+    if z.is_contiguous():
+        return count, math.prod(z.shape[place + 1 :])
+    return (count, 1) if place == 1 else None  # dense, and not in order: channels last

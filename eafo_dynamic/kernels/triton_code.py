@@ -1,0 +1,289 @@
+"""Base plus correction in Triton: one pass forward, one pass backward. Imported where Triton is installed, by ``gpu``.
+
+    c(z) = sigma * (eps * ghat(u) + offset(u) + lift * exp(-u^2 / 2)),   u = (z - mu) / sigma
+
+as in native.c, in float32 whatever z is. A tensor is seen as a matrix [rows, columns], and a program works on a tile:
+
+- AXIS 0: one amplitude for all, one long row;
+- AXIS 1: one a column, as after a linear layer and in channels-last images;
+- AXIS 2: one a row, row r of channel r % channels, as in images with their channels behind the batch.
+
+BASE says what f is made of beside the correction: GIVEN (what out holds already), a function that is computed here as
+torch's CUDA kernels compute it, operation by operation, or NOTHING (-0.0, which leaves alone what it is added to).
+No atomics: programs write partial sums, and which program sums what depends on the sizes alone.
+"""
+
+# pyright: basic, reportMissingImports=false
+# no deferred annotations: Triton looks at tl.constexpr itself
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+__all__ = ["INTERPRETED", "backward", "forward"]
+
+
+@triton.jit
+def _exp(x, PRECISE: tl.constexpr):
+    # libdevice's functions are those of CUDA C++, to the bit; tl.exp is faster, and two units in the last place off
+    return libdevice.exp(x) if PRECISE else tl.exp(x)
+
+
+@triton.jit
+def _tanh(x, PRECISE: tl.constexpr):
+    if PRECISE:
+        y = libdevice.tanh(x)
+    else:
+        e = tl.exp(-2.0 * tl.abs(x))
+        y = (1.0 - e) / (1.0 + e)
+        y = tl.where(x < 0.0, -y, y)
+    return y
+
+
+@triton.jit
+def _minus_zeros(z):
+    # of the sign's bit: of a literal -0.0 Triton makes +0.0
+    return ((z.to(tl.int32, bitcast=True) | -2147483648) & -2147483648).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _base_value(z, below, BASE: tl.constexpr, PRECISE: tl.constexpr):
+    """Values of a base."""
+    if BASE == 1:  # ReLU
+        y = tl.where((z > 0.0) | (z != z), z, 0.0)
+    elif BASE == 2:  # SiLU
+        y = tl.div_rn(z, 1.0 + _exp(-z, PRECISE))
+    elif BASE == 3:  # GELU
+        y = z * 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif BASE == 4:  # GELU by tanh: sqrt(2 / pi)
+        y = 0.5 * z * (1.0 + _tanh(0.7978845608028654 * (z + 0.044715 * (z * z * z)), PRECISE))
+    elif BASE == 5:  # NOTHING
+        y = _minus_zeros(z)
+    else:  # leaky ReLU
+        y = tl.where(z > 0.0, z, z * below)
+    return y
+
+
+@triton.jit
+def _base_gradient(grad, z, below, BASE: tl.constexpr, PRECISE: tl.constexpr):
+    """Grad times slopes of a base."""
+    if BASE == 1:
+        y = tl.where((z > 0.0) | (z != z), grad, 0.0)
+    elif BASE == 2:
+        s = tl.div_rn(1.0, 1.0 + _exp(-z, PRECISE))
+        y = grad * s * (1.0 + z * (1.0 - s))
+    elif BASE == 3:
+        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        y = grad * (cdf + z * (_exp(-0.5 * z * z, PRECISE) * 0.3989422804014327))
+    elif BASE == 4:
+        square = z * z
+        t = _tanh(0.7978845608028654 * (z + 0.044715 * (square * z)), PRECISE)
+        inner = 0.7978845608028654 * (1.0 + 0.13414499163627625 * square)
+        y = grad * (0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner)
+    elif BASE == 5:
+        y = _minus_zeros(z)
+    else:
+        y = tl.where(z > 0.0, grad, grad * below)
+    return y
+
+
+@triton.jit
+def _plus(a, c):
+    """The sum, and a bit for bit where c is zero: +0.0 would make a +0.0 of -0.0."""
+    return tl.where(c == 0.0, a, a + c)
+
+
+@triton.jit
+def _bell(z, mu, inverse):
+    """u, cut at MAX_U, and exp(-u^2 / 2); a NaN counts as far away, the base passes it on."""
+    u = (z - mu) * inverse
+    u = tl.where(u > -13.0, u, -13.0)
+    u = tl.where(u > 13.0, 13.0, u)
+    return u, tl.exp(-0.5 * u * u)
+
+
+@triton.jit
+def _place(z, mu, inverse, half_width, per_sd, INTERVALS: tl.constexpr):
+    """Interval, and place inside it in [0, 1]; a NaN is at the left end."""
+    place = ((z - mu) * inverse + half_width) * per_sd
+    place = tl.where(place > 0.0, place, 0.0)
+    place = tl.where(place < INTERVALS, place, INTERVALS * 1.0)
+    k = tl.minimum(place.to(tl.int32), INTERVALS - 1)
+    return k, place - k.to(tl.float32)
+
+
+@triton.jit
+def _cubic(table, k, t, INTERVALS: tl.constexpr):
+    """Value, and slope per interval."""
+    a0, a1 = tl.load(table + k).to(tl.float32), tl.load(table + INTERVALS + k).to(tl.float32)
+    a2, a3 = tl.load(table + 2 * INTERVALS + k).to(tl.float32), tl.load(table + 3 * INTERVALS + k).to(tl.float32)
+    return ((a3 * t + a2) * t + a1) * t + a0, (3.0 * a3 * t + 2.0 * a2) * t + a1
+
+
+@triton.jit
+def _amplitude(pointer, row, column, row_ok, column_ok, channels, AXIS: tl.constexpr):
+    """The amplitude of every element of a tile: a number, a row or a column."""
+    if AXIS == 0:
+        e = tl.load(pointer).to(tl.float32)
+    elif AXIS == 1:
+        e = tl.load(pointer + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+    else:
+        e = tl.load(pointer + row % channels, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+    return e
+
+
+@triton.jit
+def forward(
+    z_pointer,
+    out_pointer,
+    eps_pointer,
+    lift_pointer,
+    shape_pointer,
+    table_pointer,
+    offset_pointer,
+    rows,
+    columns,
+    channels,
+    half_width,
+    per_sd,
+    below,
+    BASE: tl.constexpr,
+    INTERVALS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    LIFT: tl.constexpr,
+    AXIS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Writes base(z) + c(z) to out, which holds base(z) already if the base is GIVEN."""
+    across = (columns + COLUMNS - 1) // COLUMNS
+    program = tl.program_id(0)
+    first_row, first_column = (program // across).to(tl.int64) * ROWS, (program % across).to(tl.int64) * COLUMNS
+    r, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    row_ok, column_ok = first_row + r < rows, first_column + k < columns
+    ok = row_ok[:, None] & column_ok[None, :]
+    start = first_row * columns + first_column  # in 64 bits; inside a tile 32 do
+    at = r[:, None] * columns + k[None, :]
+    z = tl.load(z_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
+    mu, sigma = tl.load(shape_pointer).to(tl.float32), tl.load(shape_pointer + 1).to(tl.float32)
+    inverse = tl.div_rn(1.0, sigma)
+    e = _amplitude(eps_pointer, first_row + r, first_column + k, row_ok, column_ok, channels, AXIS)
+    if INTERVALS:
+        interval, t = _place(z, mu, inverse, half_width, per_sd, INTERVALS)
+        value, _ = _cubic(table_pointer, interval, t, INTERVALS)
+        c = e * value
+        if OFFSET:
+            settled, _ = _cubic(offset_pointer, interval, t, INTERVALS)
+            c += settled
+        c *= sigma
+    else:
+        u, peak = _bell(z, mu, inverse)
+        c = e * sigma * u
+        if LIFT:
+            c += _amplitude(lift_pointer, first_row + r, first_column + k, row_ok, column_ok, channels, AXIS) * sigma
+        c *= peak
+    if BASE:
+        y = _base_value(z, below, BASE, PRECISE)
+    else:
+        y = tl.load(out_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(out_pointer + start + at, _plus(y, c).to(out_pointer.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def backward(
+    z_pointer,
+    grad_pointer,
+    out_pointer,
+    partial_pointer,
+    eps_pointer,
+    lift_pointer,
+    shape_pointer,
+    table_pointer,
+    offset_pointer,
+    rows,
+    columns,
+    channels,
+    partials,
+    half_width,
+    per_sd,
+    below,
+    BASE: tl.constexpr,
+    INTERVALS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    LIFT: tl.constexpr,
+    AXIS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Writes grad (base' + c')(z) to out, which holds grad base'(z) already if the base is GIVEN.
+
+    A program goes STEPS tiles down (AXIS 1) or to the right. Its sums of grad sigma ghat go to ``partial``, those of
+    grad sigma exp(-u^2 / 2) ``partials`` numbers further: one a program, or [programs down, columns], or
+    [rows, programs across].
+    """
+    wide = COLUMNS if AXIS == 1 else COLUMNS * STEPS
+    high = ROWS * STEPS if AXIS == 1 else ROWS
+    across = (columns + wide - 1) // wide
+    program = tl.program_id(0)
+    down, right = program // across, program % across
+    first_row, first_column = down.to(tl.int64) * high, right.to(tl.int64) * wide
+    r, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    at = r[:, None] * columns + k[None, :]
+    mu, sigma = tl.load(shape_pointer).to(tl.float32), tl.load(shape_pointer + 1).to(tl.float32)
+    inverse = tl.div_rn(1.0, sigma)
+    row_ok, column_ok = first_row + r < rows, first_column + k < columns
+    e = _amplitude(eps_pointer, first_row + r, first_column + k, row_ok, column_ok, channels, AXIS)
+    if LIFT:
+        lift = _amplitude(lift_pointer, first_row + r, first_column + k, row_ok, column_ok, channels, AXIS)
+    by_eps = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    by_lift = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for step in range(STEPS):
+        row = first_row + (step * ROWS if AXIS == 1 else 0)
+        column = first_column + (0 if AXIS == 1 else step * COLUMNS)
+        ok = (row + r < rows)[:, None] & (column + k < columns)[None, :]
+        start = row * columns + column
+        z = tl.load(z_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
+        grad = tl.load(grad_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
+        if INTERVALS:
+            interval, t = _place(z, mu, inverse, half_width, per_sd, INTERVALS)
+            value, slope = _cubic(table_pointer, interval, t, INTERVALS)
+            c = e * slope
+            if OFFSET:
+                _, settled = _cubic(offset_pointer, interval, t, INTERVALS)
+                c += settled
+            c *= per_sd
+            by_eps += grad * value
+        else:
+            u, peak = _bell(z, mu, inverse)
+            c = e * (1.0 - u * u)
+            if LIFT:
+                c -= lift * u
+                by_lift += grad * peak
+            c *= peak
+            by_eps += grad * (u * peak)
+        if BASE:
+            y = _base_gradient(grad, z, below, BASE, PRECISE)
+        else:
+            y = tl.load(out_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
+        y = tl.where(c == 0.0, y, _plus(y, grad * c))  # 0 * inf is no 0
+        tl.store(out_pointer + start + at, y.to(out_pointer.dtype.element_ty), mask=ok)
+    if AXIS == 0:
+        tl.store(partial_pointer + program, tl.sum(tl.sum(by_eps, 1), 0) * sigma)
+        if LIFT:
+            tl.store(partial_pointer + partials + program, tl.sum(tl.sum(by_lift, 1), 0) * sigma)
+    elif AXIS == 1:
+        into = partial_pointer + down.to(tl.int64) * columns + first_column + k
+        tl.store(into, tl.sum(by_eps, 0) * sigma, mask=column_ok)
+        if LIFT:
+            tl.store(into + partials, tl.sum(by_lift, 0) * sigma, mask=column_ok)
+    else:
+        into = partial_pointer + (first_row + r) * across + right
+        tl.store(into, tl.sum(by_eps, 1) * sigma, mask=row_ok)
+        if LIFT:
+            tl.store(into + partials, tl.sum(by_lift, 1) * sigma, mask=row_ok)
+
+
+INTERPRETED = not isinstance(forward, triton.JITFunction)
+"""Whether TRITON_INTERPRET has made this run on the CPU, without libdevice."""
