@@ -327,6 +327,7 @@ class TestOnADevice:
             for (name, _), grad in zip(parameters.items(), grads, strict=True):
                 torch.testing.assert_close(captured[name], grad, msg=name)
 
+    @pytest.mark.filterwarnings("ignore")  # the compiler's own
     def test_compiled_with_reduced_overhead(self) -> None:
         model = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8)).cuda()
         wrap(model, eps_init=0.3, free=True)
