@@ -132,6 +132,31 @@ def _amplitude(pointer, row, column, row_ok, column_ok, channels, AXIS: tl.const
 
 
 @triton.jit
+def _table_slope(z, mu, inverse, e, table, offset, half_width, per_sd, INTERVALS: tl.constexpr, OFFSET: tl.constexpr):
+    """Slope of c(z) where ghat is a table, and ghat."""
+    # called from Python, the first of these would raise, which is all that a type checker knows of them
+    interval, t = _place(z, mu, inverse, half_width, per_sd, INTERVALS)  # pyright: ignore[reportGeneralTypeIssues]
+    value, slope = _cubic(table, interval, t, INTERVALS)
+    c = e * slope
+    if OFFSET:
+        _, settled = _cubic(offset, interval, t, INTERVALS)
+        c += settled
+    return c * per_sd, value
+
+
+@triton.jit
+def _summed(tile, AXIS: tl.constexpr):
+    """Sums of a tile that share an amplitude: one, one a column or one a row."""
+    if AXIS == 0:
+        sums = tl.sum(tl.sum(tile, 1), 0)
+    elif AXIS == 1:
+        sums = tl.sum(tile, 0)
+    else:
+        sums = tl.sum(tile, 1)
+    return sums
+
+
+@triton.jit
 def forward(
     z_pointer,
     out_pointer,
@@ -247,13 +272,9 @@ def backward(
         z = tl.load(z_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
         grad = tl.load(grad_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
         if INTERVALS:
-            interval, t = _place(z, mu, inverse, half_width, per_sd, INTERVALS)
-            value, slope = _cubic(table_pointer, interval, t, INTERVALS)
-            c = e * slope
-            if OFFSET:
-                _, settled = _cubic(offset_pointer, interval, t, INTERVALS)
-                c += settled
-            c *= per_sd
+            c, value = _table_slope(
+                z, mu, inverse, e, table_pointer, offset_pointer, half_width, per_sd, INTERVALS, OFFSET
+            )
             by_eps += grad * value
         else:
             u, peak = _bell(z, mu, inverse)
@@ -270,19 +291,14 @@ def backward(
         y = tl.where(c == 0.0, y, _plus(y, grad * c))  # 0 * inf is no 0
         tl.store(out_pointer + start + at, y.to(out_pointer.dtype.element_ty), mask=ok)
     if AXIS == 0:
-        tl.store(partial_pointer + program, tl.sum(tl.sum(by_eps, 1), 0) * sigma)
-        if LIFT:
-            tl.store(partial_pointer + partials + program, tl.sum(tl.sum(by_lift, 1), 0) * sigma)
+        into, ok = partial_pointer + program, True
     elif AXIS == 1:
-        into = partial_pointer + down.to(tl.int64) * columns + first_column + k
-        tl.store(into, tl.sum(by_eps, 0) * sigma, mask=column_ok)
-        if LIFT:
-            tl.store(into + partials, tl.sum(by_lift, 0) * sigma, mask=column_ok)
+        into, ok = partial_pointer + down.to(tl.int64) * columns + first_column + k, column_ok
     else:
-        into = partial_pointer + (first_row + r) * across + right
-        tl.store(into, tl.sum(by_eps, 1) * sigma, mask=row_ok)
-        if LIFT:
-            tl.store(into + partials, tl.sum(by_lift, 1) * sigma, mask=row_ok)
+        into, ok = partial_pointer + (first_row + r) * across + right, row_ok
+    tl.store(into, _summed(by_eps, AXIS) * sigma, mask=ok)
+    if LIFT:
+        tl.store(into + partials, _summed(by_lift, AXIS) * sigma, mask=ok)
 
 
 INTERPRETED = not isinstance(forward, triton.JITFunction)
