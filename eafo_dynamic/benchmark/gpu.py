@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from eafo_dynamic.benchmark.peers import ThreeLineCRReLU
-from eafo_dynamic.benchmark.rows import Eager, Row, both_ways, row
+from eafo_dynamic.benchmark.rows import Eager, Row, above_floor, both_ways, row
 from eafo_dynamic.benchmark.timing import paired
 from eafo_dynamic.kernels import resolve_backend
 from eafo_dynamic.standalone import CorrectedActivation as Corrected
@@ -16,8 +16,8 @@ from eafo_dynamic.standalone import CRReLU
 
 __all__ = ["gpu_cases"]
 
-_MOVED = 5  # numbers an element, as on a CPU
 _REPLAYS = 10  # between two looks at the clock
+_CHANNELS = 256
 
 
 def gpu_cases(quick: bool) -> Iterator[Row]:
@@ -32,11 +32,11 @@ def gpu_cases(quick: bool) -> Iterator[Row]:
     backend = resolve_backend("auto", device)
     n, pairs = (1 << 22, 5) if quick else (1 << 28, 11)
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-        source = torch.randn(n, dtype=dtype, device=device)
+        source = torch.randn(n // _CHANNELS, _CHANNELS, dtype=dtype, device=device)
         grad, target = torch.randn_like(source), torch.empty_like(source)
         copy = _waited_for(lambda target=target, source=source: target.copy_(source))
         channels = CRReLU()
-        channels.eps = nn.Parameter(torch.full((256,), 0.01))
+        channels.eps = nn.Parameter(torch.full((_CHANNELS,), 0.01))
         units: dict[str, nn.Module] = {
             f"CRReLU, {backend}": CRReLU(),
             f"CRReLU, {backend}, per channel": channels,
@@ -52,13 +52,8 @@ def gpu_cases(quick: bool) -> Iterator[Row]:
             "three-line CRReLU": ThreeLineCRReLU(),
         }
         for case, unit in units.items():
-            x, g = (each.view(-1, 256) if "channel" in case else each for each in (source, grad))
-            graph = _captured(both_ways(unit.to(device), x.detach().requires_grad_(), g))
-            found = paired(_waited_for(graph.replay), copy, pairs)
-            floor = _MOVED / 2  # a copy moves two numbers an element
-            times = {"ms": found.ms / _REPLAYS, "beside_ms": floor * found.beside_ms / _REPLAYS}
-            more = {"low": found.low / floor, "high": found.high / floor, **times}
-            yield row(f"{case}, {name}", "floor", found.ratio / floor, None, "x", **more)
+            graph = _captured(both_ways(unit.to(device), source.detach().requires_grad_(), grad))
+            yield above_floor(f"{case}, {name}", _waited_for(graph.replay), copy, pairs, _REPLAYS)
         found = paired(copy, copy, pairs)
         moved = 2 * source.nbytes * _REPLAYS
         yield row(f"copy of {source.nbytes >> 20} MB, {name}", "", 1e-6 * moved / found.beside_ms, None, "GB/s")

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.benchmark.peers import Pade, ThreeLineCRReLU
-from eafo_dynamic.benchmark.rows import Eager, Row, both_ways, row
+from eafo_dynamic.benchmark.rows import Eager, Row, above_floor, both_ways, row
 from eafo_dynamic.benchmark.timing import kept_bytes, paired, peak_bytes
 from eafo_dynamic.kernels import resolve_backend
 from eafo_dynamic.standalone import CorrectedActivation as Corrected
 from eafo_dynamic.standalone import CRReLU
 
 __all__ = ["floor_cases", "memory_cases"]
-
-_MOVED = 5  # numbers an element: z in, f out; z and the gradient in, the gradient out
 
 
 def _units() -> dict[str, tuple[nn.Module, float | None]]:
@@ -81,10 +79,7 @@ def floor_cases(quick: bool) -> Iterator[Row]:
 
 def _above_floor(name: str, module: nn.Module, z: Tensor, grad: Tensor, pairs: int) -> Row:
     source, target = z.detach(), torch.empty_like(grad)
-    found = paired(both_ways(module, z, grad), lambda: target.copy_(source), pairs)
-    floor = _MOVED / 2  # a copy moves two numbers an element
-    more = {"low": found.low / floor, "high": found.high / floor, "ms": found.ms, "beside_ms": floor * found.beside_ms}
-    return row(name, "floor", found.ratio / floor, None, "x", **more)
+    return above_floor(name, both_ways(module, z, grad), lambda: target.copy_(source), pairs)
 
 
 def _bandwidths(quick: bool) -> Iterator[Row]:

@@ -12,7 +12,9 @@ from eafo_dynamic.benchmark.timing import paired
 from eafo_dynamic.kernels import Terms, corrected, known_module
 from eafo_dynamic.standalone import CorrectedActivation
 
-__all__ = ["Eager", "Row", "both_ways", "compare", "row"]
+__all__ = ["Eager", "Row", "above_floor", "both_ways", "compare", "row"]
+
+_MOVED = 5  # numbers an element: z in, f out; z and the gradient in, the gradient out
 
 Row = dict[str, Any]
 """One measurement: group, case, beside, value (a ratio unless the unit says otherwise), low, high, ms, beside_ms, unit,
@@ -55,6 +57,26 @@ def compare(
     found = paired(first, second, pairs)
     more = {"low": found.low, "high": found.high, "ms": found.ms, "beside_ms": found.beside_ms}
     return row(case, beside, found.ratio, target, "x", **more)
+
+
+def above_floor(case: str, run: Callable[[], object], copy: Callable[[], object], pairs: int, repeats: int = 1) -> Row:
+    """The time of a forward and a backward over that of copies which move as many bytes; see :func:`paired`.
+
+    Args:
+        case: name of what is measured.
+        run: one forward and one backward.
+        copy: copies a tensor of the size and dtype of the pre-activations.
+        pairs: number of pairs.
+        repeats: how many of each a call of ``run`` and one of ``copy`` stand for.
+
+    Returns:
+        The row, times those of one.
+    """
+    found = paired(run, copy, pairs)
+    floor = _MOVED / 2  # a copy moves two numbers an element
+    times = {"ms": found.ms / repeats, "beside_ms": floor * found.beside_ms / repeats}
+    more = {"low": found.low / floor, "high": found.high / floor, **times}
+    return row(case, "floor", found.ratio / floor, None, "x", **more)
 
 
 def both_ways(module: Callable[[Tensor], Tensor], z: Tensor, grad: Tensor) -> Callable[[], None]:
