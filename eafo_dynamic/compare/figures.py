@@ -241,7 +241,10 @@ def _label_direction(axes: Axes, pairs: Sequence[Paired], percent: bool, upright
 
 def _mark_values(axes: Axes, places: Sequence[float], values: Sequence[Any], numeric: bool) -> None:
     if not numeric:
-        axes.set_xticks(places, [value_text(value).replace("+", "\n") for value in values])
+        texts = [
+            "\n".join(map(value_text, value)) if isinstance(value, list) else value_text(value) for value in values
+        ]
+        axes.set_xticks(places, texts)
         axes.set_xlim(-0.6, len(places) - 0.4)
         return
     if min(places) > 0 and max(places) / min(places) >= 8:
