@@ -291,10 +291,11 @@ class TestOnADevice:
         optimizer = torch.optim.SGD(model.parameters(), 1e-3)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for _ in range(3):
+            for step in range(1001, 1004):
                 optimizer.zero_grad()
                 model(x).square().mean().backward()
                 optimizer.step()
+                assert not controller.step(step), "no step with a round"
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
