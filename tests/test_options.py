@@ -86,7 +86,11 @@ def test_only_the_gaussian_density_goes_without_tables() -> None:
     assert Options(per_channel=True, terms="free").form == form
 
 
-@pytest.mark.parametrize("options", [{"density": "histogram"}, {"density": gaussian}, {"compounding": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"density": "histogram"}, {"density": gaussian}, {"compounding": True}],
+    ids=["histogram", "own density", "compounding"],
+)
 def test_free_terms_need_the_closed_form(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"terms='free': an amplitude for each term needs density='gaussian'"):
         Options(terms="free", **options)
