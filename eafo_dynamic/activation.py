@@ -184,7 +184,15 @@ class Site:
             host._buffers.pop(key, None)
             vars(host).pop(key, None)
 
-    def _tensors(self, host: nn.Module) -> _Tensors:
+    def tensors(self, host: nn.Module) -> _Tensors:
+        """The site's tensors, as its keys name them.
+
+        Args:
+            host: where they are registered.
+
+        Returns:
+            Eps, shape, table, offset and lift; None for those that its function does not have.
+        """
         if torch.compiler.is_compiling():
             eps, shape, table, offset, lift = (getattr(host, key) for key in self.keys)
             return eps, shape, table, offset, lift
@@ -205,7 +213,7 @@ class Site:
         Returns:
             Eps, shape and tables, where z lives.
         """
-        eps, shape, table, offset, lift = self._tensors(host)
+        eps, shape, table, offset, lift = self.tensors(host)
         if shape.device != z.device:  # of a model that is spread over several devices
             eps, shape = eps.to(z.device), shape.to(z.device)
             table, offset, lift = (None if each is None else each.to(z.device) for each in (table, offset, lift))

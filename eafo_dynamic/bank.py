@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from eafo_dynamic.activation import Site, describe_state
 from eafo_dynamic.bases import Base, as_base
 from eafo_dynamic.kernels import RoundKernel
+from eafo_dynamic.stacked import Functions
 from eafo_dynamic.surgery import site_source
-from eafo_dynamic.update import Functions
 
 __all__ = ["Bank"]
 
@@ -54,13 +54,17 @@ class Bank:
         """Eps of all sites, then their lifts."""
         return [*self.eps, *self.lifts]
 
+    def _columns(self) -> list[tuple[Tensor | None, ...]]:
+        """Eps, shapes, tables, offsets and lifts of all sites; None where a site has none."""
+        return list(zip(*(site.tensors(host) for host, site in self._hosted), strict=True))
+
     def states(self) -> list[str]:
         """Eps, mu and sigma of every site, as text.
 
         Returns:
             For example ``eps=+0.0100, mu=+0.000, sigma=1.000``.
         """
-        tensors = [[getattr(host, key) for key in site.keys] for host, site in self._hosted]
+        tensors = [site.tensors(host) for host, site in self._hosted]
         return [describe_state(eps, shape, lift=lift) for eps, shape, *_, lift in tensors]
 
     @property
@@ -80,21 +84,19 @@ class Bank:
         """
         device = self.device
         one: dict[Base, Base] = {}  # equal bases become the same, so that nobody has to compare them again
-        states = [[getattr(host, key) for key in site.keys] for host, site in self._hosted]
-        settled = [offset for *_, offset, _ in states if offset is not None]
-        lifts = [_mean(lift) for *_, lift in states if lift is not None]
+        eps, shapes, tables, offsets, lifts = self._columns()
         with torch.no_grad():
             return Functions(
                 bases=[one.setdefault(base, base) for base in map(as_base, self._plain)],
                 # one amplitude a channel: the log and the entropies see their mean
-                eps=_stacked([_mean(eps) for eps, *_ in states], device),
-                shape=_stacked([shape for _, shape, *_ in states], device),
-                tables=_stacked([table for _, _, table, *_ in states if table is not None], device),
+                eps=_stacked(_means(_present(eps)), device),
+                shape=_stacked(_present(shapes), device),
+                tables=_stacked(_present(tables), device),
                 tabulated=torch.tensor(
-                    [i for i, s in enumerate(states) if s[2] is not None], dtype=torch.long, device=device
+                    [row for row, table in enumerate(tables) if table is not None], dtype=torch.long, device=device
                 ),
-                offsets=_stacked(settled, device) if settled else None,
-                lift=_stacked(lifts, device) if lifts else None,
+                offsets=_stacked(settled, device) if (settled := _present(offsets)) else None,
+                lift=_stacked(_means(free), device) if (free := _present(lifts)) else None,
                 kernel=kernel,
             )
 
@@ -105,25 +107,16 @@ class Bank:
             old: what ``functions`` gave before.
             new: what to write.
         """
-        place = {row: k for k, row in enumerate(new.tabulated.tolist())}
-        targets: list[Tensor] = []
-        values: list[Tensor] = []
-        before, amplitudes, shapes = old.eps.unbind(), new.eps.unbind(), new.shape.unbind()
-        tables = new.tables.unbind()
-        for row, (host, site) in enumerate(self._hosted):
-            eps, shape, table, offset, lift = (getattr(host, key) for key in site.keys)
-            targets += [eps.detach(), shape]
-            values += [_moved(eps, before[row], amplitudes[row]), shapes[row]]
-            if lift is not None and old.lift is not None and new.lift is not None:
-                targets.append(lift.detach())
-                values.append(_moved(lift, old.lift[row], new.lift[row]))
-            if table is not None:
-                targets.append(table)
-                values.append(tables[place[row]])
-            if offset is not None and new.offsets is not None:
-                targets.append(offset)
-                values.append(new.offsets[place[row]])
-        torch._foreach_copy_(targets, values)
+        eps, shapes, tables, offsets, lifts = map(_present, self._columns())
+        with torch.no_grad():
+            torch._foreach_copy_(eps, _moved(eps, old.eps, new.eps))
+            torch._foreach_copy_(shapes, new.shape.unbind())
+            if old.lift is not None and new.lift is not None:
+                torch._foreach_copy_(lifts, _moved(lifts, old.lift, new.lift))
+            if tables:
+                torch._foreach_copy_(tables, new.tables.unbind())
+            if offsets and new.offsets is not None:
+                torch._foreach_copy_(offsets, new.offsets.unbind())
 
     def drain(self) -> tuple[list[tuple[Tensor, Tensor]], list[str | None]]:
         """Hands out what every site has collected since the last round, and forgets it.
@@ -186,12 +179,20 @@ def _stacked(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack(list(tensors)) if tensors else torch.empty(0, 4, 1, dtype=torch.float32, device=device)
 
 
-def _moved(amplitude: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """Where a site's move takes its amplitude; channels keep their differences."""
-    amplitude = amplitude.detach()
-    return torch.where(amplitude.isfinite(), amplitude, old) + (new - old) if amplitude.dim() else new
+def _present(column: Sequence[Tensor | None]) -> list[Tensor]:
+    return [each for each in column if each is not None]
 
 
-def _mean(eps: Tensor) -> Tensor:
+def _moved(amplitudes: Sequence[Tensor], old: Tensor, new: Tensor) -> list[Tensor]:
+    """Where every site's move takes its amplitude; channels keep their differences."""
+    if not any(each.dim() for each in amplitudes):
+        return list(new.unbind())
+    return [
+        torch.where(each.isfinite(), each, before) + (after - before) if each.dim() else after
+        for each, before, after in zip(amplitudes, old, new, strict=True)
+    ]
+
+
+def _means(amplitudes: Sequence[Tensor]) -> list[Tensor]:
     # in half precision the sum over many channels would be too coarse
-    return eps.to(torch.float32).mean() if eps.dim() else eps
+    return [each.to(torch.float32).mean() if each.dim() else each for each in amplitudes]

@@ -24,9 +24,10 @@ from eafo_dynamic.running import LossWatch, RunningDensity, make_estimator
 from eafo_dynamic.schedule import Schedule
 from eafo_dynamic.showing import SiteList
 from eafo_dynamic.sites import SiteReport, find_sites, matches
+from eafo_dynamic.stacked import Functions
 from eafo_dynamic.statistics import Moments, world_size
 from eafo_dynamic.surgery import put_back, take_off, unwrap, wrap
-from eafo_dynamic.update import Functions, bounded_move, compounded, mended, refreshed, reverted
+from eafo_dynamic.update import bounded_move, compounded, mended, refreshed, reverted
 from eafo_dynamic.version import package_versions
 
 __all__ = ["EAFOController", "Record"]
@@ -265,8 +266,8 @@ class EAFOController:
         )
         usable = (stats.n >= 2) & (stats.std > 0) & stats.std.isfinite() & stats.mean.isfinite()
         old, broken = mended(self.bank.functions(self._kernel), self._eps_before, self._lift_before)
-        directions = old.directions(samples)
-        before = OutputEntropy(old.outputs(samples, directions), self.options.resolution, self._kernel)
+        outputs, directions = old.outputs_and_directions(samples)
+        before = OutputEntropy(outputs, self.options.resolution, self._kernel)
         gradients = [before.gradient(direction) for direction in directions]
         self._gradient = torch.cat([torch.where(usable, g, 0.0).nan_to_num().to(old.eps.dtype) for g in gradients])
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from eafo_dynamic.density import Density
 from eafo_dynamic.estimates import OutputEntropy, entropies
+from eafo_dynamic.stacked import Functions
 from eafo_dynamic.statistics import Moments
-from eafo_dynamic.update import Functions
 
 __all__ = ["Record", "aggregate", "describe_events", "diagnostics", "snapshot", "to_rows"]
 

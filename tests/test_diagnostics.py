@@ -18,8 +18,8 @@ from eafo_dynamic.density import Gaussian
 from eafo_dynamic.diagnostics import Record, describe_events, diagnostics, to_rows
 from eafo_dynamic.entropy import mixed_entropy
 from eafo_dynamic.estimates import OutputEntropy
+from eafo_dynamic.stacked import Functions
 from eafo_dynamic.statistics import moments
-from eafo_dynamic.update import Functions
 
 NAMES = ["gelu", "silu", "tanh", "leaky_relu", "softplus"]
 R = 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 from dataclasses import replace
@@ -21,8 +22,8 @@ from eafo_dynamic.correction import correction_shape, tabulate
 from eafo_dynamic.density import Gaussian
 from eafo_dynamic.entropy import SmoothedOutput, mixed_entropy
 from eafo_dynamic.estimates import OutputEntropy
-from eafo_dynamic.kernels import RoundKernel, native, round_kernel
-from eafo_dynamic.update import Functions
+from eafo_dynamic.kernels import RoundKernel, known_pointwise, native, round_kernel
+from eafo_dynamic.stacked import Functions
 
 BASES = ["relu", "gelu", "identity", "tanh", "hardtanh"]
 
@@ -170,6 +171,56 @@ def test_functions_are_those_of_the_reference(kernel: RoundKernel, offsets: bool
     assert_close(mine.outputs(z), theirs.outputs(z))
     if not offsets:
         assert torch.equal(mine.outputs(z)[3], torch.relu(z[3])), "eps = 0 is the base bit for bit"
+
+
+INSIDE = ["relu", nn.LeakyReLU(0.3), nn.PReLU(init=-0.2), "gelu", nn.GELU("tanh"), "silu"]
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_bases_that_are_compiled_with_it_are_those_of_torch(kernel: RoundKernel, free: bool) -> None:
+    bases = [as_base(each) for each in [*INSIDE, "softplus", "elu"]]
+    count, generator = len(bases), torch.Generator().manual_seed(0)
+    theirs = Functions(
+        bases=bases,
+        eps=torch.linspace(-0.5, 0.5, count),
+        shape=torch.stack([torch.linspace(-1, 1, count), torch.linspace(0.5, 2, count)], dim=1),
+        tables=torch.empty(0, 4, 1),
+        tabulated=torch.empty(0, dtype=torch.long),
+        lift=torch.linspace(0.3, -0.4, count) if free else None,
+    )
+    z = 3 * torch.randn(count, 777, generator=generator)
+    z[:, 0], z[:, 1] = math.nan, 0.0
+    mine = replace(theirs, kernel=kernel)
+    outputs, directions = mine.outputs_and_directions(z)
+    assert_close(outputs, theirs.outputs(z))
+    assert torch.equal(outputs.nan_to_num(), mine.outputs(z).nan_to_num())
+    assert len(directions) == 1 + free
+    for found, wanted in zip(directions, theirs.directions(z), strict=True):
+        assert_close(found[:, 1:], wanted[:, 1:])  # no direction is asked for where there is no sample
+    for row in range(count):  # alone, as together
+        one = {"bases": bases[row : row + 1], "eps": mine.eps[row : row + 1], "shape": mine.shape[row : row + 1]}
+        one["lift"] = None if mine.lift is None else mine.lift[row : row + 1]
+        alone = replace(mine, **one).outputs(z[row : row + 1])
+        torch.testing.assert_close(alone[0], outputs[row], rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+def test_a_base_is_known_by_what_it_calls_not_by_its_name() -> None:
+    codes = [known_pointwise(as_base(each).fn) for each in INSIDE]
+    assert [each and each.code for each in codes] == [1, 1, 1, 3, 4, 2]
+    assert [each and round(each.below, 6) for each in codes[:3]] == [0.0, 0.3, -0.2]
+
+    def relu(z: Tensor) -> Tensor:
+        return z.clamp(min=-1)
+
+    class Unhashable:
+        __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+        def __call__(self, z: Tensor) -> Tensor:
+            return z.relu()
+
+    assert known_pointwise(relu) is None and known_pointwise(Unhashable()) is None
+    assert known_pointwise(functools.partial(torch.nn.functional.leaky_relu, negative_slope=0.5)) is not None
+    assert known_pointwise(functools.partial(torch.clamp, min=0.0)) is None
 
 
 def test_lifts_are_those_of_the_reference(kernel: RoundKernel) -> None:

@@ -26,7 +26,8 @@ from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.kernels import correction
 from eafo_dynamic.running import LossWatch, RunningDensity, make_estimator
 from eafo_dynamic.schedule import TrustRegion
-from eafo_dynamic.update import Functions, bounded_move, compounded, refreshed
+from eafo_dynamic.stacked import Functions
+from eafo_dynamic.update import bounded_move, compounded, refreshed
 
 NAMES = ["relu", "gelu", "leaky_relu", "tanh", "relu"]
 CURVED = [1, 3]  # the sites without a closed form

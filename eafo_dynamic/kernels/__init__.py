@@ -21,9 +21,9 @@ from eafo_dynamic.kernels.formula import (
     ghat_table,
 )
 from eafo_dynamic.kernels.fused import corrected, corrected_
-from eafo_dynamic.kernels.known import Known, known_function, known_module
+from eafo_dynamic.kernels.known import Known, known_function, known_module, known_pointwise
 from eafo_dynamic.kernels.layouts import corrected_nested, describe, is_correctable, per_channel, size_of, values_of
-from eafo_dynamic.kernels.rounds import RoundKernel, Smoothed
+from eafo_dynamic.kernels.rounds import RoundKernel, RoundOperands, Smoothed
 from eafo_dynamic.kernels.terms import Terms
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Backend",
     "Known",
     "RoundKernel",
+    "RoundOperands",
     "Smoothed",
     "Terms",
     "bell",
@@ -48,6 +49,7 @@ __all__ = [
     "is_correctable",
     "known_function",
     "known_module",
+    "known_pointwise",
     "per_channel",
     "prepare",
     "resolve_backend",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["INSIDE", "NOTHING", "Known", "known_function", "known_module"]
+__all__ = ["INSIDE", "NOTHING", "Known", "known_function", "known_module", "known_pointwise"]
 
 _ATEN: Any = torch.ops.aten
 _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  # alpha, scale; as in torch
@@ -119,6 +120,8 @@ _MAKERS: dict[type[nn.Module], tuple[str, Callable[..., Known], tuple[str, ...]]
 _FUNCTIONS = {name: (maker, keys) for name, maker, keys in _MAKERS.values()}
 
 
+_POINTWISE: dict[object, str] = {F.relu: "relu", F.leaky_relu: "leaky_relu", F.gelu: "gelu", F.silu: "silu"}
+
 INSIDE = (_relu(), _leaky_relu(), _silu(), _gelu(), _gelu("tanh"))
 """Those that the compiled kernel computes itself."""
 
@@ -164,3 +167,20 @@ def known_function(name: str, rest: tuple[object, ...], options: Mapping[str, ob
         return _made(entry[0], ())
     # names in the order of the maker's parameters; those left out have its defaults
     return entry[0](**given)
+
+
+def known_pointwise(function: Callable[[Tensor], Tensor]) -> Known | None:
+    """What a function is that the compiled kernel computes itself.
+
+    Args:
+        function: one of torch's, or a partial of one by names.
+
+    Returns:
+        The function; None for all others.
+    """
+    partial = isinstance(function, functools.partial)
+    plain = function.func if partial else function
+    name = _POINTWISE.get(plain) if isinstance(plain, Hashable) else None
+    return (
+        None if name is None else known_function(name, *((function.args, function.keywords) if partial else ((), {})))
+    )

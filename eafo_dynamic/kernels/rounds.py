@@ -16,11 +16,37 @@ from torch import Tensor
 
 from eafo_dynamic.kernels.formula import MAX_U, correction
 
-__all__ = ["RoundKernel", "Smoothed"]
+__all__ = ["RoundKernel", "RoundOperands", "Smoothed"]
 
 _LEAST_PARALLEL = 32768  # samples, as torch's own pointwise kernels
 _MOST_SAMPLES = 1 << 20  # a site; above it sums need float64, as in grids
 _FOUND = ("count", "low", "span", "mean", "std", "entropy", "fisher")  # columns, as in the source
+
+
+class RoundOperands(NamedTuple):
+    """The functions of S sites as the compiled code reads them; tensors are contiguous.
+
+    Args:
+        eps: amplitudes, shape [S].
+        lift: amplitudes of the bells, shape [S], none of a site with a table; None for none.
+        shape: mu and sigma, shape [S, 2].
+        tables: coefficients, shape [T, 4, intervals].
+        offsets: coefficients of what has been settled, as the tables; None for nothing.
+        place: which table is a site's, -1 for the closed form, int64, shape [S].
+        half_width: end of the tables in standard deviations.
+        codes: ``Known.code`` of each site's base, 0 for one that is computed elsewhere, int32, shape [S].
+        below: ``Known.below`` of each site's base, shape [S].
+    """
+
+    eps: Tensor
+    lift: Tensor | None
+    shape: Tensor
+    tables: Tensor
+    offsets: Tensor | None
+    place: Tensor
+    half_width: float
+    codes: Tensor
+    below: Tensor
 
 
 class Smoothed(NamedTuple):
@@ -55,9 +81,9 @@ class RoundKernel:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, size, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-        self._corrections = _typed(
-            *(library.eafo_corrections, None, pointer, pointer, size, size, *[pointer] * 6, integer),
-            *(ctypes.c_float, ctypes.c_float, integer, integer),
+        self._functions = _typed(
+            *(library.eafo_functions, None, pointer, size, size, *[pointer] * 6, integer),
+            *(ctypes.c_float, ctypes.c_float, *[pointer] * 5, integer),
         )
         self._smooth = _typed(
             *(library.eafo_smooth, integer, pointer, pointer, size, size, real, integer, integer, pointer, pointer)
@@ -96,41 +122,30 @@ class RoundKernel:
             for each in samples
         )
 
-    def corrections(
+    def functions(
         self,
+        of: RoundOperands,
         z: Tensor,
-        eps: Tensor,
-        shape: Tensor,
-        tables: Tensor,
-        place: Tensor,
-        half_width: float,
+        out: Tensor | None = None,
+        by_eps: Tensor | None = None,
+        by_lift: Tensor | None = None,
         *,
-        lift: Tensor | None = None,
-        offsets: Tensor | None = None,
-        onto: Tensor | None = None,
-    ) -> Tensor:
-        """c(z) of every site.
+        bases: bool = True,
+    ) -> None:
+        """Every site's function and its directions, in one pass, written into the tensors that are given.
 
         Args:
+            of: the functions.
             z: pre-activations, shape [S, n].
-            eps: amplitudes, shape [S].
-            shape: mu and sigma, shape [S, 2].
-            tables: coefficients, shape [T, 4, intervals].
-            place: which table is a site's, -1 for the closed form, int64, shape [S].
-            half_width: end of the tables in standard deviations.
-            lift: amplitudes of the bells, shape [S], none of a site with a table; None for none.
-            offsets: coefficients of what has been settled, as the tables; None for nothing.
-            onto: what to add it to, in place, shape [S, n]; None for a new tensor.
-
-        Returns:
-            Shape [S, n].
+            out: becomes base(z) + c(z), shape [S, n]; holds base(z) in rows whose code is 0.
+            by_eps: becomes what one unit of each eps adds, shape [S, n].
+            by_lift: likewise of the lifts; of the closed form only.
+            bases: False for c(z) alone in ``out``.
         """
-        out = torch.empty_like(z) if onto is None else onto
-        given = [None if each is None else each.contiguous() for each in (eps, lift, shape, tables, offsets, place)]
-        addresses = [None if each is None else each.data_ptr() for each in given]
-        rest = tables.shape[-1], half_width, MAX_U, onto is None, _threads(z)
-        self._corrections(z.data_ptr(), out.data_ptr(), *z.shape, *addresses, *rest)
-        return out
+        given = of.eps, of.lift, of.shape, of.tables, of.offsets, of.place
+        ends = of.codes if bases else None, of.below if bases else None, out, by_eps, by_lift
+        scalars = of.tables.shape[-1], of.half_width, MAX_U
+        self._functions(_address(z), *z.shape, *map(_address, given), *scalars, *map(_address, ends), _threads(z))
 
     def smooth(
         self, x: Tensor, resolution: float, weight: Tensor | None = None, *, sampled: bool = True, score: bool = False
@@ -237,15 +252,16 @@ class RoundKernel:
         stretched = self.gradient(pair, found, pair, r)
         z = torch.linspace(-4.0, 4.0, n, dtype=pair.dtype, device=pair.device).view(1, -1)
         place, tables = pair.new_tensor([-1], dtype=torch.long), pair.new_empty(0, 4, 1)
-        eps, shape = pair.new_tensor([0.3]), pair.new_tensor([[0.2, 1.4]])
-        out = self.corrections(z, eps, shape, tables, place, 8.0)
+        eps, shape, out = pair.new_tensor([0.3]), pair.new_tensor([[0.2, 1.4]]), torch.empty_like(z)
+        relu = pair.new_tensor([1], dtype=torch.int32), pair.new_zeros(1)
+        self.functions(RoundOperands(eps, None, shape, tables, None, place, 8.0, *relu), z, out)
         dead = self.dead_fractions(pair, (pair > 0).float(), 8)
         expected = pair.new_tensor([n, 0.0, 1.0, 0.0, -2.0], dtype=torch.float64)
         return (
             abs(float(found.column("entropy")) - apart) < 1e-4
             and abs(float(stretched)) < 1e-3
             and torch.allclose(self.moments(pair)[0], expected, atol=1e-9)
-            and torch.allclose(out[0], correction(z[0], eps[0], shape[0]), rtol=0.0, atol=1e-5)
+            and torch.allclose(out, z.relu() + correction(z, eps[0], shape[0]), rtol=0.0, atol=1e-5)
             and dead is not None
             and float(dead) == 0.5
             and bool(self.spacings(pair.sort().values, expected[:1], 1e-7)[0, 0] == 1.0)
@@ -257,6 +273,10 @@ def _typed(
 ) -> ctypes._NamedFuncPointer:
     function.restype, function.argtypes = result, arguments
     return function
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _again() -> RoundKernel | None:
