@@ -114,6 +114,9 @@ class EAFOController:
             amplitude.requires_grad_(policy.trains_eps)
         self._follows = torch.tensor([policy.follows_data for policy in self.policies], device="cpu")
         self._adds_gradient = any(policy.adds_gradient for policy in self.policies)
+        self._rows_of_policies: dict[Policy, list[int]] = {}
+        for row, policy in enumerate(self.policies):
+            self._rows_of_policies.setdefault(policy, []).append(row)
         start = self.bank.functions()
         self._eps_before, self._lift_before = start.eps, start.lift
         self._switch = self.bank.sites[0].switch
@@ -317,15 +320,11 @@ class EAFOController:
     def _moved(self, amplitudes: Tensor, gradient: Tensor, usable: Tensor) -> Tensor:
         """Where the policies want amplitudes to be, shape [S]."""
         moved = amplitudes.clone()
-        for policy, rows in self._rows_of_policies():
-            moved[rows] = policy.move(amplitudes[rows], gradient[rows])
+        for policy, rows in self._rows_of_policies.items():
+            everywhere = len(rows) == len(moved)  # as nearly always: no need to pick rows
+            part = slice(None) if everywhere else rows
+            moved[part] = policy.move(amplitudes[part], gradient[part])
         return torch.where(usable, self.trust_region.clamp(moved), amplitudes)
-
-    def _rows_of_policies(self) -> list[tuple[Policy, list[int]]]:
-        rows: dict[Policy, list[int]] = {}
-        for row, policy in enumerate(self.policies):
-            rows.setdefault(policy, []).append(row)
-        return list(rows.items())
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on where training stopped; tensors and primitives only.

@@ -42,6 +42,8 @@ def refreshed(old: Functions, density: Density, usable: Tensor, resolution: floa
         The refreshed functions.
     """
     shape = torch.where(usable.unsqueeze(-1), _fitted(density, old.shape), old.shape)
+    if not old.tabulated.numel():
+        return replace(old, shape=shape)
     tables = old.tables.clone()
     place = {row: k for k, row in enumerate(old.tabulated.tolist())}
     good = usable.tolist()
