@@ -16,7 +16,7 @@ from eafo_dynamic.checks import fitting
 from eafo_dynamic.diagnostics import Record, describe_events, diagnostics, snapshot, to_rows
 from eafo_dynamic.errors import ConfigError, PatternError, SiteError, legible
 from eafo_dynamic.estimates import OutputEntropy, pooled
-from eafo_dynamic.kernels import resolve_backend, round_kernel
+from eafo_dynamic.kernels import Workspace, resolve_backend, round_kernel
 from eafo_dynamic.manifest import manifest
 from eafo_dynamic.options import Options
 from eafo_dynamic.policy import Policy, make_policy, make_rules
@@ -122,6 +122,7 @@ class EAFOController:
         self._switch = self.bank.sites[0].switch
         self._switch.backend = self.options.backend
         self._kernel = round_kernel(self.options.backend)
+        self._workspace = Workspace()
         self._switch.collecting = self.schedule.collects(0)
 
     def _set_quota(self) -> None:
@@ -269,8 +270,8 @@ class EAFOController:
         )
         usable = (stats.n >= 2) & (stats.std > 0) & stats.std.isfinite() & stats.mean.isfinite()
         old, broken = mended(self.bank.functions(self._kernel), self._eps_before, self._lift_before)
-        outputs, directions = old.outputs_and_directions(samples)
-        before = OutputEntropy(outputs, self.options.resolution, self._kernel)
+        outputs, directions = old.outputs_and_directions(samples, self._workspace)
+        before = OutputEntropy(outputs, self.options.resolution, self._kernel, self._workspace)
         gradients = [before.gradient(direction) for direction in directions]
         self._gradient = torch.cat([torch.where(usable, g, 0.0).nan_to_num().to(old.eps.dtype) for g in gradients])
 

@@ -48,9 +48,9 @@ def diagnostics(
         Columns by name; their meaning and units are documented with the log.
     """
     r = before.resolution
-    after = new.outputs(samples)
     if gradient is None:
         gradient = before.gradient(old.direction(samples))
+    after = new.outputs(samples, before.workspace, "first")
     mixed = before.mixed
     entropy_after, of_samples = entropies(after, samples, r, before.kernel)
     gaussian = 0.5 * math.log(2 * math.pi * math.e * (1 + r * r))

@@ -13,7 +13,7 @@ from torch import Tensor
 from eafo_dynamic import statistics
 from eafo_dynamic.entropy import MixedEntropy, SmoothedOutput
 from eafo_dynamic.entropy.spacings import sort_rows
-from eafo_dynamic.kernels import RoundKernel, Smoothed
+from eafo_dynamic.kernels import RoundKernel, Smoothed, Workspace
 from eafo_dynamic.statistics import Moments, pool_ranks, stack_samples, world_size
 
 __all__ = ["OutputEntropy", "Pooled", "dead_fractions", "entropies", "moments", "pooled"]
@@ -140,9 +140,17 @@ class OutputEntropy:
         outputs: a = f(z), shape [S, n]; NaN where missing.
         resolution: r, in standard deviations of the output.
         kernel: the compiled functions; None for torch's operations.
+        workspace: gives the kernel room named "score", and "second" when it sorts; None for new tensors.
     """
 
-    def __init__(self, outputs: Tensor, resolution: float, kernel: RoundKernel | None = None) -> None:
+    def __init__(
+        self,
+        outputs: Tensor,
+        resolution: float,
+        kernel: RoundKernel | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        self.workspace = workspace or Workspace()
         self.outputs = outputs
         self.resolution = resolution
         self.kernel = kernel
@@ -154,7 +162,10 @@ class OutputEntropy:
 
     @functools.cached_property
     def _scored(self) -> Smoothed | None:
-        return None if self._kernel is None else self._kernel.smooth(self.outputs, self.resolution, score=True)
+        if self._kernel is None:
+            return None
+        room = self.workspace.like(self.outputs, "score")
+        return self._kernel.smooth(self.outputs, self.resolution, score=room)
 
     @functools.cached_property
     def _plain(self) -> Smoothed | None:
@@ -177,7 +188,8 @@ class OutputEntropy:
         count = found.column("count")
         complete = bool((count == self.outputs.shape[1]).all())
         values = self.outputs if complete else self.outputs.where(self.outputs.isfinite(), math.inf)
-        both = self._kernel.spacings(sort_rows(values), count, torch.finfo(values.dtype).eps)
+        ordered = sort_rows(values, self.workspace.like(values, "second"))
+        both = self._kernel.spacings(ordered, count, torch.finfo(values.dtype).eps)
         mass, rest = both.to(values.dtype).unbind(1)
         return MixedEntropy(mass, rest, self.entropy)
 

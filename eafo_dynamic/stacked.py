@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eafo_dynamic.bases import Base
 from eafo_dynamic.correction import HALF_WIDTH, evaluate_table
-from eafo_dynamic.kernels import MAX_U, RoundKernel, RoundOperands, bell, known_pointwise
+from eafo_dynamic.kernels import MAX_U, RoundKernel, RoundOperands, Workspace, bell, known_pointwise
 
 __all__ = ["Functions"]
 
@@ -116,35 +116,42 @@ class Functions:
             return out
         return self._combined(z, self.directions(z))
 
-    def outputs(self, z: Tensor) -> Tensor:
+    def outputs(self, z: Tensor, workspace: Workspace | None = None, name: str = "outputs") -> Tensor:
         """f(z), sites with equal bases in one call.
 
         Args:
             z: pre-activations, shape [S, n].
+            workspace: gives the compiled functions room of this name; None for a new tensor.
+            name: of the room.
 
         Returns:
             Activations, shape [S, n].
         """
-        out = self._started(z)
+        out = self._started(z, workspace or Workspace(), name)
         if (compiled := self._compiled(z, out)) is not None:
             compiled(z, out)
             return out
         return out.add_(self.correction(z))
 
-    def outputs_and_directions(self, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def outputs_and_directions(
+        self, z: Tensor, workspace: Workspace | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """``outputs`` and ``directions``, in one pass where they are compiled.
 
         Args:
             z: pre-activations, shape [S, n].
+            workspace: gives the compiled functions room named "outputs", "first" and "second"; None for new tensors.
 
         Returns:
             Activations, shape [S, n], and one or two of that shape.
         """
-        out = self._started(z)
+        workspace = workspace or Workspace()
+        out = self._started(z, workspace, "outputs")
         if (compiled := self._compiled(z, out)) is None:
             directions = self.directions(z)
             return out.add_(self._combined(z, directions)), directions
-        directions = tuple(torch.empty_like(z) for _ in ((0,) if self.lift is None else (0, 1)))
+        names = ("first",) if self.lift is None else ("first", "second")
+        directions = tuple(workspace.like(z, name) for name in names)
         compiled(z, out, *directions)
         return out, directions
 
@@ -159,13 +166,14 @@ class Functions:
             c = c + self.lift.unsqueeze(-1) * directions[1]
         return c
 
-    def _started(self, z: Tensor) -> Tensor:
-        """A new tensor, shape [S, n], with base(z) in the rows whose base is not compiled, or in all."""
+    def _started(self, z: Tensor, workspace: Workspace, name: str) -> Tensor:
+        """Shape [S, n], with base(z) in the rows whose base is not compiled, or in all."""
         groups = self.groups()
-        inside = set[Base]() if self._compiled(z) is None else {base for base in groups if _code(base)}
+        compiled = self._compiled(z) is not None
+        inside = {base for base in groups if compiled and _code(base)}
         if len(groups) == 1 and not inside:
             return next(iter(groups)).fn(z)
-        out = torch.empty_like(z)
+        out = workspace.like(z, name) if compiled else torch.empty_like(z)
         for base, rows in groups.items():
             if base not in inside:
                 out[rows] = base.fn(z[rows])
@@ -182,7 +190,11 @@ class Functions:
     def _operands(self) -> RoundOperands:
         place = self.tabulated.new_full((len(self.bases),), -1)
         place[self.tabulated] = torch.arange(len(self.tabulated), device=place.device)
-        found = [known_pointwise(base.fn) for base in self.bases]
+        codes, below = [0] * len(self.bases), [0.0] * len(self.bases)
+        for base, rows in self.groups().items():
+            if (known := known_pointwise(base.fn)) is not None:
+                for row in rows:
+                    codes[row], below[row] = known.code, known.below
         return RoundOperands(
             eps=self.eps.contiguous(),
             lift=None if self.lift is None else self.lift.contiguous(),
@@ -191,8 +203,8 @@ class Functions:
             offsets=None if self.offsets is None else self.offsets.contiguous(),
             place=place,
             half_width=HALF_WIDTH,
-            codes=place.new_tensor([0 if each is None else each.code for each in found], dtype=torch.int32),
-            below=self.eps.new_tensor([0.0 if each is None else each.below for each in found]),
+            codes=place.new_tensor(codes, dtype=torch.int32),
+            below=self.eps.new_tensor(below),
         )
 
     def groups(self) -> dict[Base, list[int]]:

@@ -14,9 +14,11 @@ from torch import nn
 
 from eafo_dynamic.benchmark import GROUPS, limits, paired, run_benchmark
 from eafo_dynamic.benchmark.peers import Pade, ThreeLineCRReLU, hook_statistics, observer
+from eafo_dynamic.benchmark.steps import refill
 from eafo_dynamic.benchmark.timing import kept_bytes, milliseconds, peak_bytes
 from eafo_dynamic.cli import main
 from eafo_dynamic.cli.bench import GROUPS as NAMES
+from eafo_dynamic.controller import EAFOController
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a CUDA device")
 FIELDS = {"group", "case", "beside", "value", "unit", "target"}
@@ -66,6 +68,19 @@ def test_what_is_short_is_repeated(clock: Callable[[float], None]) -> None:
     assert found.ms == pytest.approx(0.1)
     assert count[0] == 2 + 2 * (1 + 20)
     assert milliseconds(lambda: clock(0.5), 3) == pytest.approx(500.0)
+    assert milliseconds(lambda: clock(0.5), 3, lambda: clock(9.0), cpu=False) == pytest.approx(500.0)
+
+
+def test_every_measured_round_has_samples() -> None:
+    controller = EAFOController.attach(
+        torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    )
+    controller.model(torch.randn(32, 4))
+    fill = refill(controller)
+    for _ in range(3):
+        fill()
+        assert controller.update(1)[0]["n"] == 256
+    assert controller.update(1)[0]["n"] == 0
 
 
 def test_kept_bytes_counts_each_memory_once() -> None:

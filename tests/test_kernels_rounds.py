@@ -22,7 +22,7 @@ from eafo_dynamic.correction import correction_shape, tabulate
 from eafo_dynamic.density import Gaussian
 from eafo_dynamic.entropy import SmoothedOutput, mixed_entropy
 from eafo_dynamic.estimates import OutputEntropy
-from eafo_dynamic.kernels import RoundKernel, known_pointwise, native, round_kernel
+from eafo_dynamic.kernels import RoundKernel, Workspace, known_pointwise, native, round_kernel
 from eafo_dynamic.stacked import Functions
 
 BASES = ["relu", "gelu", "identity", "tanh", "hardtanh"]
@@ -221,6 +221,44 @@ def test_a_base_is_known_by_what_it_calls_not_by_its_name() -> None:
     assert known_pointwise(relu) is None and known_pointwise(Unhashable()) is None
     assert known_pointwise(functools.partial(torch.nn.functional.leaky_relu, negative_slope=0.5)) is not None
     assert known_pointwise(functools.partial(torch.clamp, min=0.0)) is None
+
+
+@pytest.mark.parametrize("names", [["relu", "gelu"], ["softplus", "softplus"], ["relu", "softplus"]], ids="-".join)
+def test_room_of_an_earlier_round_changes_nothing(kernel: RoundKernel, names: list[str]) -> None:
+    workspace, generator = Workspace(), torch.Generator().manual_seed(1)
+    functions = Functions(
+        bases=[as_base(name) for name in names],
+        eps=torch.tensor([0.2, -0.3]),
+        shape=torch.tensor([[0.1, 1.2], [-0.4, 0.8]]),
+        tables=torch.empty(0, 4, 1),
+        tabulated=torch.empty(0, dtype=torch.long),
+        lift=torch.tensor([0.1, 0.2]),
+        kernel=kernel,
+    )
+    for inference in (True, False, False):  # what is kept from inference mode can be written outside of it
+        z = torch.randn(2, 600, generator=generator)
+        z[1, :7] = math.nan
+        with torch.inference_mode(inference):
+            mine, fresh = functions.outputs_and_directions(z, workspace), functions.outputs_and_directions(z)
+            for found, wanted in zip((mine[0], *mine[1]), (fresh[0], *fresh[1]), strict=True):
+                assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
+            kept = OutputEntropy(mine[0], 0.1, kernel, workspace)
+            new = OutputEntropy(fresh[0], 0.1, kernel)
+            for a, b in zip(map(kept.gradient, mine[1]), map(new.gradient, fresh[1]), strict=True):
+                assert torch.equal(a, b)
+            after = functions.outputs(z * 0.5, workspace, "first")
+            assert torch.equal(kept.change(after), new.change(functions.outputs(z * 0.5)))
+            assert all(torch.equal(a, b) for a, b in zip(kept.mixed, new.mixed, strict=True))
+
+
+def test_a_workspace_gives_the_same_room_until_the_shape_changes() -> None:
+    workspace, z = Workspace(), torch.randn(3, 5)
+    room = workspace.like(z, "score")
+    assert room.shape == z.shape and workspace.like(z + 1, "score") is room
+    assert workspace.like(z, "outputs") is not room
+    assert workspace.like(z[:, :4], "score").shape == (3, 4)
+    assert workspace.like(z.double(), "score").dtype == torch.float64
+    assert not vars(pickle.loads(pickle.dumps(workspace)))["_kept"], "nothing of it goes into a file or a copy"
 
 
 def test_lifts_are_those_of_the_reference(kernel: RoundKernel) -> None:

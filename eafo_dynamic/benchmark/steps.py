@@ -15,7 +15,7 @@ from eafo_dynamic.benchmark.timing import milliseconds, paired
 from eafo_dynamic.controller import EAFOController
 from eafo_dynamic.experiments import GPT, ResNet, VisionTransformer
 
-__all__ = ["step_cases"]
+__all__ = ["refill", "step_cases"]
 
 
 def _models(quick: bool) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
@@ -77,11 +77,30 @@ def step_cases(quick: bool) -> Iterator[dict[str, Any]]:
         for _ in range(1 if quick else 3):
             step()
             count[0] -= 1
-        share = milliseconds(lambda controller=controller: controller.update(1), 3) / period / found.beside_ms
+        round_ms = milliseconds(lambda controller=controller: controller.update(1), 5, refill(controller))
+        share = round_ms / period / found.beside_ms
         spread = {"low": found.low + share, "high": found.high + share, "ms": found.ms, "beside_ms": found.beside_ms}
         row = {"beside": "plain", "unit": "x", **spread}
         yield {"case": name, "value": found.ratio + share, "target": 1.03, **row, "round_share": share}
         yield _frozen(name, model, x, y, pairs)
+
+
+def refill(controller: EAFOController) -> Callable[[], None]:
+    """What gives every site the samples again that it has now.
+
+    Args:
+        controller: with samples.
+
+    Returns:
+        Call it before each round that is measured; collecting is measured by itself.
+    """
+    pending = [(site.collector, site.collector.pending()) for site in controller.sites]
+
+    def fill() -> None:
+        for collector, chunks in pending:
+            collector.restore(chunks, controller.bank.device)
+
+    return fill
 
 
 def _frozen(name: str, model: nn.Module, x: Tensor, y: Tensor, pairs: int) -> dict[str, Any]:

@@ -83,21 +83,28 @@ def settle_allocator() -> None:
     torch.empty(31 << 18).zero_()  # just under the 32 MiB from which on it always asks the system
 
 
-def milliseconds(function: Callable[[], object], runs: int) -> float:
+def milliseconds(
+    function: Callable[[], object], runs: int, before: Callable[[], object] | None = None, *, cpu: bool = True
+) -> float:
     """Median time of a function by itself.
 
     Args:
         function: what is measured.
         runs: how many times.
+        before: what is done before each run, untimed.
+        cpu: whether to count CPU time, in which threads that wait for each other count too; else time on the clock.
 
     Returns:
-        Milliseconds of CPU time.
+        Milliseconds.
     """
     times: list[float] = []
+    clock = time.process_time if cpu else time.perf_counter
     for _ in range(runs):
-        start = time.process_time()
+        if before is not None:
+            before()
+        start = clock()
         function()
-        times.append(time.process_time() - start)
+        times.append(clock() - start)
     return 1e3 * statistics.median(times)
 
 

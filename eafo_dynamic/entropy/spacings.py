@@ -42,18 +42,22 @@ def atoms_and_rest(samples: Tensor, *, complete: bool = False, sampled: bool = T
     return held.double() / count, torch.where(count > 0, continuous, math.nan)
 
 
-def sort_rows(rows: Tensor) -> Tensor:
+def sort_rows(rows: Tensor, room: Tensor | None = None) -> Tensor:
     """Every row in ascending order, NaN last.
 
     Args:
         rows: shape [sites, n].
+        room: where the result may be written, shape [sites, n]; None for a new tensor.
 
     Returns:
         Same shape.
     """
     if rows.device.type == "cpu":
         # numpy sorts with vector instructions, some fifty times faster than torch on a CPU
-        return torch.from_numpy(np.sort(rows.numpy(), axis=1))
+        ordered = torch.empty_like(rows) if room is None else room
+        np.copyto(ordered.numpy(), rows.numpy())
+        ordered.numpy().sort(axis=1)
+        return ordered
     return rows.sort(dim=1).values
 
 

@@ -23,7 +23,7 @@ from eafo_dynamic.kernels.formula import (
 from eafo_dynamic.kernels.fused import corrected, corrected_
 from eafo_dynamic.kernels.known import Known, known_function, known_module, known_pointwise
 from eafo_dynamic.kernels.layouts import corrected_nested, describe, is_correctable, per_channel, size_of, values_of
-from eafo_dynamic.kernels.rounds import RoundKernel, RoundOperands, Smoothed
+from eafo_dynamic.kernels.rounds import RoundKernel, RoundOperands, Smoothed, Workspace
 from eafo_dynamic.kernels.terms import Terms
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "RoundOperands",
     "Smoothed",
     "Terms",
+    "Workspace",
     "bell",
     "check_backend",
     "corrected",

@@ -16,11 +16,41 @@ from torch import Tensor
 
 from eafo_dynamic.kernels.formula import MAX_U, correction
 
-__all__ = ["RoundKernel", "RoundOperands", "Smoothed"]
+__all__ = ["RoundKernel", "RoundOperands", "Smoothed", "Workspace"]
 
 _LEAST_PARALLEL = 32768  # samples, as torch's own pointwise kernels
 _MOST_SAMPLES = 1 << 20  # a site; above it sums need float64, as in grids
 _FOUND = ("count", "low", "span", "mean", "std", "entropy", "fisher")  # columns, as in the source
+
+
+class Workspace:
+    """Room for a round's largest tensors that is kept for the next one; who takes it again overwrites the last taker's.
+
+    The pages of tensors that are freed and made anew are cleared by the system each time, a sixth of a round's time.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
+        return Workspace, ()  # nothing in it outlasts a round
+
+    def like(self, samples: Tensor, name: str) -> Tensor:
+        """Room for a tensor.
+
+        Args:
+            samples: shape, dtype and device that it is to have.
+            name: whose it is.
+
+        Returns:
+            A contiguous tensor that holds anything.
+        """
+        kept = self._kept.get(name)
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (samples.shape, samples.dtype, samples.device):
+            with torch.inference_mode(False):  # a later round may not be in inference mode
+                kept = torch.empty(samples.shape, dtype=samples.dtype, device=samples.device)
+            self._kept[name] = kept
+        return kept
 
 
 class RoundOperands(NamedTuple):
@@ -148,7 +178,13 @@ class RoundKernel:
         self._functions(_address(z), *z.shape, *map(_address, given), *scalars, *map(_address, ends), _threads(z))
 
     def smooth(
-        self, x: Tensor, resolution: float, weight: Tensor | None = None, *, sampled: bool = True, score: bool = False
+        self,
+        x: Tensor,
+        resolution: float,
+        weight: Tensor | None = None,
+        *,
+        sampled: bool = True,
+        score: bool | Tensor = False,
     ) -> Smoothed | None:
         """Moments and resolution-r entropy of every site's outputs, and what its gradient needs.
 
@@ -157,13 +193,13 @@ class RoundKernel:
             resolution: r, in standard deviations of the output.
             weight: nonnegative weights, shape [S, n]; None for 1 each.
             sampled: whether to take the bias of a random sample off the entropy.
-            score: whether the score at the samples and the Fisher information are wanted.
+            score: whether the score at the samples and the Fisher information are wanted, or room for the former.
 
         Returns:
             The results; None where a site's numbers are too large, too close or too wide apart for it.
         """
         found = x.new_empty(len(x), len(_FOUND), dtype=torch.float64)
-        scores = torch.empty_like(x) if score else None
+        scores = score if isinstance(score, Tensor) else torch.empty_like(x) if score else None
         refused = self._smooth(
             *(x.data_ptr(), None if weight is None else weight.data_ptr(), *x.shape, resolution, sampled, _threads(x)),
             *(found.data_ptr(), None if scores is None else scores.data_ptr()),
