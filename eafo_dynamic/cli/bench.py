@@ -20,7 +20,7 @@ GROUPS = ("activation", "memory", "floor", "gpu", "statistics", "round", "start"
 
 _DESCRIPTION = """\
 Measure what the corrections cost on this machine. Ratios are medians over pairs measured in alternation in
-one run, with the middle half of the pairs as their range. The full run takes some ten minutes."""
+one run, with the middle half of the pairs as their range. The full run takes a few minutes."""
 
 
 def register(commands: Commands) -> None:
