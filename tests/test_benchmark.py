@@ -212,9 +212,13 @@ def test_command_prints_rows_for_programs(capsys: pytest.CaptureFixture[str]) ->
         (["--threads", "0"], "--threads"),
         pytest.param(["--only", "gpu"], "CUDA", marks=no_gpu),
         (["--json", "/no/such/folder/x.json"], "--json"),
+        (["--out", "figure.bmp"], "picture"),
     ],
 )
-def test_wrong_arguments_cost_a_line(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_cost_a_line_and_no_minute(
+    arguments: list[str], word: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eafo_dynamic.cli.bench._measured", lambda *_: pytest.fail("measured before it looked"))
     assert main(["bench", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and word in error and error.count("\n") == 1

@@ -53,6 +53,10 @@ def _run(args: argparse.Namespace) -> int:
     for option, path in (("--json", args.json), ("--out", args.out)):
         if path and not Path(path).absolute().parent.is_dir():
             raise ConfigError(option, path, "is in a folder that does not exist", "Make the folder first.")
+    if args.out:
+        from eafo_dynamic.plots.style import check_picture
+
+        check_picture(args.out)
 
     import torch
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = ["DARK", "LIGHT", "SUFFIXES", "Style", "drawing", "evenly", "save"]
+__all__ = ["DARK", "LIGHT", "SUFFIXES", "Style", "check_picture", "drawing", "evenly", "save"]
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -93,10 +93,7 @@ def drawing(style: Style) -> Generator[None]:
     Raises:
         LogError: if matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise LogError("figures need matplotlib: pip install 'eafo-dynamic[plots]'") from None
+    matplotlib = _matplotlib()
     settings: Any = {
         "figure.facecolor": style.ground,
         "savefig.facecolor": style.ground,
@@ -127,6 +124,29 @@ def drawing(style: Style) -> Generator[None]:
         yield
 
 
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise LogError("figures need matplotlib: pip install 'eafo-dynamic[plots]'") from None
+    return matplotlib
+
+
+def check_picture(out: str | Path) -> None:
+    """Says before long work whether a figure can be drawn and its file's ending is a format.
+
+    Args:
+        out: the file.
+
+    Raises:
+        ConfigError: if the ending is none.
+        LogError: if matplotlib is not installed.
+    """
+    _matplotlib()
+    if Path(out).suffix.lower() not in SUFFIXES:
+        raise ConfigError("--out", str(out), "no picture format", f"End the name in {', '.join(SUFFIXES)}.")
+
+
 def save(figure: Figure, out: str | Path) -> Path:
     """Write a figure to a file.
 
@@ -140,11 +160,8 @@ def save(figure: Figure, out: str | Path) -> Path:
     Raises:
         ConfigError: if the ending is another one, or the file cannot be written.
     """
-    import matplotlib
-
-    path = Path(out)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError("--out", str(out), "no picture format", f"End the name in {', '.join(SUFFIXES)}.")
+    check_picture(out)
+    path, matplotlib = Path(out), _matplotlib()
     stamp = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
     try:
         # Without a salt of its own every SVG has other names for the same things.
