@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eafo_dynamic.bases import Base
 from eafo_dynamic.correction import HALF_WIDTH, evaluate_table
-from eafo_dynamic.kernels import MAX_U, RoundKernel, RoundOperands, Workspace, bell, known_pointwise
+from eafo_dynamic.kernels import MAX_U, Known, RoundKernel, RoundOperands, Workspace, bell, known_pointwise
 
 __all__ = ["Functions"]
 
@@ -170,7 +170,7 @@ class Functions:
         """Shape [S, n], with base(z) in the rows whose base is not compiled, or in all."""
         groups = self.groups()
         compiled = self._compiled(z) is not None
-        inside = {base for base in groups if compiled and _code(base)}
+        inside = self._inside if compiled else {}
         if len(groups) == 1 and not inside:
             return next(iter(groups)).fn(z)
         out = workspace.like(z, name) if compiled else torch.empty_like(z)
@@ -187,12 +187,18 @@ class Functions:
         return functools.partial(self.kernel.functions, self._operands)
 
     @functools.cached_property
+    def _inside(self) -> dict[Base, Known]:
+        """The bases that are compiled."""
+        known = {base: known_pointwise(base.fn) for base in self.groups()}
+        return {base: each for base, each in known.items() if each is not None}
+
+    @functools.cached_property
     def _operands(self) -> RoundOperands:
         place = self.tabulated.new_full((len(self.bases),), -1)
         place[self.tabulated] = torch.arange(len(self.tabulated), device=place.device)
         codes, below = [0] * len(self.bases), [0.0] * len(self.bases)
         for base, rows in self.groups().items():
-            if (known := known_pointwise(base.fn)) is not None:
+            if (known := self._inside.get(base)) is not None:
                 for row in rows:
                     codes[row], below[row] = known.code, known.below
         return RoundOperands(
@@ -242,11 +248,6 @@ class Functions:
             offsets=settled,
             lift=self.lift if self.lift is None or other.lift is None else _between(self.lift, other.lift, fraction),
         )
-
-
-def _code(base: Base) -> int:
-    known = known_pointwise(base.fn)
-    return 0 if known is None else known.code
 
 
 def _closed_form_(u: Tensor) -> Tensor:
