@@ -88,7 +88,7 @@ static void shapes(const float *z, int m, const struct terms *s, const float *ro
     if (!rows) {
 #pragma omp simd
         for (int i = 0; i < m; i++) {
-            float u = clamped((z[i] - s->mu) * s->inverse, s->clamp), e = bell_exp(-0.5f * u * u);
+            float u = clamped((z[i] - s->mu) * s->inverse, s->clamp), e = bell_of(BELL_SCALE * u);
             value[i] = u * e;
             more[i] = e;
             if (slope) slope[i] = (1.0f - u * u) * e, more_slope[i] = -u * e;

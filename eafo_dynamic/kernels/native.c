@@ -28,22 +28,21 @@ struct terms {
     float below;
 };
 
-/* exp(x) for x in [-87, 0], to about one unit in the last place. */
-static inline float bell_exp(float x) {
-    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, 4);
-    return p * scale;
-}
+#define LOG2_E 1.44269504f
+#define BELL_SCALE 0.849321800f   /* exp(-u^2 / 2) = 2^-(BELL_SCALE u)^2 */
+#define THEN(coefficient) p = p * x + coefficient;
+
+/* 2^x for x = -square or -a b in [-126, 0], to about one unit in the last place; n is x rounded, in its lowest bits. */
+#define POWER_OF_2(minus_x, result) do { \
+    float n = 12583039.0f - (minus_x), x = (12583039.0f - n) - (minus_x), p = 1.53458095e-4f; \
+    THEN(1.33999312e-3f) THEN(9.61848897e-3f) THEN(5.55032878e-2f) THEN(0.240226469f) THEN(0.693147206f) THEN(1.0f) \
+    int32_t bits; \
+    memcpy(&bits, &n, 4); \
+    bits = (int32_t)((uint32_t)bits << 23); \
+    float scale; \
+    memcpy(&scale, &bits, 4); \
+    result = p * scale; \
+} while (0)
 
 /* a + c, and a bit for bit where c is zero: +0.0 would make a +0.0 of -0.0. */
 static inline float plus(float a, float c) { return c == 0.0f ? a : a + c; }
@@ -53,37 +52,86 @@ static inline float clamped(float u, float bound) {
     return u > bound ? bound : u;
 }
 
-static inline float sigmoid(float x) {
-    float size = x < 0.0f ? -x : x, e = bell_exp(size < 87.0f ? -size : -87.0f);
-    e = size > 87.0f ? 0.0f : e;   /* so that infinities come out as those of torch do */
-    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+/* exp(-u^2 / 2) from v = BELL_SCALE u. */
+static inline float bell_of(float v) {
+    float e;
+    POWER_OF_2(v * v, e);
+    return e;
 }
 
-/* Values and slopes of the bases. GELU: normal CDF by Abramowitz and Stegun, 7.1.26, off by at most 1.5e-7. */
-static inline __attribute__((always_inline)) void
-apply_base(enum base base, float below, float z, float *value, float *slope) {
-    if (base == KINK) {
-        *value = z > 0.0f || z != z ? z : (below == 0.0f ? 0.0f : below * z);
-        *slope = z > 0.0f || z != z ? 1.0f : below;
-    } else if (base == SILU) {
+static inline float sigmoid(float z) {
+    float size = z < 0.0f ? -z : z, near = size < 87.0f ? size : 87.0f, e;
+    POWER_OF_2(near * LOG2_E, e);
+    e = size > 87.0f ? 0.0f : e;   /* so that infinities come out as those of torch do */
+    float whole = 1.0f + e, y = 0.98989899f + e * (e * 0.32323232f - 0.80808081f);   /* 1 / whole to 1 % */
+    y = y * (2.0f - whole * y);
+    y = y * (2.0f - whole * y);   /* Newton's steps are several times as fast as a division */
+    return (z < 0.0f ? e : 1.0f) * y;
+}
+
+/* Normal CDF - 1/2, what GELU_TANH has in its place, and the slopes of both - 1/2: odd functions, z times a polynomial
+   in x = 2 (z / end)^2 - 1 fitted for the least largest error (1e-7, as much as rounding), constant from `end` on. */
+#define SQUARED(z, end) (z * z < end * end ? z * z : end * end) * (2.0f / (end * end)) - 1.0f
+
+static inline float half_limited(float h) {   /* lets NaN pass */
+    h = h < -0.5f ? -0.5f : h;
+    return h > 0.5f ? 0.5f : h;
+}
+
+static inline float limited(float z, float end) {
+    z = z < -end ? -end : z;
+    return z > end ? end : z;
+}
+
+static inline float gelu_cdf(float z) {
+    float x = SQUARED(z, 5.4f), p = 3.92849877e-4f;
+    THEN(-1.02836534e-3f) THEN(8.74963065e-4f) THEN(-1.18642091e-3f) THEN(3.65888444e-3f) THEN(-6.7153261e-3f)
+    THEN(9.6512204e-3f) THEN(-1.39633268e-2f) THEN(1.96451358e-2f) THEN(-2.57464554e-2f) THEN(3.21165957e-2f)
+    THEN(-3.9206814e-2f) THEN(4.84995916e-2f) THEN(-6.53280541e-2f) THEN(0.130928114f)
+    return 0.5f + half_limited(z * p);
+}
+
+static inline float gelu_slope(float z) {
+    float near = limited(z, 5.8f), x = SQUARED(near, 5.8f), p = -2.92551005e-3f;
+    THEN(7.33477063e-3f) THEN(-2.9433514e-3f) THEN(3.65067768e-4f) THEN(-1.78518761e-2f) THEN(3.49680558e-2f)
+    THEN(-3.65718119e-2f) THEN(4.37326618e-2f) THEN(-6.02969602e-2f) THEN(6.97622448e-2f) THEN(-6.9679305e-2f)
+    THEN(6.5087609e-2f) THEN(-5.77154085e-2f) THEN(5.01604937e-2f) THEN(-4.61970381e-2f) THEN(4.86359559e-2f)
+    THEN(-6.16574697e-2f) THEN(0.121998772f)
+    return 0.5f + near * p;
+}
+
+static inline float tanh_cdf(float z) {
+    float x = SQUARED(z, 5.0f), p = -4.6964467e-4f;
+    THEN(6.22381922e-4f) THEN(1.28702424e-3f) THEN(-2.0580159e-3f) THEN(-4.84538032e-4f) THEN(6.20110019e-4f)
+    THEN(2.78232154e-3f) THEN(-4.75483621e-3f) THEN(6.0625216e-3f) THEN(-9.88249388e-3f) THEN(1.58829428e-2f)
+    THEN(-2.31187791e-2f) THEN(3.13766822e-2f) THEN(-4.05335613e-2f) THEN(5.16553521e-2f) THEN(-7.03660101e-2f)
+    THEN(0.141378537f)
+    return 0.5f + half_limited(z * p);
+}
+
+static inline float tanh_slope(float z) {
+    float near = limited(z, 5.2f), x = SQUARED(near, 5.2f), p = -6.60280604e-3f;
+    THEN(9.99521278e-3f) THEN(2.05608662e-2f) THEN(-3.37091088e-2f) THEN(-2.7455762e-2f) THEN(4.6644859e-2f)
+    THEN(2.77318582e-2f) THEN(-4.91681285e-2f) THEN(4.77156515e-4f) THEN(4.24218457e-3f) THEN(2.82996483e-2f)
+    THEN(-4.37025055e-2f) THEN(5.21521419e-2f) THEN(-6.76928163e-2f) THEN(8.03138912e-2f) THEN(-8.21993351e-2f)
+    THEN(7.4769482e-2f) THEN(-6.46945685e-2f) THEN(6.04470037e-2f) THEN(-7.05811754e-2f) THEN(0.136325821f)
+    return 0.5f + near * p;
+}
+
+/* The bases and their slopes. */
+static inline __attribute__((always_inline)) float base_value(enum base base, float below, float z) {
+    if (base == KINK) return z > 0.0f || z != z ? z : (below == 0.0f ? 0.0f : below * z);
+    if (base == SILU) return z * sigmoid(z);
+    return z * (base == GELU ? gelu_cdf(z) : tanh_cdf(z));
+}
+
+static inline __attribute__((always_inline)) float base_slope(enum base base, float below, float z) {
+    if (base == KINK) return z > 0.0f || z != z ? 1.0f : below;
+    if (base == SILU) {
         float s = sigmoid(z);
-        *value = z * s;
-        *slope = s * (1.0f + z * (1.0f - s));
-    } else if (base == GELU) {
-        float x = z < 0.0f ? -z : z, near = x < 13.0f ? x : 13.0f;
-        float e = bell_exp(-0.5f * near * near);
-        e = x > 13.0f ? 0.0f : e;
-        float t = 1.0f / (1.0f + 0.23164189f * near);   /* 0.3275911 / sqrt(2) */
-        float tail = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-        tail = 0.5f * tail * e;
-        float cdf = z < 0.0f ? tail : 1.0f - tail;
-        *value = z * cdf;
-        *slope = cdf + z * (0.39894228f * e);
-    } else {
-        float s = sigmoid(1.59576912f * (z + 0.044715f * z * z * z));   /* 2 sqrt(2 / pi) */
-        *value = z * s;
-        *slope = s + z * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * z * z);
+        return s * (1.0f + z * (1.0f - s));
     }
+    return base == GELU ? gelu_slope(z) : tanh_slope(z);
 }
 
 static inline __attribute__((always_inline)) void
@@ -93,9 +141,7 @@ combine_values(enum base base, float below, const float *z, const float *c, floa
         if (base == GIVEN) {
             out[i] = plus(out[i], c[i]);
         } else {
-            float value, slope;
-            apply_base(base, below, z[i], &value, &slope);
-            out[i] = value + c[i];
+            out[i] = base_value(base, below, z[i]) + c[i];
         }
     }
 }
@@ -107,9 +153,7 @@ combine_slopes(enum base base, float below, const float *z, const float *grad, c
         if (base == GIVEN) {
             out[i] = c[i] == 0.0f ? out[i] : plus(out[i], grad[i] * c[i]);   /* 0 * inf is no 0 */
         } else {
-            float value, slope;
-            apply_base(base, below, z[i], &value, &slope);
-            out[i] = grad[i] * (slope + c[i]);
+            out[i] = grad[i] * (base_slope(base, below, z[i]) + c[i]);
         }
     }
 }
@@ -179,21 +223,15 @@ static inline void read_rows(const float *rows, const int32_t *row, const float 
     }
 }
 
-/* The closed form, in one loop with its base. */
+/* The closed form, in one loop with its base; v = BELL_SCALE u. */
 static inline __attribute__((always_inline)) void
 bell_values(enum base base, const float *z, float *out, int64_t n, const struct terms *s) {
-    float amplitude = s->eps * s->sigma, lift = s->lift * s->sigma;
-    float mu = s->mu, inverse = s->inverse, bound = s->clamp, below = s->below;
+    float amplitude = s->eps * s->sigma / BELL_SCALE, lift = s->lift * s->sigma, below = s->below;
+    float mu = s->mu, inverse = s->inverse * BELL_SCALE, bound = s->clamp * BELL_SCALE;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        float u = clamped((z[i] - mu) * inverse, bound), c = (amplitude * u + lift) * bell_exp(-0.5f * u * u);
-        float value = out[i], slope;
-        if (base == GIVEN) {
-            out[i] = plus(value, c);
-        } else {
-            apply_base(base, below, z[i], &value, &slope);
-            out[i] = value + c;
-        }
+        float v = clamped((z[i] - mu) * inverse, bound), c = (amplitude * v + lift) * bell_of(v);
+        out[i] = base == GIVEN ? plus(out[i], c) : base_value(base, below, z[i]) + c;
     }
 }
 
@@ -201,23 +239,20 @@ bell_values(enum base base, const float *z, float *out, int64_t n, const struct 
 static inline __attribute__((always_inline)) void
 bell_slopes(enum base base, const float *z, const float *grad, float *out, int64_t n, const struct terms *s,
             double *sums) {
-    float eps = s->eps, lift = s->lift, mu = s->mu, inverse = s->inverse, bound = s->clamp, below = s->below;
+    float eps = s->eps, by_square = s->eps / (BELL_SCALE * BELL_SCALE), by_v = s->lift / BELL_SCALE, below = s->below;
+    float mu = s->mu, inverse = s->inverse * BELL_SCALE, bound = s->clamp * BELL_SCALE;
     float by_eps = 0.0f, by_lift = 0.0f;
-    int nothing = eps == 0.0f && lift == 0.0f;
+    int nothing = eps == 0.0f && s->lift == 0.0f;
 #pragma omp simd reduction(+ : by_eps, by_lift)
     for (int64_t i = 0; i < n; i++) {
-        float u = clamped((z[i] - mu) * inverse, bound), e = bell_exp(-0.5f * u * u);
-        float value, slope, c = (eps * (1.0f - u * u) - lift * u) * e;
-        by_eps += grad[i] * (u * e);
-        by_lift += grad[i] * e;
-        if (base == GIVEN) {
-            out[i] = nothing ? out[i] : plus(out[i], grad[i] * c);   /* 0 * inf is no 0 */
-        } else {
-            apply_base(base, below, z[i], &value, &slope);
-            out[i] = grad[i] * (slope + c);
-        }
+        float v = clamped((z[i] - mu) * inverse, bound), e = bell_of(v), pull = grad[i] * e;
+        float c = (eps - v * (by_square * v + by_v)) * e;   /* (eps (1 - u^2) - lift u) e */
+        by_eps += pull * v;
+        by_lift += pull;
+        if (base == GIVEN) out[i] = nothing ? out[i] : plus(out[i], grad[i] * c);   /* 0 * inf is no 0 */
+        else out[i] = grad[i] * (base_slope(base, below, z[i]) + c);
     }
-    sums[0] = by_eps;
+    sums[0] = by_eps / BELL_SCALE;
     sums[1] = by_lift;
 }
 
