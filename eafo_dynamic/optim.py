@@ -15,8 +15,8 @@ from eafo_dynamic.errors import ConfigError
 __all__ = ["GROUP_NAME", "LR_MULTIPLE", "check_group", "own_group"]
 
 GROUP_NAME = "eafo"
-# learning rate of eps over that of the model: measured over eight tasks, see examples/results; the paper has 1
-LR_MULTIPLE = 10.0
+# learning rate of eps over that of the model: measured over ten tasks, see examples/results; the paper has 1
+LR_MULTIPLE = 3.0
 
 # how torch's schedulers, and those written after them (timm), name their lists with an entry a parameter group
 _RATES_PER_GROUP = ("lrs", "_last_lr", "base_values")

@@ -222,8 +222,8 @@ def test_every_optimiser_trains_eps_without_decay(kind: str, held: bool, named: 
         assert p.isfinite().all() and not torch.equal(p, start[name]), name
 
 
-def test_amplitudes_learn_ten_times_as_fast_as_the_model_unless_told_otherwise() -> None:
-    for options, rate in (({}, 0.1), ({"lr": 0.3}, 0.3), ({"lr_multiple": 1.0}, 0.01)):
+def test_amplitudes_learn_three_times_as_fast_as_the_model_unless_told_otherwise() -> None:
+    for options, rate in (({}, 0.03), ({"lr": 0.3}, 0.3), ({"lr_multiple": 1.0}, 0.01)):
         model = make_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         own_group([optimizer], amplitudes(model), model, **options)
