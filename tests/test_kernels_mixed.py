@@ -139,12 +139,16 @@ def test_every_number_of_16_bits_is_read_and_written_as_it_is(dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_results_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
-    # a bell that is flat over all of z: f(z) = z + 2^-12 z exactly, most often between two numbers of 16 bits
     wide = torch.cat([torch.logspace(-9, 6, 20_000), -torch.logspace(-9, 6, 20_000), torch.tensor([65519.0, 65520.0])])
-    z = wide.to(dtype)
-    given = Terms(torch.tensor(2.0**-12), torch.tensor([0.0, 2.0**60]), None, None, 0.0)
-    out = corrected(z, nn.LeakyReLU(1.0), given, known_module(nn.LeakyReLU(1.0)), "native")
+    z, line = wide.to(dtype).view(-1, 2), nn.LeakyReLU(1.0)
+    # a bell that is flat over all of z: f(z) = z + 2^-12 z exactly, most often between two numbers of 16 bits
+    given = Terms(torch.full((2,), 2.0**-12), torch.tensor([0.0, 2.0**60]), None, None, 0.0)
+    out = corrected(z, line, given, known_module(line), "native")
     assert_same_bits(out, (z.double() * (1 + 2.0**-12)).to(torch.float32).to(dtype))
+    # one amplitude for all: the kernel of float32 at work on parts
+    given = Terms(torch.tensor(0.3), torch.tensor([0.2, 1.4]), None, None, 0.0)
+    expected = corrected(z.float(), line, given, known_module(line), "native")
+    assert_same_bits(corrected(z, line, given, known_module(line), "native"), expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -108,7 +108,9 @@ void eafo_mixed_forward(const void *z, void *out, int64_t n, int type, int64_t c
     float rows[4 * (MOST_INTERVALS + 1)], settled[4 * (MOST_INTERVALS + 1)];
     struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
     struct channels c = {count, inner};
-    if (table) to_rows(table, intervals, rows);
+    int single = count == 1;
+    if (table && single) to_folded_rows(table, offset, &s, rows);
+    else if (table) to_rows(table, intervals, rows);
     if (offset) to_rows(offset, intervals, settled);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t at = 0; at < n; at += PART) {
@@ -116,6 +118,11 @@ void eafo_mixed_forward(const void *z, void *out, int64_t n, int type, int64_t c
         int m = n - at < PART ? (int)(n - at) : PART;
         const float *x = load((enum type)type, z, at, room[0], m);
         float *y = load_given((enum type)type, s.base, out, at, room[1], m);
+        if (single) {
+            forward(x, y, m, s, table ? rows : 0);
+            store((enum type)type, y, out, at, m);
+            continue;
+        }
         spread(&c, eps, at, m, e);
         if (lift) spread(&c, lift, at, m, l);
         shapes(x, m, &s, table ? rows : 0, offset ? settled : 0, value, 0, more, 0);
@@ -149,6 +156,14 @@ void eafo_mixed_backward(const void *z, const void *grad, void *out, int64_t n, 
             int m = n - at < PART ? (int)(n - at) : PART;
             const float *x = load((enum type)type, z, at, room[0], m), *g = load((enum type)type, grad, at, room[1], m);
             float *y = load_given((enum type)type, s.base, out, at, room[2], m);
+            if (count == 1) {
+                double of_part[2];
+                backward(x, g, y, m, s, table ? rows : 0, offset ? settled : 0, of_part);
+                sums[0] += of_part[0];
+                sums[1] += of_part[1];
+                store((enum type)type, y, out, at, m);
+                continue;
+            }
             spread(&c, eps, at, m, e);
             shapes(x, m, &s, table ? rows : 0, offset ? settled : 0, value, slope, bell, more);
             add_up(&c, at, m, g, value, sums);

@@ -192,6 +192,15 @@ static void to_rows(const float *table, int intervals, float *rows) {
     beyond[2] = beyond[3] = 0.0f;
 }
 
+/* Rows of the whole correction, sigma * (eps * ghat + offset), for one amplitude. */
+static void to_folded_rows(const float *table, const float *offset, const struct terms *s, float *rows) {
+    float settled[4 * (MOST_INTERVALS + 1)];
+    to_rows(table, s->intervals, rows);
+    if (offset) to_rows(offset, s->intervals, settled);
+    for (int k = 0; k < 4 * (s->intervals + 1); k++)
+        rows[k] = s->sigma * (s->eps * rows[k] + (offset ? settled[k] : 0.0f));
+}
+
 static inline void places(const float *z, int m, const struct terms *s, int32_t *row, float *t) {
     float mu = s->mu, inverse = s->inverse, half = s->half_width, per_sd = s->per_sd, top = (float)s->intervals;
     for (int i = 0; i < m; i++) {
@@ -322,15 +331,10 @@ static struct terms read_terms(const float *eps, const float *lift, const float 
 void eafo_forward(const float *z, float *out, int64_t n, const float *eps, const float *lift, const float *shape,
                   const float *table, const float *offset, int intervals, float half_width, float clamp, int base,
                   float below, int threads) {
-    float rows[4 * (MOST_INTERVALS + 1)], settled[4 * (MOST_INTERVALS + 1)];
+    float rows[4 * (MOST_INTERVALS + 1)];
     struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
     if (s.eps == 0.0f && s.lift == 0.0f && !offset && base == GIVEN) return;   /* every bit of the base stays */
-    if (table) {
-        to_rows(table, intervals, rows);
-        if (offset) to_rows(offset, intervals, settled);
-        for (int k = 0; k < 4 * (intervals + 1); k++)
-            rows[k] = s.sigma * (s.eps * rows[k] + (offset ? settled[k] : 0.0f));
-    }
+    if (table) to_folded_rows(table, offset, &s, rows);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t start = 0; start < n; start += BLOCK) {
         int64_t m = n - start < BLOCK ? n - start : BLOCK;
