@@ -49,9 +49,11 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
             axes.plot([row["low"], row["high"]], [place, place], color=LIGHT.ink, linewidth=1)
         if row["target"] is not None:
             axes.plot([row["target"]] * 2, [place - 0.45, place + 0.45], color=LIGHT.ink, linewidth=2)
-        axes.annotate(f" {row['value']:.2f}", (max(row["value"], row.get("high", 0.0)), place), va="center", fontsize=7)
+        end = max(row["value"], row.get("high", 0.0), row["target"] or 0.0)
+        axes.annotate(f" {row['value']:.2f}", (end, place), va="center", fontsize=7)
     labels = [f"{row['case']} / {row['beside']}" for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("ratio; black ticks are targets, thin lines the middle half of the pairs")
