@@ -7,6 +7,8 @@ import torch
 from test_kernels import assert_same_bits
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from eafo_dynamic.kernels import (
     MAX_U,
@@ -152,6 +154,33 @@ def test_in_place_is_the_same_function_written_over_its_input(base: nn.Module, b
     wanted = (z, given.eps, given.lift)
     for one, other in zip(*(torch.autograd.grad(f.sum(), wanted) for f in (result, out)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_large_tensors_are_copied_and_overwritten_in_one_pass(form: torch.memory_format) -> None:
+    kernel, known = native.native_kernel(), known_module(nn.ReLU())
+    if kernel is None or known is None:
+        pytest.skip("no C compiler here")
+    leaf = torch.randn(3, 7, 61, 67, dtype=torch.float64).requires_grad_()  # not a whole number of blocks
+    z, given = leaf.float().to(memory_format=form), free_terms(0.2, -0.3)
+    assert kernel.overwrites(z, given, known) and not kernel.overwrites(z[:1], given, known)
+    wanted, packed = (leaf, given.eps, given.lift), []
+    out = corrected(z, F.relu, given, known, "native")
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x.clone()) or x, lambda x: x):
+        over = z * 1.0
+        result = corrected_(over, F.relu, given, known, "native")
+    assert result is over and any(torch.equal(z, x) for x in packed)
+    assert_same_bits(result.detach(), out.detach())
+    actual, expected = (torch.autograd.grad(f.square().sum(), wanted, create_graph=True) for f in (result, out))
+    torch.testing.assert_close(actual, expected)
+    twice = [
+        torch.autograd.grad(by_z.square().sum() + by_eps + by_lift, wanted, retain_graph=True)
+        for by_z, by_eps, by_lift in (actual, expected)
+    ]
+    torch.testing.assert_close(*twice)
+    again = checkpoint(lambda x: corrected_(x * 1.0, F.relu, given, known, "native"), z, use_reentrant=False)
+    for one, other in zip(*(torch.autograd.grad(f.sum(), wanted) for f in (again, out)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")  # torch's own, of forward mode

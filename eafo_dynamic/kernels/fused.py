@@ -6,7 +6,7 @@ f(z) = base(z) + c(z),   f'(z) = base'(z) + c'(z)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from eafo_dynamic.kernels.choice import Backend, demanded_kernel
 from eafo_dynamic.kernels.eager import EagerKernel
 from eafo_dynamic.kernels.formula import correction_of
 from eafo_dynamic.kernels.known import NOTHING, Known
-from eafo_dynamic.kernels.native import native_kernel
+from eafo_dynamic.kernels.native import NativeKernel, native_kernel
 from eafo_dynamic.kernels.terms import Terms, is_dense
 
 __all__ = ["corrected", "corrected_"]
@@ -106,7 +106,8 @@ def corrected_(
         return out
     if _wants_gradient(z, terms):
         # the copy is an input of its own, so that a second derivative finds its way through it, and dense as torch's
-        result: Tensor = _CorrectedInPlace.apply(z.clone(), z, *terms, known, kernel)  # pyright: ignore[reportAssignmentType]
+        kept = _Room.apply(z) if _at_once(kernel, z, terms, known) else z.clone()
+        result: Tensor = _CorrectedInPlace.apply(kept, z, *terms, known, kernel)  # pyright: ignore[reportAssignmentType]
         return result
     _overwrite(z, _twin(z, z), terms, known, kernel)
     return z
@@ -245,6 +246,23 @@ class _Overwritten(torch.autograd.Function):
         return torch.full_like(grad, -0.0) if ctx.is_view else None, grad, None
 
 
+def _at_once(kernel: _Kernel, z: Tensor, terms: Terms, known: Known) -> TypeGuard[NativeKernel]:
+    """Whether the copy for the backward is made in the pass that overwrites z."""
+    return isinstance(kernel, NativeKernel) and kernel.overwrites(z, terms, known)
+
+
+class _Room(torch.autograd.Function):
+    """``z.clone()``, whose values are still to come."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return torch.empty_like(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
 class _CorrectedInPlace(torch.autograd.Function):
     """f(z) written over z, of which there is a copy for the backward."""
 
@@ -265,8 +283,12 @@ class _CorrectedInPlace(torch.autograd.Function):
         ctx.half_width, ctx.known, ctx.kernel = half_width, known, kernel
         ctx.mark_dirty(z)
         ctx.save_for_backward(kept, eps, shape, table, offset, lift)
-        values = kept if kept.stride() == z.stride() else _twin(z, z)
-        _overwrite(z, values, Terms(eps, shape, table, offset, half_width, lift), known, kernel)
+        terms = Terms(eps, shape, table, offset, half_width, lift)
+        if _at_once(kernel, z, terms, known):
+            kernel.overwrite(z, kept, terms, known)
+            torch.autograd.graph.increment_version(z)
+        else:
+            _overwrite(z, kept if kept.stride() == z.stride() else _twin(z, z), terms, known, kernel)
         return z
 
     @staticmethod

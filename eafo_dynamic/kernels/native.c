@@ -326,11 +326,11 @@ static struct terms read_terms(const float *eps, const float *lift, const float 
 
 /* out = base(z) + c(z), where out holds base(z) already if the base is GIVEN.
 
-   eps [1], lift [1] or null, shape [2] = mu, sigma; table and offset [4, intervals] or null, as lift or table are;
+   kept: room for a copy of z where out is z itself, else null; eps [1], lift [1] or null, shape [2] = mu, sigma; table and offset [4, intervals] or null, as lift or table are;
    below: slope of a KINK for z < 0. */
-void eafo_forward(const float *z, float *out, int64_t n, const float *eps, const float *lift, const float *shape,
-                  const float *table, const float *offset, int intervals, float half_width, float clamp, int base,
-                  float below, int threads) {
+void eafo_forward(const float *z, float *out, float *kept, int64_t n, const float *eps, const float *lift,
+                  const float *shape, const float *table, const float *offset, int intervals, float half_width,
+                  float clamp, int base, float below, int threads) {
     float rows[4 * (MOST_INTERVALS + 1)];
     struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
     if (s.eps == 0.0f && s.lift == 0.0f && !offset && base == GIVEN) return;   /* every bit of the base stays */
@@ -338,7 +338,8 @@ void eafo_forward(const float *z, float *out, int64_t n, const float *eps, const
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t start = 0; start < n; start += BLOCK) {
         int64_t m = n - start < BLOCK ? n - start : BLOCK;
-        forward(z + start, out + start, m, s, table ? rows : 0);
+        const float *from = kept ? memcpy(kept + start, z + start, (size_t)m * sizeof(float)) : z + start;
+        forward(from, out + start, m, s, table ? rows : 0);
     }
 }
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from eafo_dynamic.kernels.formula import MAX_U, correction_of
 from eafo_dynamic.kernels.known import INSIDE, Known
 from eafo_dynamic.kernels.rounds import RoundKernel
-from eafo_dynamic.kernels.terms import Terms, channels_of
+from eafo_dynamic.kernels.terms import Terms, channels_of, is_dense
 
 __all__ = ["NativeKernel", "native_kernel"]
 
@@ -42,6 +42,7 @@ _FLAGS = (
 _PATIENCE = 20.0  # seconds for one run of the compiler
 _BLOCK = 4096  # as in the source
 _LEAST_PARALLEL = 32768  # elements, as torch's own pointwise kernels
+_LEAST_KEPT = 65536  # elements, from where on passing once over memory saves more than one more node of autograd costs
 _MOST_INTERVALS = 1024  # as in the source
 _PIECES = 64  # that a gradient by eps is added up from, whatever the number of threads
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)  # as in the source
@@ -67,7 +68,7 @@ class NativeKernel:
         size = ctypes.c_int64
         layout = [integer, size, size]
         self._forward, self._backward = loaded.eafo_forward, loaded.eafo_backward
-        self._forward.argtypes = [pointer, pointer, size, *term]
+        self._forward.argtypes = [pointer, pointer, pointer, size, *term]
         self._backward.argtypes = [pointer, pointer, pointer, size, *term, pointer, pointer]
         self._mixed_forward, self._mixed_backward = loaded.eafo_mixed_forward, loaded.eafo_mixed_backward
         self._mixed_forward.argtypes = [pointer, pointer, size, *layout, *term]
@@ -120,9 +121,35 @@ class NativeKernel:
         """
         n, given = z.numel(), _float32(terms)
         if _is_simple(z, terms):
-            self._forward(z.data_ptr(), out.data_ptr(), n, *_arguments(given, inside, n))
+            self._forward(z.data_ptr(), out.data_ptr(), None, n, *_arguments(given, inside, n))
         else:
             self._mixed_forward(z.data_ptr(), out.data_ptr(), n, *_layout(z, terms), *_arguments(given, inside, n))
+
+    def overwrites(self, z: Tensor, terms: Terms, known: Known) -> bool:
+        """Whether :meth:`overwrite` can be used, and is worth it.
+
+        Args:
+            z: pre-activations.
+            terms: the other operands.
+            known: the base.
+
+        Returns:
+            Whether one pass does it all, over more than a copy by itself takes at once.
+        """
+        large = z.numel() >= _LEAST_KEPT and is_dense(z) and _is_simple(z, terms)
+        return large and self.inside(z, terms, known) is not None
+
+    def overwrite(self, z: Tensor, kept: Tensor, terms: Terms, known: Known) -> None:
+        """Writes f(z) over z and z to `kept`, in one pass over memory in place of two.
+
+        Args:
+            z: pre-activations for which :meth:`overwrites` holds.
+            kept: room for them, with the same strides.
+            terms: the other operands.
+            known: the base.
+        """
+        n, at = z.numel(), z.data_ptr()
+        self._forward(at, at, kept.data_ptr(), n, *_arguments(_float32(terms), known, n))
 
     def add_gradient(
         self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None

@@ -11,7 +11,7 @@
 static void unit_direction(const float *z, float *out, int64_t n, float eps, float lift, const float *shape,
                            const float *table, int intervals, float half_width, float clamp) {
     memset(out, 0, sizeof(float) * (size_t)n);
-    eafo_forward(z, out, n, &eps, &lift, shape, table, 0, intervals, half_width, clamp, GIVEN, 0.0f, 1);
+    eafo_forward(z, out, 0, n, &eps, &lift, shape, table, 0, intervals, half_width, clamp, GIVEN, 0.0f, 1);
 }
 
 /* Functions of every site on [sites, n], each wanted unless null: out = base(z) + c(z), by_eps and by_lift = what one
@@ -32,7 +32,7 @@ void eafo_functions(const float *z, int64_t sites, int64_t n, const float *eps, 
         if (by_lift) unit_direction(z + at, by_lift + at, n, 0.0f, 1.0f, form, 0, 0, half_width, clamp);
         if (!out) continue;
         if (!base) memset(out + at, 0, sizeof(float) * (size_t)n);
-        eafo_forward(z + at, out + at, n, eps + s, lift ? lift + s : 0, form, table, offset, wide, half_width, clamp,
+        eafo_forward(z + at, out + at, 0, n, eps + s, lift ? lift + s : 0, form, table, offset, wide, half_width, clamp,
                      base ? base[s] : GIVEN, base ? below[s] : 0.0f, 1);
     }
 }
