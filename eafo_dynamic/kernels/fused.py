@@ -6,7 +6,7 @@ f(z) = base(z) + c(z),   f'(z) = base'(z) + c'(z)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -106,8 +106,9 @@ def corrected_(
         return out
     if _wants_gradient(z, terms):
         # the copy is an input of its own, so that a second derivative finds its way through it, and dense as torch's
-        kept = _Room.apply(z) if _at_once(kernel, z, terms, known) else z.clone()
-        result: Tensor = _CorrectedInPlace.apply(kept, z, *terms, known, kernel)  # pyright: ignore[reportAssignmentType]
+        filler = kernel if isinstance(kernel, NativeKernel) and kernel.overwrites(z, terms, known) else None
+        kept = z.clone() if filler is None else _Room.apply(z)
+        result: Tensor = _CorrectedInPlace.apply(kept, z, *terms, known, kernel, filler)  # pyright: ignore[reportAssignmentType]
         return result
     _overwrite(z, _twin(z, z), terms, known, kernel)
     return z
@@ -246,11 +247,6 @@ class _Overwritten(torch.autograd.Function):
         return torch.full_like(grad, -0.0) if ctx.is_view else None, grad, None
 
 
-def _at_once(kernel: _Kernel, z: Tensor, terms: Terms, known: Known) -> TypeGuard[NativeKernel]:
-    """Whether the copy for the backward is made in the pass that overwrites z."""
-    return isinstance(kernel, NativeKernel) and kernel.overwrites(z, terms, known)
-
-
 class _Room(torch.autograd.Function):
     """``z.clone()``, whose values are still to come."""
 
@@ -264,7 +260,7 @@ class _Room(torch.autograd.Function):
 
 
 class _CorrectedInPlace(torch.autograd.Function):
-    """f(z) written over z, of which there is a copy for the backward."""
+    """f(z) written over z, of which there is a copy for the backward, or room for one that `filler` fills."""
 
     @staticmethod
     def forward(
@@ -279,16 +275,17 @@ class _CorrectedInPlace(torch.autograd.Function):
         lift: Tensor | None,
         known: Known,
         kernel: _Kernel,
+        filler: NativeKernel | None,
     ) -> Tensor:
         ctx.half_width, ctx.known, ctx.kernel = half_width, known, kernel
         ctx.mark_dirty(z)
         ctx.save_for_backward(kept, eps, shape, table, offset, lift)
         terms = Terms(eps, shape, table, offset, half_width, lift)
-        if _at_once(kernel, z, terms, known):
-            kernel.overwrite(z, kept, terms, known)
-            torch.autograd.graph.increment_version(z)
-        else:
+        if filler is None:
             _overwrite(z, kept if kept.stride() == z.stride() else _twin(z, z), terms, known, kernel)
+        else:
+            filler.overwrite(z, kept, terms, known)
+            torch.autograd.graph.increment_version(z)
         return z
 
     @staticmethod
@@ -296,7 +293,7 @@ class _CorrectedInPlace(torch.autograd.Function):
         (grad,) = grads
         needed = ctx.needs_input_grad
         by_z, by_eps, by_lift = _gradients(ctx, grad, (needed[0], needed[2], needed[7]))
-        return by_z, None, by_eps, *[None] * 4, by_lift, None, None
+        return by_z, None, by_eps, *[None] * 4, by_lift, *[None] * 3
 
 
 def _is_plain(grad: Tensor, z: Tensor) -> bool:

@@ -110,8 +110,8 @@ void eafo_mixed_forward(const void *z, void *out, int64_t n, int type, int64_t c
     struct channels c = {count, inner};
     int single = count == 1;
     if (table && single) to_folded_rows(table, offset, &s, rows);
-    else if (table) to_rows(table, intervals, rows);
-    if (offset) to_rows(offset, intervals, settled);
+    if (table && !single) to_rows(table, intervals, rows);
+    if (offset && !single) to_rows(offset, intervals, settled);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t at = 0; at < n; at += PART) {
         float room[2][PART], e[PART], l[PART], value[PART], more[PART];
