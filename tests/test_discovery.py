@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from eafo_dynamic import EAFOCallback
 from eafo_dynamic.errors import PatternError, SiteError
-from eafo_dynamic.optim import LR_MULTIPLE
 from eafo_dynamic.records import CorrectionLog
 from eafo_dynamic.surgery import is_wrapped
 
@@ -261,7 +260,7 @@ def test_a_plain_checkpoint_goes_on_and_gets_its_sites_at_the_first_batch(tmp_pa
     host.fit(Net(), DataLoader(Once(), 16), ckpt_path=tmp_path / "plain.ckpt")
     assert sites_of(callback) == SITES
     weights, _, eps = host.optimizers[0].param_groups
-    assert eps["lr"] == pytest.approx(LR_MULTIPLE * weights["lr"])
+    assert eps["lr"] == pytest.approx(3.0 * weights["lr"])
 
 
 class _LateData(TensorDataset):
