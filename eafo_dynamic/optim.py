@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -249,13 +250,41 @@ def _take_out(optimizer: Optimizer, amplitudes: dict[str, nn.Parameter]) -> None
 def _add(optimizer: Optimizer, source: int, amplitudes: dict[str, nn.Parameter], group: dict[str, Any]) -> None:
     named = "param_names" in optimizer.param_groups[source]
     parameters: list[Any] = list(amplitudes.items()) if named else list(amplitudes.values())
-    optimizer.add_param_group({**group, "params": parameters})
+    fused = {"fused": True} if _fuses(optimizer, group, amplitudes) else {}
+    optimizer.add_param_group({**group, **fused, "params": parameters})
     if isinstance(optimizer, torch.optim.Adagrad):
         # alone among torch's optimisers it makes the state of its parameters when it is built
         new = [p for p in amplitudes.values() if p not in optimizer.state]
         options = {key: group[key] for key in ("initial_accumulator_value", "fused") if key in group}
         if new:
             optimizer.state.update(torch.optim.Adagrad(new, **options).state)
+
+
+def _fuses(optimizer: Optimizer, group: dict[str, Any], amplitudes: dict[str, nn.Parameter]) -> bool:
+    """Whether one kernel may step all amplitudes of a group, as the user has left it to torch how they are stepped.
+
+    On a CPU torch's own choice is a loop in Python; it takes as long for a number as for a small matrix.
+
+    Returns:
+        Whether the group may be fused.
+    """
+    open_to_it = "fused" in group and group["fused"] is None and group.get("foreach") is None
+    kind = next((kind for kind in (torch.optim.AdamW, torch.optim.Adam) if isinstance(optimizer, kind)), None)
+    if kind is None or not open_to_it or group.get("differentiable"):
+        return False
+    return all(p.is_cpu and p.is_floating_point() for p in amplitudes.values()) and _fuses_on_cpu(kind)
+
+
+@functools.cache
+def _fuses_on_cpu(kind: type[Optimizer]) -> bool:
+    """Whether this version of torch has such a kernel."""
+    probe = nn.Parameter(torch.zeros((), dtype=torch.float32, device="cpu"))
+    probe.grad = torch.ones_like(probe)
+    try:
+        kind([probe], fused=True).step()  # pyright: ignore[reportCallIssue]
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _positive(lr: Any) -> float:

@@ -230,7 +230,32 @@ def test_amplitudes_learn_three_times_as_fast_as_the_model_unless_told_otherwise
         assert own(optimizer)[0]["lr"] == pytest.approx(rate)
 
 
-VARIES = ("params", "param_names", "name", "weight_decay")
+VARIES = ("params", "param_names", "name", "weight_decay", "fused")
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_one_kernel_steps_all_amplitudes_as_the_loop_would(kind: type[Optimizer]) -> None:
+    ends: list[list[Tensor]] = []
+    for fused in (None, False):  # None: left to torch, and so to us
+        model = make_model()
+        optimizer = kind(model.parameters(), lr=0.01, fused=fused)
+        own_group([optimizer], amplitudes(model), model)
+        assert own(optimizer)[0]["fused"] is (fused is None)
+        assert optimizer.param_groups[0]["fused"] is fused
+        list(train(model, optimizer, None, 5))
+        ends.append([p.detach() for p in amplitudes(model).values()])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("choice", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"differentiable": True}])
+def test_how_the_user_wants_it_stepped_is_left_to_the_user(choice: dict[str, bool]) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, **choice)
+    own_group([optimizer], amplitudes(model), model)
+    (group,) = own(optimizer)
+    for option in ("foreach", "fused", "differentiable"):
+        assert group[option] == optimizer.param_groups[0][option]
 
 
 def test_a_new_amplitude_gets_the_state_that_adagrad_makes_when_it_is_built() -> None:
