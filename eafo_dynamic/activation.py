@@ -221,9 +221,10 @@ class Site:
         if shape.device != z.device:  # of a model that is spread over several devices
             eps, shape = eps.to(z.device), shape.to(z.device)
             table, offset, lift = (None if each is None else each.to(z.device) for each in (table, offset, lift))
-        dim = self.collector.channel_dim
-        lift = None if lift is None else per_channel(lift, z, dim)
-        return Terms(per_channel(eps, z, dim), shape, table, offset, table_half_width(), lift)
+        if eps.dim():
+            dim = self.collector.channel_dim
+            eps, lift = per_channel(eps, z, dim), None if lift is None else per_channel(lift, z, dim)
+        return Terms(eps, shape, table, offset, table_half_width(), lift)
 
     def correction(self, host: nn.Module, z: Tensor) -> Tensor:
         """The site's correction term alone.

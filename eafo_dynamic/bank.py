@@ -153,14 +153,20 @@ class Bank:
             site.collector.passed_over = next(filter(None, kinds), None)
 
     def bound(self, bound: float) -> None:
-        """Brings every amplitude back into [-bound, bound], without a look at their values.
+        """Brings every amplitude back into [-bound, bound]; values on an accelerator are not waited for.
 
         Args:
             bound: largest absolute value.
         """
-        amplitudes = [each.detach() for each in self.amplitudes]
-        torch._foreach_clamp_min_(amplitudes, -bound)
-        torch._foreach_clamp_max_(amplitudes, bound)
+        outside = [each.detach() for each in self.amplitudes if not _is_within(each, bound)]
+        if outside:
+            torch._foreach_clamp_min_(outside, -bound)
+            torch._foreach_clamp_max_(outside, bound)
+
+
+def _is_within(amplitude: Tensor, bound: float) -> bool:
+    """Whether one number is known to be within a bound: a look on the CPU takes a tenth of the time of a clamp."""
+    return amplitude.is_cpu and not amplitude.dim() and abs(amplitude.item()) <= bound
 
 
 def _checked(values: Tensor, shape: Sequence[int], channels_last: bool) -> tuple[Tensor, list[int], bool]:

@@ -114,6 +114,7 @@ class EAFOController:
             amplitude.requires_grad_(policy.trains_eps)
         self._follows = torch.tensor([policy.follows_data for policy in self.policies], device="cpu")
         self._adds_gradient = any(policy.adds_gradient for policy in self.policies)
+        self._trains_all = all(policy.trains_eps for policy in self.policies)
         self._rows_of_policies: dict[Policy, list[int]] = {}
         for row, policy in enumerate(self.policies):
             self._rows_of_policies.setdefault(policy, []).append(row)
@@ -232,6 +233,8 @@ class EAFOController:
             optimizer: the one that is about to step, where there are several; None: all.
         """
         frozen = self.schedule.frozen(global_step + 1)
+        if not frozen and self._trains_all and not self._adds_gradient:
+            return  # as nearly always: there is nothing to look for
         for amplitude, policy in self._amplitudes():
             if frozen or not policy.trains_eps:  # who unfreezes a model's layers makes every eps trainable as well
                 amplitude.grad = None

@@ -134,11 +134,8 @@ class _Activation(Hosting):
         base: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
         frames = STACK.frames
         if not frames or frames[-1].mode is None:
-            if self.eafo_shared:
-                if not frames and not in_backward():
-                    return base(*args, **kwargs)  # no owner is there to count
-            elif self.eafo_sites[0].idle(self):  # pyright: ignore[reportArgumentType]
-                return base(*args, **kwargs)
+            if self.eafo_shared and not frames and not in_backward():
+                return base(*args, **kwargs)  # no owner is there to count
         else:
             # the caller's mode must not take the functions inside the activation for the caller's own
             outer = open_frame(self)
@@ -149,23 +146,24 @@ class _Activation(Hosting):
         return _correct(self, base, args, kwargs)
 
 
-def _correct(host: Hosting, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    values = (*args, *kwargs.values())
+def _correct(host: Any, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    values = (*args, *kwargs.values()) if kwargs else args
     if len(values) != 1 or not is_correctable(values[0]):
         if len(values) == 1 and not torch.compiler.is_compiling() and _acts(host):
             refuse_symbols(values[0], host)
         if not host.eafo_shared:
-            host.eafo_sites[0].pass_over(cast(nn.Module, host), values[0] if len(values) == 1 else values)
+            host.eafo_sites[0].pass_over(host, values[0] if len(values) == 1 else values)
         return base(*args, **kwargs)
     inplace, known = getattr(host, "inplace", False), None
-    if not torch.compiler.is_compiling() and not (inplace and isinstance(host, _SLOPE_BY_RESULT)):
-        known = known_module(cast(nn.Module, host), host.eafo_class)
+    if not torch.compiler.is_compiling() and not (inplace and issubclass(host.eafo_class, _SLOPE_BY_RESULT)):
+        known = known_module(host, host.eafo_class)
     if not host.eafo_shared:
-        return host.eafo_sites[0](cast(nn.Module, host), base, values[0], inplace, known)
+        return host.eafo_sites[0](host, base, values[0], inplace, known)
     owner, site = route(host.eafo_name)
     if owner is None or site is None:
         return base(values[0])
-    return site(cast(nn.Module, owner), base, values[0], inplace, known)
+    counting: Any = owner
+    return site(counting, base, values[0], inplace, known)
 
 
 def _counted(method: Callable[..., Any], is_forward: bool) -> Callable[..., Any]:
@@ -223,8 +221,9 @@ def _acts(host: Hosting) -> bool:
 
 def _all_idle(owner: Hosting) -> bool:
     """Whether no function of the owner has anything to do, so that its code runs as if it had none."""
+    host: Any = owner
     for site in owner.eafo_sites:
-        if not site.idle(cast(nn.Module, owner)):
+        if not site.idle(host):
             return False
     return bool(owner.eafo_sites)
 

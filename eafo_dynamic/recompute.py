@@ -18,6 +18,7 @@ from eafo_dynamic.errors import SiteError
 __all__ = ["current_hooks", "foreign_function", "region_since", "replace_recomputation"]
 
 _REENTRANT = _checkpoint.CheckpointFunction.forward.__code__
+_TOP_HOOKS = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks
 _APPLY = cast(Any, torch.autograd.Function.apply).__func__.__code__
 
 
@@ -27,7 +28,7 @@ def current_hooks() -> Any:
     Returns:
         Their pack function; None without any.
     """
-    hooks = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True)
+    hooks = _TOP_HOOKS(True)
     return None if hooks is None else hooks[0]
 
 

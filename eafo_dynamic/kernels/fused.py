@@ -70,7 +70,7 @@ def corrected(
         return out + correction_of(z, terms).to(out.dtype)
     function = NOTHING if known is None else known
     if _wants_gradient(z, terms):
-        c: Tensor = _Corrected.apply(z, *terms, function, kernel)  # pyright: ignore[reportAssignmentType]
+        c: Tensor = _Corrected.apply(z, terms.eps, terms.lift, terms, function, kernel)  # pyright: ignore[reportAssignmentType]
     else:
         c = _forward(z, terms, function, kernel)
     return c if known is not None else base(z) + c
@@ -108,7 +108,7 @@ def corrected_(
         # the copy is an input of its own, so that a second derivative finds its way through it, and dense as torch's
         filler = kernel if isinstance(kernel, NativeKernel) and kernel.overwrites(z, terms, known) else None
         kept = z.clone() if filler is None else _Room.apply(z)
-        result: Tensor = _CorrectedInPlace.apply(kept, z, *terms, known, kernel, filler)  # pyright: ignore[reportAssignmentType]
+        result: Tensor = _CorrectedInPlace.apply(kept, z, terms.eps, terms.lift, terms, known, kernel, filler)  # pyright: ignore[reportAssignmentType]
         return result
     _overwrite(z, _twin(z, z), terms, known, kernel)
     return z
@@ -124,13 +124,14 @@ def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
     eps = terms.eps
     if torch.compiler.is_compiling() or type(z) not in _PLAIN or type(eps) not in _PLAIN:
         return None
-    on_gpu = z.device.type == "cuda"
-    if not (on_gpu or z.device.type == "cpu") or (eps.dim() and not is_dense(z)):
+    on_gpu = z.is_cuda
+    if not (on_gpu or z.is_cpu) or (eps.dim() and not is_dense(z)):
         return None
     # transforms, tracers and modes that watch operations must see operations
     watched = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
-    watched |= forward_ad._current_level >= 0
-    if watched or torch.jit.is_tracing() or not (eps.device == terms.shape.device == z.device):
+    if watched or forward_ad._current_level >= 0 or torch._C._is_tracing():
+        return None
+    if not (eps.device == terms.shape.device == z.device):
         return None
     if on_gpu:
         kernel = demanded_kernel(z.device, backend)
@@ -144,14 +145,18 @@ def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
 
 def _forward(z: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> Tensor:
     inside = kernel.inside(z, terms, known) if is_dense(z) else None
-    out = known.value(z) if inside is None else torch.empty_like(z)
-    _add(out, z, terms, inside, kernel)
+    if inside is None:
+        out = known.value(z)
+        _add(out, z, terms, None, kernel)
+    else:
+        out = torch.empty_like(z)
+        kernel.add(out, z, terms, inside)
     return out
 
 
 def _add(out: Tensor, z: Tensor, terms: Terms, inside: Known | None, kernel: _Kernel) -> None:
     """Adds c(z) to the base's output, in place and in its order of memory, whatever that is."""
-    if is_dense(z) and out.stride() == z.stride():
+    if (out.is_contiguous() and z.is_contiguous()) or (is_dense(z) and out.stride() == z.stride()):
         kernel.add(out, z, terms, inside)
         return
     values = z.contiguous()
@@ -181,36 +186,32 @@ class _Corrected(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor,
-        eps: Tensor,
-        shape: Tensor,
-        table: Tensor | None,
-        offset: Tensor | None,
-        half_width: float,
-        lift: Tensor | None,
-        known: Known,
-        kernel: _Kernel,
+        ctx: Any, z: Tensor, eps: Tensor, lift: Tensor | None, terms: Terms, known: Known, kernel: _Kernel
     ) -> Tensor:
-        ctx.half_width, ctx.known, ctx.kernel = half_width, known, kernel
-        ctx.save_for_backward(z, eps, shape, table, offset, lift)
-        return _forward(z, Terms(eps, shape, table, offset, half_width, lift), known, kernel)
+        _keep(ctx, z, eps, lift, terms, known, kernel)
+        return _forward(z, terms, known, kernel)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         needed = ctx.needs_input_grad
-        by_z, by_eps, by_lift = _gradients(ctx, grad, (needed[0], needed[1], needed[6]))
-        return by_z, by_eps, *[None] * 4, by_lift, None, None
+        by_z, by_eps, by_lift = _gradients(ctx, grad, (needed[0], needed[1], needed[2]))
+        return by_z, by_eps, by_lift, None, None, None
+
+
+def _keep(ctx: Any, z: Tensor, eps: Tensor, lift: Tensor | None, terms: Terms, known: Known, kernel: _Kernel) -> None:
+    """Keeps what the backward needs; eps and lift as the function got them, so that torch knows them again."""
+    ctx.half_width, ctx.known, ctx.kernel = terms.half_width, known, kernel
+    ctx.save_for_backward(z, eps, lift, terms.shape, terms.table, terms.offset)
 
 
 def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Gradients:
-    z, eps, shape, table, offset, lift = ctx.saved_tensors
+    z, eps, lift, shape, table, offset = ctx.saved_tensors
     terms = Terms(eps, shape, table, offset, ctx.half_width, lift)
     if torch.is_grad_enabled() or not _is_plain(grad, z):
         return _traceable(z, terms, ctx.known, grad, needed)
     # only where a look at the amplitudes costs nothing
-    quiet = z.is_cpu and ctx.known is NOTHING and offset is None
+    quiet = ctx.known is NOTHING and offset is None and z.is_cpu
     if quiet and not eps.any().item() and not (lift is not None and lift.any()):
         needed = (False, *needed[1:])  # nothing to add, not even zeros in another order of memory
     inside = ctx.kernel.inside(z, terms, ctx.known) if is_dense(z) else None
@@ -218,14 +219,19 @@ def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Grad
     # before this one make of the result, differ from those over other orders in the last bit
     out = ctx.known.gradient(grad, z) if inside is None else torch.empty_like(z)
     dense = z if is_dense(z) else z.contiguous()
-    grad, total = (
-        each if each.stride() == dense.stride() else torch.empty_like(dense).copy_(each) for each in (grad, out)
-    )
+    grad, total = _in_order_of(dense, grad), _in_order_of(dense, out)
     amplitudes = ctx.kernel.add_gradient(total, grad, dense, terms, inside)
     if total is not out:
         out.copy_(total)
     by_z, by_eps, by_lift = (each if use else None for each, use in zip((out, *amplitudes), needed, strict=True))
     return by_z, by_eps, by_lift
+
+
+def _in_order_of(dense: Tensor, values: Tensor) -> Tensor:
+    """Values in the order of memory of another tensor of their shape; themselves where they lie so."""
+    if (values.is_contiguous() and dense.is_contiguous()) or values.stride() == dense.stride():
+        return values
+    return torch.empty_like(dense).copy_(values)
 
 
 class _Overwritten(torch.autograd.Function):
@@ -268,19 +274,14 @@ class _CorrectedInPlace(torch.autograd.Function):
         kept: Tensor,
         z: Tensor,
         eps: Tensor,
-        shape: Tensor,
-        table: Tensor | None,
-        offset: Tensor | None,
-        half_width: float,
         lift: Tensor | None,
+        terms: Terms,
         known: Known,
         kernel: _Kernel,
         filler: NativeKernel | None,
     ) -> Tensor:
-        ctx.half_width, ctx.known, ctx.kernel = half_width, known, kernel
         ctx.mark_dirty(z)
-        ctx.save_for_backward(kept, eps, shape, table, offset, lift)
-        terms = Terms(eps, shape, table, offset, half_width, lift)
+        _keep(ctx, kept, eps, lift, terms, known, kernel)
         if filler is None:
             _overwrite(z, kept if kept.stride() == z.stride() else _twin(z, z), terms, known, kernel)
         else:
@@ -292,8 +293,8 @@ class _CorrectedInPlace(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         needed = ctx.needs_input_grad
-        by_z, by_eps, by_lift = _gradients(ctx, grad, (needed[0], needed[2], needed[7]))
-        return by_z, None, by_eps, *[None] * 4, by_lift, *[None] * 3
+        by_z, by_eps, by_lift = _gradients(ctx, grad, (needed[0], needed[2], needed[3]))
+        return by_z, None, by_eps, by_lift, None, None, None, None
 
 
 def _is_plain(grad: Tensor, z: Tensor) -> bool:

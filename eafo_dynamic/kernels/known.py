@@ -145,7 +145,7 @@ def known_module(module: nn.Module, cls: type[nn.Module] | None = None) -> Known
     if entry is None:
         return None
     _, maker, keys = entry
-    return _made(maker, tuple(getattr(module, key) for key in keys))
+    return _made(maker, tuple([getattr(module, key) for key in keys]) if keys else ())
 
 
 def known_function(name: str, rest: tuple[object, ...], options: Mapping[str, object]) -> Known | None:

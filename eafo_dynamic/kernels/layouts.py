@@ -30,7 +30,7 @@ def is_correctable(value: object) -> TypeGuard[Tensor]:
     """
     if not isinstance(value, Tensor) or value.dtype not in _FLOATS or value.layout not in _LAYOUTS:
         return False
-    if isinstance(value, MaskedTensor) or _is_distributed(value):
+    if type(value) is not Tensor and (isinstance(value, MaskedTensor) or _is_distributed(value)):
         return False
     return not value.is_nested or _is_packed(value)
 

@@ -136,11 +136,11 @@ void eafo_mixed_forward(const void *z, void *out, int64_t n, int type, int64_t c
 }
 
 /* partial: room for 2 `count` zeros a piece; there are `pieces` of them, which are added up in their order. grad_eps:
-   those by eps, one a channel, then those by lift. */
+   those by eps, one a channel; grad_lift, unless null: likewise. */
 void eafo_mixed_backward(const void *z, const void *grad, void *out, int64_t n, int type, int64_t count, int64_t inner,
                          const float *eps, const float *lift, const float *shape, const float *table,
                          const float *offset, int intervals, float half_width, float clamp, int base, float below,
-                         int threads, int pieces, double *partial, float *grad_eps) {
+                         int threads, int pieces, double *partial, float *grad_eps, float *grad_lift) {
     float rows[4 * (MOST_INTERVALS + 1)], settled[4 * (MOST_INTERVALS + 1)];
     struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
     struct channels c = {count, inner};
@@ -177,9 +177,9 @@ void eafo_mixed_backward(const void *z, const void *grad, void *out, int64_t n, 
             store((enum type)type, y, out, at, m);
         }
     }
-    for (int64_t k = 0; k < 2 * count; k++) {
+    for (int64_t k = 0; k < (grad_lift ? 2 : 1) * count; k++) {
         double sum = 0.0;
         for (int piece = 0; piece < pieces; piece++) sum += partial[2 * count * piece + k];
-        grad_eps[k] = (float)(sum * s.sigma);
+        *(k < count ? grad_eps + k : grad_lift + (k - count)) = (float)(sum * s.sigma);
     }
 }

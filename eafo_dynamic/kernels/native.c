@@ -10,6 +10,7 @@
 #include <string.h>
 
 #define BLOCK 4096         /* elements that one thread takes at a time */
+#define FEW_BLOCKS 64      /* whose sums are kept on the stack */
 #define PART 256           /* elements whose places in the table are kept at hand */
 #define MOST_INTERVALS 1024
 
@@ -343,25 +344,26 @@ void eafo_forward(const float *z, float *out, float *kept, int64_t n, const floa
     }
 }
 
-/* out = grad (base' + c')(z), where out holds grad base'(z) already if the base is GIVEN; grad_eps [2] = sums of grad
-   ghat and of grad exp(-u^2 / 2), the latter 0 with a table.
+/* out = grad (base' + c')(z), where out holds grad base'(z) already if the base is GIVEN; grad_eps = sum of grad ghat;
+   grad_lift, unless null: sum of grad exp(-u^2 / 2), 0 with a table.
 
-   partial: room for two numbers a block of 4096. */
+   partial: room for two numbers a block of 4096, or null where there are no more than FEW_BLOCKS. */
 void eafo_backward(const float *z, const float *grad, float *out, int64_t n, const float *eps, const float *lift,
                    const float *shape, const float *table, const float *offset, int intervals, float half_width,
-                   float clamp, int base, float below, int threads, double *partial, float *grad_eps) {
+                   float clamp, int base, float below, int threads, double *partial, float *grad_eps,
+                   float *grad_lift) {
     float rows[4 * (MOST_INTERVALS + 1)], settled[4 * (MOST_INTERVALS + 1)];
     struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
-    double by_eps = 0.0, by_lift = 0.0;
+    double by_eps = 0.0, by_lift = 0.0, few[2 * FEW_BLOCKS], *sums = partial ? partial : few;
     if (table) to_rows(table, intervals, rows);
     if (offset) to_rows(offset, intervals, settled);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t start = 0; start < n; start += BLOCK) {
         int64_t m = n - start < BLOCK ? n - start : BLOCK;
         backward(z + start, grad + start, out + start, m, s, table ? rows : 0, offset ? settled : 0,
-                 partial + 2 * (start / BLOCK));
+                 sums + 2 * (start / BLOCK));
     }
-    for (int64_t b = 0; b < (n + BLOCK - 1) / BLOCK; b++) by_eps += partial[2 * b], by_lift += partial[2 * b + 1];
-    grad_eps[0] = (float)(by_eps * s.sigma);
-    grad_eps[1] = (float)(by_lift * s.sigma);
+    for (int64_t b = 0; b < (n + BLOCK - 1) / BLOCK; b++) by_eps += sums[2 * b], by_lift += sums[2 * b + 1];
+    *grad_eps = (float)(by_eps * s.sigma);
+    if (grad_lift) *grad_lift = (float)(by_lift * s.sigma);
 }

@@ -40,7 +40,7 @@ _FLAGS = (
     ("-O3",),
 )
 _PATIENCE = 20.0  # seconds for one run of the compiler
-_BLOCK = 4096  # as in the source
+_BLOCK, _FEW_BLOCKS = 4096, 64  # as in the source
 _LEAST_PARALLEL = 32768  # elements, as torch's own pointwise kernels
 _LEAST_KEPT = 65536  # elements, from where on passing once over memory saves more than one more node of autograd costs
 _MOST_INTERVALS = 1024  # as in the source
@@ -69,10 +69,10 @@ class NativeKernel:
         layout = [integer, size, size]
         self._forward, self._backward = loaded.eafo_forward, loaded.eafo_backward
         self._forward.argtypes = [pointer, pointer, pointer, size, *term]
-        self._backward.argtypes = [pointer, pointer, pointer, size, *term, pointer, pointer]
+        self._backward.argtypes = [pointer, pointer, pointer, size, *term, *[pointer] * 3]
         self._mixed_forward, self._mixed_backward = loaded.eafo_mixed_forward, loaded.eafo_mixed_backward
         self._mixed_forward.argtypes = [pointer, pointer, size, *layout, *term]
-        self._mixed_backward.argtypes = [pointer, pointer, pointer, size, *layout, *term, integer, pointer, pointer]
+        self._mixed_backward.argtypes = [pointer, pointer, pointer, size, *layout, *term, integer, *[pointer] * 3]
 
     @staticmethod
     def takes(z: Tensor, terms: Terms) -> bool:
@@ -167,18 +167,19 @@ class NativeKernel:
             Gradients by eps and lift, of their shape and dtype; None for a lift that is none.
         """
         n, given = z.numel(), _float32(terms)
-        found = torch.empty(2, *terms.eps.shape, dtype=torch.float32)
+        by_eps, by_lift = torch.empty_like(given.eps), None if given.lift is None else torch.empty_like(given.lift)
+        sums = by_eps.data_ptr(), None if by_lift is None else by_lift.data_ptr()
         pointers, arguments = (z.data_ptr(), grad.data_ptr(), out.data_ptr()), _arguments(given, inside, n)
         if _is_simple(z, terms):
-            partial = torch.empty(n // _BLOCK + 1, 2, dtype=torch.float64)
-            self._backward(*pointers, n, *arguments, partial.data_ptr(), found.data_ptr())
+            partial = None if n <= _FEW_BLOCKS * _BLOCK else torch.empty(n // _BLOCK + 1, 2, dtype=torch.float64)
+            self._backward(*pointers, n, *arguments, None if partial is None else partial.data_ptr(), *sums)
         else:
             pieces = min(_PIECES, n // _BLOCK + 1)
             partial = torch.zeros(pieces, 2, max(terms.eps.numel(), 1), dtype=torch.float64)
-            sums = pieces, partial.data_ptr(), found.data_ptr()
-            self._mixed_backward(*pointers, n, *_layout(z, terms), *arguments, *sums)
-        by_eps, by_lift = found.to(terms.eps.dtype).unbind()
-        return by_eps, None if terms.lift is None else by_lift
+            self._mixed_backward(*pointers, n, *_layout(z, terms), *arguments, pieces, partial.data_ptr(), *sums)
+        if given is terms:
+            return by_eps, by_lift
+        return by_eps.to(terms.eps.dtype), None if by_lift is None else by_lift.to(terms.eps.dtype)
 
 
 def _acts(terms: Terms) -> bool:
@@ -195,11 +196,13 @@ def _is_simple(z: Tensor, terms: Terms) -> bool:
 
 def _float32(terms: Terms) -> Terms:
     """The terms in float32; themselves where they are."""
-    tensors = (*terms[:4], terms.lift)
-    if all(each is None or each.dtype == torch.float32 for each in tensors):
+    eps, shape, table, offset, half_width, lift = terms
+    # spelled out: every call of every site comes by here, and a generator takes as long as the rest of it
+    fits = eps.dtype == shape.dtype == torch.float32 and (lift is None or lift.dtype == torch.float32)
+    if fits and (table is None or (table.dtype == torch.float32 and (offset is None or offset.dtype == torch.float32))):
         return terms
-    table, offset, lift = (None if each is None else each.to(torch.float32) for each in tensors[2:])
-    return Terms(terms.eps.to(torch.float32), terms.shape.to(torch.float32), table, offset, terms.half_width, lift)
+    table, offset, lift = (None if each is None else each.to(torch.float32) for each in (table, offset, lift))
+    return Terms(eps.to(torch.float32), shape.to(torch.float32), table, offset, half_width, lift)
 
 
 def _layout(z: Tensor, terms: Terms) -> tuple[int, int, int]:
