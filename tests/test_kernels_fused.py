@@ -387,14 +387,14 @@ def test_a_broken_compiler_costs_nothing_but_speed(
 def test_a_library_with_wrong_results_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if (compiler := native._compiler()) is None:
         pytest.skip("no C compiler here")
-    source = "".join(path.read_text(encoding="utf-8") for path in native._SOURCE.parent.glob("*.c"))
+    source = "".join(path.read_text(encoding="utf-8") for path in native._SOURCES.glob("*.[ch]"))
     ln_2 = "0.693147206f"
     assert ln_2 in source, "the fault has nowhere to be put"
-    for path in native._SOURCE.parent.glob("*.c"):
+    for path in native._SOURCES.glob("*.[ch]"):
         wrong = path.read_text(encoding="utf-8").replace(ln_2, "0.7f")
         (tmp_path / path.name).write_text(wrong, encoding="utf-8")
     assert native._checked(native._library(compiler, tmp_path)) is not None
-    monkeypatch.setattr(native, "_SOURCE", tmp_path / native._SOURCE.name)
+    monkeypatch.setattr(native, "_SOURCES", tmp_path)
     assert native._checked(native._library(compiler, tmp_path)) is None
 
 

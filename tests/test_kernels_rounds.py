@@ -325,9 +325,9 @@ def test_rounds_with_wrong_results_are_not_used(
 ) -> None:
     if (compiler := native._compiler()) is None:
         pytest.skip("no C compiler here")
-    for path in native._SOURCE.parent.glob("*.c"):
+    for path in native._SOURCES.glob("*.[ch]"):
         (tmp_path / path.name).write_text(path.read_text(encoding="utf-8").replace(*harm), encoding="utf-8")
-    monkeypatch.setattr(native, "_SOURCE", tmp_path / native._SOURCE.name)
+    monkeypatch.setattr(native, "_SOURCES", tmp_path)
     library = native._library(compiler, tmp_path)
     assert library is not None and native._checked(library) is None
 

@@ -8,7 +8,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "mixed.c"
+#include "native.h"
 
 #define LANES 16
 #define PER_BANDWIDTH 4      /* grid steps per bandwidth r, as in smoothed.py */

@@ -6,20 +6,14 @@
    Beside the closed form there may be lift * exp(-u^2 / 2) in place of the offset.
    Results do not depend on the number of threads: sums are taken over blocks of fixed size, then in their order. */
 
-#include <stdint.h>
-#include <string.h>
+#include "native.h"
 
 #define BLOCK 4096         /* elements that one thread takes at a time */
 #define FEW_BLOCKS 64      /* whose sums are kept on the stack */
 #define PART 256           /* elements whose places in the table are kept at hand */
 #define MOST_INTERVALS 1024
 
-typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
-
-/* What f is made of beside the correction: what out holds already, or a function computed here in the same pass.
-   The latter are float32 approximations as good as torch's own, but not bit for bit the same. */
-enum base { GIVEN, KINK, SILU, GELU, GELU_TANH };
 
 struct terms {
     float eps, lift, mu, sigma, inverse, clamp;   /* inverse = 1 / sigma; lift 0 where there is none */
@@ -325,10 +319,6 @@ static struct terms read_terms(const float *eps, const float *lift, const float 
     return s;
 }
 
-/* out = base(z) + c(z), where out holds base(z) already if the base is GIVEN.
-
-   kept: room for a copy of z where out is z itself, else null; eps [1], lift [1] or null, shape [2] = mu, sigma; table and offset [4, intervals] or null, as lift or table are;
-   below: slope of a KINK for z < 0. */
 void eafo_forward(const float *z, float *out, float *kept, int64_t n, const float *eps, const float *lift,
                   const float *shape, const float *table, const float *offset, int intervals, float half_width,
                   float clamp, int base, float below, int threads) {

@@ -15,6 +15,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,8 +28,9 @@ from eafo_dynamic.kernels.terms import Terms, channels_of, is_dense
 
 __all__ = ["NativeKernel", "native_kernel"]
 
-_SOURCE = Path(__file__).with_name("round.c")  # includes the others
-_COMMON = ("-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+_SOURCES = Path(__file__).parent
+_UNITS = ("mixed.c", "round.c")  # each includes another; compiled side by side
+_COMMON = ("-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # best first; a compiler that does not know an option fails, and the next set is tried
 # compilers tuned for the first processors with AVX-512 take half of its width, a third slower on later ones
 _WIDE = ("-march=native", "-mprefer-vector-width=512", "-fopenmp")
@@ -272,7 +274,7 @@ def _cache_folder() -> Path | None:
 
 def _library(compiler: str, folder: Path) -> Path | None:
     """Compiles the source, unless the folder has what this compiler made of it on such a processor."""
-    source = b"".join(path.read_bytes() for path in sorted(_SOURCE.parent.glob("*.c")))
+    source = b"".join(path.read_bytes() for path in sorted(_SOURCES.glob("*.[ch]")))
     where = f"{os.path.realpath(compiler)} {os.stat(compiler).st_mtime_ns} {_processor()} {torch.__version__} {_FLAGS}"
     library = folder / f"{hashlib.sha256(source + where.encode()).hexdigest()[:24]}.so"
     if library.exists():
@@ -280,14 +282,37 @@ def _library(compiler: str, folder: Path) -> Path | None:
     # several processes may be at it: each writes a file of its own, and the last one to be done stays
     made = folder / f"{library.stem}.{os.getpid()}.tmp"
     for flags in _FLAGS:
-        command = [compiler, *_COMMON, *flags, str(_SOURCE), "-lm", "-o", str(made)]
-        try:
-            subprocess.run(command, check=True, capture_output=True, timeout=_PATIENCE)
-        except (subprocess.SubprocessError, OSError):
-            continue
-        made.replace(library)
-        return library
+        if _build(compiler, flags, made):
+            made.replace(library)
+            return library
     return None
+
+
+def _build(compiler: str, flags: tuple[str, ...], library: Path) -> bool:
+    """Compiles the units side by side, and links them.
+
+    Returns:
+        Whether the compiler says that all went well.
+    """
+
+    def run(*arguments: str | Path) -> None:
+        subprocess.run([compiler, *_COMMON, *flags, *arguments], check=True, capture_output=True, timeout=_PATIENCE)
+
+    objects = [library.with_suffix(f".{Path(unit).stem}.o") for unit in _UNITS]
+    try:
+        with ThreadPoolExecutor(len(_UNITS)) as pool:
+            made = [
+                pool.submit(run, "-c", _SOURCES / unit, "-o", path) for unit, path in zip(_UNITS, objects, strict=True)
+            ]
+            for each in made:
+                each.result()
+        run("-shared", *objects, "-lm", "-o", library)
+    except (subprocess.SubprocessError, OSError):
+        return False
+    finally:
+        for path in objects:
+            path.unlink(missing_ok=True)
+    return True
 
 
 def _processor() -> str:
