@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from eafo_dynamic.bases import Base
 from eafo_dynamic.correction import correction_shape, is_closed_form, table_half_width, tabulate
@@ -193,7 +194,7 @@ class Site:
         Returns:
             Eps, shape, table, offset and lift; None for those that its function does not have.
         """
-        if torch.compiler.is_compiling():
+        if is_compiling():
             eps, shape, table, offset, lift = (getattr(host, key) for key in self.keys)
             return eps, shape, table, offset, lift
         # a module's own __getattr__ takes ten times as long as a look where it looks; a loop would take twice as long
@@ -218,7 +219,8 @@ class Site:
             Eps, shape and tables, where z lives.
         """
         eps, shape, table, offset, lift = self.tensors(host)
-        if shape.device != z.device:  # of a model that is spread over several devices
+        near = shape.is_cpu and z.is_cpu
+        if not near and shape.device != z.device:  # of a model that is spread over several devices
             eps, shape = eps.to(z.device), shape.to(z.device)
             table, offset, lift = (None if each is None else each.to(z.device) for each in (table, offset, lift))
         if eps.dim():
@@ -270,7 +272,7 @@ class Site:
         Returns:
             Whether it is; False where it cannot be read.
         """
-        if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+        if is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
             return False
         far = False
         for each in amplitudes:
@@ -327,7 +329,7 @@ class Site:
             host: where the site's tensors are registered.
             value: what the activation was called with.
         """
-        if self.switch.collecting and host.training and not torch.compiler.is_compiling():
+        if self.switch.collecting and host.training and not is_compiling():
             self.collector.passed_over = describe(value)
 
 
@@ -365,7 +367,7 @@ def _recomputing() -> bool:
     Returns:
         Whether it does.
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def describe_state(eps: Tensor, shape: Tensor, backend: Backend = "auto", lift: Tensor | None = None) -> str:

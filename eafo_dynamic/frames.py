@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils.checkpoint import checkpoint
 
@@ -59,7 +60,7 @@ class _Frame:
         self.depth = len(STACK.frames) + 1
         self.mode: TorchFunctionMode | None = None
         self.tracker = Tracker(owner.eafo_written) if owner.eafo_written else None
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self.grad, self.hooks, self.task = False, None, -1
         else:
             self.grad, self.hooks, self.task = torch.is_grad_enabled(), current_hooks(), _graph_task()
@@ -77,7 +78,7 @@ STACK = _FrameStack()
 
 def _graph_task() -> int:
     """Number of the backward that this code runs in; -1 outside any."""
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+    return -1 if is_compiling() else torch._C._current_graph_task_id()
 
 
 def in_backward() -> bool:
@@ -115,7 +116,7 @@ def route(key: str) -> tuple[Owner | None, Site | None]:
         routes = owner.eafo_routes[key]
         k = counting.counts.get(key, 0)
         site = routes[min(k, len(routes) - 1)]
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             _follow_recomputation(counting, site)
         counting.counts[key] = k + 1
         return owner, site
@@ -184,7 +185,7 @@ class _FunctionMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if in_compiled_graph():
             return func(*args, **kwargs)  # a backend that runs graphs as they are; the corrections are in them
-        if func is checkpoint and torch.compiler.is_compiling():
+        if func is checkpoint and is_compiling():
             # the compiler alone shows this call to modes, and would run what it is given without them
             if kwargs.get("use_reentrant") is not False and not isinstance(args[0], nn.Module):
                 _check_part(frame.owner.eafo_name)
@@ -259,7 +260,7 @@ def _call_function(caller: Owner, func: Any, name: str, args: Any, kwargs: dict[
         return func(z, *rest, **kwargs)
 
     known = None
-    if not torch.compiler.is_compiling() and not (inplace and name in ("elu", "celu", "selu")):
+    if not is_compiling() and not (inplace and name in ("elu", "celu", "selu")):
         known = known_function(name, rest, kwargs)
     return site(cast(nn.Module, owner), base, args[0], inplace, known)
 
@@ -369,7 +370,7 @@ def _switch_off(mode: TorchFunctionMode) -> bool:
     """
     top = _pop_mode()
     # the compiler does not always know two ways to the same object for one
-    if torch.compiler.is_compiling() or top is mode:
+    if is_compiling() or top is mode:
         return True
     _push_mode(top)
     return False

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.compiler import is_compiling
 from torch.nn.utils.parametrize import is_parametrized
 
 from eafo_dynamic.activation import Site, describe_state
@@ -149,13 +150,13 @@ class _Activation(Hosting):
 def _correct(host: Any, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     values = (*args, *kwargs.values()) if kwargs else args
     if len(values) != 1 or not is_correctable(values[0]):
-        if len(values) == 1 and not torch.compiler.is_compiling() and _acts(host):
+        if len(values) == 1 and not is_compiling() and _acts(host):
             refuse_symbols(values[0], host)
         if not host.eafo_shared:
             host.eafo_sites[0].pass_over(host, values[0] if len(values) == 1 else values)
         return base(*args, **kwargs)
     inplace, known = getattr(host, "inplace", False), None
-    if not torch.compiler.is_compiling() and not (inplace and issubclass(host.eafo_class, _SLOPE_BY_RESULT)):
+    if not is_compiling() and not (inplace and issubclass(host.eafo_class, _SLOPE_BY_RESULT)):
         known = known_module(host, host.eafo_class)
     if not host.eafo_shared:
         return host.eafo_sites[0](host, base, values[0], inplace, known)
@@ -178,10 +179,10 @@ def _counted(method: Callable[..., Any], is_forward: bool) -> Callable[..., Any]
         idle, frames = _all_idle(self), STACK.frames
         if idle and (not frames or frames[-1].mode is None):
             return method(self, *args, **kwargs)  # nothing acts, and no mode takes its functions for the caller's
-        if self.eafo_uncompiled and torch.compiler.is_compiling() and not idle:
+        if self.eafo_uncompiled and is_compiling() and not idle:
             return _uncompiled(self, method, args, kwargs, is_forward)
         functions = bool(self.eafo_functions) and not idle
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return entered(self, method, args, kwargs, is_forward, functions)
         if self.eafo_sites and not idle:  # in a graph nobody would open frames, and its activations would be plain
             refuse_symbols(args[0] if args else next(iter(kwargs.values()), None), self)

@@ -122,6 +122,7 @@ class _Bell:
     def __init__(self, mu: float, sigma: float, z: Tensor, size: int) -> None:
         self.mu, self.sigma = mu, sigma
         self.room = z.new_empty(2, size)
+        self.zero, self.one = z.new_zeros(()), z.new_ones(())  # start of a sum that then takes one pass, not two
         # where the square of z - mu leaves the range of float32, one pass more makes it u first
         self.extreme = not 1e-15 < sigma < 1e15
 
@@ -134,7 +135,7 @@ class _Bell:
         if self.extreme:
             torch.div(centred, self.sigma, out=bell).square_().mul_(-_HALF_LOG2_E).exp2_()
         else:
-            torch.mul(centred, centred, out=bell).mul_(-_HALF_LOG2_E / self.sigma**2).exp2_()
+            torch.addcmul(self.zero, centred, centred, value=-_HALF_LOG2_E / self.sigma**2, out=bell).exp2_()
         return centred, bell
 
     def add_value(self, into: Tensor, z: Tensor, amplitude: float, lift: float | None = None) -> None:
@@ -157,8 +158,8 @@ class _Bell:
         if lift:
             into.addcmul_(bell, centred, value=-lift / unit)
         if amplitude != 0.0:
-            square = centred.square_()
-            into.addcmul_(bell, torch.rsub(square, 1.0, alpha=unit**-2), value=amplitude)
+            rest = torch.addcmul(self.one, centred, centred, value=-(unit**-2), out=centred)  # 1 - u^2
+            into.addcmul_(bell, rest, value=amplitude)
         return torch.stack([by_amplitude, by_lift])
 
 

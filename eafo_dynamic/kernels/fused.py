@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from eafo_dynamic.kernels.choice import Backend, demanded_kernel
 from eafo_dynamic.kernels.eager import EagerKernel
@@ -100,7 +101,7 @@ def corrected_(
         kept = _twin(z, z)  # the backward needs what is about to be overwritten
         values = corrected(kept, lambda x: base(_twin(x, z)), terms, known, backend)
         watched = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        if watched or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(z) not in _PLAIN:
+        if watched or is_compiling() or torch.jit.is_tracing() or type(z) not in _PLAIN:
             return z.copy_(values)
         out: Tensor = _Overwritten.apply(z, values, z._is_view())  # pyright: ignore[reportAssignmentType]
         return out
@@ -122,7 +123,7 @@ def _wants_gradient(z: Tensor, terms: Terms) -> bool:
 def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
     """The back end for these tensors; None where they are not plain, dense ones on a CPU or a CUDA device."""
     eps = terms.eps
-    if torch.compiler.is_compiling() or type(z) not in _PLAIN or type(eps) not in _PLAIN:
+    if is_compiling() or type(z) not in _PLAIN or type(eps) not in _PLAIN:
         return None
     on_gpu = z.is_cuda
     if not (on_gpu or z.is_cpu) or (eps.dim() and not is_dense(z)):
@@ -131,7 +132,8 @@ def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
     watched = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
     if watched or forward_ad._current_level >= 0 or torch._C._is_tracing():
         return None
-    if not (eps.device == terms.shape.device == z.device):
+    same = eps.device == terms.shape.device == z.device if on_gpu else eps.is_cpu and terms.shape.is_cpu
+    if not same:
         return None
     if on_gpu:
         kernel = demanded_kernel(z.device, backend)
@@ -175,7 +177,7 @@ def _overwrite(z: Tensor, kept: Tensor, terms: Terms, known: Known, kernel: _Ker
 
 def _twin(values: Tensor, z: Tensor) -> Tensor:
     """A copy with the strides of z: torch's loops over gaps differ from those over dense memory in the last bit."""
-    plain = type(z) in _PLAIN and z.layout == torch.strided and not torch.compiler.is_compiling()
+    plain = type(z) in _PLAIN and z.layout == torch.strided and not is_compiling()
     if not plain or is_dense(z) or torch._C._are_functorch_transforms_active():
         return values.clone()
     return torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device=z.device).copy_(values)
