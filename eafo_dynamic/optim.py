@@ -45,7 +45,8 @@ def own_group(
     learning rates and weight_decay; amplitudes from several groups (decayed and not, backbone and head) get
     one group for each. Schedulers keep one entry a group: each of their per-group lists gets the entry of that
     group. So the learning rate of eps stays lr_multiple times that of its relatives at every step, unless the
-    scheduler has a bound in absolute terms, such as CosineAnnealingLR's eta_min above 0. Run twice, it changes
+    scheduler has a bound in absolute terms, such as CosineAnnealingLR's eta_min above 0. On a CPU a group of Adam or
+    AdamW is stepped by torch's fused kernel where ``fused`` and ``foreach`` were left to torch. Run twice, it changes
     nothing.
 
     Args:
