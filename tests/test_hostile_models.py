@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
-import ctypes
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
@@ -523,7 +523,7 @@ def test_recursion_reaches_as_deep_as_two_thirds_of_the_plain_model() -> None:
             model.depth = depth
             try:
                 forward(model)
-            except (RecursionError, ctypes.ArgumentError):  # ctypes wraps what its conversions raise
+            except RecursionError:
                 break
         return depth
 
@@ -533,3 +533,19 @@ def test_recursion_reaches_as_deep_as_two_thirds_of_the_plain_model() -> None:
     wrap(model, find_sites(model, example()), 0.1)
     assert deepest(model) >= 2 * plain / 3
     assert len(hosted_sites(model)) == 8
+
+
+def test_the_end_of_the_stack_is_a_recursion_error_wherever_it_is_met() -> None:
+    model = nn.Sequential(nn.ReLU())
+    wrap(model, find_sites(model, example()), 0.1)
+
+    def deeper(model: nn.Module, left: int) -> object:
+        return forward(model) if left == 0 else deeper(model, left - 1)
+
+    met = 0
+    for depth in range(sys.getrecursionlimit() - 300, sys.getrecursionlimit()):
+        try:
+            deeper(model, depth)
+        except RecursionError:
+            met += 1
+    assert met > 20

@@ -158,7 +158,7 @@ def _forward(z: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> Tensor:
 
 def _add(out: Tensor, z: Tensor, terms: Terms, inside: Known | None, kernel: _Kernel) -> None:
     """Adds c(z) to the base's output, in place and in its order of memory, whatever that is."""
-    if (out.is_contiguous() and z.is_contiguous()) or (is_dense(z) and out.stride() == z.stride()):
+    if is_dense(z) and _lie_alike(out, z):
         kernel.add(out, z, terms, inside)
         return
     values = z.contiguous()
@@ -231,9 +231,12 @@ def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Grad
 
 def _in_order_of(dense: Tensor, values: Tensor) -> Tensor:
     """Values in the order of memory of another tensor of their shape; themselves where they lie so."""
-    if (values.is_contiguous() and dense.is_contiguous()) or values.stride() == dense.stride():
-        return values
-    return torch.empty_like(dense).copy_(values)
+    return values if _lie_alike(values, dense) else torch.empty_like(dense).copy_(values)
+
+
+def _lie_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same order; contiguous ones are the quicker look."""
+    return (one.is_contiguous() and other.is_contiguous()) or one.stride() == other.stride()
 
 
 class _Overwritten(torch.autograd.Function):

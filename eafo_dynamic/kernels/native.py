@@ -15,6 +15,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -123,9 +124,11 @@ class NativeKernel:
         """
         n, given = z.numel(), _float32(terms)
         if _is_simple(z, terms):
-            self._forward(z.data_ptr(), out.data_ptr(), None, n, *_arguments(given, inside, n))
+            _call(self._forward, z.data_ptr(), out.data_ptr(), None, n, *_arguments(given, inside, n))
         else:
-            self._mixed_forward(z.data_ptr(), out.data_ptr(), n, *_layout(z, terms), *_arguments(given, inside, n))
+            _call(
+                self._mixed_forward, z.data_ptr(), out.data_ptr(), n, *_layout(z, terms), *_arguments(given, inside, n)
+            )
 
     def overwrites(self, z: Tensor, terms: Terms, known: Known) -> bool:
         """Whether :meth:`overwrite` can be used, and is worth it.
@@ -151,7 +154,7 @@ class NativeKernel:
             known: the base.
         """
         n, at = z.numel(), z.data_ptr()
-        self._forward(at, at, kept.data_ptr(), n, *_arguments(_float32(terms), known, n))
+        _call(self._forward, at, at, kept.data_ptr(), n, *_arguments(_float32(terms), known, n))
 
     def add_gradient(
         self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None
@@ -174,14 +177,29 @@ class NativeKernel:
         pointers, arguments = (z.data_ptr(), grad.data_ptr(), out.data_ptr()), _arguments(given, inside, n)
         if _is_simple(z, terms):
             partial = None if n <= _FEW_BLOCKS * _BLOCK else torch.empty(n // _BLOCK + 1, 2, dtype=torch.float64)
-            self._backward(*pointers, n, *arguments, None if partial is None else partial.data_ptr(), *sums)
+            _call(self._backward, *pointers, n, *arguments, None if partial is None else partial.data_ptr(), *sums)
         else:
             pieces = min(_PIECES, n // _BLOCK + 1)
             partial = torch.zeros(pieces, 2, max(terms.eps.numel(), 1), dtype=torch.float64)
-            self._mixed_backward(*pointers, n, *_layout(z, terms), *arguments, pieces, partial.data_ptr(), *sums)
+            _call(self._mixed_backward, *pointers, n, *_layout(z, terms), *arguments, pieces, partial.data_ptr(), *sums)
         if given is terms:
             return by_eps, by_lift
         return by_eps.to(terms.eps.dtype), None if by_lift is None else by_lift.to(terms.eps.dtype)
+
+
+def _call(function: Callable[..., None], *arguments: object) -> None:
+    """Calls a compiled function; where Python's stack is at its end, with the error that it has everywhere.
+
+    Raises:
+        RecursionError: which ctypes wraps where the conversion of an argument raises it.
+        ArgumentError: what else it wraps.
+    """
+    try:
+        function(*arguments)
+    except ctypes.ArgumentError as error:
+        if "RecursionError" not in str(error):
+            raise
+        raise RecursionError("maximum recursion depth exceeded") from error
 
 
 def _acts(terms: Terms) -> bool:
