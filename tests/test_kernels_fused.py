@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,30 @@ def test_batched_gradients_and_transforms(backend: Backend) -> None:
     (jacobian,) = torch.autograd.grad(out, z, torch.eye(5), is_grads_batched=True)
     mapped = torch.func.vmap(torch.func.grad(lambda x: corrected(x, F.silu, given, known, backend)))(z)
     torch.testing.assert_close(jacobian.diagonal(), mapped)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("function", [corrected, corrected_])
+def test_what_a_transform_has_left_behind(function: Callable[..., Tensor], grad: bool, backend: Backend) -> None:
+    z, left = points(5), []
+    torch.func.grad(lambda x: left.append(x) or x.sum())(z.clone())
+    with torch.set_grad_enabled(grad):
+        out = function(left[0], nn.SiLU(), terms(), known_module(nn.SiLU()), backend)
+    torch.testing.assert_close(out.clone(), by_formula(z, nn.SiLU(), terms()).detach())
+
+
+def test_deterministic_algorithms_fill_no_room_that_is_written_and_fill_again_afterwards(backend: Backend) -> None:
+    z, known = points(100_000).requires_grad_(), known_module(nn.ReLU())
+    expected = corrected(z, F.relu, terms(), known, backend)
+    torch.use_deterministic_algorithms(True)
+    try:
+        out = corrected(z, F.relu, terms(), known, backend)
+        (by_z,) = torch.autograd.grad(out.sum(), z)
+        assert torch.empty(3).isnan().all() and torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_bits(out, expected)
+    assert_same_bits(by_z, torch.autograd.grad(expected.sum(), z)[0])
 
 
 def test_the_whole_compiles_without_a_break(backend: Backend) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -19,7 +19,7 @@ from eafo_dynamic.kernels.eager import EagerKernel
 from eafo_dynamic.kernels.formula import correction_of
 from eafo_dynamic.kernels.known import NOTHING, Known
 from eafo_dynamic.kernels.native import NativeKernel, native_kernel
-from eafo_dynamic.kernels.terms import Terms, is_dense
+from eafo_dynamic.kernels.terms import Terms, is_dense, uninitialised_like
 
 __all__ = ["corrected", "corrected_"]
 
@@ -71,7 +71,7 @@ def corrected(
         return out + correction_of(z, terms).to(out.dtype)
     function = NOTHING if known is None else known
     if _wants_gradient(z, terms):
-        c: Tensor = _Corrected.apply(z, terms.eps, terms.lift, terms, function, kernel)  # pyright: ignore[reportAssignmentType]
+        c: Tensor = _apply(z, terms.eps, terms.lift, terms, function, kernel)  # pyright: ignore[reportAssignmentType]
     else:
         c = _forward(z, terms, function, kernel)
     return c if known is not None else base(z) + c
@@ -106,11 +106,9 @@ def corrected_(
         out: Tensor = _Overwritten.apply(z, values, z._is_view())  # pyright: ignore[reportAssignmentType]
         return out
     if _wants_gradient(z, terms):
-        # the copy is an input of its own, so that a second derivative finds its way through it, and dense as torch's
-        filler = kernel if isinstance(kernel, NativeKernel) and kernel.overwrites(z, terms, known) else None
-        kept = z.clone() if filler is None else _Room.apply(z)
-        result: Tensor = _CorrectedInPlace.apply(kept, z, terms.eps, terms.lift, terms, known, kernel, filler)  # pyright: ignore[reportAssignmentType]
-        return result
+        copy = z.clone() if z._is_view() else None
+        outputs: Any = _apply_in_place(copy, z, terms.eps, terms.lift, terms, known, kernel)
+        return outputs[0] if copy is None else outputs
     _overwrite(z, _twin(z, z), terms, known, kernel)
     return z
 
@@ -128,9 +126,9 @@ def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
     on_gpu = z.is_cuda
     if not (on_gpu or z.is_cpu) or (eps.dim() and not is_dense(z)):
         return None
-    # transforms, tracers and modes that watch operations must see operations
+    # transforms, tracers and modes that watch operations must see operations; so must what a transform has left behind
     watched = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
-    if watched or forward_ad._current_level >= 0 or torch._C._is_tracing():
+    if watched or forward_ad._current_level >= 0 or torch._C._is_tracing() or is_functorch_wrapped_tensor(z):
         return None
     same = eps.device == terms.shape.device == z.device if on_gpu else eps.is_cpu and terms.shape.is_cpu
     if not same:
@@ -151,7 +149,7 @@ def _forward(z: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> Tensor:
         out = known.value(z)
         _add(out, z, terms, None, kernel)
     else:
-        out = torch.empty_like(z)
+        out = uninitialised_like(z)
         kernel.add(out, z, terms, inside)
     return out
 
@@ -162,7 +160,7 @@ def _add(out: Tensor, z: Tensor, terms: Terms, inside: Known | None, kernel: _Ke
         kernel.add(out, z, terms, inside)
         return
     values = z.contiguous()
-    total = torch.empty_like(values).copy_(out)
+    total = uninitialised_like(values).copy_(out)
     kernel.add(total, values, terms, None)
     out.copy_(total)
 
@@ -219,7 +217,7 @@ def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Grad
     inside = ctx.kernel.inside(z, terms, ctx.known) if is_dense(z) else None
     # from the gradient as it came and in torch's own order of memory: its loops over gaps, and the sums that layers
     # before this one make of the result, differ from those over other orders in the last bit
-    out = ctx.known.gradient(grad, z) if inside is None else torch.empty_like(z)
+    out = ctx.known.gradient(grad, z) if inside is None else uninitialised_like(z)
     dense = z if is_dense(z) else z.contiguous()
     grad, total = _in_order_of(dense, grad), _in_order_of(dense, out)
     amplitudes = ctx.kernel.add_gradient(total, grad, dense, terms, inside)
@@ -231,7 +229,7 @@ def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Grad
 
 def _in_order_of(dense: Tensor, values: Tensor) -> Tensor:
     """Values in the order of memory of another tensor of their shape; themselves where they lie so."""
-    return values if _lie_alike(values, dense) else torch.empty_like(dense).copy_(values)
+    return values if _lie_alike(values, dense) else uninitialised_like(dense).copy_(values)
 
 
 def _lie_alike(one: Tensor, other: Tensor) -> bool:
@@ -258,48 +256,54 @@ class _Overwritten(torch.autograd.Function):
         return torch.full_like(grad, -0.0) if ctx.is_view else None, grad, None
 
 
-class _Room(torch.autograd.Function):
-    """``z.clone()``, whose values are still to come."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        return torch.empty_like(z)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
-
-
 class _CorrectedInPlace(torch.autograd.Function):
-    """f(z) written over z, of which there is a copy for the backward, or room for one that `filler` fills."""
+    """f(z) written over z, and the copy of z that the backward needs.
+
+    The copy is an output, or, of a view, beside which torch allows none, an input: so that a second derivative finds
+    its way through it.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        kept: Tensor,
+        copy: Tensor | None,
         z: Tensor,
         eps: Tensor,
         lift: Tensor | None,
         terms: Terms,
         known: Known,
         kernel: _Kernel,
-        filler: NativeKernel | None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.mark_dirty(z)
-        _keep(ctx, kept, eps, lift, terms, known, kernel)
-        if filler is None:
-            _overwrite(z, kept if kept.stride() == z.stride() else _twin(z, z), terms, known, kernel)
-        else:
-            filler.overwrite(z, kept, terms, known)
+        ctx.set_materialize_grads(False)
+        ctx.is_view = copy is not None
+        if copy is None and isinstance(kernel, NativeKernel) and kernel.overwrites(z, terms, known):
+            kept = uninitialised_like(z)
+            kernel.overwrite(z, kept, terms, known)
             torch.autograd.graph.increment_version(z)
-        return z
+        else:
+            kept = z.clone() if copy is None else copy  # dense, as torch's own
+            _overwrite(z, kept if kept.stride() == z.stride() else _twin(z, z), terms, known, kernel)
+        _keep(ctx, kept, eps, lift, terms, known, kernel)
+        return (z, kept) if copy is None else z
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        needed = ctx.needs_input_grad
-        by_z, by_eps, by_lift = _gradients(ctx, grad, (needed[0], needed[2], needed[3]))
-        return by_z, None, by_eps, by_lift, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, *by_copy = grads
+        by_z, by_eps, by_lift = (None, None, None)
+        if grad is not None:
+            needed = ctx.needs_input_grad
+            by_z, by_eps, by_lift = _gradients(ctx, grad, (needed[0] or needed[1], needed[2], needed[3]))
+        if ctx.is_view:  # torch writes the first gradient into that of the memory that the view looks into
+            return by_z, None, by_eps, by_lift, None, None, None
+        if by_copy[0] is not None:
+            by_z = by_copy[0] if by_z is None else by_z + by_copy[0]
+        return None, by_z, by_eps, by_lift, None, None, None
+
+
+# without Function.apply's own look for transforms, which no arguments of ours are part of
+_apply: Any = super(torch.autograd.Function, _Corrected).apply  # pyright: ignore[reportAttributeAccessIssue]
+_apply_in_place: Any = super(torch.autograd.Function, _CorrectedInPlace).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _is_plain(grad: Tensor, z: Tensor) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 from eafo_dynamic.kernels.formula import MAX_U, correction_of
 from eafo_dynamic.kernels.known import INSIDE, Known
 from eafo_dynamic.kernels.rounds import RoundKernel
-from eafo_dynamic.kernels.terms import Terms, channels_of, is_dense
+from eafo_dynamic.kernels.terms import Terms, channels_of, is_dense, uninitialised_like
 
 __all__ = ["NativeKernel", "native_kernel"]
 
@@ -45,7 +45,7 @@ _FLAGS = (
 _PATIENCE = 20.0  # seconds for one run of the compiler
 _BLOCK, _FEW_BLOCKS = 4096, 64  # as in the source
 _LEAST_PARALLEL = 32768  # elements, as torch's own pointwise kernels
-_LEAST_KEPT = 65536  # elements, from where on passing once over memory saves more than one more node of autograd costs
+_LEAST_KEPT = 65536  # elements, from where on one pass over memory beats a copy and a pass
 _MOST_INTERVALS = 1024  # as in the source
 _PIECES = 64  # that a gradient by eps is added up from, whatever the number of threads
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)  # as in the source
@@ -172,7 +172,8 @@ class NativeKernel:
             Gradients by eps and lift, of their shape and dtype; None for a lift that is none.
         """
         n, given = z.numel(), _float32(terms)
-        by_eps, by_lift = torch.empty_like(given.eps), None if given.lift is None else torch.empty_like(given.lift)
+        by_eps = uninitialised_like(given.eps)
+        by_lift = None if given.lift is None else uninitialised_like(given.lift)
         sums = by_eps.data_ptr(), None if by_lift is None else by_lift.data_ptr()
         pointers, arguments = (z.data_ptr(), grad.data_ptr(), out.data_ptr()), _arguments(given, inside, n)
         if _is_simple(z, terms):

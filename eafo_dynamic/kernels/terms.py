@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Terms", "channels_of", "flat", "is_dense"]
+__all__ = ["Terms", "channels_of", "flat", "is_dense", "uninitialised_like"]
 
 
 class Terms(NamedTuple):
@@ -57,6 +57,27 @@ def flat(z: Tensor) -> Tensor:
         A view, shape [numel].
     """
     return z.as_strided((z.numel(),), (1,))
+
+
+def uninitialised_like(values: Tensor) -> Tensor:
+    """Room for values all of which are going to be written, as outputs of torch's own operations are.
+
+    ``torch.empty_like`` fills it where algorithms are to be deterministic, so that whoever reads what he has not
+    written gets the same each time; that costs as much as an activation.
+
+    Args:
+        values: shape, strides, dtype and device that it is to have.
+
+    Returns:
+        A tensor that holds anything.
+    """
+    if not torch._C._get_deterministic_algorithms() or not torch._C._get_deterministic_fill_uninitialized_memory():
+        return torch.empty_like(values)
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
+    try:
+        return torch.empty_like(values)
+    finally:
+        torch._C._set_deterministic_fill_uninitialized_memory(True)
 
 
 def channels_of(z: Tensor, eps: Tensor) -> tuple[int, int] | None:
