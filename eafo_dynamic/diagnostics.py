@@ -142,7 +142,8 @@ def to_rows(
     Returns:
         One row a site.
     """
-    table = torch.stack([column.to(torch.float64) for column in columns.values()], dim=-1).tolist()
+    first, *others = columns.values()
+    table = torch.stack([first.to(torch.float64), *others], dim=-1).tolist()  # all become what the first one is
     rows = [
         {**head, **dict(zip(columns, values, strict=True)), **tail}
         for head, values, tail in zip(heads, table, tails, strict=True)

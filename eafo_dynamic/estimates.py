@@ -61,7 +61,7 @@ def pooled(
         The samples of all ranks, and what they say.
     """
     device = losses.device
-    values = [sample.to(device) for sample, _ in drained]
+    values = [sample if sample.device == device else sample.to(device) for sample, _ in drained]
     lengths = [sample.numel() for sample in values]
     padded = stack_samples(values, max(lengths))
     own = moments(padded, kernel)

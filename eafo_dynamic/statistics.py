@@ -155,10 +155,14 @@ class Collector:
         if not chunks:
             nothing = torch.empty(0, dtype=torch.float32, device="cpu")
             return nothing, nothing.long()
-        device = chunks[0].values.device  # replicas of one module may have left samples on several
-        parts = [(chunk.values.to(device), _units(chunk, self.channel_dim).to(device)) for chunk in chunks]
-        values, units = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
-        return values.to(torch.promote_types(values.dtype, torch.float32)), units
+        if len(chunks) == 1:  # as nearly always
+            values, units = chunks[0].values, _units(chunks[0], self.channel_dim)
+        else:
+            device = chunks[0].values.device  # replicas of one module may have left samples on several
+            parts = [(chunk.values.to(device), _units(chunk, self.channel_dim).to(device)) for chunk in chunks]
+            values, units = (torch.cat(part) for part in zip(*parts, strict=True))
+        wide = torch.promote_types(values.dtype, torch.float32)
+        return (values if values.dtype == wide else values.to(wide)), units
 
     def pending(self) -> list[tuple[Tensor, list[int], bool]]:
         """The sample as tensors and primitives, for a checkpoint between two rounds; it stays where it is.

@@ -175,11 +175,9 @@ def bounded_move(old: Functions, new: Functions, region: TrustRegion) -> tuple[F
     Returns:
         The functions to take and the part of the way, shape [S]; 0 where nothing was admissible.
     """
-    all_of_it = torch.ones_like(old.eps)
-    whole = old.towards(new, all_of_it)
-    jumps = [_jump(old, whole)]
+    jumps = [_jump(old, new)]
     if bool((jumps[0] <= region.max_delta).all()):  # as nearly always: then the smaller parts need no look
-        return whole, all_of_it
+        return new, torch.ones_like(old.eps)
     fractions = torch.tensor(_FRACTIONS, device=old.eps.device, dtype=old.eps.dtype)
     jumps += [_jump(old, old.towards(new, part.expand_as(old.eps))) for part in fractions[1:]]
     fraction = region.admissible(torch.stack(jumps), fractions)

@@ -29,12 +29,19 @@ class _Entry(NamedTuple):
     defaults: Mapping[str, object] = {}
 
     def base(self, values: Mapping[str, object]) -> Base:
-        used = {key: _number(values.get(key, default)) for key, default in self.defaults.items()}
-        changed = {key: value for key, value in used.items() if value != _number(self.defaults[key])}
-        shown = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed.items())
-        fn = functools.partial(self.function, **used) if used else self.function
-        label = f"{self.name}({shown})" if shown else self.name
-        return Base(self.name, fn, tuple(sorted(used.items())), label=label)
+        given = [_number(values.get(key, default)) for key, default in self.defaults.items()]
+        return _made(self.name, self.function, tuple(self.defaults.items()), *given)
+
+
+@functools.lru_cache(maxsize=256, typed=True)  # every update round asks for that of every site
+def _made(
+    name: str, function: Callable[..., Tensor], defaults: tuple[tuple[str, object], ...], *values: object
+) -> Base:
+    used = {key: value for (key, _), value in zip(defaults, values, strict=True)}
+    changed = {key: used[key] for key, default in defaults if used[key] != _number(default)}
+    shown = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed.items())
+    fn = functools.partial(function, **used) if used else function
+    return Base(name, fn, tuple(sorted(used.items())), label=f"{name}({shown})" if shown else name)
 
 
 def _number(value: object) -> object:
