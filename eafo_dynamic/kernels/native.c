@@ -212,19 +212,38 @@ static inline void places(const float *z, int m, const struct terms *s, int32_t 
 #define SHUFFLE __builtin_shufflevector
 #define JOINED(i, j) SHUFFLE(*(const v4 *)(rows + row[i]), *(const v4 *)(rows + row[j]), 0, 1, 2, 3, 4, 5, 6, 7)
 
-/* Values, and slopes per interval where wanted. Whole rows are loaded and transposed: several times faster than
-   gathering a0..a3 one by one. */
+/* Coefficients a0..a3 at places i to i + 7. Whole rows are loaded and transposed: several times faster than gathering
+   them one by one. */
+#define READ_8 \
+    v8 a = JOINED(i, i + 4), b = JOINED(i + 1, i + 5), c = JOINED(i + 2, i + 6), d = JOINED(i + 3, i + 7); \
+    v8 ab0 = SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13), ab1 = SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15); \
+    v8 cd0 = SHUFFLE(c, d, 0, 8, 1, 9, 4, 12, 5, 13), cd1 = SHUFFLE(c, d, 2, 10, 3, 11, 6, 14, 7, 15); \
+    v8 a0 = SHUFFLE(ab0, cd0, 0, 1, 8, 9, 4, 5, 12, 13), a1 = SHUFFLE(ab0, cd0, 2, 3, 10, 11, 6, 7, 14, 15); \
+    v8 a2 = SHUFFLE(ab1, cd1, 0, 1, 8, 9, 4, 5, 12, 13), a3 = SHUFFLE(ab1, cd1, 2, 3, 10, 11, 6, 7, 14, 15);
+
+/* Values, and slopes per interval where wanted. */
 static inline void read_rows(const float *rows, const int32_t *row, const float *t, int m, float *value, float *slope) {
     for (int i = 0; i < m; i += 8) {
-        v8 a = JOINED(i, i + 4), b = JOINED(i + 1, i + 5), c = JOINED(i + 2, i + 6), d = JOINED(i + 3, i + 7);
-        v8 ab0 = SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13), ab1 = SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
-        v8 cd0 = SHUFFLE(c, d, 0, 8, 1, 9, 4, 12, 5, 13), cd1 = SHUFFLE(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
-        v8 a0 = SHUFFLE(ab0, cd0, 0, 1, 8, 9, 4, 5, 12, 13), a1 = SHUFFLE(ab0, cd0, 2, 3, 10, 11, 6, 7, 14, 15);
-        v8 a2 = SHUFFLE(ab1, cd1, 0, 1, 8, 9, 4, 5, 12, 13), a3 = SHUFFLE(ab1, cd1, 2, 3, 10, 11, 6, 7, 14, 15);
+        READ_8
         v8 x = *(const v8 *)(t + i);
         if (value) *(v8 *)(value + i) = ((a3 * x + a2) * x + a1) * x + a0;
         if (slope) *(v8 *)(slope + i) = (3.0f * a3 * x + 2.0f * a2) * x + a1;
     }
+}
+
+/* Slopes per interval times a factor; returns the sum of weight times value. */
+static inline float read_slopes(const float *rows, const int32_t *row, const float *t, const float *weight, int m,
+                                float factor, float *slope) {
+    v8 sums = {0};
+    for (int i = 0; i < m; i += 8) {
+        READ_8
+        v8 x = *(const v8 *)(t + i), w = {0};
+        if (i + 8 <= m) w = *(const v8 *)(weight + i);
+        else memcpy(&w, weight + i, (size_t)(m - i) * sizeof(float));
+        sums += w * (((a3 * x + a2) * x + a1) * x + a0);
+        *(v8 *)(slope + i) = factor * ((3.0f * a3 * x + 2.0f * a2) * x + a1);
+    }
+    return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
 
 /* The closed form, in one loop with its base; v = BELL_SCALE u. */
@@ -287,8 +306,7 @@ static void forward(const float *z, float *out, int64_t n, struct terms s, const
 static void backward(const float *z, const float *grad, float *out, int64_t n, struct terms s, const float *rows,
                      const float *settled, double *sums) {
     int32_t row[PART];
-    float t[PART], value[PART], slope[PART], more[PART];
-    float amplitude = s.eps * s.per_sd;
+    float t[PART], slope[PART], more[PART];
     sums[0] = sums[1] = 0.0;
     if (!rows) {
 #define CALL(which) bell_slopes(which, z, grad, out, n, &s, sums)
@@ -299,13 +317,11 @@ static void backward(const float *z, const float *grad, float *out, int64_t n, s
     for (int64_t start = 0; start < n; start += PART) {
         int m = n - start < PART ? (int)(n - start) : PART;
         places(z + start, m, &s, row, t);
-        read_rows(rows, row, t, m, value, slope);
-        for (int i = 0; i < m; i++) slope[i] *= amplitude;
+        sums[0] += read_slopes(rows, row, t, grad + start, m, s.eps * s.per_sd, slope);
         if (settled) {
             read_rows(settled, row, t, m, 0, more);
             for (int i = 0; i < m; i++) slope[i] += s.per_sd * more[i];
         }
-        sums[0] += weighted_sum(grad + start, value, m);
         if (s.eps != 0.0f || settled || s.base != GIVEN)   /* 0 * inf is no 0 */
             finish_slopes(s.base, s.below, z + start, grad + start, slope, out + start, m);
     }
