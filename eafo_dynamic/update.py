@@ -87,7 +87,8 @@ def reverted(old: Functions, before: Functions, trained: Tensor) -> Functions:
         The functions to go back to.
     """
     trained = trained.to(old.eps.device)
-    back = replace(before, bases=old.bases, eps=torch.where(trained, old.eps, before.eps))
+    eps = torch.where(trained, old.eps, before.eps)
+    back = replace(before, bases=old.bases, kernel=old.kernel, eps=eps)  # a checkpoint has neither of the two
     if old.lift is None or before.lift is None:
         return back
     return replace(back, lift=torch.where(trained, old.lift, before.lift))
