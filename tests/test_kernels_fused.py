@@ -263,16 +263,27 @@ def test_what_a_transform_has_left_behind(function: Callable[..., Tensor], grad:
     torch.testing.assert_close(out.clone(), by_formula(z, nn.SiLU(), terms()).detach())
 
 
-def test_deterministic_algorithms_fill_no_room_that_is_written_and_fill_again_afterwards(backend: Backend) -> None:
-    z, known = points(100_000).requires_grad_(), known_module(nn.ReLU())
+def test_deterministic_algorithms_fill_no_room_that_is_written_and_fill_again_afterwards(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z, known, empty_like = points(100_000).requires_grad_(), known_module(nn.ReLU()), torch.empty_like
     expected = corrected(z, F.relu, terms(), known, backend)
+    filled: list[bool] = []
+
+    def watched(values: Tensor) -> Tensor:
+        filled.append(torch.utils.deterministic.fill_uninitialized_memory)
+        return empty_like(values)
+
     torch.use_deterministic_algorithms(True)
     try:
-        out = corrected(z, F.relu, terms(), known, backend)
-        (by_z,) = torch.autograd.grad(out.sum(), z)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty_like", watched)
+            out = corrected(z, F.relu, terms(), known, backend)
+            (by_z,) = torch.autograd.grad(out.sum(), z)
         assert torch.empty(3).isnan().all() and torch.utils.deterministic.fill_uninitialized_memory
     finally:
         torch.use_deterministic_algorithms(False)
+    assert filled and not any(filled)
     assert_same_bits(out, expected)
     assert_same_bits(by_z, torch.autograd.grad(expected.sum(), z)[0])
 

@@ -71,6 +71,13 @@ static void spread(const struct channels *c, const float *amplitudes, int64_t at
     }
 }
 
+static float weighted_sum(const float *a, const float *b, int m) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < m; i++) sum += a[i] * b[i];
+    return sum;
+}
+
 static void add_up(const struct channels *c, int64_t at, int m, const float *grad, const float *value, double *sums) {
     int64_t first;
     for (int i = 0, k; i < m; i += k) {

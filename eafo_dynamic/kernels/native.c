@@ -279,13 +279,6 @@ bell_slopes(enum base base, const float *z, const float *grad, float *out, int64
     sums[1] = by_lift;
 }
 
-static float weighted_sum(const float *a, const float *b, int m) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < m; i++) sum += a[i] * b[i];
-    return sum;
-}
-
 static void forward(const float *z, float *out, int64_t n, struct terms s, const float *rows) {
     int32_t row[PART];
     float t[PART], value[PART];
