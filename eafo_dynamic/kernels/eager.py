@@ -13,7 +13,7 @@ from eafo_dynamic.kernels.terms import Terms, flat
 
 __all__ = ["EagerKernel"]
 
-_CHUNK = 32768  # elements a thread: what torch splits no further
+_CHUNK = 65536  # elements a thread: with fewer, threads wait for each other; more leave the second-level cache
 _HALF_LOG2_E = 0.5 / math.log(2.0)
 
 
