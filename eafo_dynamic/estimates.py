@@ -126,8 +126,9 @@ def dead_fractions(samples: Tensor, units: Tensor, kernel: RoundKernel | None = 
     Returns:
         The fractions, float32, shape [S].
     """
-    if kernel is not None and kernel.takes(samples, units):
-        dead = kernel.dead_fractions(samples, units, per_unit)
+    rows = units if units.stride(0) else units[:1]  # the same for all sites, as stack_samples gives them
+    if kernel is not None and kernel.takes(samples, rows):
+        dead = kernel.dead_fractions(samples, rows, per_unit)
         if dead is not None:
             return dead
     return statistics.dead_fractions(samples, units.nan_to_num().long(), per_unit)

@@ -273,9 +273,11 @@ def stack_samples(samples: Sequence[Tensor], limit: int) -> Tensor:
         limit: number of samples kept of each, at most; a longer one is thinned, all stretches of it alike.
 
     Returns:
-        Shape [sites, n].
+        Shape [sites, n]; of one tensor for all sites a view.
     """
     thinned = [_thin(values, limit) for values in samples]
+    if len(thinned) > 1 and all(values is thinned[0] for values in thinned):  # as units of equal sites are
+        return thinned[0].expand(len(thinned), -1)
     if len({values.numel() for values in thinned}) == 1:
         return torch.stack(thinned)
     width = max((values.numel() for values in thinned), default=0)

@@ -144,6 +144,18 @@ def test_dead_units_are_counted(kernel: RoundKernel) -> None:
     assert_close(estimates.dead_fractions(z, far, kernel, per_unit=1), found, 1e-7)
 
 
+def test_units_that_sites_share_are_read_where_they_are(kernel: RoundKernel) -> None:
+    torch.manual_seed(0)
+    z, row = torch.randn(3, 40) - 1.5, torch.arange(40.0) % 20
+    shared = statistics.stack_samples([row, row, row], 40)
+    assert shared.untyped_storage().data_ptr() == row.untyped_storage().data_ptr()
+    found = estimates.dead_fractions(z, shared, kernel, per_unit=1)
+    fired = torch.stack([z[:, row == unit].gt(0).any(1) for unit in range(20)]).float().mean(0)
+    assert fired.min() > 0 and fired.max() < 1
+    assert_close(found, 1 - fired, 1e-6)
+    assert_close(estimates.dead_fractions(z, shared, None, per_unit=1), found, 1e-6)
+
+
 def functions_of(kernel: RoundKernel | None, offsets: bool = False) -> Functions:
     bases = [as_base(name) for name in ("relu", "gelu", "tanh", "relu")]
     tables = [tabulate(correction_shape(base, Gaussian(torch.zeros(1), torch.ones(1)), "score"))[0] for base in bases]

@@ -73,12 +73,13 @@ static int dead_share(const float *x, const float *unit, int64_t n, int per_unit
     return 1;
 }
 
-/* Share of the units that never fired: out [sites]. unit [sites, n]: numbers as floats, NaN only where x is; see
-   statistics.dead_fractions. Returns how many sites have too many units. */
-int eafo_dead(const float *x, const float *unit, int64_t sites, int64_t n, int per_unit, int threads, float *out) {
+/* Share of the units that never fired: out [sites]. unit [sites, n], or [n] where it is shared: numbers as floats, NaN
+   only where x is; see statistics.dead_fractions. Returns how many sites have too many units. */
+int eafo_dead(const float *x, const float *unit, int shared, int64_t sites, int64_t n, int per_unit, int threads,
+              float *out) {
     int refused = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) reduction(+ : refused)
-    for (int64_t s = 0; s < sites; s++) refused += !dead_share(x + s * n, unit + s * n, n, per_unit, out + s);
+    for (int64_t s = 0; s < sites; s++) refused += !dead_share(x + s * n, shared ? unit : unit + s * n, n, per_unit, out + s);
     return refused;
 }
 

@@ -123,7 +123,9 @@ class RoundKernel:
             *(integer, integer, pointer),
         )
         self._moments = _typed(library.eafo_moments, None, pointer, size, size, integer, pointer)
-        self._dead = _typed(library.eafo_dead, integer, pointer, pointer, size, size, integer, integer, pointer)
+        self._dead = _typed(
+            *(library.eafo_dead, integer, pointer, pointer, integer, size, size, integer, integer, pointer)
+        )
         self._spacings = _typed(
             *(library.eafo_spacings, None, pointer, pointer, size, size, pointer, real, integer, pointer)
         )
@@ -245,14 +247,15 @@ class RoundKernel:
 
         Args:
             x: pre-activations, shape [S, n]; NaN ones are left out.
-            units: unit of each, as floats, finite where x is no NaN.
+            units: unit of each, as floats, finite where x is no NaN; shape [S, n], or [1, n] for all sites.
             per_unit: samples a unit needs on average for the answer to mean something.
 
         Returns:
             The fractions, float32, shape [S]; None where there are too many units to mark them one by one.
         """
         out = x.new_empty(len(x))
-        refused = self._dead(x.data_ptr(), units.data_ptr(), *x.shape, per_unit, _threads(x), out.data_ptr())
+        shared = len(units) < len(x)
+        refused = self._dead(x.data_ptr(), units.data_ptr(), shared, *x.shape, per_unit, _threads(x), out.data_ptr())
         return None if refused else out
 
     def spacings(self, ordered: Tensor, count: Tensor, epsilon: float) -> Tensor:
