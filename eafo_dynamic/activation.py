@@ -114,6 +114,9 @@ class Switch:
     collecting: bool = False
     backend: Backend = "auto"
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "collecting": False}  # nobody would fetch the samples of a copy
+
 
 @dataclass(eq=False)
 class Site:

@@ -14,7 +14,7 @@ from eafo_dynamic.activation import Site, describe_state
 from eafo_dynamic.bases import Base, as_base
 from eafo_dynamic.kernels import RoundKernel
 from eafo_dynamic.stacked import Functions
-from eafo_dynamic.surgery import site_source
+from eafo_dynamic.surgery import hosted_sites, site_source
 
 __all__ = ["Bank"]
 
@@ -32,6 +32,17 @@ class Bank:
     def __init__(self, model: nn.Module, hosted: list[tuple[nn.Module, Site]]) -> None:
         self._hosted = hosted
         self._plain = [site_source(model, site) for _, site in hosted]
+
+    def belongs_to(self, model: nn.Module) -> bool:
+        """Whether these are the sites of a model now: it may have been unwrapped, merged, or wrapped again.
+
+        Args:
+            model: any module.
+
+        Returns:
+            Whether they are.
+        """
+        return {id(site) for _, site in hosted_sites(model)} == {id(site) for site in self.sites}
 
     @property
     def sites(self) -> list[Site]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from eafo_dynamic.policy import Policy, Rule
 from eafo_dynamic.records import CorrectionLog
 from eafo_dynamic.replicas import Replicas, check_strategy, everyones
 from eafo_dynamic.runlog import RunLog
-from eafo_dynamic.schedule import steps_of_epochs
-from eafo_dynamic.showing import History, Reporter
+from eafo_dynamic.schedule import by_epochs
+from eafo_dynamic.showing import History, Reporter, announce
 from eafo_dynamic.sites import SiteReport
 from eafo_dynamic.surgery import is_wrapped, put_back, take_off
 
@@ -167,7 +167,7 @@ class EAFOCallback(Callback):
         check_strategy(trainer.strategy)
         if trainer.world_size > 1:
             self._replicas = Replicas(pl_module, self._amplitudes)
-        if self.controller is not None and self.controller.model is pl_module:
+        if self._knows(pl_module):
             return
         pl_module.configure_model()  # the base class of either host (lightning, pytorch_lightning) does nothing here
         self.controller, self._late = None, False
@@ -176,14 +176,17 @@ class EAFOCallback(Callback):
         if report is not None:
             self._wrap(trainer, pl_module, report)
         elif self.verbose and trainer.is_global_zero:
-            _print(f"EAFO: sites will be looked for at the first training batch: {self._awaits_batch}.")
+            announce(f"EAFO: sites will be looked for at the first training batch: {self._awaits_batch}.")
         for earlier in averaging(trainer, until=self):
             earlier.setup(trainer, pl_module, stage)  # it has copied the model as it was before
+
+    def _knows(self, pl_module: Any) -> bool:
+        return self.controller is not None and self.controller.model is pl_module and self.controller.attached
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule, report: SiteReport) -> None:
         self._attach(pl_module, report)
         if self.verbose and trainer.is_global_zero:
-            _print(report)
+            announce(report)
 
     def _attach(self, pl_module: LightningModule, report: SiteReport) -> None:
         self.controller = EAFOController(pl_module, self.options, report)
@@ -203,8 +206,7 @@ class EAFOCallback(Callback):
         Raises:
             SiteError: if the model or the options do not fit the checkpoint.
         """
-        known = self.controller is not None and self.controller.model is pl_module
-        if not known and not self._awaits_batch:
+        if not self._knows(pl_module) and not self._awaits_batch:
             if not is_wrapped(pl_module):
                 wrap_from_manifest(pl_module, saved, report_now(pl_module.trainer, pl_module))
             return
@@ -227,6 +229,7 @@ class EAFOCallback(Callback):
             trainer.optimizers,
             self._controller.amplitudes,
             pl_module,
+            trained=self._controller.trained,
             schedulers=[*(config.scheduler for config in trainer.lr_scheduler_configs), *swa_rates(trainer)],
             lr=self.lr,
             lr_multiple=self.lr_multiple,
@@ -253,22 +256,24 @@ class EAFOCallback(Callback):
 
     def _align(self, trainer: Trainer) -> None:
         self._take_up()
-        self._controller._last_step = trainer.global_step  # an earlier fit may have ended after this very step
-        if self.update_every_n_epochs is not None:
-            steps = steps_of_epochs(
-                self.update_every_n_epochs, trainer.num_training_batches, trainer.accumulate_grad_batches
-            )
-            schedule = replace(self._controller.schedule, update_every_n_steps=steps, collect_every_n_steps=None)
-            self._controller.reschedule(schedule)
+        if self._controller.pace.last > trainer.global_step:  # of an earlier fit
+            self._controller.restart()
+        self._controller.pace.last = trainer.global_step  # an earlier fit may have ended after this very step
+        self._count_epochs(trainer)
         self._log.align(trainer.global_step)
+
+    def _count_epochs(self, trainer: Trainer) -> None:
+        if self.update_every_n_epochs is not None:
+            length = trainer.num_training_batches, trainer.accumulate_grad_batches
+            schedule, stride = self.options.schedule, self._controller.pace.stride
+            self._controller.reschedule(by_epochs(schedule, self.update_every_n_epochs, *length, stride))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Finds the sites where they wait for a batch; lets the forwards leave samples when it is time."""
         if self._awaits_batch:
             self._find_in(batch, trainer, pl_module)
         self._take_up()
-        controller = self._controller
-        controller.collecting = controller.schedule.collects(trainer.global_step)
+        self._controller.expect(trainer.global_step)
 
     def _find_in(self, batch: Any, trainer: Trainer, pl_module: LightningModule) -> None:
         self._late = True
@@ -286,12 +291,14 @@ class EAFOCallback(Callback):
         """Acts when the optimiser has stepped: trust region, update round, log."""
         if self._awaits_batch:
             return  # there was no batch: the loader gave None
-        controller = self._controller
-        step = trainer.global_step
+        controller, step = self._controller, trainer.global_step
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             controller.observe_loss(loss)
+        stride = controller.pace.stride
         rows = controller.step(step, trainer.current_epoch)
+        if controller.pace.stride != stride:
+            self._count_epochs(trainer)
         controller.collecting = False
         if self._log.write(step, rows, controller.rounds, controller.snapshot):
             self._reporter.send_figure(trainer, lambda: self.plot("functions"))
@@ -389,9 +396,3 @@ class EAFOCallback(Callback):
         if self.controller is None:
             raise SiteError("EAFOCallback has not wrapped a model yet: its setup hook did not run.")
         return self.controller
-
-
-def _print(report: SiteReport | str) -> None:
-    from rich.console import Console
-
-    Console().print(report)

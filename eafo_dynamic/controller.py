@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eafo_dynamic.amplitudes import Amplitudes, assigned
 from eafo_dynamic.bank import Bank
 from eafo_dynamic.checks import fitting
 from eafo_dynamic.diagnostics import Record, describe_events, diagnostics, snapshot, to_rows
-from eafo_dynamic.errors import ConfigError, PatternError, SiteError, legible
+from eafo_dynamic.errors import SiteError, legible
 from eafo_dynamic.estimates import OutputEntropy, pooled
 from eafo_dynamic.kernels import Workspace, resolve_backend, round_kernel
 from eafo_dynamic.manifest import manifest
 from eafo_dynamic.options import Options
-from eafo_dynamic.policy import Policy, make_policy, make_rules
 from eafo_dynamic.running import LossWatch, RunningDensity, make_estimator
-from eafo_dynamic.schedule import Schedule
+from eafo_dynamic.schedule import Pace, Schedule
 from eafo_dynamic.showing import SiteList
-from eafo_dynamic.sites import SiteReport, find_sites, matches
+from eafo_dynamic.sites import SiteReport, find_sites
 from eafo_dynamic.stacked import Functions
 from eafo_dynamic.statistics import Moments, world_size
 from eafo_dynamic.surgery import put_back, take_off, unwrap, wrap
@@ -52,6 +52,7 @@ class EAFOController:
         records: the newest rows of the correction log, oldest first; at most ``KEPT_RECORDS``.
         report: what was found in the model.
         bank: the sites' tensors, read and written together.
+        pace: how many optimiser steps a batch takes.
 
     Raises:
         SiteError: if the model has nothing to wrap.
@@ -64,13 +65,13 @@ class EAFOController:
         self.options = options or Options()
         self.model = model
         self.report = report or find_sites(model, selection=self.options.selection)
-        self.policies = self._assign_policies()
+        self.policies = assigned(self.options.policy, self.report.wrapped)
         self.schedule = self.options.schedule
         self.trust_region = self.options.trust_region
         self._running = RunningDensity(make_estimator(self.options.density), self.options.momentum)
         self.records: deque[Record] = deque(maxlen=self.KEPT_RECORDS)
         self.rounds = 0
-        self._last_step = -1
+        self.pace = Pace()
         self._losses = LossWatch(self.options.rollback_factor)
         self._undo: Functions | None = None  # what the last round replaced
         self._gradient: Tensor | None = None
@@ -96,38 +97,20 @@ class EAFOController:
         put_back(model, earlier)
         return controller
 
-    def _assign_policies(self) -> list[Policy]:
-        rules = make_rules(self.options.policy)
-        found = self.report.wrapped
-        for rule in rules:
-            if found and not any(matches(rule.sites, site) for site in found):
-                raise PatternError("policy.sites", rule.sites, [site.module for site in found])
-        chosen = [next((rule.policy for rule in rules if matches(rule.sites, site)), None) for site in found]
-        if None in chosen:
-            open_sites = [site.name for site, policy in zip(found, chosen, strict=True) if policy is None]
-            raise ConfigError("policy", open_sites[0], "matches none of the rules", "End the list with sites: '.*'.")
-        return [make_policy(policy) for policy in chosen if policy is not None]
-
     def _prepare(self) -> None:
         self._set_quota()
-        for amplitude, policy in self._amplitudes():
-            amplitude.requires_grad_(policy.trains_eps)
-        self._follows = torch.tensor([policy.follows_data for policy in self.policies], device="cpu")
-        self._adds_gradient = any(policy.adds_gradient for policy in self.policies)
-        self._trains_all = all(policy.trains_eps for policy in self.policies)
-        self._rows_of_policies: dict[Policy, list[int]] = {}
-        for row, policy in enumerate(self.policies):
-            self._rows_of_policies.setdefault(policy, []).append(row)
+        self._amplitudes = Amplitudes(self.bank, self.policies)
         start = self.bank.functions()
         self._eps_before, self._lift_before = start.eps, start.lift
         self._switch = self.bank.sites[0].switch
         self._switch.backend = self.options.backend
         self._kernel = round_kernel(self.options.backend)
         self._workspace = Workspace()
-        self._switch.collecting = self.schedule.collects(0)
+        self.expect(0)
 
     def _set_quota(self) -> None:
-        collects = max(1, math.ceil(self.schedule.update_every_n_steps / self.schedule.collect_period))
+        period = max(self.schedule.collect_period, self.pace.stride)
+        collects = max(1, math.ceil(self.schedule.update_every_n_steps / period))
         for site in self.bank.sites:
             site.collector.quota = math.ceil(self.options.samples_per_site / (collects * world_size()))
 
@@ -151,10 +134,16 @@ class EAFOController:
         names = {id(p): name for name, p in self.model.named_parameters()}
         return {names[id(amplitude)]: amplitude for amplitude in self.bank.amplitudes}
 
-    def _amplitudes(self) -> list[tuple[nn.Parameter, Policy]]:
-        """Every amplitude with the policy of its site: eps of all sites, then their lifts."""
-        amplitudes = self.bank.amplitudes
-        return list(zip(amplitudes, self.policies * (len(amplitudes) // len(self.policies)), strict=True))
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Those of the ``amplitudes`` that the loss trains, also where the user has frozen their layer for a while."""
+        mine = {id(amplitude) for amplitude in self._amplitudes.trained}
+        return {name: amplitude for name, amplitude in self.amplitudes.items() if id(amplitude) in mine}
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model still has these corrections: it may have been unwrapped, merged, or wrapped again."""
+        return self.bank.belongs_to(self.model)
 
     @property
     def backend(self) -> str:
@@ -201,6 +190,12 @@ class EAFOController:
         unwrap(self.model)
         return self.model
 
+    def restart(self) -> None:
+        """Forgets what belongs to a training that is over, for one that starts with the same corrections."""
+        self.bank.drain()
+        self._losses = LossWatch(self.options.rollback_factor)
+        self.pace, self.rounds, self._undo, self._gradient = Pace(), 0, None, None
+
     def step(self, global_step: int, epoch: int = 0) -> list[Record]:
         """Call after each optimiser step (or after each micro-batch: only a changed step counts).
 
@@ -213,15 +208,25 @@ class EAFOController:
         Returns:
             The rows of this update round; empty if there was none.
         """
-        if global_step == self._last_step:
+        if global_step == self.pace.last:
             return []
-        self._last_step = global_step
+        stride, since = self.pace.stride, self.pace.advance(global_step)
         # a settled offset may take half of what the trust region allows, so that eps keeps room to move
         bound = self.trust_region.max_eps / 2 if self.options.compounding else self.trust_region.max_eps
         self.bank.bound(bound)
-        rows = self.update(global_step, epoch) if self.schedule.updates(global_step) else []
-        self._switch.collecting = self.schedule.collects(global_step)
+        rows = self.update(global_step, epoch) if self.schedule.updates(global_step, since) else []
+        if self.pace.stride != stride:
+            self._set_quota()
+        self.expect(global_step)
         return rows
+
+    def expect(self, global_step: int) -> None:
+        """Lets the coming batch leave samples if the schedule says so; ``step`` does it too.
+
+        Args:
+            global_step: optimiser steps taken so far.
+        """
+        self._switch.collecting = self.schedule.collects(global_step, self.pace.stride)
 
     def before_optimizer_step(self, global_step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Call between backward and the optimiser's step, for the policies and options that touch eps.grad.
@@ -232,20 +237,7 @@ class EAFOController:
             global_step: optimiser steps taken so far.
             optimizer: the one that is about to step, where there are several; None: all.
         """
-        frozen = self.schedule.frozen(global_step + 1)
-        if not frozen and self._trains_all and not self._adds_gradient:
-            return  # as nearly always: there is nothing to look for
-        for amplitude, policy in self._amplitudes():
-            if frozen or not policy.trains_eps:  # who unfreezes a model's layers makes every eps trainable as well
-                amplitude.grad = None
-        if not frozen and self._adds_gradient and self._gradient is not None:
-            groups = [] if optimizer is None else optimizer.param_groups
-            steps = {id(p) for group in groups for p in group["params"]}
-            for (amplitude, policy), gradient in zip(self._amplitudes(), self._gradient, strict=True):
-                # what another optimiser steps would get it twice
-                if policy.adds_gradient and (optimizer is None or id(amplitude) in steps):
-                    extra = (policy.adds_gradient * gradient).to(amplitude.dtype).expand(amplitude.shape)
-                    amplitude.grad = extra.clone() if amplitude.grad is None else amplitude.grad + extra
+        self._amplitudes.before_step(self.schedule.frozen(global_step + 1), self._gradient, optimizer)
 
     def observe_loss(self, loss: Tensor) -> None:
         """Call with the training loss of each batch where ``rollback_factor`` is set.
@@ -313,8 +305,8 @@ class EAFOController:
         wanted = replace(old, eps=self._moved(old.eps, by_eps, usable))
         if old.lift is not None:
             wanted = replace(wanted, lift=self._moved(old.lift, by_lift[0], usable))
-        follows = usable & self._follows.to(usable.device)
-        if not self._follows.any():
+        follows = usable & self._amplitudes.follows.to(usable.device)
+        if not self._amplitudes.follows.any():
             return wanted
         density = self._running.follow(samples, usable, stats)
         if self.options.compounding:
@@ -323,11 +315,7 @@ class EAFOController:
 
     def _moved(self, amplitudes: Tensor, gradient: Tensor, usable: Tensor) -> Tensor:
         """Where the policies want amplitudes to be, shape [S]."""
-        moved = amplitudes.clone()
-        for policy, rows in self._rows_of_policies.items():
-            everywhere = len(rows) == len(moved)  # as nearly always: no need to pick rows
-            part = slice(None) if everywhere else rows
-            moved[part] = policy.move(amplitudes[part], gradient[part])
+        moved = self._amplitudes.moved(amplitudes, gradient)
         return torch.where(usable, self.trust_region.clamp(moved), amplitudes)
 
     def state_dict(self) -> dict[str, Any]:
@@ -338,7 +326,8 @@ class EAFOController:
         """
         return {
             "rounds": self.rounds,
-            "last_step": self._last_step,
+            "last_step": self.pace.last,
+            "stride": self.pace.stride,
             "sites": [site.name for site in self.bank.sites],
             "running": self._running.state_dict(),
             "gradient": self._gradient,
@@ -378,7 +367,7 @@ class EAFOController:
                 f"the checkpoint's sites are not this model's: only in the checkpoint: {missing}; "
                 f"only in the model: {extra}. Use the same model and the same target_modules, exclude_modules."
             )
-        self.rounds, self._last_step = int(state["rounds"]), int(state["last_step"])
+        self.rounds, self.pace = int(state["rounds"]), Pace(int(state["last_step"]), int(state.get("stride", 1)))
         now = self.bank.functions()
         self._eps_before = fitting(state["eps_before"], now.eps)
         self._lift_before = None if now.lift is None else fitting(state["lift_before"], now.lift)
@@ -395,4 +384,5 @@ class EAFOController:
         mine = (state["ranks"] or [])[rank :: world_size()]
         self.bank.restore_pending([each["pending"] for each in mine])
         self._losses.load_own_states([each["losses"] for each in mine])
-        self._switch.collecting = self.schedule.collects(self._last_step)
+        self._set_quota()
+        self.expect(self.pace.last)

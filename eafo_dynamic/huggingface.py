@@ -83,6 +83,7 @@ class EAFOTrainerCallback(TrainerCallback):
             [optimizer],
             controller.amplitudes,
             controller.model,
+            trained=controller.trained,
             schedulers=[getattr(scheduler, "scheduler", scheduler)],  # accelerate wraps it
             lr=self.lr,
             lr_multiple=self.lr_multiple,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ def own_group(
     amplitudes: dict[str, nn.Parameter],
     model: nn.Module,
     *,
+    trained: Container[str] | None = None,
     schedulers: Iterable[Any] = (),
     lr: float | None = None,
     lr_multiple: float = LR_MULTIPLE,
@@ -53,6 +54,7 @@ def own_group(
         optimizers: the optimisers, no step taken yet.
         amplitudes: eps of every site by its parameter name in the model.
         model: the model they belong to.
+        trained: names of those that train, now or once their frozen layer is unfrozen; None: those that do now.
         schedulers: learning-rate schedulers of these optimisers.
         lr: learning rate of the group before any schedule; None: that of the group it comes from, times
             lr_multiple.
@@ -71,8 +73,8 @@ def own_group(
     """
     check_group(lr, lr_multiple, weight_decay)
     plain: list[Optimizer] = [_unwrapped(optimizer) for optimizer in optimizers]
-    trained = {name: p for name, p in amplitudes.items() if p.requires_grad}
-    homes, notes = _homes(plain, trained, model, by_relatives)
+    moving = {name: p for name, p in amplitudes.items() if (p.requires_grad if trained is None else name in trained)}
+    homes, notes = _homes(plain, moving, model, by_relatives)
     flat = _flatten(schedulers)
     for optimizer in plain:
         if isinstance(optimizer, torch.optim.LBFGS) or _grouped(optimizer):
@@ -84,7 +86,7 @@ def own_group(
         }
         if save_ungrouped:
             optimizer.register_state_dict_post_hook(_Ungrouped(optimizer))
-        _take_out(optimizer, amplitudes)
+        _take_out(optimizer, amplitudes, homes)
         for number, (source, (group, scale)) in enumerate(groups.items(), start=1):
             members = {name: amplitudes[name] for name, home in homes.items() if home == (optimizer, source)}
             # monitors of learning rates refuse two groups of one name
@@ -239,12 +241,12 @@ def _copied(
     return group, scale
 
 
-def _take_out(optimizer: Optimizer, amplitudes: dict[str, nn.Parameter]) -> None:
+def _take_out(optimizer: Optimizer, amplitudes: dict[str, nn.Parameter], homes: Container[str]) -> None:
     ids = {id(p) for p in amplitudes.values()}
     for group in optimizer.param_groups:
         _remove(group, ids)
-    for p in amplitudes.values():
-        if not p.requires_grad:
+    for name, p in amplitudes.items():
+        if name not in homes:
             optimizer.state.pop(p, None)  # of a parameter in no group it would break state_dict
 
 

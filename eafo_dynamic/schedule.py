@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from eafo_dynamic.checks import at_least, number
 from eafo_dynamic.errors import ConfigError
 
-__all__ = ["Schedule", "TrustRegion", "steps_of_epochs"]
+__all__ = ["Pace", "Schedule", "TrustRegion", "by_epochs"]
 
 
 @dataclass(frozen=True)
@@ -69,29 +69,38 @@ class Schedule:
         """The step after which the first round runs."""
         return max(1, self.update_starting_at_step)
 
-    def updates(self, step: int) -> bool:
+    def updates(self, step: int, since: int | None = None) -> bool:
         """Whether an update round runs after this many optimiser steps.
 
         Args:
             step: optimiser steps taken so far.
+            since: how many there were when this was asked last, where that is not one step ago: what has fallen due in
+                between is made up for.
 
         Returns:
             Whether it is time.
         """
-        if step < self.first_update or self.frozen(step):
+        if self.frozen(step):
             return False
-        return self._early(step) or step % self.update_every_n_steps == 0
+        earliest = step if since is None else max(since + 1, step - self.update_every_n_steps)
+        return any(
+            each >= self.first_update and (self._early(each) or each % self.update_every_n_steps == 0)
+            for each in range(earliest, step + 1)
+        )
 
-    def collects(self, step: int) -> bool:
-        """Whether the batches of the coming step are sampled.
+    def collects(self, step: int, stride: int = 1) -> bool:
+        """Whether the coming batches are sampled.
 
         Args:
             step: optimiser steps taken so far, so that the coming one is step + 1.
+            stride: optimiser steps that a batch takes.
 
         Returns:
             Whether to collect.
         """
-        coming = step + 1
+        return any(self._samples(step + ahead) for ahead in range(1, 1 + min(stride, self.update_every_n_steps)))
+
+    def _samples(self, coming: int) -> bool:
         if coming < self.first_update or self.frozen(coming):
             return False
         return self._early(coming) or coming % self.update_every_n_steps % self.collect_period == 0
@@ -111,6 +120,32 @@ class Schedule:
             Whether it is.
         """
         return self.freeze_at_step is not None and step >= self.freeze_at_step
+
+
+@dataclass
+class Pace:
+    """How far a training comes from one look at the schedule to the next: several optimisers take several steps.
+
+    Args:
+        last: optimiser steps at the last look; -1 before the first.
+        stride: optimiser steps from one look to the next: the largest of late, one less with each shorter one.
+    """
+
+    last: int = -1
+    stride: int = 1
+
+    def advance(self, step: int) -> int:
+        """Takes down that so many steps have been taken.
+
+        Args:
+            step: optimiser steps taken so far.
+
+        Returns:
+            How many there were at the last look, or would have been where there was none before this one.
+        """
+        since = self.last if 0 <= self.last < step else step - 1
+        self.last, self.stride = step, max(step - since, self.stride - 1)
+        return since
 
 
 @dataclass(frozen=True)
@@ -178,26 +213,28 @@ class TrustRegion:
         return torch.where(allowed.any(0), fractions[first], 0.0)
 
 
-def steps_of_epochs(epochs: int, batches: float, accumulate: int) -> int:
-    """Optimiser steps in a number of epochs.
+def by_epochs(schedule: Schedule, epochs: int, batches: float, accumulate: int, stride: int = 1) -> Schedule:
+    """A schedule with a round every so many epochs.
 
     Args:
-        epochs: how many.
+        schedule: what else there is to say.
+        epochs: from one round to the next.
         batches: batches of an epoch; infinite for a stream.
         accumulate: batches an optimiser step.
+        stride: optimiser steps that a batch takes, where it takes several.
 
     Returns:
-        The steps.
+        The schedule, in optimiser steps.
 
     Raises:
-        ConfigError: if an epoch has no known length.
+        ConfigError: if an epoch has no known length, or is shorter than what lies between two sampled steps.
 
     Example:
-        >>> steps_of_epochs(2, batches=100, accumulate=4)
+        >>> by_epochs(Schedule(), 2, batches=100, accumulate=4).update_every_n_steps
         50
     """
     if not math.isfinite(batches):
         raise ConfigError(
             "update_every_n_epochs", epochs, "the training data has no known length", "Use update_every_n_steps."
         )
-    return math.ceil(batches / accumulate) * epochs
+    return replace(schedule, update_every_n_steps=math.ceil(batches / accumulate) * epochs * stride)

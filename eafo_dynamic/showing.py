@@ -10,10 +10,21 @@ from eafo_dynamic.diagnostics import Record, aggregate
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.records import COLUMNS
 
-__all__ = ["History", "Reporter", "SiteList", "log_figure", "site_scalars"]
+__all__ = ["History", "Reporter", "SiteList", "announce", "log_figure", "site_scalars"]
 
 _SHOWN = ("step", "site", "eps", "lift", "entropy", "entropy_after", "d_entropy_d_eps", "n", "policy", "event")
 _MOST_ROWS = 60
+
+
+def announce(what: object) -> None:
+    """Prints a text or a table to the console.
+
+    Args:
+        what: anything that rich can print.
+    """
+    from rich.console import Console
+
+    Console().print(what)
 
 
 def site_scalars(rows: Iterable[Record], columns: Sequence[str]) -> dict[str, float]:
