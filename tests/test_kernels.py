@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
+from eafo_dynamic import CorrectedActivation, EAFOController
 from eafo_dynamic.kernels import correction, ghat_closed_form, ghat_table
 
 HALF_WIDTH = 4.0
@@ -18,6 +20,11 @@ def reference(z: Tensor, eps: Tensor, shape: Tensor) -> Tensor:
     """The formula as the paper writes it, every step left to autograd."""
     u = (z - shape[0]) / shape[1]
     return eps * shape[1] * u * torch.exp(-(u**2) / 2)
+
+
+def reference_with_lift(z: Tensor, eps: Tensor, lift: Tensor, shape: Tensor) -> Tensor:
+    u = (z - shape[0]) / shape[1]
+    return reference(z, eps, shape) + lift * shape[1] * torch.exp(-(u**2) / 2)
 
 
 def smooth_table(intervals: int = 16) -> Tensor:
@@ -193,3 +200,107 @@ def test_compiles_whole_and_maps() -> None:
     torch.testing.assert_close(mapped, expected)
     slopes = torch.func.vmap(torch.func.vmap(torch.func.grad(lambda x: correction(x, eps, shape))))(z)
     torch.testing.assert_close(slopes, torch.autograd.grad(expected.sum(), z)[0])
+
+
+def second_derivatives(term: Callable[..., Tensor], *at: Tensor) -> list[Tensor]:
+    """All second derivatives of sum c^2 by z, eps and lift, by every order of forward and reverse mode."""
+
+    def total(*at: Tensor) -> Tensor:
+        return term(*at).square().sum()
+
+    def flat(found: tuple[tuple[Tensor, ...], ...]) -> Tensor:
+        return torch.cat([each.flatten() for row in found for each in row])
+
+    by = tuple(range(len(at)))
+    modes = torch.func.jacfwd, torch.func.jacrev
+    return [flat(outer(inner(total, by), by)(*at)) for outer in modes for inner in modes]
+
+
+@pytest.mark.parametrize("amplitudes", [(0.0, 0.0), (0.3, 0.0), (0.0, -0.2), (0.3, -0.2)], ids=str)
+@pytest.mark.parametrize("channels", [False, True], ids=["one eps", "eps a channel"])
+def test_second_derivatives_are_right_at_zeros_under_transforms(
+    amplitudes: tuple[float, float], channels: bool
+) -> None:
+    z, _, shape = inputs(3, 4)
+    z = z.detach().clone()
+    z[0], z[1, 2] = shape[0], shape[0] + shape[1]  # where the correction or its slope is zero
+    eps, lift = (torch.full((3, 1) if channels else (), each, dtype=torch.float64) for each in amplitudes)
+    expected = second_derivatives(lambda z, e, b: reference_with_lift(z, e, b, shape), z, eps, lift)[0]
+    for actual in second_derivatives(lambda z, e, b: correction(z, e, shape, lift=b), z, eps, lift):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", [False, True], ids=["one eps", "eps a channel"])
+@pytest.mark.parametrize("lifted", [False, True], ids=["eps", "eps and lift"])
+def test_a_gradient_by_z_is_differentiable_by_amplitudes_of_zero(channels: bool, lifted: bool) -> None:
+    z, _, shape = inputs(3, 4)
+    size = (3, 1) if channels else ()
+    eps, lift = (torch.zeros(size, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    wanted = (eps, lift) if lifted else (eps,)
+    found = []
+    for c in (correction(z, eps, shape, lift=lift if lifted else None), reference_with_lift(z, eps, lift, shape)):
+        (slope,) = torch.autograd.grad(c.sum(), z, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum() + slope.sum(), wanted))
+    torch.testing.assert_close(*found)
+    assert all((each != 0).all() for each in found[0])
+
+
+def test_a_cotangent_of_zero_leaves_the_way_to_the_next_derivative_open() -> None:
+    z, _, shape = inputs(2, 3)
+    eps = torch.tensor([0.3, 0.0, -0.2], dtype=torch.float64)
+    along = torch.randn(2, 3, dtype=torch.float64)
+    cotangent = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    (pulled,) = torch.autograd.grad(correction(z, eps, shape), z, cotangent, create_graph=True)
+    (pushed,) = torch.autograd.grad(pulled, cotangent, along)
+    torch.testing.assert_close(pushed, torch.func.jvp(lambda z: reference(z, eps, shape), (z.detach(),), (along,))[1])
+
+
+def test_curvature_of_a_loss_at_its_minimum_is_that_of_gauss_and_newton() -> None:
+    torch.manual_seed(0)
+    activation = CorrectedActivation(nn.ReLU(), eps=0.3).double()
+    weight, points = torch.randn(3, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+
+    def outputs(x: Tensor) -> Tensor:
+        return activation(x @ weight)
+
+    def curvature(x: Tensor, target: Tensor) -> Tensor:
+        return torch.func.hessian(lambda x: 0.5 * (outputs(x) - target).square().sum())(x)
+
+    slopes = torch.func.vmap(torch.func.jacrev(outputs))(points)
+    found = torch.func.vmap(curvature)(points, outputs(points).detach())
+    torch.testing.assert_close(found, slopes.mT @ slopes)
+
+
+def test_a_compiled_gradient_by_z_is_differentiable_by_an_amplitude_of_zero() -> None:
+    z, _, shape = inputs(6)
+
+    def mixed(term: Callable[..., Tensor], z: Tensor, eps: Tensor) -> Tensor:
+        def slopes(eps: Tensor) -> Tensor:
+            return torch.func.grad(lambda z: term(z, eps, shape).sum())(z)
+
+        return torch.func.grad(lambda eps: slopes(eps).sum())(eps)
+
+    compiled = torch.compile(mixed, fullgraph=True, backend="aot_eager")
+    at = z.detach(), torch.zeros((), dtype=torch.float64)
+    torch.testing.assert_close(compiled(correction, *at), mixed(reference, *at))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels", [False, True], ids=["one eps", "eps a channel"])
+def test_gradients_by_amplitudes_are_summed_in_single_precision(dtype: torch.dtype, channels: bool) -> None:
+    z = torch.ones(2048, 4, 8, 8, dtype=dtype)
+    eps, lift = (torch.zeros((4, 1, 1) if channels else (), requires_grad=True) for _ in range(2))
+    correction(z, eps, torch.tensor([0.0, 1.0]), lift=lift).sum().backward()
+    each = math.exp(-0.5) * z.numel() / eps.numel()
+    for amplitude in (eps, lift):
+        torch.testing.assert_close(amplitude.grad, torch.full_like(amplitude, each), rtol=3e-3, atol=0)
+
+
+def test_a_compiled_network_in_half_precision_has_finite_gradients_by_channel() -> None:
+    net = nn.Sequential(nn.Identity(), nn.ReLU())
+    controller = EAFOController.attach(net, torch.randn(2, 4, 8, 8), per_channel=True)
+    controller.collecting = False
+    z = torch.ones(4096, 4, 8, 8, dtype=torch.float16)
+    torch.compile(net, backend="aot_eager")(z).sum().backward()
+    for amplitude in net.parameters():
+        torch.testing.assert_close(amplitude.grad, torch.full((4,), 4096 * 64 * math.exp(-0.5)), rtol=1e-3, atol=0)

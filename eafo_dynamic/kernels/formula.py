@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from eafo_dynamic.kernels.terms import Terms
 
@@ -157,7 +158,8 @@ def _summed(grad: Tensor, value: Tensor, amplitude: Tensor, shape: Tensor) -> Te
     """Gradient by an amplitude of sigma * value."""
     # a sum over a batch is soon too large for half precision
     wide = torch.promote_types(value.dtype, torch.float32)
-    share = (grad * value).sum_to_size(amplitude.shape) if amplitude.dim() else (grad * value).sum(dtype=wide)
+    product = grad * value
+    share = product.to(wide).sum_to_size(amplitude.shape) if amplitude.dim() else product.sum(dtype=wide)
     return (share * shape[1]).to(amplitude.dtype)
 
 
@@ -165,15 +167,16 @@ def _neutral_zeros(c: Tensor, eps: Tensor) -> Tensor:
     """Turns zeros into -0.0, the one number with x + (-0.0) == x bit for bit for every x, +0.0 and -0.0 included.
 
     Only eps = 0 promises the base's very bits, so a plain CPU tensor, whose value costs nothing to read, is spared the
-    extra pass for any other eps.
+    extra passes for any other eps.
 
     Returns:
-        c with every zero negative.
+        c with every zero negative; its derivative by c is 1 everywhere, at zeros too, where a constant's would be 0.
     """
     readable = eps.dim() == 0 and eps.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and not torch._C._are_functorch_transforms_active() and eps.item() != 0.0:
         return c
-    return torch.where(c == 0, -0.0, c)
+    # a product, since Triton's minus is 0 - x, which never gives -0.0
+    return torch.where(c == 0, (c.detach() - c) * -1.0, c)
 
 
 class _Correction(torch.autograd.Function):
@@ -229,22 +232,41 @@ class _CorrectionInBothModes(_Correction):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        z, eps, shape, table, offset, lift = ctx.saved_tensors
-        along_z, along_eps, *_, along_lift = tangents
-        value, slope = _ghat(z, shape, table, ctx.half_width)
-        total = torch.zeros_like(z)
-        if along_z is not None:
-            slope = slope * eps.to(z.dtype)
-            if offset is not None:
-                slope = slope + _ghat(z, shape, offset, ctx.half_width)[1]
-            if lift is not None:
-                slope = slope + _bell(z, shape)[1] * lift.to(z.dtype)
-            total = slope * along_z
-        if along_eps is not None:
-            total = total + value * (along_eps * shape[1]).to(z.dtype)
-        if along_lift is not None:
-            total = total + _bell(z, shape)[0] * (along_lift * shape[1]).to(z.dtype)
-        return _neutral_zeros(total, eps)
+        # torch calls this with forward mode off, also for the levels around this one, whose derivatives that would cut
+        with forward_ad._set_fwd_grad_enabled(True):
+            return _along(tangents, ctx.half_width, *map(_primal, ctx.saved_tensors))
+
+
+def _primal(operand: Any) -> Any:
+    return None if operand is None else forward_ad.unpack_dual(operand, level=0).primal
+
+
+def _along(
+    tangents: tuple[Tensor | None, ...],
+    half_width: float,
+    z: Tensor,
+    eps: Tensor,
+    shape: Tensor,
+    table: Tensor | None,
+    offset: Tensor | None,
+    lift: Tensor | None,
+) -> Tensor:
+    """Derivative of c(z) along tangents of the operands of ``_Correction``."""
+    along_z, along_eps, *_, along_lift = tangents
+    value, slope = _ghat(z, shape, table, half_width)
+    total = torch.zeros_like(z)
+    if along_z is not None:
+        slope = slope * eps.to(z.dtype)
+        if offset is not None:
+            slope = slope + _ghat(z, shape, offset, half_width)[1]
+        if lift is not None:
+            slope = slope + _bell(z, shape)[1] * lift.to(z.dtype)
+        total = slope * along_z
+    if along_eps is not None:
+        total = total + value * (along_eps * shape[1]).to(z.dtype)
+    if along_lift is not None:
+        total = total + _bell(z, shape)[0] * (along_lift * shape[1]).to(z.dtype)
+    return _neutral_zeros(total, eps)
 
 
 def correction(
