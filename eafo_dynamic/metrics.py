@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["ActivationEntropy"]
 
 _PER_OCTAVE = 64  # bins between a power of two and the next
-_LOWEST, _HIGHEST = -20, 20  # octaves: magnitudes from 2^-21 to 2^20 are told apart
+_LOWEST, _HIGHEST = -125, 128  # octaves, as frexp counts them: 2^-126 to 2^128, every normal float32
 _SIDE = (_HIGHEST - _LOWEST + 1) * _PER_OCTAVE  # bins of one sign
 _BINS = 2 * _SIDE + 1  # and one for what is closer to 0
 
@@ -31,7 +31,8 @@ class ActivationEntropy(Metric):
     Streaming: what is kept is a histogram with 64 bins an octave on both sides of 0, and the mean
     position inside each bin, so that atoms stay where they are. Both are sums: merging ranks, epochs or
     chunks of any size equals one pass. Outputs are resolved to 1/64 of their magnitude; for r = 0.1 that
-    is ample unless their mean is more than some ten standard deviations. Non-finite values are left out.
+    is ample unless their mean is more than some ten standard deviations. The bins cover every normal
+    float32, 390 kB for each entropy; magnitudes below 2^-126 count as 0. Non-finite values are left out.
 
     Args:
         resolution: r, in standard deviations of the output, in [0.001, 1].
@@ -102,9 +103,12 @@ class ActivationEntropy(Metric):
         Returns:
             Nats, float32; 0-dim, or [num_channels]; NaN where nothing was seen.
         """
-        counts = self.counts.reshape(-1, _BINS).double().cpu()
-        mean = self.offsets.reshape(-1, _BINS).double().cpu() / counts.clamp(min=1)
-        values = torch.where(counts > 0, _position(mean), math.nan)
+        counts, offsets = self.counts.reshape(-1, _BINS).cpu(), self.offsets.reshape(-1, _BINS).cpu()
+        filled = counts.any(0)
+        filled[_SIDE] = True  # one at least, also where nothing was seen
+        used = filled.nonzero()[:, 0]  # few, unless outputs of many scales are mixed
+        counts, offsets = counts[:, used].double(), offsets[:, used].double()
+        values = torch.where(counts > 0, _position(used, offsets / counts.clamp(min=1)), math.nan)
         entropy = SmoothedOutput(values, self.resolution, counts, sampled=True).entropy
         return (entropy if self.num_channels else entropy[0]).to(self.counts.device, torch.float32)
 
@@ -126,25 +130,17 @@ def _bin(values: Tensor) -> tuple[Tensor, Tensor]:
     safe = torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     mantissa, exponent = torch.frexp(safe.abs())
     fine = (2 * mantissa - 1) * _PER_OCTAVE
-    octave = exponent - _LOWEST
-    place = octave * _PER_OCTAVE + fine.floor().clamp(0, _PER_OCTAVE - 1).long()
+    place = (exponent - _LOWEST) * _PER_OCTAVE + fine.floor().clamp(0, _PER_OCTAVE - 1).long()
     offset = fine - fine.floor()
-    above = octave > _HIGHEST - _LOWEST
-    place = torch.where(above, _SIDE - 1, place)
-    offset = torch.where(above, 1.0, offset)
-    tiny = (octave < 0) | (safe == 0)
+    tiny = (exponent < _LOWEST) | (safe == 0)
     index = torch.where(tiny, _SIDE, torch.where(safe > 0, _SIDE + 1 + place, _SIDE - 1 - place))
     return index, torch.where(tiny, 0.0, offset)
 
 
-def _position(offset: Tensor) -> Tensor:
-    """Return the value at a position inside every bin, shape of the offsets."""
-    place = torch.arange(_SIDE, dtype=torch.float64)
-    octave = torch.div(place, _PER_OCTAVE, rounding_mode="floor") + _LOWEST - 1
-    low, width = (
-        torch.exp2(octave) * (1 + place % _PER_OCTAVE / _PER_OCTAVE),
-        torch.exp2(octave) / _PER_OCTAVE,
-    )
-    positive = low + width * offset[..., _SIDE + 1 :]
-    negative = -(low + width * offset[..., :_SIDE].flip(-1)).flip(-1)
-    return torch.cat([negative, torch.zeros_like(offset[..., :1]), positive], dim=-1)
+def _position(index: Tensor, offset: Tensor) -> Tensor:
+    """Return the value at a position inside each of these bins, shape of the offsets."""
+    side = (index - _SIDE).double()
+    place = side.abs() - 1
+    octave = torch.exp2(torch.div(place, _PER_OCTAVE, rounding_mode="floor") + _LOWEST - 1)
+    low, width = octave * (1 + place % _PER_OCTAVE / _PER_OCTAVE), octave / _PER_OCTAVE
+    return side.sign() * (low + width * offset)

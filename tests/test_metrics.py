@@ -70,6 +70,27 @@ def test_offsets_within_reach_do_not_matter(scale: float) -> None:
         assert found == pytest.approx(float(resolution_entropy(a)), abs=5e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-33, 1e-20, 1e-8, 1e8, 1e20, 1e37])
+@pytest.mark.parametrize("name", ["identity", "relu", "gelu"])
+def test_scale_does_not_matter_in_the_range_of_float32(name: str, scale: float) -> None:
+    a = outputs(name)
+    assert float(fed(scale * a).compute()) == pytest.approx(float(resolution_entropy(a)), abs=1e-3)
+
+
+def test_channels_of_far_scales_have_their_own_entropies() -> None:
+    a = outputs("gelu", (1000, 1))
+    metric = fed(a * torch.tensor([1e-30, 1.0, 1e30]), num_channels=3)
+    torch.testing.assert_close(metric.compute(), fed(a).compute().expand(3), rtol=0, atol=1e-3)
+
+
+def test_smallest_and_largest_normal_numbers_are_told_apart() -> None:
+    limits = torch.finfo(torch.float32)
+    for magnitude in (limits.tiny, limits.max):
+        pair = torch.tensor([magnitude, -magnitude])
+        assert float(fed(pair).compute()) == pytest.approx(float(resolution_entropy(torch.tensor([1.0, -1.0]))))
+    assert float(fed(torch.tensor([limits.tiny / 2, 0.0])).compute()) == pytest.approx(FLOOR, abs=1e-5)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 400), max_size=6), st.sampled_from(ACTIVATIONS))
 def test_chunks_of_any_size_equal_one_pass(sizes: list[int], name: str) -> None:
