@@ -39,6 +39,10 @@ class CorrectedActivation(nn.Module):
         trainable: whether eps and lift are parameters; otherwise buffers.
         lift: starting amplitude of the bell, for free terms: f(z) = base(z) + sigma (eps u + lift) exp(-u^2 / 2);
             None: one amplitude for ghat alone.
+
+    Attributes:
+        channel_dim: dimension of the channels where every channel has an amplitude of its own, as after ``merge``: 1 or
+            -1; None: 1 with four dimensions or more, the last one otherwise.
     """
 
     if TYPE_CHECKING:  # torch.jit.script reads the values, and does not understand annotations that are text
@@ -47,6 +51,7 @@ class CorrectedActivation(nn.Module):
         table: Tensor | None
         offset: Tensor | None
         lift: Tensor | None
+        channel_dim: int | None
 
     def __init__(
         self,
@@ -66,6 +71,10 @@ class CorrectedActivation(nn.Module):
         register(self, "table", None if lift is not None else shape_table(as_base(base), density))
         register(self, "offset", None)
         self.half_width = table_half_width()
+        self.channel_dim = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"channel_dim": None, **state})  # a pickle need not say it
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -99,8 +108,8 @@ class CorrectedActivation(nn.Module):
         elif not z.is_floating_point() or z.is_sparse:
             out = self.base(z)
         else:
-            lift = per_channel(self.lift, z) if self.lift is not None else None
-            eps = per_channel(self.eps, z)
+            lift = per_channel(self.lift, z, self.channel_dim) if self.lift is not None else None
+            eps = per_channel(self.eps, z, self.channel_dim)
             c = correction_value(z, eps, self.shape, self.table, self.offset, self.half_width, lift)
             c = c.masked_fill(c == 0, -0.0)  # which leaves the base bit for bit
             out = z.copy_(self.base(z.clone()) + c) if getattr(self.base, "inplace", False) else self.base(z) + c
@@ -122,7 +131,8 @@ class CorrectedActivation(nn.Module):
         else:
             eps, shape, table, offset, lift = map(self._own, _TENSORS)
         if eps.dim():
-            eps, lift = per_channel(eps, z), None if lift is None else per_channel(lift, z)
+            dim = self.channel_dim
+            eps, lift = per_channel(eps, z, dim), None if lift is None else per_channel(lift, z, dim)
         return Terms(eps, shape, table, offset, self.half_width, lift)
 
     def _own(self, name: str) -> Any:
@@ -133,12 +143,14 @@ class CorrectedActivation(nn.Module):
         return getattr(self, name) if found is None else found
 
     def extra_repr(self) -> str:
-        """Live amplitude and scale.
+        """Live amplitude and scale, and where the channels are known to be if each has an amplitude of its own.
 
         Returns:
             For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``.
         """
-        return describe_state(self.eps, self.shape, lift=self.lift)
+        state = describe_state(self.eps, self.shape, lift=self.lift)
+        known = self.eps.dim() and self.channel_dim is not None
+        return f"{state}, channel_dim={self.channel_dim}" if known else state
 
 
 class CRReLU(CorrectedActivation):

@@ -506,3 +506,135 @@ def test_a_selection_that_left_functions_alone_needs_no_example() -> None:
     assert merge(model) is model
     assert torch.equal(run(model), expected)
     assert math.isfinite(float(expected.detach().sum()))
+
+
+class Written(nn.Module):
+    """Calls its activation as a function, behind a layer whose channels lie in another place than its rank suggests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.conv(x))
+
+
+class OneForBoth(nn.Module):
+    """One activation behind a Conv1d and behind a Linear, where its inputs have the same sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear, self.act = nn.Conv1d(4, 4, 1), nn.Linear(4, 4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.linear(self.act(self.conv(x))))
+
+
+LAYOUTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 3)), (2, 3, 9)),
+    "conv1d, as long as wide": (lambda: nn.Sequential(nn.Conv1d(3, 4, 1), nn.GELU()), (2, 3, 4)),
+    "linear, channels last": (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), (2, 5, 6, 3)),
+    "conv2d": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU(inplace=True)), (2, 3, 4, 4)),
+    "one for both": (OneForBoth, (2, 4, 4)),
+}
+
+
+def merged_channels(layout: str, free: bool = False) -> tuple[nn.Module, Tensor, Tensor]:
+    """A merged model with an amplitude for each channel, an input, and what the wrapped model made of it."""
+    torch.manual_seed(0)
+    make, shape = LAYOUTS[layout]
+    model, x = make(), torch.randn(shape)
+    wrap(model, find_sites(model, x), per_channel=True, free=free)
+    vary_channels(model)
+    expected = result(model, x)
+    return merge(model), x, expected
+
+
+def vary_channels(model: nn.Module) -> None:
+    with torch.no_grad():
+        for host, site in hosted_sites(model):
+            for key in (site.keys[0], site.keys[4]):
+                if getattr(host, key) is not None:
+                    getattr(host, key).copy_(torch.linspace(-0.5, 0.7, 4))
+
+
+class TestChannels:
+    """One amplitude a channel, wherever the channels lie."""
+
+    @pytest.mark.parametrize("free", [False, True])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_merged_equals_wrapped(self, layout: str, free: bool) -> None:
+        model, x, expected = merged_channels(layout, free)
+        assert_no_trace(model)
+        assert torch.equal(result(model, x), expected)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(result(twin, x), expected)
+
+    @pytest.mark.parametrize("layout", ["conv1d", "linear, channels last"])
+    def test_scripts_traces_and_compiles_the_same(self, layout: str) -> None:
+        model, x, expected = merged_channels(layout, free=True)
+        for made in (
+            torch.jit.script(model),
+            torch.jit.trace(model, (x,)),
+            torch.compile(model, fullgraph=True, backend="eager"),
+        ):
+            torch.testing.assert_close(result(made, x), expected, **ROUNDING)
+
+    def test_a_graph_keeps_the_channels(self) -> None:
+        torch.manual_seed(0)
+        model, x = Written(), torch.randn(2, 3, 9)
+        wrap(model, find_sites(model, x), per_channel=True)
+        vary_channels(model)
+        merged = merge(model, x)
+        assert isinstance(merged, MergedGraph)
+        torch.testing.assert_close(result(merged, x), result(model, x), **ROUNDING)
+
+    def test_the_same_amplitudes_along_other_channels_are_another_function(self) -> None:
+        model, _, _ = merged_channels("one for both")
+        assert isinstance(model.act, CorrectedCalls)
+        assert [each.channel_dim for each in model.act.functions] == [1, -1]
+
+    def test_one_amplitude_for_all_channels_is_one_function(self) -> None:
+        model, x = OneForBoth(), torch.randn(2, 4, 4)
+        wrap(model, find_sites(model, x), 0.3)
+        expected = result(model, x)
+        merge(model)
+        assert isinstance(model.act, CorrectedActivation)
+        assert "channel_dim" not in repr(model)
+        assert torch.equal(result(model, x), expected)
+
+    def test_repr_says_where_the_channels_are(self) -> None:
+        assert "channel_dim=1" in repr(merged_channels("conv1d")[0])
+
+    @pytest.mark.parametrize("ending", ["pt", "safetensors"])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_files_keep_the_channels(self, layout: str, ending: str, tmp_path: Path) -> None:
+        if ending == "safetensors":
+            pytest.importorskip("safetensors")
+        model, x, expected = merged_channels(layout)
+        file = save_merged(model, tmp_path / f"model.{ending}")
+        fresh = load_merged(LAYOUTS[layout][0](), file)
+        assert torch.equal(result(fresh, x), expected)
+        for module in fresh.modules():
+            if isinstance(module, CorrectedActivation):
+                module.channel_dim = None
+        assert torch.equal(result(load_merged(fresh, file), x), expected), "into one that is merged already"
+
+    @pytest.mark.parametrize("layout", ["conv1d", "conv2d"])
+    def test_a_file_that_does_not_say_loads_with_the_channels_by_the_rank(self, layout: str, tmp_path: Path) -> None:
+        model, x, expected = merged_channels(layout)
+        saved = torch.load(save_merged(model, tmp_path / "model.pt"), weights_only=True)
+        for place in saved["merged"]:
+            del place["channel_dims"]
+        torch.save(saved, tmp_path / "old.pt")
+        old = load_merged(LAYOUTS[layout][0](), tmp_path / "old.pt")
+        assert old[1].channel_dim is None
+        assert torch.equal(result(old, x), expected) == (layout == "conv2d")
+        assert torch.equal(result(load_merged(model, tmp_path / "old.pt"), x), expected), "what a model knows stays"
+
+    def test_a_pickle_that_does_not_say_loads(self) -> None:
+        activation, z = CorrectedActivation(nn.ReLU(), 0.2), torch.randn(9)
+        del activation.channel_dim
+        twin = pickle.loads(pickle.dumps(activation))
+        assert twin.channel_dim is None
+        torch.testing.assert_close(torch.jit.script(twin)(z), twin(z), **ROUNDING)

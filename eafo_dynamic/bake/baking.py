@@ -23,13 +23,14 @@ _MODULES: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "si
 
 
 class State(NamedTuple):
-    """The tensors of one corrected function, as its site has them."""
+    """The tensors of one corrected function, as its site has them, and the dimension of its channels."""
 
     eps: Tensor
     shape: Tensor
     table: Tensor | None
     offset: Tensor | None
     lift: Tensor | None = None
+    channel_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def plan_of(model: nn.Module) -> Plan:
     for host, site in hosted_sites(model):
         key = _route_key(host, site)
         called = host if key is None else _called(model, host, site)
-        state = State(*(getattr(host, each) for each in site.keys))
+        state = _state(host, site)
         if called is not None:
             place = names[id(called)] if site.function is None else f"{names[id(called)]}.activation".lstrip(".")
             groups.setdefault((place, key or ""), []).append(_Served(host, site, state))
@@ -93,6 +94,12 @@ class _Served(NamedTuple):
     host: nn.Module
     site: Site
     state: State
+
+
+def _state(host: nn.Module, site: Site) -> State:
+    eps, *others = (getattr(host, key) for key in site.keys)
+    # one amplitude for all channels is the same function wherever they are
+    return State(eps, *others, channel_dim=site.collector.channel_dim if eps.dim() else None)
 
 
 def _route_key(host: nn.Module, site: Site) -> str | None:
@@ -141,14 +148,14 @@ def _baked(place: str, key: str, served: Sequence[_Served], names: Mapping[int, 
 
 
 def _kept(state: State) -> State:
-    table, offset, lift = (None if each is None else each.detach().clone() for each in state[2:])
-    return State(state.eps.detach().clone(), state.shape.detach().clone(), table, offset, lift)
+    table, offset, lift = (None if each is None else each.detach().clone() for each in state[2:5])
+    return State(state.eps.detach().clone(), state.shape.detach().clone(), table, offset, lift, state.channel_dim)
 
 
 def _equal(one: State, other: State) -> bool:
-    return all(
+    return one.channel_dim == other.channel_dim and all(
         (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
-        for a, b in zip(one, other, strict=True)
+        for a, b in zip(one[:5], other[:5], strict=True)
     )
 
 
@@ -207,7 +214,9 @@ def _take_place(module: nn.Module, other: nn.Module) -> None:
 
 def _corrected(base: nn.Module, state: State) -> CorrectedActivation:
     corrected = CorrectedActivation(base, trainable=False)
-    for key, value in state._asdict().items():
+    tensors = state._asdict()
+    corrected.channel_dim = tensors.pop("channel_dim")
+    for key, value in tensors.items():
         corrected._buffers.pop(key, None)
         vars(corrected).pop(key, None)
         register(corrected, key, value)

@@ -107,12 +107,22 @@ def _places(model: nn.Module) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name, module in model.named_modules():
         if isinstance(module, CorrectedCalls):
-            found.append({"module": name, "functions": len(module.functions), "orders": orders[module.name]})
+            found.append(_place(name, module, orders[module.name]))
         elif isinstance(module, CorrectedActivation) and not any(
             name.startswith(f"{each['module']}.") for each in found
         ):
-            found.append({"module": name, "functions": 1, "orders": {}})
+            found.append(_place(name, module, {}))
     return found
+
+
+def _place(name: str, module: nn.Module, orders: dict[str, list[int | None]]) -> dict[str, Any]:
+    dims = [each.channel_dim for each in _functions(module)]
+    return {"module": name, "functions": len(dims), "orders": orders, "channel_dims": dims}
+
+
+def _functions(module: nn.Module) -> list[CorrectedActivation]:
+    found = module.functions if isinstance(module, CorrectedCalls) else [module]
+    return [each for each in found if isinstance(each, CorrectedActivation)]
 
 
 def load_merged(model: nn.Module, path: str | Path) -> nn.Module:
@@ -147,6 +157,10 @@ def load_merged(model: nn.Module, path: str | Path) -> nn.Module:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise SiteError(f"{path} is of another model: {' '.join(str(error).split())}") from None
+    for place in places:
+        functions, dims = _functions(model.get_submodule(place["module"])), place.get("channel_dims", ())
+        for function, dim in zip(functions, dims, strict=False):  # a file need not say it
+            function.channel_dim = dim
     return model
 
 
@@ -187,7 +201,11 @@ def _baked(place: Mapping[str, Any], state: Mapping[str, Tensor]) -> Baked:
     stems = [f"{name}.functions.{k}." for k in range(count)] if place["orders"] else [f"{name}."]
     functions = tuple(
         State(
-            state[f"{stem}eps"], state[f"{stem}shape"], *(state.get(stem + key) for key in ("table", "offset", "lift"))
+            state[f"{stem}eps"],
+            state[f"{stem}shape"],
+            state.get(f"{stem}table"),
+            state.get(f"{stem}offset"),
+            state.get(f"{stem}lift"),
         )
         for stem in stems
     )
