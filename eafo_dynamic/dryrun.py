@@ -29,6 +29,7 @@ from eafo_dynamic.functional import (
 )
 from eafo_dynamic.hosting import ENTRY_POINTS
 from eafo_dynamic.kernels import describe, is_correctable, size_of
+from eafo_dynamic.lineage import LAYERS, Lineage
 from eafo_dynamic.probe import structural_copy
 from eafo_dynamic.recompute import foreign_function
 from eafo_dynamic.standalone import CorrectedActivation
@@ -36,9 +37,6 @@ from eafo_dynamic.trace import SOFT_CAP, Call, Frame, Trace
 from eafo_dynamic.written import WRITTEN, Made, Tracker, parts
 
 __all__ = ["trace_calls"]
-
-
-_LAYERS = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "einsum", "conv1d", "conv2d", "conv3d"}
 
 
 class _Running:
@@ -74,6 +72,7 @@ class _Listener(TorchFunctionMode):
     def __init__(self, activations: Mapping[str, str]) -> None:
         super().__init__()
         self.trace = Trace()
+        self.lineage = Lineage()
         self.activations = activations
         self.here = _Thread()
 
@@ -89,9 +88,10 @@ class _Listener(TorchFunctionMode):
         running = self.here.running[-1]
         if running.inside:
             return out
-        name = function_name(func)
+        name, call = function_name(func), None
         if name is not None and _is_pointwise_call(args, kwargs, out):
-            self._note(running, func, name, args, kwargs, out)
+            call = self._note(running, func, name, args, kwargs, out)
+        self.lineage.step(getattr(func, "__name__", ""), args, kwargs, out, call)
         if isinstance(out, Tensor):
             self._follow(running, func, args, kwargs, out)
         return out
@@ -132,6 +132,7 @@ class _Listener(TorchFunctionMode):
         out = self._framed(name, True, inside, call, args, kwargs)
         if noted is not None and isinstance(out, Tensor):
             running[-1].made[id(out)] = (out, noted)
+            self.lineage.step("", args, kwargs, out, noted)
         return out
 
     def step(self, name: str, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -191,7 +192,7 @@ class _Listener(TorchFunctionMode):
         """
         self.trace.opaque.setdefault((self.here.running[-1].frame.module, name), ())
 
-    def _note(self, running: _Running, func: Any, name: str, args: Any, kwargs: Any, out: Tensor) -> None:
+    def _note(self, running: _Running, func: Any, name: str, args: Any, kwargs: Any, out: Tensor) -> Call:
         call = Call(running.frame.module, self.path(), size_of(args[0]), name, hyper_parameters(name, args, kwargs))
         call.inplace = out is args[0]
         call.hidden_from_compiler = is_hidden_from_compiler(func, sys._getframe(2).f_code)  # past the mode's own
@@ -205,10 +206,11 @@ class _Listener(TorchFunctionMode):
         call.refusal = _unknown_to_backward()
         running.made[id(out)] = (out, call)
         self.trace.calls.append(call)
+        return call
 
     def _follow(self, running: _Running, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         tensors = [a for a in args if isinstance(a, Tensor)]
-        layer = getattr(func, "__name__", "") in _LAYERS  # a network over learned queries has hidden activations
+        layer = getattr(func, "__name__", "") in LAYERS  # a network over learned queries has hidden activations
         if tensors and not layer and all(running.is_constant(tensor) for tensor in tensors):
             running.constants[id(out)] = out
         before = [running.tracker.find(tensor) for tensor in tensors]
@@ -342,7 +344,17 @@ def _traced(model: nn.Module, activations: Mapping[str, str], run: Callable[[nn.
         with warnings.catch_warnings(), _uncompiled(), _Kernels(listener), listener:
             warnings.simplefilter("ignore")  # they concern the dry run (no gradient), or come again in training
             run(probe)
+    _judge_losses(listener, probe)
     return listener.trace
+
+
+def _judge_losses(listener: _Listener, model: nn.Module) -> None:
+    """Tells the calls that are parts of a loss, made by a step itself or by a module without parameters."""
+    learn = {name for name, module in model.named_modules() if next(module.parameters(), None) is not None}
+    for call in listener.trace.calls:
+        within = any(frame.is_forward and frame.module in learn for frame in call.path)
+        if call.role == "hidden" and not within and listener.lineage.ends_in_loss(call):
+            call.role, call.reason = "loss", "part of a loss: no layer comes after it"
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class FoundSite:
         shape: shape of the pre-activation without its first dimension; None where no example was run.
         inplace: whether the activation overwrites its input.
         role: ``hidden``; ``gate`` for functions onto (0, 1) such as sigmoid, for gated cells and for transforms of
-            parameters; ``unknown`` for what might be either.
+            parameters; ``loss`` for what no layer follows; ``unknown`` for what might be either.
         wrapped: whether it is selected for correction.
         reason: why it is not, or what to know about it.
         kind: ``module`` (called once), ``shared`` (called several times), ``function``, ``written`` (out) or
