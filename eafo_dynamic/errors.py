@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["ConfigError", "EAFOError", "LogError", "PatternError", "SiteError", "legible", "one_line"]
+__all__ = [
+    "ConfigError",
+    "EAFOError",
+    "LogError",
+    "PatternError",
+    "SiteError",
+    "interruptible",
+    "legible",
+    "one_line",
+]
 
 
 class EAFOError(Exception):
     """Base of every error that this package raises for a user's input; the command line exits with 2."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the message as it stands: a subclass may have been made from other arguments."""
+        return _rebuilt, (type(self), self.args), self.__dict__
+
+
+def _rebuilt(kind: type[EAFOError], args: tuple[Any, ...]) -> EAFOError:
+    return kind.__new__(kind, *args)
 
 
 class ConfigError(EAFOError, ValueError):
@@ -64,6 +82,28 @@ def one_line(error: BaseException) -> str:
     """
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+@contextmanager
+def interruptible() -> Generator[None]:
+    """Ctrl-C stays a KeyboardInterrupt where Lightning makes an exit with code 1 of it. Also serves as a decorator.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        KeyboardInterrupt: in place of a SystemExit that was raised while one was handled.
+        SystemExit: any other, as it was.
+    """
+    try:
+        yield
+    except SystemExit as stop:
+        reason: BaseException | None = stop
+        while reason is not None:
+            if isinstance(reason, KeyboardInterrupt):
+                raise KeyboardInterrupt from stop
+            reason = reason.__cause__ or reason.__context__
+        raise
 
 
 @contextmanager

@@ -198,6 +198,10 @@ def test_every_seed_key_is_set(tmp_path: Path) -> None:
         ({"seeds": [1, 1]}, "names a seed twice"),
         ({"seeds": "ten"}, "seeds='ten': is neither"),
         ({"threads": 0}, "threads=0: must be at least 1"),
+        ({"higher_is_better": "false"}, "higher_is_better='false': is neither true nor false. Write true or false"),
+        ({"higher_is_better": 0}, "higher_is_better=0: is neither true nor false"),
+        ({"select": "nope"}, "select='nope': does not tell by its name whether higher is better. Name a metric"),
+        ({"select": ["val_loss"]}, r"select=\['val_loss'\]: is no name of a metric"),
         ({"settings": {"data.init_args.name": "vine"}}, "arm 'relu': .*vine"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eafo_dynamic.configured import configured, quieten
+from eafo_dynamic.errors import interruptible
 
 __all__ = ["train"]
 
@@ -17,7 +18,13 @@ def train(argv: Sequence[str] | None) -> int:
 
     Returns:
         The exit code.
+
+    Raises:
+        KeyboardInterrupt: if training was interrupted.
     """
     quieten()
-    configured(None if argv is None else list(argv), run=True, save_config_kwargs={"overwrite": True})
+    with interruptible():
+        cli = configured(None if argv is None else list(argv), run=True, save_config_kwargs={"overwrite": True})
+    if cli.trainer.interrupted:  # where Lightning keeps it to itself
+        raise KeyboardInterrupt
     return 0

@@ -21,7 +21,7 @@ import yaml
 
 from eafo_dynamic.compare.compose import compose, compose_pretraining, fingerprint
 from eafo_dynamic.compare.plan import Arm, Plan
-from eafo_dynamic.errors import ConfigError, EAFOError
+from eafo_dynamic.errors import ConfigError, EAFOError, interruptible
 from eafo_dynamic.version import package_versions
 
 __all__ = ["SCHEMA", "check", "finished", "pretrain", "result_path", "run_cell"]
@@ -102,6 +102,7 @@ def finished(plan: Plan, arm: Arm, seed: int) -> bool:
     return True
 
 
+@interruptible()
 def run_cell(plan: Plan, arm: Arm, seed: int) -> Path:
     """Trains and tests one cell, unless its result is there.
 
@@ -112,6 +113,9 @@ def run_cell(plan: Plan, arm: Arm, seed: int) -> Path:
 
     Returns:
         The file with the result.
+
+    Raises:
+        KeyboardInterrupt: if training was interrupted; nothing is kept then.
     """
     path = result_path(plan, arm, seed)
     if finished(plan, arm, seed):
@@ -131,6 +135,7 @@ def run_cell(plan: Plan, arm: Arm, seed: int) -> Path:
     return path
 
 
+@interruptible()
 def pretrain(plan: Plan, seed: int) -> Path:
     """Trains what the arms of a seed start from, unless it is there.
 
@@ -140,6 +145,9 @@ def pretrain(plan: Plan, seed: int) -> Path:
 
     Returns:
         A plain checkpoint: {"state_dict": ...}, for torch.load(weights_only=True).
+
+    Raises:
+        KeyboardInterrupt: if training was interrupted; nothing is kept then.
     """
     path = _weights_path(plan, seed)
     config = compose_pretraining(plan, seed, path.parent)
@@ -150,7 +158,7 @@ def pretrain(plan: Plan, seed: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _quiet(plan.threads):
         cli = _built(config)
-        cli.trainer.fit(cli.model, cli.datamodule)
+        _fit(cli)
     _write(path, _packed(cli.model))
     _write(note, json.dumps({"fingerprint": print_}))
     return path
@@ -190,6 +198,12 @@ def _built(config: dict[str, Any], *callbacks: Any) -> Any:
     return configured(config, run=False, save_config_callback=None, trainer_defaults=defaults)
 
 
+def _fit(cli: Any) -> None:
+    cli.trainer.fit(cli.model, cli.datamodule)
+    if cli.trainer.interrupted:  # where Lightning keeps it to itself
+        raise KeyboardInterrupt
+
+
 def _train(config: dict[str, Any], select: str | None) -> dict[str, Any]:
     from eafo_dynamic.compare.paired import is_higher_better
     from eafo_dynamic.compare.witness import BestEpoch, Witness
@@ -198,10 +212,8 @@ def _train(config: dict[str, Any], select: str | None) -> dict[str, Any]:
     best = None if select is None else BestEpoch(select, is_higher_better(select))
     cli = _built(config, witness, *([] if best is None else [best]))
     start = time.perf_counter()
-    cli.trainer.fit(cli.model, cli.datamodule)
+    _fit(cli)
     seconds = time.perf_counter() - start
-    if cli.trainer.interrupted:
-        raise KeyboardInterrupt
     metrics = dict(cli.trainer.callback_metrics)
     if best is not None:
         best.restore(cli.model)

@@ -178,9 +178,9 @@ def read_plan(path: Path, directory: Path | None = None) -> Plan:
         reference=str(raw.get("reference", arms[0].name)),
         seeds=_seeds(raw.get("seeds", 10)),
         metric=raw["metric"],
-        higher_is_better=raw.get("higher_is_better"),
+        higher_is_better=_direction(raw.get("higher_is_better")),
         also=tuple(raw.get("also", ())),
-        select=raw.get("select"),
+        select=_selected(raw.get("select")),
         settings=_mapping("settings", raw.get("settings", {})),
         pretrain=_beside(path, "pretrain", raw["pretrain"]) if raw.get("pretrain") else None,
         pretrain_settings=_mapping("pretrain_settings", raw.get("pretrain_settings", {})),
@@ -291,6 +291,28 @@ def _seeds(given: Any) -> tuple[int, ...]:
     if len(set(cast("list[int]", seeds))) < len(cast("list[int]", seeds)):
         raise ConfigError("seeds", given, "names a seed twice", "Name each once.")
     return tuple(cast("list[int]", seeds))
+
+
+def _direction(given: Any) -> bool | None:
+    if given is None or isinstance(given, bool):
+        return given
+    mend = "Write true or false, without quotes, or remove the line."
+    raise ConfigError("higher_is_better", given, "is neither true nor false", mend)
+
+
+def _selected(given: Any) -> str | None:
+    from eafo_dynamic.compare.paired import is_higher_better
+
+    mend = "Name a metric that is logged in validation, such as val_loss, or remove the line."
+    if given is None:
+        return None
+    if not isinstance(given, str):
+        raise ConfigError("select", given, "is no name of a metric", mend)
+    try:
+        is_higher_better(given)
+    except ConfigError:
+        raise ConfigError("select", given, "does not tell by its name whether higher is better", mend) from None
+    return given
 
 
 def _beside(plan: Path, key: str, name: str) -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import NamedTuple
 
 from eafo_dynamic.compare.cell import finished, pretrain, run_cell
@@ -55,6 +56,9 @@ def run(plan: Plan, chosen: Sequence[tuple[Arm, int]], jobs: int) -> list[Failur
 
     Returns:
         The cells that failed; the others have gone on.
+
+    Raises:
+        KeyboardInterrupt: at Ctrl-C; no cell runs on.
     """
     open_ = [(arm, seed) for arm, seed in chosen if not finished(plan, arm, seed)]
     seeds = dict.fromkeys(seed for _, seed in open_) if plan.pretrain is not None else {}
@@ -70,28 +74,61 @@ def run(plan: Plan, chosen: Sequence[tuple[Arm, int]], jobs: int) -> list[Failur
 def _here(tasks: Sequence[_Task], advance: Callable[[str], None]) -> list[Failure]:
     failures: list[Failure] = []
     for what, function, args in tasks:
-        try:
-            function(*args)
-        except Exception as error:
-            failures.append(Failure(what, _line(error)))
+        why = _attempt(function, args)
+        if why is not None:
+            failures.append(Failure(what, why))
         advance(what)
     return failures
 
 
 def _beside(tasks: Sequence[_Task], advance: Callable[[str], None], jobs: int) -> list[Failure]:
     failures: list[Failure] = []
+    others = active_children()
     # spawn: a forked torch may hang in its thread pool
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(function, *args): what for what, function, args in tasks}
-        for future in as_completed(running):
-            try:
-                future.result()
-            except BrokenProcessPool:
-                failures.append(Failure(running[future], "its process was killed; run the same command again"))
-            except Exception as error:
-                failures.append(Failure(running[future], _line(error)))
-            advance(running[future])
+        try:
+            with _deaf_children():
+                running = {pool.submit(_attempt, function, args): what for what, function, args in tasks}
+            for future in as_completed(running):
+                why = _outcome(future)
+                if why is not None:
+                    failures.append(Failure(running[future], why))
+                advance(running[future])
+        except KeyboardInterrupt:
+            for child in active_children():
+                if child not in others:
+                    child.kill()  # what waits fails with it; a result is there whole or not at all
+            raise
     return failures
+
+
+def _attempt(function: Callable[..., object], args: tuple[object, ...]) -> str | None:
+    """Runs a task; what it raised goes back to another process as text, which every exception survives."""
+    try:
+        function(*args)
+    except Exception as error:
+        return _line(error)
+    return None
+
+
+def _outcome(future: Future[str | None]) -> str | None:
+    try:
+        return future.result()
+    except (BrokenProcessPool, SystemExit):  # Lightning exits at SIGTERM
+        return "its process was killed; run the same command again"
+
+
+@contextmanager
+def _deaf_children() -> Generator[None]:
+    """Processes that are started meanwhile do not hear Ctrl-C, which reaches all of a terminal's; the parent does."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _line(error: Exception) -> str:
