@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from eafo_dynamic.checks import flag, folder
 from eafo_dynamic.controller import EAFOController, Options
 from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError, LogError, SiteError
@@ -65,7 +66,7 @@ class EAFOCallback(Callback):
             give), ``"free"`` (an amplitude each: eps and lift), or ``"auto"``: free where that can be, tied with
             another density than the Gaussian, compounding or the policy ``"static"``.
         eps_init: starting amplitude of every correction, no unit.
-        max_eps: bound of |eps|: the slope of a function stays within max_eps of its base's.
+        max_eps: bound of |eps| and |lift|; slopes stay within 1.16 max_eps of the base's, with one term within max_eps.
         max_delta: bound of the change of a function at one update, in standard deviations of its pre-activation.
         update_every_n_steps: optimiser steps between update rounds; the first ones come at steps 1, 2, 4, 8, ...
         update_every_n_epochs: epochs between update rounds, in place of update_every_n_steps.
@@ -148,7 +149,7 @@ class EAFOCallback(Callback):
         self._reporter = Reporter(log_every_n_steps, log_sites or (), log_figures)
         self.verbose = verbose
         self.controller: EAFOController | None = None
-        self._log = RunLog(None if dirpath is None else Path(dirpath), save_log)
+        self._log = RunLog(folder("dirpath", dirpath), flag("save_log", save_log))
         self._resumed: dict[str, Any] | None = None
         self._awaits_batch = ""  # why the sites are not known before the first training batch; empty once they are
         self._earlier: dict[str, Tensor] = {}  # corrections that a model which awaits its batch had before

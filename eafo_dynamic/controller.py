@@ -194,7 +194,7 @@ class EAFOController:
         """Forgets what belongs to a training that is over, for one that starts with the same corrections."""
         self.bank.drain()
         self._losses = LossWatch(self.options.rollback_factor)
-        self.pace, self.rounds, self._undo, self._gradient = Pace(), 0, None, None
+        self.pace, self._undo, self._gradient = Pace(), None, None
 
     def step(self, global_step: int, epoch: int = 0) -> list[Record]:
         """Call after each optimiser step (or after each micro-batch: only a changed step counts).

@@ -8,6 +8,7 @@ of them is corrected; a module called from there shields its own code with a fra
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
@@ -311,9 +312,26 @@ def close_frame(outer: TorchFunctionMode | None) -> None:
     Args:
         outer: from ``open_frame``.
     """
-    STACK.frames.pop()
+    frame = STACK.frames.pop()
     if outer is not None:
         _push_mode(outer)
+    if not is_compiling() and frame.counts and not frame.owner.eafo_name:
+        _tell_of_parts(frame)
+
+
+def _tell_of_parts(frame: _Frame) -> None:
+    """Warns where a whole model, not in training, makes fewer of its calls: they may be others than the first."""
+    if cast(Any, frame.owner).training:
+        return
+    for key, routes in frame.owner.eafo_routes.items():
+        count = frame.counts.get(key, 0)
+        if 0 < count < len(routes):
+            warnings.warn(
+                f"EAFO: {key.lstrip(':')} is called {count} times where training calls it {len(routes)} times, and "
+                f"gets the corrections of the first {count}. If these are other calls, as where a part of the model "
+                "runs alone, give every call an activation module of its own.",
+                stacklevel=4,
+            )
 
 
 def entered(

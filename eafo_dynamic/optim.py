@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from eafo_dynamic.checks import not_negative
 from eafo_dynamic.errors import ConfigError
 
 __all__ = ["GROUP_NAME", "LR_MULTIPLE", "check_group", "own_group"]
@@ -153,14 +153,12 @@ def check_group(lr: float | None, lr_multiple: float, weight_decay: float) -> No
     Raises:
         ConfigError: if one is out of range.
     """
-    if lr is not None and not 0.0 <= lr < math.inf:
-        raise ConfigError("lr", lr, "a learning rate cannot be negative", "Give 0 or more, or leave it out.")
-    if not 0.0 <= lr_multiple < math.inf:
-        raise ConfigError("lr_multiple", lr_multiple, "a multiple cannot be negative", "Give 0 or more.")
+    if lr is not None:
+        not_negative("lr", lr, "Give 0 or more, or leave it out.")
+    not_negative("lr_multiple", lr_multiple)
     if lr is not None and lr_multiple != LR_MULTIPLE:
         raise ConfigError("lr_multiple", lr_multiple, f"given beside lr={lr}", "Give one of the two.")
-    if not 0.0 <= weight_decay < math.inf:
-        raise ConfigError("weight_decay", weight_decay, "cannot be negative", "Give 0 or more.")
+    not_negative("weight_decay", weight_decay)
 
 
 def _homes(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
 
-from eafo_dynamic.checks import at_least, number
+from eafo_dynamic.checks import at_least, flag, number
 from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.kernels import Backend, check_backend, resolve_backend
@@ -37,9 +37,10 @@ class Options:
             density and no compounding; "auto": free where that can be, and tied with the policy "static", which then
             is the paper's function on any base.
         eps_init: starting amplitude.
-        max_eps: bound of |eps|.
+        max_eps: bound of |eps| and |lift|.
         max_delta: bound of max |c_new - c_old| / sigma at one update round.
-        update_every_n_steps: optimiser steps between update rounds; the first ones come at steps 1, 2, 4, 8, ...
+        update_every_n_steps: optimiser steps, of all optimisers, between update rounds; the first ones come at steps
+            1, 2, 4, 8, ...
         update_starting_at_step: first step with a round.
         freeze_at_step: from this step on everything stays; None: never.
         collect_every_n_steps: optimiser steps between sampled steps; None: at most five a round.
@@ -83,6 +84,8 @@ class Options:
         if self.filter_fn is not None and not callable(self.filter_fn):
             mend = "Give a function of (module, FQN) that says whether to wrap."
             raise ConfigError("filter_fn", self.filter_fn, "not a function", mend)
+        for option in ("per_channel", "compounding"):
+            object.__setattr__(self, option, flag(option, getattr(self, option)))
         if check_backend(self.backend) in ("native", "triton"):
             resolve_backend(self.backend)  # an error where there is no compiler, or no GPU
         _ = (self.selection, self.schedule, make_rules(self.policy), make_estimator(self.density))

@@ -10,7 +10,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from eafo_dynamic.checks import number
+from eafo_dynamic.checks import flag, number, pattern
 from eafo_dynamic.errors import ConfigError
 
 __all__ = [
@@ -89,7 +89,7 @@ class Entropy(Policy):
         ascent: climb instead of descend, for ablation.
 
     Raises:
-        ConfigError: if the rate is not positive.
+        ConfigError: if the rate is not positive, or ascent neither True nor False.
 
     Example:
         >>> Entropy(rate=0.02).move(torch.tensor([0.1]), torch.tensor([1.0]))
@@ -106,6 +106,7 @@ class Entropy(Policy):
         if not 0 < number("rate", self.rate) < math.inf:
             problem = "the step along the entropy gradient must be positive and finite"
             raise ConfigError("rate", self.rate, problem, "Try 0.02.")
+        flag("ascent", self.ascent)
 
     def move(self, eps: Tensor, gradient: Tensor) -> Tensor:
         """Takes the damped step.
@@ -160,10 +161,22 @@ class Rule:
     Args:
         sites: pattern, as in ``target_modules``.
         policy: name of a policy, or a Policy.
+
+    Raises:
+        ConfigError: if the pattern is no text or no valid regular expression, or there is no such policy.
+
+    Example:
+        >>> Rule("ReLU", "greedy")
+        Traceback (most recent call last):
+        eafo_dynamic.errors.ConfigError: policy='greedy': no such policy. Choose one of static, learned...
     """
 
     sites: str
     policy: str | Policy
+
+    def __post_init__(self) -> None:
+        pattern("sites", self.sites)
+        make_policy(self.policy)
 
 
 _POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Static, Learned, Entropy, Hybrid, Frozen)}

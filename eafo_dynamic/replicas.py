@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ _SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAF
 
 
 def check_strategy(strategy: object) -> None:
-    """Refuses the strategies of Lightning that cut parameters into shards.
+    """Refuses the strategies of Lightning that cut parameters into shards, and warns of those that leave the process.
 
     Args:
         strategy: a trainer's.
@@ -35,6 +36,12 @@ def check_strategy(strategy: object) -> None:
             kinds[0],
             "cuts parameters into shards, and an amplitude is one number",
             "Use DDPStrategy; in a loop of your own, fully_shard with ignored_params and average_gradients.",
+        )
+    if getattr(strategy, "_start_method", "popen") != "popen" and getattr(strategy, "global_rank", 0) == 0:
+        warnings.warn(
+            "EAFO: the strategy trains in processes of its own, and the model of this script gets its weights back "
+            "without the corrections. Load the checkpoint with apply_from_checkpoint, or use strategy='ddp'.",
+            stacklevel=2,
         )
 
 

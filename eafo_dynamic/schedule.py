@@ -22,7 +22,8 @@ class Schedule:
     then on the distance between rounds doubles until it is update_every_n_steps: pre-activations change by factors
     at the start of a training, and a shape that lags behind them harms more than its correction helps (measured: see
     examples/results). The other rounds run after every multiple of update_every_n_steps. Counted from the last such
-    multiple, every ``collect_every_n_steps``-th step is sampled, and so is the step of every round.
+    multiple, every ``collect_every_n_steps``-th step is sampled, and so is the step of every round. The steps of all
+    optimisers count; a round that falls due between two batches runs after the later one.
 
     Args:
         update_every_n_steps: optimiser steps from one update round to the next, but for the first few.

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
+from eafo_dynamic.checks import flag, folder, not_negative
 from eafo_dynamic.density import gaussian
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.options import Options
@@ -40,6 +45,10 @@ BAD: list[tuple[str, Any]] = [
     ("rollback_factor", math.nan),
     ("target_modules", ["ReLU", 3]),
     ("filter_fn", "ReLU"),
+    ("compounding", "no"),
+    ("compounding", None),
+    ("per_channel", "yes"),
+    ("per_channel", 1),
 ]
 
 
@@ -52,7 +61,7 @@ def test_a_bad_option_is_named_with_its_value_and_the_mend(option: str, value: A
     assert text.startswith(f"{option}={value!r}: ") and text.endswith("."), text
 
 
-@pytest.mark.parametrize("option", [f.name for f in fields(Options) if f.type != "bool"])
+@pytest.mark.parametrize("option", [f.name for f in fields(Options)])
 def test_no_option_takes_an_object_silently(option: str) -> None:
     with pytest.raises(ConfigError) as error:
         Options(**{option: object.__new__(_Nothing)})
@@ -61,6 +70,45 @@ def test_no_option_takes_an_object_silently(option: str) -> None:
 
 class _Nothing:
     """Neither a number nor a text, and not callable."""
+
+
+@pytest.mark.parametrize("option", ["per_channel", "compounding"])
+def test_a_comparison_of_numpy_is_true_or_false(option: str) -> None:
+    options = Options(**{option: numpy.float64(1) > 0})
+    assert options.form[option] is True and options.primitives()[option] is True  # checkpoints load Python's alone
+    assert Options(**{option: numpy.bool_(False)}) == Options()
+    assert flag(option, numpy.bool_(False)) is False
+
+
+WRONG: list[tuple[Callable[[], object], str]] = [
+    (lambda: Rule("x", "nope"), "policy='nope': no such policy. Choose one of static,"),
+    (lambda: Rule("x", None), "policy=None: no such policy. Choose one of static,"),  # pyright: ignore
+    (lambda: Rule(3, "learned"), "sites=3: not a pattern. Give text, such as 'ReLU'."),  # pyright: ignore
+    (lambda: Rule(["ReLU"], Entropy()), "sites=['ReLU']: not a pattern."),  # pyright: ignore
+    (lambda: Rule("(", "learned"), "sites='(': not a valid regular expression (missing ), unterminated subpattern"),
+    (lambda: Entropy(ascent="no"), "ascent='no': neither True nor False. Give one of the two."),  # pyright: ignore
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG)
+def test_rules_and_policies_are_checked_when_they_are_made(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        make()
+
+
+@pytest.mark.parametrize("value", ["a", None, -1.0, math.inf, math.nan])
+def test_what_must_not_be_negative_is_a_finite_number(value: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        not_negative("lr", value, "Leave it out.")
+    assert str(error.value).startswith(f"lr={value!r}: ") and str(error.value).endswith("Leave it out.")
+    assert not_negative("lr", 0) == 0.0 and not_negative("lr", 0.5) == 0.5
+
+
+def test_a_folder_is_a_path_or_none() -> None:
+    assert folder("dirpath", "runs") == folder("dirpath", Path("runs")) == Path("runs")
+    assert folder("dirpath", None) is None
+    with pytest.raises(ConfigError, match=r"^dirpath=3: not a path\. Give the path of a folder, or None\.$"):
+        folder("dirpath", 3)
 
 
 def test_compounding_leaves_eps_one_half_of_its_bound() -> None:
