@@ -352,8 +352,9 @@ def _judge_losses(listener: _Listener, model: nn.Module) -> None:
     """Tells the calls that are parts of a loss, made by a step itself or by a module without parameters."""
     learn = {name for name, module in model.named_modules() if next(module.parameters(), None) is not None}
     for call in listener.trace.calls:
+        stepped = any(frame.instance and not frame.is_forward for frame in call.path)
         within = any(frame.is_forward and frame.module in learn for frame in call.path)
-        if call.role == "hidden" and not within and listener.lineage.ends_in_loss(call):
+        if call.role == "hidden" and stepped and not within and listener.lineage.ends_in_loss(call):
             call.role, call.reason = "loss", "part of a loss: no layer comes after it"
 
 

@@ -44,6 +44,11 @@ def until(condition: Callable[[], Any], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
+def hear_ctrl_c() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_every_class_of_errors_is_tried() -> None:
     classes = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, Exception)]
     assert {type(error) for error in ERRORS} == set(classes)
@@ -77,7 +82,8 @@ def test_ctrl_c_ends_what_runs_and_what_waits(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, arms, settings={"trainer.max_epochs": 100_000})
     command = [sys.executable, "-m", "eafo_dynamic", "compare", "--jobs", "2", "--config", str(tmp_path / "plan.yaml")]
     command += ["--out", str(plan.directory)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, cwd=tmp_path) as child:
+    options: dict[str, Any] = {"stderr": subprocess.PIPE, "start_new_session": True, "cwd": tmp_path}
+    with subprocess.Popen(command, preexec_fn=hear_ctrl_c, **options) as child:
         try:
             until(lambda: len(list(plan.directory.rglob("config.yaml"))) == 2)
             os.killpg(child.pid, signal.SIGINT)
