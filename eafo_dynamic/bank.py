@@ -42,7 +42,7 @@ class Bank:
         Returns:
             Whether they are.
         """
-        return {id(site) for _, site in hosted_sites(model)} == {id(site) for site in self.sites}
+        return {site for _, site in hosted_sites(model)} == set(self.sites)
 
     @property
     def sites(self) -> list[Site]:

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from eafo_dynamic.checks import flag, folder
+from eafo_dynamic.checks import at_least, flag, folder
 from eafo_dynamic.controller import EAFOController, Options
 from eafo_dynamic.density import Density
 from eafo_dynamic.errors import ConfigError, LogError, SiteError
@@ -137,10 +137,8 @@ class EAFOCallback(Callback):
     ) -> None:
         given = locals()
         self.options = Options(**{each.name: given[each.name] for each in fields(Options)})
-        if update_every_n_epochs is not None and update_every_n_epochs < 1:
-            raise ConfigError(
-                "update_every_n_epochs", update_every_n_epochs, "must be at least 1", "None counts steps."
-            )
+        if update_every_n_epochs is not None:
+            at_least("update_every_n_epochs", update_every_n_epochs, 1)
         self.update_every_n_epochs = update_every_n_epochs
         check_group(lr, lr_multiple, weight_decay)
         self.lr, self.lr_multiple, self.weight_decay = lr, lr_multiple, weight_decay

@@ -72,7 +72,7 @@ class _Listener(TorchFunctionMode):
     def __init__(self, activations: Mapping[str, str]) -> None:
         super().__init__()
         self.trace = Trace()
-        self.lineage = Lineage()
+        self.lineage: Lineage | None = None  # from the first step on: forwards alone have no loss
         self.activations = activations
         self.here = _Thread()
 
@@ -91,7 +91,8 @@ class _Listener(TorchFunctionMode):
         name, call = function_name(func), None
         if name is not None and _is_pointwise_call(args, kwargs, out):
             call = self._note(running, func, name, args, kwargs, out)
-        self.lineage.step(getattr(func, "__name__", ""), args, kwargs, out, call)
+        if self.lineage is not None:
+            self.lineage.step(getattr(func, "__name__", ""), args, kwargs, out, call)
         if isinstance(out, Tensor):
             self._follow(running, func, args, kwargs, out)
         return out
@@ -132,7 +133,8 @@ class _Listener(TorchFunctionMode):
         out = self._framed(name, True, inside, call, args, kwargs)
         if noted is not None and isinstance(out, Tensor):
             running[-1].made[id(out)] = (out, noted)
-            self.lineage.step("", args, kwargs, out, noted)
+            if self.lineage is not None:
+                self.lineage.step("", args, kwargs, out, noted)
         return out
 
     def step(self, name: str, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -148,6 +150,7 @@ class _Listener(TorchFunctionMode):
         Returns:
             What it returns.
         """
+        self.lineage = self.lineage or Lineage()
         return self._framed(name, False, self.here.running[-1].inside, call, args, kwargs)
 
     def _framed(self, name: str, is_forward: bool, inside: bool, call: Callable[..., Any], args: Any, kw: Any) -> Any:
@@ -344,18 +347,9 @@ def _traced(model: nn.Module, activations: Mapping[str, str], run: Callable[[nn.
         with warnings.catch_warnings(), _uncompiled(), _Kernels(listener), listener:
             warnings.simplefilter("ignore")  # they concern the dry run (no gradient), or come again in training
             run(probe)
-    _judge_losses(listener, probe)
+    if listener.lineage is not None:
+        listener.lineage.judge(listener.trace, probe)
     return listener.trace
-
-
-def _judge_losses(listener: _Listener, model: nn.Module) -> None:
-    """Tells the calls that are parts of a loss, made by a step itself or by a module without parameters."""
-    learn = {name for name, module in model.named_modules() if next(module.parameters(), None) is not None}
-    for call in listener.trace.calls:
-        stepped = any(frame.instance and not frame.is_forward for frame in call.path)
-        within = any(frame.is_forward and frame.module in learn for frame in call.path)
-        if call.role == "hidden" and stepped and not within and listener.lineage.ends_in_loss(call):
-            call.role, call.reason = "loss", "part of a loss: no layer comes after it"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eafo_dynamic.trace import Call
+from eafo_dynamic.trace import Call, Trace
 
 __all__ = ["LAYERS", "Lineage"]
 
@@ -52,16 +52,22 @@ class Lineage:
         kept = self._of.get(id(tensor))
         return kept[1] if kept is not None and kept[0]() is tensor else frozenset()
 
-    def ends_in_loss(self, call: Call) -> bool:
-        """Whether a call's result has become a single number, and no layer has been given what was made of it.
+    def judge(self, trace: Trace, model: nn.Module) -> None:
+        """Gives the role `loss` to the calls that are parts of one, made by a step or a module without parameters.
+
+        They are the ones whose result became a single number, while no layer was given what was made of it.
 
         Args:
-            call: an activation call of the run.
-
-        Returns:
-            Whether it has.
+            trace: what the run wrote down; the roles in it change.
+            model: what ran.
         """
-        return call in self._counted and call not in self._learned_from
+        learn = {name for name, module in model.named_modules() if next(module.parameters(), None) is not None}
+        for call in trace.calls:
+            stepped = any(frame.instance and not frame.is_forward for frame in call.path)
+            within = any(frame.is_forward and frame.module in learn for frame in call.path)
+            ends = call in self._counted and call not in self._learned_from
+            if call.role == "hidden" and stepped and not within and ends:
+                call.role, call.reason = "loss", "part of a loss: no layer comes after it"
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from eafo_dynamic.checks import pattern
 from eafo_dynamic.errors import ConfigError, PatternError
 from eafo_dynamic.written import written_node
 
@@ -99,16 +100,8 @@ class Selection:
         if self.functional not in ("wrap", "warn", "off"):
             raise ConfigError("functional", self.functional, "no such choice", "Choose one of wrap, warn, off.")
         for option in ("target_modules", "exclude_modules"):
-            for pattern in _patterns(getattr(self, option)):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ConfigError(
-                        option,
-                        pattern,
-                        f"not a valid regular expression ({error})",
-                        "Escape special characters, or use a class name or the end of a module's name.",
-                    ) from None
+            for each in _patterns(getattr(self, option)):
+                pattern(option, each)
 
     def apply(self, sites: list[FoundSite], model: nn.Module) -> list[FoundSite]:
         """Marks each site as wrapped or not, with the reason.
@@ -127,9 +120,9 @@ class Selection:
             sites = [site for site in sites if site.parameters is None]
         names = sorted({site.class_name for site in sites}) + [site.module for site in sites]
         for option in ("target_modules", "exclude_modules"):
-            for pattern in _patterns(getattr(self, option)):
-                if not any(matches(pattern, site) for site in sites):
-                    raise PatternError(option, pattern, names)
+            for each in _patterns(getattr(self, option)):
+                if not any(matches(each, site) for site in sites):
+                    raise PatternError(option, each, names)
         return [self._mark(site, model.get_submodule(site.module)) for site in sites]
 
     def _mark(self, site: FoundSite, module: nn.Module) -> FoundSite:
@@ -157,21 +150,21 @@ def _patterns(option: str | Sequence[str] | None) -> list[str]:
     return [option] if isinstance(option, str) else list(option)
 
 
-def matches(pattern: str, site: FoundSite) -> bool:
+def matches(given: str, site: FoundSite) -> bool:
     """Whether a pattern names a site; see Selection.
 
     Args:
-        pattern: class name, FQN, end of an FQN, or regular expression over the FQN.
+        given: class name, FQN, end of an FQN, or regular expression over the FQN.
         site: the site.
 
     Returns:
         Whether it matches.
     """
     return (
-        pattern == site.class_name
-        or site.module == pattern
-        or site.module.endswith("." + pattern)
-        or re.fullmatch(pattern, site.module) is not None
+        given == site.class_name
+        or site.module == given
+        or site.module.endswith("." + given)
+        or re.fullmatch(given, site.module) is not None
     )
 
 

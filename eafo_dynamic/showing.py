@@ -7,7 +7,7 @@ from html import escape
 from importlib.util import find_spec
 from typing import Any
 
-from eafo_dynamic.checks import flag
+from eafo_dynamic.checks import at_least, flag
 from eafo_dynamic.diagnostics import Record, aggregate
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.records import COLUMNS
@@ -92,8 +92,8 @@ class Reporter:
     """
 
     def __init__(self, every_n_steps: int | None, columns: Sequence[str], figures: bool) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ConfigError("log_every_n_steps", every_n_steps, "must be at least 1", "Give 1 or more.")
+        if every_n_steps is not None:
+            at_least("log_every_n_steps", every_n_steps, 1)
         if isinstance(columns, str) or not isinstance(columns, Sequence):
             raise ConfigError("log_sites", columns, "not a list of columns", f"Give a list of {', '.join(COLUMNS)}.")
         if flag("log_figures", figures) and find_spec("matplotlib") is None:

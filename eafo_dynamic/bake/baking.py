@@ -148,14 +148,13 @@ def _baked(place: str, key: str, served: Sequence[_Served], names: Mapping[int, 
 
 
 def _kept(state: State) -> State:
-    table, offset, lift = (None if each is None else each.detach().clone() for each in state[2:5])
-    return State(state.eps.detach().clone(), state.shape.detach().clone(), table, offset, lift, state.channel_dim)
+    return State._make(each.detach().clone() if isinstance(each, Tensor) else each for each in state)
 
 
 def _equal(one: State, other: State) -> bool:
-    return one.channel_dim == other.channel_dim and all(
-        (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
-        for a, b in zip(one[:5], other[:5], strict=True)
+    return all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b) and a == b
+        for a, b in zip(one, other, strict=True)
     )
 
 

@@ -194,11 +194,13 @@ def labelled(pair: Paired, main: str) -> str:
     return pair.arm if pair.reference == main else f"{pair.arm} (against {pair.reference})"
 
 
-def is_higher_better(metric: str) -> bool:
+def is_higher_better(metric: str, option: str = "metric", mend: str = "Write higher_is_better: true or false.") -> bool:
     """Return the direction of a metric: `test_accuracy` and `r2` upwards, `val_loss` and `bits_per_byte` downwards.
 
     Args:
         metric: a name whose parts, between `_`, `/`, `-`, `.` or blanks, are looked at from the last one on.
+        option: what it was given as.
+        mend: what to do where the name tells nothing.
 
     Returns:
         Whether higher is better.
@@ -210,8 +212,7 @@ def is_higher_better(metric: str) -> bool:
     for word in reversed(words):
         if word in _HIGHER or word in _LOWER:
             return word in _HIGHER
-    mend = "Write higher_is_better: true or false."
-    raise ConfigError("metric", metric, "does not tell by its name whether higher is better", mend)
+    raise ConfigError(option, metric, "does not tell by its name whether higher is better", mend)
 
 
 def interval(differences: Sequence[float], level: float = 1 - ALPHA) -> tuple[float, float]:

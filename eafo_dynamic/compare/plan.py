@@ -308,10 +308,7 @@ def _selected(given: Any) -> str | None:
         return None
     if not isinstance(given, str):
         raise ConfigError("select", given, "is no name of a metric", mend)
-    try:
-        is_higher_better(given)
-    except ConfigError:
-        raise ConfigError("select", given, "does not tell by its name whether higher is better", mend) from None
+    is_higher_better(given, "select", mend)
     return given
 
 

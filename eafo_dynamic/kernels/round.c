@@ -79,7 +79,8 @@ int eafo_dead(const float *x, const float *unit, int shared, int64_t sites, int6
               float *out) {
     int refused = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) reduction(+ : refused)
-    for (int64_t s = 0; s < sites; s++) refused += !dead_share(x + s * n, shared ? unit : unit + s * n, n, per_unit, out + s);
+    for (int64_t s = 0; s < sites; s++)
+        refused += !dead_share(x + s * n, shared ? unit : unit + s * n, n, per_unit, out + s);
     return refused;
 }
 
