@@ -30,6 +30,7 @@ from eafo_dynamic.functional import (
 from eafo_dynamic.hosting import ENTRY_POINTS
 from eafo_dynamic.kernels import describe, is_correctable, size_of
 from eafo_dynamic.lineage import LAYERS, Lineage
+from eafo_dynamic.places import chain
 from eafo_dynamic.probe import structural_copy
 from eafo_dynamic.recompute import foreign_function
 from eafo_dynamic.standalone import CorrectedActivation
@@ -168,9 +169,7 @@ class _Listener(TorchFunctionMode):
         value = values[0] if len(values) == 1 else values
         if is_correctable(value):
             inplace, dim = bool(getattr(module, "inplace", False)), channel_dim(value)
-            call = Call(name, self.path(), size_of(value), inplace=inplace, channel_dim=dim)
-            self.trace.calls.append(call)
-            return call
+            return self._noted(Call(name, self.path(), size_of(value), inplace=inplace, channel_dim=dim))
         self.trace.refused[name] = describe(value)
         if len(values) != 1:
             self.trace.crowded.add(name)
@@ -208,6 +207,11 @@ class _Listener(TorchFunctionMode):
             call.role, call.reason = "gate", "transforms a parameter"
         call.refusal = _unknown_to_backward()
         running.made[id(out)] = (out, call)
+        return self._noted(call)
+
+    def _noted(self, call: Call) -> Call:
+        places = chain(sys._getframe(2), _ENTRIES, _traced.__code__)
+        call.places = places[1:] if call.function is None else places  # an activation's own forward is not in the path
         self.trace.calls.append(call)
         return call
 
@@ -223,7 +227,7 @@ class _Listener(TorchFunctionMode):
             parameters: dict[str, object] = {"expression": made.node, "constants": values}
             call = Call(running.frame.module, self.path(), size_of(out), WRITTEN, parameters)
             call.channel_dim, call.refusal = channel_dim(made.root), _unknown_to_backward()
-            self.trace.calls.append(call)
+            self._noted(call)
             for inner in _calls_inside(running, made):
                 inner.role, inner.reason = "part", "part of a written-out activation"
         name = getattr(func, "__name__", "")
@@ -246,6 +250,7 @@ class _Listener(TorchFunctionMode):
                 call.role, call.reason = "unknown", SOFT_CAP
 
 
+_ENTRIES = (_Listener.forward.__code__, _Listener.step.__code__)
 _CONTROL_FLOW = ("cond", "while_loop", "map_impl", "scan", "associative_scan")
 
 

@@ -7,6 +7,7 @@ of them is corrected; a module called from there shields its own code with a fra
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator
@@ -23,7 +24,8 @@ from eafo_dynamic.activation import Site
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.functional import function_name, in_compiled_graph, is_inplace, with_input_first
 from eafo_dynamic.kernels import is_correctable, known_function
-from eafo_dynamic.recompute import current_hooks, region_since, replace_recomputation
+from eafo_dynamic.places import Calls, Places
+from eafo_dynamic.recompute import check_compiled_part, current_hooks, region_since, replace_recomputation
 from eafo_dynamic.written import Node, Tracker
 
 __all__ = [
@@ -45,19 +47,20 @@ class Owner(Protocol):
     eafo_sites: list[Site]
     eafo_name: str
     eafo_routes: dict[str, list[Site | None]]
+    eafo_places: dict[str, Places]
     eafo_functions: frozenset[str]
     eafo_written: frozenset[Node]
 
 
 class _Frame:
-    """One running forward of an owner: how often it has called each of its shared activations and functions."""
+    """One running forward of an owner: which of its shared activations and functions it has called, and how often."""
 
-    __slots__ = ("counts", "depth", "grad", "hooks", "is_forward", "mode", "owner", "task", "tracker")
+    __slots__ = ("calls", "depth", "grad", "hooks", "is_forward", "mode", "owner", "task", "tracker")
 
-    def __init__(self, owner: Owner, is_forward: bool = True, counts: dict[str, int] | None = None) -> None:
+    def __init__(self, owner: Owner, is_forward: bool = True, recomputes: Calls | None = None) -> None:
         self.owner = owner
         self.is_forward = is_forward
-        self.counts: dict[str, int] = {} if counts is None else counts
+        self.calls = Calls(recomputes)
         self.depth = len(STACK.frames) + 1
         self.mode: TorchFunctionMode | None = None
         self.tracker = Tracker(owner.eafo_written) if owner.eafo_written else None
@@ -94,8 +97,9 @@ def in_backward() -> bool:
 def route(key: str) -> tuple[Owner | None, Site | None]:
     """The site of the coming call of a shared activation or function, by the innermost owner that knows it.
 
-    A call beyond those discovered (a longer loop than in the example) belongs to the last site; a call from outside any
-    owner (a part of the model run on its own) is not corrected.
+    Where the calls are made in the code tells them apart, else their order. A call beyond those discovered (a longer
+    loop than in the example) belongs to the last site; a call from outside any owner (a part of the model run on its
+    own) is not corrected.
 
     Returns:
         The owner and the site; None where the call is left alone.
@@ -115,11 +119,15 @@ def route(key: str) -> tuple[Owner | None, Site | None]:
     if counting is not None:
         owner = counting.owner
         routes = owner.eafo_routes[key]
-        k = counting.counts.get(key, 0)
-        site = routes[min(k, len(routes) - 1)]
-        if not is_compiling():
+        calls = counting.calls
+        count = calls.counts.get(key, 0)
+        if is_compiling():
+            site = routes[min(count, len(routes) - 1)]
+        else:
+            call = calls.which(key, owner.eafo_places.get(key), sys._getframe(1))
+            site = routes[min(call, len(routes) - 1)]
             _follow_recomputation(counting, site)
-        counting.counts[key] = k + 1
+        calls.counts[key] = count + 1
         return owner, site
     if task != -1:
         raise SiteError(
@@ -141,7 +149,7 @@ def _follow_recomputation(frame: _Frame, site: Site | None) -> None:
         return
     region.eafo_followed = True
     outside = [each for each in STACK.frames if region_since(each.hooks, each.grad) is region]
-    kept = [(each.owner, each.is_forward, dict(each.counts)) for each in outside]
+    kept = [(each.owner, each.is_forward, Calls(each.calls)) for each in outside]
 
     def around(recompute: Callable[..., Any]) -> Callable[..., Any]:
         def again(*args: Any, **kwargs: Any) -> Any:
@@ -154,12 +162,12 @@ def _follow_recomputation(frame: _Frame, site: Site | None) -> None:
 
 
 @contextmanager
-def _opened(kept: list[tuple[Owner, bool, dict[str, int]]]) -> Generator[None]:
+def _opened(kept: list[tuple[Owner, bool, Calls]]) -> Generator[None]:
     """Opens copies of frames that have ended, the innermost last."""
     frames = STACK.frames
     before = len(frames)
-    for owner, is_forward, counts in kept:
-        frames.append(_Frame(owner, is_forward, dict(counts)))
+    for owner, is_forward, calls in kept:
+        frames.append(_Frame(owner, is_forward, calls))
     try:
         if frames[-1].owner.eafo_functions:
             frames[-1].mode = mode = _FunctionMode(frames[-1])
@@ -168,6 +176,7 @@ def _opened(kept: list[tuple[Owner, bool, dict[str, int]]]) -> Generator[None]:
         else:
             yield
     finally:
+        frames[-1].mode = None  # see close_frame
         del frames[before:]
 
 
@@ -189,7 +198,7 @@ class _FunctionMode(TorchFunctionMode):
         if func is checkpoint and is_compiling():
             # the compiler alone shows this call to modes, and would run what it is given without them
             if kwargs.get("use_reentrant") is not False and not isinstance(args[0], nn.Module):
-                _check_part(frame.owner.eafo_name)
+                check_compiled_part(frame.owner.eafo_name)
             return func(self.around(args[0]), *args[1:], **kwargs)
         name = function_name(func)
         if name is None or name not in frame.owner.eafo_functions or not args or kwargs.get("out") is not None:
@@ -235,19 +244,6 @@ def refuse_symbols(value: object, host: Owner) -> None:
             f"{host.eafo_name or 'the model'}: torch.fx traces the plain activations only. Trace "
             "merge(model, example_input), which has the corrections in it, or take torch.export."
         )
-
-
-def _check_part(owner: str) -> None:
-    """Refuses, while the compiler is at work, a part whose recomputation would find no frame."""
-    flag = "skip_fwd_side_effects_in_bwd_under_checkpoint"
-    if not getattr(cast(Any, torch)._dynamo.config, flag, False):
-        raise SiteError(
-            f"{owner or 'the model'}: torch.compile cannot follow a part of its forward that is checkpointed with "
-            f"use_reentrant=True. Checkpoint with use_reentrant=False, or set torch._dynamo.config.{flag} = True."
-        )
-
-
-vars(_check_part)["_dynamo_marked_constant"] = True  # assume_constant_result without importing the compiler
 
 
 def _call_function(caller: Owner, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -313,21 +309,22 @@ def close_frame(outer: TorchFunctionMode | None) -> None:
         outer: from ``open_frame``.
     """
     frame = STACK.frames.pop()
+    frame.mode = None  # the two would keep each other, and the tensors that were followed, until garbage is collected
     if outer is not None:
         _push_mode(outer)
-    if not is_compiling() and frame.counts and not frame.owner.eafo_name:
+    if not is_compiling() and frame.calls.guessed and not frame.owner.eafo_name:
         _tell_of_parts(frame)
 
 
 def _tell_of_parts(frame: _Frame) -> None:
-    """Warns where a whole model, not in training, makes fewer of its calls: they may be others than the first."""
+    """Warns where a whole model, not in training, makes fewer of its calls and their places tell nothing."""
     if cast(Any, frame.owner).training:
         return
-    for key, routes in frame.owner.eafo_routes.items():
-        count = frame.counts.get(key, 0)
-        if 0 < count < len(routes):
+    for key in sorted(frame.calls.guessed):
+        count, most = frame.calls.counts[key], len(frame.owner.eafo_routes[key])
+        if count < most:
             warnings.warn(
-                f"EAFO: {key.lstrip(':')} is called {count} times where training calls it {len(routes)} times, and "
+                f"EAFO: {key.lstrip(':')} is called {count} times where training calls it {most} times, and "
                 f"gets the corrections of the first {count}. If these are other calls, as where a part of the model "
                 "runs alone, give every call an activation module of its own.",
                 stacklevel=4,

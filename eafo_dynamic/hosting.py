@@ -31,6 +31,7 @@ from eafo_dynamic.frames import (
 )
 from eafo_dynamic.functional import unbound
 from eafo_dynamic.kernels import is_correctable, known_module, prepare
+from eafo_dynamic.places import Places
 from eafo_dynamic.written import Node
 
 __all__ = ["ACTIVATION", "ENTRY_POINTS", "OWNER", "Hosting", "become", "is_activation", "plain_view", "revert"]
@@ -41,7 +42,10 @@ ENTRY_POINTS = ("forward", "training_step", "validation_step", "test_step", "pre
 # their backward in place starts from the result, which differs in the last bit from one that starts from the input
 _SLOPE_BY_RESULT = (nn.ELU, nn.CELU, nn.SELU)
 _HALF = (torch.float16, torch.bfloat16)
-_STATE = ("eafo_sites", "eafo_name", "eafo_shared", "eafo_routes", "eafo_functions", "eafo_uncompiled", "eafo_written")
+_STATE = (
+    "eafo_sites", "eafo_name", "eafo_shared", "eafo_routes", "eafo_places", "eafo_functions", "eafo_uncompiled",
+    "eafo_written",
+)  # fmt: skip
 
 
 class Hosting:
@@ -55,6 +59,7 @@ class Hosting:
         eafo_shared: of an activation: whether owners host its sites.
         eafo_routes: of an owner: for each of its activations and functions, the sites of call 0, 1, ...;
             None for a call that is left alone.
+        eafo_places: of an owner: where in the code it makes those calls.
         eafo_functions: of an owner: names of the functions that its own code calls and a site corrects.
         eafo_uncompiled: of an owner: those of its functions that torch.compile would not show.
         eafo_written: of an owner: expressions that written-out activations of its own code consist of.
@@ -66,6 +71,7 @@ class Hosting:
     eafo_name: str
     eafo_shared: bool
     eafo_routes: dict[str, list[Site | None]]
+    eafo_places: dict[str, Places]
     eafo_functions: frozenset[str]
     eafo_uncompiled: frozenset[str]
     eafo_written: frozenset[Node]
@@ -260,7 +266,8 @@ def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
     """
     body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     # defaults for instances that user code makes of the class, as slicing an nn.Sequential does
-    body.update(eafo_class=cls, eafo_kind=kind, eafo_sites=[], eafo_routes={}, eafo_name="", eafo_shared=True)
+    body.update(eafo_class=cls, eafo_kind=kind, eafo_sites=[], eafo_routes={}, eafo_places={}, eafo_name="")
+    body.update(eafo_shared=True)
     body.update(eafo_functions=frozenset(), eafo_uncompiled=frozenset(), eafo_written=frozenset())
     if kind == ACTIVATION:
         return _derived(cls.__name__, (_Activation, cls), body)
@@ -341,7 +348,7 @@ def become(module: nn.Module, kind: str, name: str) -> Hosting:
             cast(Any, module).__class__ = _class_for(cast(nn.Module, module), kind)
     else:
         module.__class__ = _class_for(module, kind)
-        vars(module).update(eafo_sites=[], eafo_name=name, eafo_routes={}, eafo_shared=False)
+        vars(module).update(eafo_sites=[], eafo_name=name, eafo_routes={}, eafo_places={}, eafo_shared=False)
     return cast(Hosting, module)
 
 

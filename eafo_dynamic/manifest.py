@@ -29,7 +29,7 @@ __all__ = [
     "wrap_from_manifest",
 ]
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2  # 2 adds places
 
 _FORM = ("tabulated", "per_channel", "compounding", "free")
 _DAMAGED = "the checkpoint's list of sites is damaged, or of another version"

@@ -15,7 +15,7 @@ from torch.utils import checkpoint as _checkpoint
 
 from eafo_dynamic.errors import SiteError
 
-__all__ = ["current_hooks", "foreign_function", "region_since", "replace_recomputation"]
+__all__ = ["check_compiled_part", "current_hooks", "foreign_function", "region_since", "replace_recomputation"]
 
 _REENTRANT = _checkpoint.CheckpointFunction.forward.__code__
 _TOP_HOOKS = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks
@@ -106,3 +106,23 @@ def replace_recomputation(region: Any, around: Callable[[Callable[..., Any]], Ca
         f"activation checkpointing of torch {torch.__version__} cannot be followed inside a module's forward. "
         "Checkpoint whole modules, or exclude the activations inside."
     )
+
+
+def check_compiled_part(owner: str) -> None:
+    """Refuses, while the compiler is at work, a part whose recomputation would find no frame.
+
+    Args:
+        owner: name of the module whose forward it is a part of.
+
+    Raises:
+        SiteError: unless torch is told to make the frames again.
+    """
+    flag = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    if not getattr(cast(Any, torch)._dynamo.config, flag, False):
+        raise SiteError(
+            f"{owner or 'the model'}: torch.compile cannot follow a part of its forward that is checkpointed with "
+            f"use_reentrant=True. Checkpoint with use_reentrant=False, or set torch._dynamo.config.{flag} = True."
+        )
+
+
+vars(check_compiled_part)["_dynamo_marked_constant"] = True  # assume_constant_result without importing the compiler

@@ -43,6 +43,7 @@ class FoundSite:
         channel_dim: dimension of the channels, by the layer before the call: 1 after a convolution or batch norm, -1
             after a Linear or layer norm; None where it is not known, which means 1 with four dimensions or more and the
             last one otherwise.
+        places: where in the code the call is made, if the owner makes several; see ``places``.
     """
 
     name: str
@@ -62,6 +63,7 @@ class FoundSite:
     guarded: tuple[str, ...] = ()
     hidden_from_compiler: bool = False
     channel_dim: int | None = None
+    places: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:

@@ -276,6 +276,8 @@ class _Naming:
             k = counts[frame.module, frame.instance, site.key]
             counts[frame.module, frame.instance, site.key] += 1
             site = replace(site, owner=frame.module, call=k, shape=call.shape[1:], channel_dim=call.channel_dim)
+            inside = call.places[: len(call.path) - call.path.index(frame)]
+            site = replace(site, places=tuple(place for places in inside for place in places))
             if frame.instance == 0 and site.parameters is None:
                 outside.add(site.module)
             elif frame.instance == 0:
@@ -296,7 +298,8 @@ class _Naming:
                 site = replace(site, name=self._local(site.module, site.owner or ""), kind="shared")
             if site.call < MAX_CALLS:
                 total = min(calls[site.owner, site.key], MAX_CALLS) if site.owner is not None else 1
-                distinct.setdefault((site.owner, site.key, site.call), replace(site, calls=total))
+                site = replace(site, calls=total, places=site.places if total > 1 else ())
+                distinct.setdefault((site.owner, site.key, site.call), site)
         return _numbered(list(distinct.values()))
 
     def _function_site(self, call: Call) -> FoundSite:

@@ -21,6 +21,7 @@ from eafo_dynamic.functional import function_base
 from eafo_dynamic.hosting import ACTIVATION, OWNER, Hosting, become, plain_view, revert
 from eafo_dynamic.kernels import Backend, prepare
 from eafo_dynamic.listener import forget_sites
+from eafo_dynamic.places import Places
 from eafo_dynamic.sites import FoundSite, SiteReport, find_sites
 from eafo_dynamic.statistics import Collector
 from eafo_dynamic.written import WRITTEN, parts, written_node
@@ -175,8 +176,9 @@ def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> 
     site.register(host, as_base(site_source(model, site)), form, channels, _device(model, found))
     owner.eafo_sites.append(site)
     if found.owner is not None:
-        routes = owner.eafo_routes.setdefault(key, [None] * max(found.calls, found.call + 1))
-        routes[found.call] = site
+        count = max(found.calls, found.call + 1)
+        owner.eafo_routes.setdefault(key, [None] * count)[found.call] = site
+        owner.eafo_places.setdefault(key, Places(count)).put(found.call, found.places)
     return host, site
 
 

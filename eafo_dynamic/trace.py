@@ -41,6 +41,7 @@ class Call:
         role: hidden, gate, loss or unknown.
         reason: why it is not hidden.
         refusal: why it cannot be corrected, whatever its role.
+        places: where in the code it is made, innermost first, a list for each forward of the path.
     """
 
     module: str
@@ -54,6 +55,7 @@ class Call:
     role: str = "hidden"
     reason: str = ""
     refusal: str = ""
+    places: list[list[str]] = field(default_factory=list)
 
 
 @dataclass

@@ -1,0 +1,177 @@
+"""Where in the code a call is made, which tells the calls of one function apart also where only some of them run.
+
+A *chain* has the place of the call in the innermost function of the user's code, then the place where that function is
+called, and so on outwards. A place is a function's name, a line counted from its first one and a column: it survives
+changes of other functions.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Sequence
+from itertools import islice
+from types import CodeType, FrameType
+
+import torch
+
+__all__ = ["Node", "Places", "chain"]
+
+_HERE = os.path.dirname(__file__)
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+_MOST_KNOWN = 1 << 14
+
+_known: dict[tuple[int, int], tuple[CodeType, str]] = {}  # the code is kept, so that no number is given twice
+
+
+def _place(frame: FrameType) -> str:
+    """The place at which a function of the user's code is; empty for code of torch and of this package's machinery."""
+    code, at = frame.f_code, frame.f_lasti
+    known = _known.get((id(code), at))
+    if known is None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        known = _known[id(code), at] = code, _text(code, at)
+    return known[1]
+
+
+def _text(code: CodeType, at: int) -> str:
+    if code.co_filename.startswith(_TORCH) or os.path.dirname(code.co_filename) == _HERE:
+        return ""
+    if sys.version_info >= (3, 11):
+        line, _, column, _ = next(islice(code.co_positions(), at // 2, None))
+        return f"{code.co_qualname}+{(line or code.co_firstlineno) - code.co_firstlineno}:{column}"
+    start, line = next((start, line) for start, end, line in code.co_lines() if start <= at < end)
+    return f"{code.co_name}+{(line or code.co_firstlineno) - code.co_firstlineno}:{at - start}"
+
+
+def chain(frame: FrameType | None, entries: Collection[CodeType], outermost: CodeType) -> list[list[str]]:
+    """The places from a call outwards, in pieces.
+
+    Args:
+        frame: where the call is made.
+        entries: of functions at which a piece ends, because they enter a module.
+        outermost: of the function at which the last piece ends.
+
+    Returns:
+        The places in the user's code, innermost first.
+    """
+    pieces: list[list[str]] = [[]]
+    while frame is not None and frame.f_code is not outermost:
+        if frame.f_code in entries:
+            pieces.append([])
+        elif place := _place(frame):
+            pieces[-1].append(place)
+        frame = frame.f_back
+    return pieces
+
+
+class Node:
+    """Calls whose chains are the same up to here.
+
+    Args:
+        calls: their numbers, in their order.
+        chains: of all calls.
+        depth: how many places they share.
+    """
+
+    __slots__ = ("calls", "nodes")
+
+    def __init__(self, calls: Sequence[int], chains: Sequence[tuple[str, ...]], depth: int = 0) -> None:
+        self.calls = calls
+        self.nodes: dict[str, Node] = {}
+        if len({chains[call][depth:] for call in calls}) > 1:
+            for place in {chains[call][depth] for call in calls if len(chains[call]) > depth}:
+                same = [call for call in calls if chains[call][depth : depth + 1] == (place,)]
+                self.nodes[place] = Node(same, chains, depth + 1)
+
+
+class Places:
+    """The chains of all calls of one function or shared module in a forward of their owner.
+
+    Args:
+        calls: how many there are.
+    """
+
+    def __init__(self, calls: int) -> None:
+        self.chains: list[tuple[str, ...]] = [()] * calls
+        self._root: Node | None = None
+
+    def put(self, call: int, places: tuple[str, ...]) -> None:
+        """Takes in one call.
+
+        Args:
+            call: its number.
+            places: its chain; empty if it is not known.
+        """
+        self.chains[call] = places
+        self._root = None
+
+    def find(self, frame: FrameType | None) -> Node | None:
+        """The calls that a call from here may be one of, by as many places as it takes.
+
+        Args:
+            frame: where the call is made.
+
+        Returns:
+            They; None where the place tells nothing: no call is known to be made here, all are, or one's is unknown.
+        """
+        if self._root is None:
+            self._root = Node(range(len(self.chains)), self.chains if all(self.chains) else [()] * len(self.chains))
+        node = self._root
+        while node.nodes and frame is not None:
+            place = _place(frame)
+            if place:
+                inner = node.nodes.get(place)
+                if inner is None:
+                    break
+                node = inner
+            frame = frame.f_back
+        return None if node is self._root else node
+
+
+class Calls:
+    """Counts the calls that one running forward of an owner makes.
+
+    Args:
+        recomputes: the calls of a forward of which this one runs a part again, counted up to that part.
+
+    Attributes:
+        counts: how many calls there were of each function or shared module, by their keys.
+        guessed: keys of which a call was told by its order alone.
+    """
+
+    __slots__ = ("_again", "_at", "_made", "counts", "guessed")
+
+    def __init__(self, recomputes: Calls | None = None) -> None:
+        self.counts: dict[str, int] = {} if recomputes is None else dict(recomputes.counts)
+        self.guessed: set[str] = set()
+        self._made: dict[str, list[int]] = {} if recomputes is None else recomputes._made
+        self._at: dict[Node, int] = {}
+        self._again = recomputes is not None
+
+    def which(self, key: str, places: Places | None, frame: FrameType) -> int:
+        """Which call the coming one is: by its place, else by its order; again the same one in a recomputation.
+
+        Args:
+            key: what is called.
+            places: where the owner makes its calls of it.
+            frame: where the call is made.
+
+        Returns:
+            Its number; beyond the last one where the order goes on.
+        """
+        count = self.counts.get(key, 0)
+        made = self._made.setdefault(key, [])
+        if self._again:
+            return made[count] if count < len(made) else count
+        node = None if places is None or count >= len(places.chains) else places.find(frame)
+        if node is None:
+            call = count
+            self.guessed.add(key)
+        else:
+            at = self._at[node] = self._at.get(node, -1) + 1
+            call = node.calls[min(at, len(node.calls) - 1)]
+        made.extend(range(len(made), count))  # calls in graphs of torch.compile, which go by their order
+        made.append(call)
+        return call

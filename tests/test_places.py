@@ -1,0 +1,220 @@
+"""Calls of one function are told apart by their place in the code, also where only some of them run."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import pickle
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from eafo_dynamic.manifest import manifest, wrap_from_manifest
+from eafo_dynamic.selection import SiteReport
+from eafo_dynamic.sites import find_sites
+from eafo_dynamic.surgery import hosted_sites, unwrap, wrap
+
+
+def helper(x: Tensor) -> Tensor:
+    return F.relu(x)
+
+
+class Coder(nn.Module):
+    """Encoder and decoder in one module; either may run alone in predict_step, and so may early branches."""
+
+    def __init__(self, kind: str = "function") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(5))
+        self.act = nn.ReLU() if kind == "module" else F.relu
+        self.parts: Callable[..., Tensor] = lambda part, x: part(x)
+
+    def f(self, x: Tensor) -> Tensor:
+        return {"helper": helper, "method": lambda z: z.relu()}.get(self.kind, self.act)(x)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.f(self.layers[0](x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        for layer in self.layers[1:3]:
+            z = self.f(layer(z))
+        return self.f(self.layers[3](z)) + self.f(self.layers[4](z))
+
+    def forward(self, x: Tensor, encodes: bool = True) -> Tensor:
+        return self.parts(self.decode, self.parts(self.encode, x) if encodes else x)
+
+    def predict_step(self, z: Tensor) -> Tensor:
+        return self.decode(z)
+
+
+class Straight(Coder):
+    """The same, each call under a function of its own."""
+
+    def __init__(self, amplitudes: list[float]) -> None:
+        super().__init__()
+        self.amplitudes = amplitudes
+
+    def at(self, k: int, z: Tensor) -> Tensor:
+        return z.relu() + self.amplitudes[k] * z * torch.exp(-z * z / 2)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.at(0, self.layers[0](x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        z = self.at(2, self.layers[2](self.at(1, self.layers[1](z))))
+        return self.at(3, self.layers[3](z)) + self.at(4, self.layers[4](z))
+
+
+AMPLITUDES = [0.1, 0.2, 0.3, 0.4, -0.5]
+X = torch.linspace(-2, 2, 24).view(4, 6)
+
+
+def wrapped(kind: str = "function", change: Callable[[SiteReport], SiteReport] = lambda report: report) -> Coder:
+    model = Coder(kind)
+    wrap(model, change(find_sites(model, X)))
+    assert len(hosted_sites(model)) == 5
+    for (host, site), value in zip(hosted_sites(model), AMPLITUDES, strict=True):
+        nn.init.constant_(getattr(host, site.keys[0]), value)
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+KINDS = ["function", "helper", "module", "method"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_that_runs_alone_has_its_own_corrections(kind: str) -> None:
+    model, straight = wrapped(kind), Straight(AMPLITUDES)
+    torch.testing.assert_close(model(X), straight(X))
+    torch.testing.assert_close(model.predict_step(X), straight.decode(X))
+    torch.testing.assert_close(model(X, encodes=False), straight(X, encodes=False))
+    torch.testing.assert_close(model(X), straight(X))
+
+
+@pytest.mark.parametrize("way", ["manifest", "copy", "pickle"])
+def test_places_survive(way: str) -> None:
+    model = wrapped()
+    if way == "manifest":
+        saved = json.loads(json.dumps(manifest(find_sites(plain := Coder(), X))))
+        wrap_from_manifest(plain, saved)
+        plain.load_state_dict(model.state_dict())
+        model = plain.eval()
+    else:
+        model.parts = None  # type: ignore[assignment]  # a lambda cannot be pickled
+        model = copy.deepcopy(model) if way == "copy" else pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(model.predict_step(X), Straight(AMPLITUDES).decode(X))
+
+
+def test_an_old_manifest_has_no_places_and_the_order_decides_with_a_warning() -> None:
+    saved = manifest(find_sites(Coder(), X)) | {"manifest_version": 1}
+    for site in saved["sites"]:
+        del site["places"]
+    model = Coder()
+    wrap_from_manifest(model, saved)
+    model.load_state_dict(wrapped().state_dict())
+    torch.testing.assert_close(model(X), Straight(AMPLITUDES)(X))
+    straight = Straight([0.0, *AMPLITUDES])
+    with pytest.warns(UserWarning, match="called 4 times where training calls it 5 times"):
+        torch.testing.assert_close(model.eval().predict_step(X), straight.decode(X))
+
+
+def test_code_that_has_changed_since_goes_by_the_order() -> None:
+    def changed(report: SiteReport) -> SiteReport:
+        moved = [replace(s, places=tuple(f"Other.{place}" for place in s.places)) for s in report.sites]
+        return replace(report, sites=moved)
+
+    model = wrapped(change=changed)
+    torch.testing.assert_close(model(X), Straight(AMPLITUDES)(X))
+    with pytest.warns(UserWarning, match="gets the corrections of the first 4"):
+        model.predict_step(X)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("encodes", [True, False])
+def test_recomputation_finds_the_calls_of_the_forward(kind: str, encodes: bool, reentrant: bool) -> None:
+    model, straight = wrapped(kind).train(), Straight(AMPLITUDES)
+    model.parts = lambda part, x: checkpoint(part, x, use_reentrant=reentrant)
+    results: list[Any] = []
+    for each in (model, straight):
+        x = X.clone().requires_grad_()
+        each(x, encodes=encodes).square().sum().backward()
+        results.append([x.grad, *(layer.weight.grad for layer in each.layers)])
+    for one, two in zip(*results, strict=True):
+        assert (one is None) == (two is None)
+        if one is not None:
+            torch.testing.assert_close(one, two)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_equals_the_eager_one() -> None:
+    model = wrapped()
+    warnings.simplefilter("ignore")  # torch's own
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(X), model(X))
+
+
+def test_lambdas_on_one_line_have_places_of_their_own() -> None:
+    class Line(nn.Module):
+        def forward(self, x: Tensor, both: bool = True) -> Tensor:
+            one, two = (lambda z: F.relu(z), lambda z: F.relu(z - 1))
+            return (one(x) if both else 0) + two(x)
+
+    model = Line().eval()
+    wrap(model, find_sites(model, X))
+    for (host, site), value in zip(hosted_sites(model), (0.1, 0.7), strict=True):
+        nn.init.constant_(getattr(host, site.keys[0]), value)
+    z = X - 1
+    torch.testing.assert_close(model(X, both=False), z.relu() + 0.7 * z * torch.exp(-z * z / 2))
+
+
+def test_unwrapping_takes_the_places_away() -> None:
+    model = wrapped()
+    unwrap(model)
+    assert not [name for name in vars(model) if name.startswith("eafo")]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_nothing_of_a_forward_lives_on(checkpointed: bool) -> None:
+    """Not even until garbage is collected: written-out activations are followed by their tensors."""
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def part(self, x: Tensor) -> Tensor:
+            x = F.relu(self.layer(x))
+            alive.append(weakref.ref(x))
+            return x * torch.sigmoid(1.702 * x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.part, x, use_reentrant=False) if checkpointed else self.part(x)
+
+    model = Written()
+    wrap(model, find_sites(model, X))
+    alive.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        model(X).sum().backward()
+        assert len(alive) == 1 + checkpointed
+        assert not [each for each in alive if each() is not None]
+    finally:
+        gc.enable()
