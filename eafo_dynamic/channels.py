@@ -6,11 +6,14 @@ from typing import Any, cast
 
 from torch import Tensor
 
-__all__ = ["channel_dim", "mark_channels"]
+__all__ = ["CONVOLUTIONS", "channel_dim", "mark_channels"]
+
+CONVOLUTIONS = frozenset(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))
+"""Names of torch's functions."""
 
 _LAST = {"linear", "bilinear", "layer_norm", "rms_norm", "embedding", "addmm", "matmul", "__matmul"}
 _NORMS = {"batch_norm", "group_norm", "instance_norm"}
-_FIRST = {f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3)} | _NORMS
+_FIRST = CONVOLUTIONS | _NORMS
 _REORDERING = {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "__get"}
 
 

@@ -7,29 +7,27 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from eafo_dynamic.beneath import Kernels, uncompiled
 from eafo_dynamic.channels import channel_dim, mark_channels
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.functional import (
     function_name,
     hyper_parameters,
     is_hidden_from_compiler,
-    kernel_name,
     unbound,
     with_input_first,
 )
 from eafo_dynamic.hosting import ENTRY_POINTS
 from eafo_dynamic.kernels import describe, is_correctable, size_of
-from eafo_dynamic.lineage import LAYERS, Lineage
+from eafo_dynamic.lineage import Lineage, in_method, is_product
 from eafo_dynamic.places import chain
 from eafo_dynamic.probe import structural_copy
 from eafo_dynamic.recompute import foreign_function
@@ -93,7 +91,7 @@ class _Listener(TorchFunctionMode):
         if name is not None and _is_pointwise_call(args, kwargs, out):
             call = self._note(running, func, name, args, kwargs, out)
         if self.lineage is not None:
-            self.lineage.step(getattr(func, "__name__", ""), args, kwargs, out, call)
+            self.lineage.step(func, args, kwargs, out, call)
         if isinstance(out, Tensor):
             self._follow(running, func, args, kwargs, out)
         return out
@@ -135,7 +133,7 @@ class _Listener(TorchFunctionMode):
         if noted is not None and isinstance(out, Tensor):
             running[-1].made[id(out)] = (out, noted)
             if self.lineage is not None:
-                self.lineage.step("", args, kwargs, out, noted)
+                self.lineage.step(None, args, kwargs, out, noted)
         return out
 
     def step(self, name: str, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -151,8 +149,10 @@ class _Listener(TorchFunctionMode):
         Returns:
             What it returns.
         """
-        self.lineage = self.lineage or Lineage()
-        return self._framed(name, False, self.here.running[-1].inside, call, args, kwargs)
+        self.lineage = self.lineage or Lineage(module)
+        out = self._framed(name, False, self.here.running[-1].inside, call, args, kwargs)
+        self.lineage.returned(out)
+        return out
 
     def _framed(self, name: str, is_forward: bool, inside: bool, call: Callable[..., Any], args: Any, kw: Any) -> Any:
         if not self.here.listening:  # modes are a thread's own
@@ -210,15 +210,18 @@ class _Listener(TorchFunctionMode):
         return self._noted(call)
 
     def _noted(self, call: Call) -> Call:
-        places = chain(sys._getframe(2), _ENTRIES, _traced.__code__)
-        call.places = places[1:] if call.function is None else places  # an activation's own forward is not in the path
+        here = sys._getframe(2)
+        if call.function is None:
+            here = here.f_back  # past the activation's own forward, which is not in the path
+        call.places = chain(here, _ENTRIES, _traced.__code__)
+        call.in_method = self.lineage is not None and in_method(here, _ENTRIES)
         self.trace.calls.append(call)
         return call
 
     def _follow(self, running: _Running, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
         tensors = [a for a in args if isinstance(a, Tensor)]
-        layer = getattr(func, "__name__", "") in LAYERS  # a network over learned queries has hidden activations
-        if tensors and not layer and all(running.is_constant(tensor) for tensor in tensors):
+        # a network over learned queries has hidden activations
+        if tensors and not is_product(func) and all(running.is_constant(tensor) for tensor in tensors):
             running.constants[id(out)] = out
         before = [running.tracker.find(tensor) for tensor in tensors]
         made = running.tracker.step(func, args, kwargs, out)
@@ -228,6 +231,8 @@ class _Listener(TorchFunctionMode):
             call = Call(running.frame.module, self.path(), size_of(out), WRITTEN, parameters)
             call.channel_dim, call.refusal = channel_dim(made.root), _unknown_to_backward()
             self._noted(call)
+            if self.lineage is not None:
+                self.lineage.made(out, call)
             for inner in _calls_inside(running, made):
                 inner.role, inner.reason = "part", "part of a written-out activation"
         name = getattr(func, "__name__", "")
@@ -251,26 +256,6 @@ class _Listener(TorchFunctionMode):
 
 
 _ENTRIES = (_Listener.forward.__code__, _Listener.step.__code__)
-_CONTROL_FLOW = ("cond", "while_loop", "map_impl", "scan", "associative_scan")
-
-
-class _Kernels(TorchDispatchMode):
-    """Sees what runs beneath the functions: scripted and C++ code calls kernels without them."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, listener: _Listener) -> None:
-        super().__init__()
-        self.listener = listener
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = kernel_name(func)
-        if name is not None and args and is_correctable(args[0]):
-            self.listener.hear_kernel(name, size_of(args[0]))
-        elif isinstance(func, HigherOrderOperator) and func.name() in _CONTROL_FLOW:
-            self.listener.hear_control_flow(func.name())
-        with torch._C.DisableTorchFunction():  # it has been shown, or is not to be
-            return func(*args, **(kwargs or {}))
 
 
 def _unknown_to_backward() -> str:
@@ -349,22 +334,17 @@ def _traced(model: nn.Module, activations: Mapping[str, str], run: Callable[[nn.
     listener = _Listener(activations)
     with structural_copy(model) as probe, torch.set_grad_enabled(grad):
         _listen(probe, listener)
-        with warnings.catch_warnings(), _uncompiled(), _Kernels(listener), listener:
+        with (
+            warnings.catch_warnings(),
+            uncompiled(),
+            Kernels(listener.hear_kernel, listener.hear_control_flow),
+            listener,
+        ):
             warnings.simplefilter("ignore")  # they concern the dry run (no gradient), or come again in training
             run(probe)
     if listener.lineage is not None:
         listener.lineage.judge(listener.trace, probe)
     return listener.trace
-
-
-@contextmanager
-def _uncompiled() -> Generator[None]:
-    """Compiled parts run as Python: a compiler would run the listening only once, and compile it."""
-    if not hasattr(torch.compiler, "set_stance"):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def _listen(probe: nn.Module, listener: _Listener) -> None:
