@@ -89,7 +89,8 @@ class Amplitudes:
             steps = {id(p) for group in groups for p in group["params"]}
             for (amplitude, policy), rise in zip(self._pairs(), gradient, strict=True):
                 # what another optimiser steps would get it twice
-                if policy.adds_gradient and (optimizer is None or id(amplitude) in steps):
+                mine = optimizer is None or id(amplitude) in steps
+                if policy.adds_gradient and mine and amplitude.requires_grad:
                     extra = (policy.adds_gradient * rise).to(amplitude.dtype).expand(amplitude.shape)
                     amplitude.grad = extra.clone() if amplitude.grad is None else amplitude.grad + extra
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from eafo_dynamic.activation import Site, describe_state
 from eafo_dynamic.bases import Base, as_base
+from eafo_dynamic.errors import SiteError
 from eafo_dynamic.kernels import RoundKernel
 from eafo_dynamic.stacked import Functions
 from eafo_dynamic.surgery import hosted_sites, site_source
@@ -48,6 +49,28 @@ class Bank:
     def sites(self) -> list[Site]:
         """The sites, in the order of the log."""
         return [site for _, site in self._hosted]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sites, in that order."""
+        return [site.name for site in self.sites]
+
+    def check_names(self, saved: list[str]) -> None:
+        """Checks that a checkpoint's sites are these.
+
+        Args:
+            saved: their names.
+
+        Raises:
+            SiteError: if they differ; the message lists them.
+        """
+        if self.names != saved:
+            missing = ", ".join(sorted(set(saved) - set(self.names))) or "none"
+            extra = ", ".join(sorted(set(self.names) - set(saved))) or "none"
+            raise SiteError(
+                f"the checkpoint's sites are not this model's: only in the checkpoint: {missing}; "
+                f"only in the model: {extra}. Use the same model and the same target_modules, exclude_modules."
+            )
 
     @property
     def eps(self) -> list[nn.Parameter]:

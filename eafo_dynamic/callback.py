@@ -31,7 +31,7 @@ from eafo_dynamic.policy import Policy, Rule
 from eafo_dynamic.records import CorrectionLog
 from eafo_dynamic.replicas import Replicas, check_strategy, everyones
 from eafo_dynamic.runlog import RunLog
-from eafo_dynamic.schedule import by_epochs
+from eafo_dynamic.schedule import Epochs
 from eafo_dynamic.showing import History, Reporter, announce
 from eafo_dynamic.sites import SiteReport
 from eafo_dynamic.surgery import is_wrapped, put_back, take_off
@@ -136,16 +136,19 @@ class EAFOCallback(Callback):
         verbose: bool = True,
     ) -> None:
         given = locals()
-        self.options = Options(**{each.name: given[each.name] for each in fields(Options)})
+        self._epochs: Epochs | None = None
         if update_every_n_epochs is not None:
-            at_least("update_every_n_epochs", update_every_n_epochs, 1)
+            self._epochs = Epochs(at_least("update_every_n_epochs", update_every_n_epochs, 1))
+            # until the training begins, and nobody has asked for it
+            given["update_every_n_steps"] = max(update_every_n_steps, collect_every_n_steps or 1)
         self.update_every_n_epochs = update_every_n_epochs
+        self.options = Options(**{each.name: given[each.name] for each in fields(Options)})
         check_group(lr, lr_multiple, weight_decay)
         self.lr, self.lr_multiple, self.weight_decay = lr, lr_multiple, weight_decay
         if log_figures and not save_log:
             raise ConfigError("log_figures", log_figures, "figures are drawn from the log", "Leave save_log=True.")
         self._reporter = Reporter(log_every_n_steps, log_sites or (), log_figures)
-        self.verbose = verbose
+        self.verbose = flag("verbose", verbose)
         self.controller: EAFOController | None = None
         self._log = RunLog(folder("dirpath", dirpath), flag("save_log", save_log))
         self._resumed: dict[str, Any] | None = None
@@ -246,6 +249,8 @@ class EAFOCallback(Callback):
             self._controller.collecting = False
             self._log.resumed(self._resumed.get("log"))
             self._late = self._resumed.get("late", False)
+            if self._epochs is not None:
+                self._epochs = Epochs(self._epochs.every, *self._resumed.get("epochs", ()))
             self._resumed = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -255,24 +260,21 @@ class EAFOCallback(Callback):
 
     def _align(self, trainer: Trainer) -> None:
         self._take_up()
-        if self._controller.pace.last > trainer.global_step:  # of an earlier fit
-            self._controller.restart()
-        self._controller.pace.last = trainer.global_step  # an earlier fit may have ended after this very step
-        self._count_epochs(trainer)
+        self._controller.begin(trainer.global_step)
+        if self._epochs is not None:
+            if self._epochs.began > trainer.global_step:  # of an earlier fit
+                self._epochs = Epochs(self._epochs.every, trainer.global_step)
+            promised = trainer.num_training_batches / trainer.accumulate_grad_batches
+            self._controller.reschedule(self._epochs.schedule(self.options.schedule, promised))
         self._log.align(trainer.global_step)
-
-    def _count_epochs(self, trainer: Trainer) -> None:
-        if self.update_every_n_epochs is not None:
-            length = trainer.num_training_batches, trainer.accumulate_grad_batches
-            schedule, stride = self.options.schedule, self._controller.pace.stride
-            self._controller.reschedule(by_epochs(schedule, self.update_every_n_epochs, *length, stride))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Finds the sites where they wait for a batch; lets the forwards leave samples when it is time."""
         if self._awaits_batch:
             self._find_in(batch, trainer, pl_module)
         self._take_up()
-        self._controller.expect(trainer.global_step)
+        due = self._epochs is not None and trainer.is_last_batch and self._epochs.due(trainer.current_epoch)
+        self._controller.expect(trainer.global_step, due)
 
     def _find_in(self, batch: Any, trainer: Trainer, pl_module: LightningModule) -> None:
         self._late = True
@@ -294,10 +296,10 @@ class EAFOCallback(Callback):
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             controller.observe_loss(loss)
-        stride = controller.pace.stride
-        rows = controller.step(step, trainer.current_epoch)
-        if controller.pace.stride != stride:
-            self._count_epochs(trainer)
+        due = None if self._epochs is None else trainer.is_last_batch and self._epochs.end(trainer.current_epoch, step)
+        rows = controller.step(step, trainer.current_epoch, due)
+        if self._epochs is not None and trainer.is_last_batch:
+            controller.reschedule(self._epochs.schedule(self.options.schedule))
         controller.collecting = False
         if self._log.write(step, rows, controller.rounds, controller.snapshot):
             self._reporter.send_figure(trainer, lambda: self.plot("functions"))
@@ -376,7 +378,8 @@ class EAFOCallback(Callback):
             return self._resumed  # a tuner keeps the state before the fit has taken it up
         if self.controller is None:
             return {}
-        return {**self.controller.state_dict(), "log": self._log.location, "late": self._late}
+        epochs = {} if self._epochs is None else {"epochs": [self._epochs.began, self._epochs.steps]}
+        return {**self.controller.state_dict(), "log": self._log.location, "late": self._late, **epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the restored state until the fit starts, when it is on the right device."""

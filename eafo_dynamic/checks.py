@@ -54,7 +54,7 @@ def number(option: str, value: object) -> float:
     Raises:
         ConfigError: if it is none.
     """
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise ConfigError(option, value, "not a number", "Give a number.")
     return float(value)
 
@@ -106,7 +106,9 @@ def not_negative(option: str, value: object, mend: str = "Give 0 or more.") -> f
         Traceback (most recent call last):
         eafo_dynamic.errors.ConfigError: lr_multiple=-1.0: must be a finite number and cannot be negative...
     """
-    if not isinstance(value, numbers.Real) or not 0.0 <= float(value) < math.inf:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ConfigError(option, value, "not a number", mend)
+    if not 0.0 <= float(value) < math.inf:
         raise ConfigError(option, value, "must be a finite number and cannot be negative", mend)
     return float(value)
 
@@ -134,13 +136,16 @@ def folder(option: str, value: object) -> Path | None:
     return None if value is None else Path(value)
 
 
-def at_least(option: str, value: int, least: int) -> None:
+def at_least(option: str, value: object, least: int) -> int:
     """Checks that an option is a whole number and large enough.
 
     Args:
         option: its name.
         value: what was given.
         least: smallest value allowed.
+
+    Returns:
+        The value.
 
     Raises:
         ConfigError: if it is not.
@@ -150,8 +155,12 @@ def at_least(option: str, value: int, least: int) -> None:
         Traceback (most recent call last):
         eafo_dynamic.errors.ConfigError: samples_per_site=4: must be at least 16...
     """
-    if not isinstance(value, numbers.Integral) or value < least:
-        raise ConfigError(option, value, f"must be at least {least}", f"Give a whole number of {least} or more.")
+    mend = f"Give a whole number of {least} or more."
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ConfigError(option, value, "not a whole number", mend)
+    if value < least:
+        raise ConfigError(option, value, f"must be at least {least}", mend)
+    return int(value)
 
 
 def fitting(saved: Tensor, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from eafo_dynamic.amplitudes import Amplitudes, assigned
 from eafo_dynamic.bank import Bank
 from eafo_dynamic.checks import fitting
 from eafo_dynamic.diagnostics import Record, describe_events, diagnostics, snapshot, to_rows
-from eafo_dynamic.errors import SiteError, legible
+from eafo_dynamic.errors import legible
 from eafo_dynamic.estimates import OutputEntropy, pooled
 from eafo_dynamic.kernels import Workspace, resolve_backend, round_kernel
 from eafo_dynamic.manifest import manifest
@@ -55,8 +55,7 @@ class EAFOController:
         pace: how many optimiser steps a batch takes.
 
     Raises:
-        SiteError: if the model has nothing to wrap.
-        PatternError: if a pattern matches nothing.
+        SiteError, PatternError: if the model has nothing to wrap, or a pattern matches nothing.
     """
 
     KEPT_RECORDS = 20_000
@@ -81,7 +80,7 @@ class EAFOController:
 
     @classmethod
     def attach(cls, model: nn.Module, *example_args: Any, **options: Any) -> EAFOController:
-        """Wraps a model and returns its controller; one that is wrapped already keeps the corrections it has learned.
+        """Wraps a model; one that is wrapped already keeps the corrections it has learned.
 
         Args:
             model: any module.
@@ -165,7 +164,7 @@ class EAFOController:
         Returns:
             One row a site, as the log keeps them; see ``diagnostics.snapshot``.
         """
-        return snapshot([site.name for site in self.bank.sites], self.bank.functions(), self._running.density)
+        return snapshot(self.bank.names, self.bank.functions(), self._running.density)
 
     def about(self) -> dict[str, Any]:
         """What the correction log's manifest says of this run.
@@ -190,13 +189,24 @@ class EAFOController:
         unwrap(self.model)
         return self.model
 
-    def restart(self) -> None:
-        """Forgets what belongs to a training that is over, for one that starts with the same corrections."""
-        self.bank.drain()
+    def begin(self, global_step: int = 0) -> None:
+        """Call where a training begins, if there was one before: nothing of it is mixed into this one.
+
+        Args:
+            global_step: optimiser steps taken so far.
+        """
+        if self.pace.last > global_step:
+            self.bank.drain()
+            self._forget()
+        self.pace.last = global_step
+        self.expect(global_step)
+
+    def _forget(self) -> None:
         self._losses = LossWatch(self.options.rollback_factor)
         self.pace, self._undo, self._gradient = Pace(), None, None
+        self._set_quota()
 
-    def step(self, global_step: int, epoch: int = 0) -> list[Record]:
+    def step(self, global_step: int, epoch: int = 0, due: bool | None = None) -> list[Record]:
         """Call after each optimiser step (or after each micro-batch: only a changed step counts).
 
         Keeps every eps in the trust region and runs an update round when the schedule says so.
@@ -204,29 +214,35 @@ class EAFOController:
         Args:
             global_step: optimiser steps taken so far.
             epoch: for the log.
+            due: whether it is time for a round; None: after every multiple of ``update_every_n_steps``.
 
         Returns:
             The rows of this update round; empty if there was none.
         """
         if global_step == self.pace.last:
-            return []
+            done = not due or (self.records and self.records[-1]["step"] == global_step)
+            return [] if done or not self.schedule.updates(global_step, due=due) else self.update(global_step, epoch)
+        if global_step < self.pace.last:  # another training
+            self._forget()
         stride, since = self.pace.stride, self.pace.advance(global_step)
         # a settled offset may take half of what the trust region allows, so that eps keeps room to move
         bound = self.trust_region.max_eps / 2 if self.options.compounding else self.trust_region.max_eps
         self.bank.bound(bound)
-        rows = self.update(global_step, epoch) if self.schedule.updates(global_step, since) else []
+        rows = self.update(global_step, epoch) if self.schedule.updates(global_step, since, due) else []
         if self.pace.stride != stride:
             self._set_quota()
         self.expect(global_step)
         return rows
 
-    def expect(self, global_step: int) -> None:
+    def expect(self, global_step: int, due: bool = False) -> None:
         """Lets the coming batch leave samples if the schedule says so; ``step`` does it too.
 
         Args:
             global_step: optimiser steps taken so far.
+            due: whether a round is due after that batch, whatever its number.
         """
-        self._switch.collecting = self.schedule.collects(global_step, self.pace.stride)
+        samples = self.schedule.collects(global_step, self.pace.stride, self.pace.overrun)
+        self._switch.collecting = samples or (due and self.schedule.updates(global_step + 1, due=True))
 
     def before_optimizer_step(self, global_step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Call between backward and the optimiser's step, for the policies and options that touch eps.grad.
@@ -235,7 +251,7 @@ class EAFOController:
 
         Args:
             global_step: optimiser steps taken so far.
-            optimizer: the one that is about to step, where there are several; None: all.
+            optimizer: the one that is about to step; None: all.
         """
         self._amplitudes.before_step(self.schedule.frozen(global_step + 1), self._gradient, optimizer)
 
@@ -272,11 +288,11 @@ class EAFOController:
 
         jumped = self._losses.jumped(losses)  # every round: what is before it and what after must not mix
         undo = self._undo if jumped else None
-        if undo is not None:
+        if undo is None:
+            wanted = self._wanted(old, samples, stats, usable)
+        else:
             trained = [policy.trains_eps for policy in self.policies]
             wanted = reverted(old, undo, torch.tensor(trained, device=old.eps.device))
-        else:
-            wanted = self._wanted(old, samples, stats, usable)
         new, fraction = bounded_move(old, wanted, self.trust_region)
         self.bank.commit(old, new)
         self._undo = None if undo is not None or self.options.rollback_factor is None else old
@@ -292,10 +308,9 @@ class EAFOController:
         columns.update(dead_fraction=dead, n_nonfinite=nonfinite)
         self._eps_before, self._lift_before = new.eps, new.lift
         events = describe_events(stats.n, usable, fraction, undo is not None, nonfinite, broken, passed_over)
-        heads: list[Record] = [{"step": step, "epoch": epoch, "site": site.name} for site in self.bank.sites]
+        heads: list[Record] = [{"step": step, "epoch": epoch, "site": name} for name in self.bank.names]
         tails = [{"policy": policy.name, "event": event} for policy, event in zip(self.policies, events, strict=True)]
-        rows = to_rows(heads, columns, tails)
-        self.records.extend(rows)
+        self.records.extend(rows := to_rows(heads, columns, tails))
         return rows
 
     def _wanted(self, old: Functions, samples: Tensor, stats: Moments, usable: Tensor) -> Functions:
@@ -305,18 +320,23 @@ class EAFOController:
         wanted = replace(old, eps=self._moved(old.eps, by_eps, usable))
         if old.lift is not None:
             wanted = replace(wanted, lift=self._moved(old.lift, by_lift[0], usable))
-        follows = usable & self._amplitudes.follows.to(usable.device)
         if not self._amplitudes.follows.any():
             return wanted
+        follows = usable & self._amplitudes.follows.to(usable.device)
         density = self._running.follow(samples, usable, stats)
         if self.options.compounding:
             return compounded(wanted, density, follows, self.options.resolution, self.trust_region.max_eps / 2)
         return refreshed(wanted, density, follows, self.options.resolution)
 
     def _moved(self, amplitudes: Tensor, gradient: Tensor, usable: Tensor) -> Tensor:
-        """Where the policies want amplitudes to be, shape [S]."""
-        moved = self._amplitudes.moved(amplitudes, gradient)
-        return torch.where(usable, self.trust_region.clamp(moved), amplitudes)
+        return torch.where(usable, self.trust_region.clamp(self._amplitudes.moved(amplitudes, gradient)), amplitudes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "collects": self.collecting}  # a copy of the model alone collects nothing
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.collecting = vars(self).pop("collects")
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on where training stopped; tensors and primitives only.
@@ -328,7 +348,8 @@ class EAFOController:
             "rounds": self.rounds,
             "last_step": self.pace.last,
             "stride": self.pace.stride,
-            "sites": [site.name for site in self.bank.sites],
+            "overrun": self.pace.overrun,
+            "sites": self.bank.names,
             "running": self._running.state_dict(),
             "gradient": self._gradient,
             "eps_before": self._eps_before,
@@ -359,29 +380,20 @@ class EAFOController:
         Raises:
             SiteError: if it is no such state, or the sites differ; the message lists them.
         """
-        names, saved = [site.name for site in self.bank.sites], list(state["sites"])
-        if names != saved:
-            missing = ", ".join(sorted(set(saved) - set(names))) or "none"
-            extra = ", ".join(sorted(set(names) - set(saved))) or "none"
-            raise SiteError(
-                f"the checkpoint's sites are not this model's: only in the checkpoint: {missing}; "
-                f"only in the model: {extra}. Use the same model and the same target_modules, exclude_modules."
-            )
-        self.rounds, self.pace = int(state["rounds"]), Pace(int(state["last_step"]), int(state.get("stride", 1)))
+        self.bank.check_names(list(state["sites"]))
+        self.rounds = int(state["rounds"])
+        self.pace = Pace(*map(int, (state["last_step"], state.get("stride", 1), state.get("overrun", 0))))
         now = self.bank.functions()
         self._eps_before = fitting(state["eps_before"], now.eps)
         self._lift_before = None if now.lift is None else fitting(state["lift_before"], now.lift)
         both = now.eps if now.lift is None else torch.cat([now.eps, now.lift])
         self._gradient = None if state["gradient"] is None else fitting(state["gradient"], both)
         self._running.load_state_dict(state["running"], now.eps)
-        self._undo = None
-        if state["undo"] is not None:
-            before = {name: fitting(value, getattr(now, name)) for name, value in state["undo"].items()}
-            self._undo = replace(now, **before)
+        before = {name: fitting(value, getattr(now, name)) for name, value in (state["undo"] or {}).items()}
+        self._undo = replace(now, **before) if before else None
         self._losses.load_state_dict(state["losses"])
         # whether there are as many ranks now as there were or not, all that they had seen is shared out
-        rank = torch.distributed.get_rank() if world_size() > 1 else 0
-        mine = (state["ranks"] or [])[rank :: world_size()]
+        mine = (state["ranks"] or [])[torch.distributed.get_rank() if world_size() > 1 else 0 :: world_size()]
         self.bank.restore_pending([each["pending"] for each in mine])
         self._losses.load_own_states([each["losses"] for each in mine])
         self._set_quota()

@@ -302,17 +302,18 @@ def open_frame(owner: Owner, is_forward: bool = True) -> TorchFunctionMode | Non
     return outer if off else None
 
 
-def close_frame(outer: TorchFunctionMode | None) -> None:
+def close_frame(outer: TorchFunctionMode | None, ended: bool = False) -> None:
     """Takes the top frame off, and switches the caller's mode on again.
 
     Args:
         outer: from ``open_frame``.
+        ended: whether the entry point has come to its end, and made all its calls.
     """
     frame = STACK.frames.pop()
     frame.mode = None  # the two would keep each other, and the tensors that were followed, until garbage is collected
     if outer is not None:
         _push_mode(outer)
-    if not is_compiling() and frame.calls.guessed and not frame.owner.eafo_name:
+    if ended and frame.calls.guessed and not frame.owner.eafo_name:
         _tell_of_parts(frame)
 
 
@@ -321,12 +322,12 @@ def _tell_of_parts(frame: _Frame) -> None:
     if cast(Any, frame.owner).training:
         return
     for key in sorted(frame.calls.guessed):
-        count, most = frame.calls.counts[key], len(frame.owner.eafo_routes[key])
-        if count < most:
+        most = len(frame.owner.eafo_routes[key])
+        if frame.calls.counts[key] < most:
             warnings.warn(
-                f"EAFO: {key.lstrip(':')} is called {count} times where training calls it {most} times, and "
-                f"gets the corrections of the first {count}. If these are other calls, as where a part of the model "
-                "runs alone, give every call an activation module of its own.",
+                f"EAFO: {key.lstrip(':')} is called less often than in training, which calls it {most} times, at "
+                "places in the code not known from there: the calls get the corrections of the first ones. If these "
+                "are other calls, as where a part of the model runs alone, give each an activation module of its own.",
                 stacklevel=4,
             )
 

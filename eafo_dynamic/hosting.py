@@ -193,14 +193,17 @@ def _counted(method: Callable[..., Any], is_forward: bool) -> Callable[..., Any]
         if self.eafo_sites and not idle:  # in a graph nobody would open frames, and its activations would be plain
             refuse_symbols(args[0] if args else next(iter(kwargs.values()), None), self)
         # as entered does, but all in one function: recursive models need the depth of Python's stack
-        outer = open_frame(self, is_forward)
+        outer, ended = open_frame(self, is_forward), False
         try:
-            if not functions:
-                return method(self, *args, **kwargs)
-            with function_mode():
-                return method(self, *args, **kwargs)
+            if functions:
+                with function_mode():
+                    result = method(self, *args, **kwargs)
+            else:
+                result = method(self, *args, **kwargs)
+            ended = True
         finally:
-            close_frame(outer)
+            close_frame(outer, ended)
+        return result
 
     return entry
 

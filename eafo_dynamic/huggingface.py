@@ -96,6 +96,7 @@ class EAFOTrainerCallback(TrainerCallback):
             self._writer = LogWriter(Path(args.output_dir) / "eafo", controller.about())
         if state.global_step:
             self._resume(_checkpoint(args, state), state.global_step)
+        controller.begin(state.global_step)
 
     def _resume(self, folder: Path, step: int) -> None:
         saved = folder / _STATE

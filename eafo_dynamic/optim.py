@@ -54,7 +54,8 @@ def own_group(
         optimizers: the optimisers, no step taken yet.
         amplitudes: eps of every site by its parameter name in the model.
         model: the model they belong to.
-        trained: names of those that train, now or once their frozen layer is unfrozen; None: those that do now.
+        trained: names of those that train, now or once their frozen layer is unfrozen. One that does not train now and
+            that no optimiser holds is left to who unfreezes its layer: ``add_param_group(layer.parameters())`` has it.
         schedulers: learning-rate schedulers of these optimisers.
         lr: learning rate of the group before any schedule; None: that of the group it comes from, times
             lr_multiple.
@@ -73,7 +74,9 @@ def own_group(
     """
     check_group(lr, lr_multiple, weight_decay)
     plain: list[Optimizer] = [_unwrapped(optimizer) for optimizer in optimizers]
-    moving = {name: p for name, p in amplitudes.items() if (p.requires_grad if trained is None else name in trained)}
+    held = {id(p) for optimizer in plain for group in optimizer.param_groups for p in group["params"]}
+    later = () if trained is None else trained
+    moving = {name: p for name, p in amplitudes.items() if p.requires_grad or (name in later and id(p) in held)}
     homes, notes = _homes(plain, moving, model, by_relatives)
     flat = _flatten(schedulers)
     for optimizer in plain:

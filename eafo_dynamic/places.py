@@ -15,7 +15,7 @@ from types import CodeType, FrameType
 
 import torch
 
-__all__ = ["Node", "Places", "chain"]
+__all__ = ["Calls", "Places", "chain", "shortest"]
 
 _HERE = os.path.dirname(__file__)
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
@@ -80,10 +80,28 @@ class Node:
     def __init__(self, calls: Sequence[int], chains: Sequence[tuple[str, ...]], depth: int = 0) -> None:
         self.calls = calls
         self.nodes: dict[str, Node] = {}
-        if len({chains[call][depth:] for call in calls}) > 1:
+        if (not depth and all(chains)) or len({chains[call][depth:] for call in calls}) > 1:  # the first place counts
             for place in {chains[call][depth] for call in calls if len(chains[call]) > depth}:
                 same = [call for call in calls if chains[call][depth : depth + 1] == (place,)]
                 self.nodes[place] = Node(same, chains, depth + 1)
+
+
+def shortest(chains: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """As many places of each call as tell it from the others, and one at least.
+
+    Args:
+        chains: of all calls of one function in a forward.
+
+    Returns:
+        Their innermost places; none where one's are unknown.
+    """
+    found: list[tuple[str, ...]] = [()] * len(chains)
+    nodes = [(Node(range(len(chains)), chains), 0)] if all(chains) else []
+    for node, depth in nodes:
+        nodes += [(inner, depth + 1) for inner in node.nodes.values()]
+        for call in node.calls:
+            found[call] = chains[call][:depth]
+    return found
 
 
 class Places:
@@ -114,10 +132,11 @@ class Places:
             frame: where the call is made.
 
         Returns:
-            They; None where the place tells nothing: no call is known to be made here, all are, or one's is unknown.
+            They; None where the place tells nothing: no call is known to be made here, or the places are not known.
         """
         if self._root is None:
-            self._root = Node(range(len(self.chains)), self.chains if all(self.chains) else [()] * len(self.chains))
+            known = all(self.chains)
+            self._root = Node(range(len(self.chains)), self.chains if known else [()] * len(self.chains))
         node = self._root
         while node.nodes and frame is not None:
             place = _place(frame)

@@ -11,7 +11,7 @@ from torch import Tensor
 from eafo_dynamic.checks import at_least, number
 from eafo_dynamic.errors import ConfigError
 
-__all__ = ["Pace", "Schedule", "TrustRegion", "by_epochs"]
+__all__ = ["Epochs", "Pace", "Schedule", "TrustRegion"]
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,14 @@ class Schedule:
         """The step after which the first round runs."""
         return max(1, self.update_starting_at_step)
 
-    def updates(self, step: int, since: int | None = None) -> bool:
+    def updates(self, step: int, since: int | None = None, due: bool | None = None) -> bool:
         """Whether an update round runs after this many optimiser steps.
 
         Args:
             step: optimiser steps taken so far.
             since: how many there were when this was asked last, where that is not one step ago: what has fallen due in
                 between is made up for.
+            due: whether it is time by something else than a multiple of update_every_n_steps; None: go by that.
 
         Returns:
             Whether it is time.
@@ -84,22 +85,26 @@ class Schedule:
         if self.frozen(step):
             return False
         earliest = step if since is None else max(since + 1, step - self.update_every_n_steps)
+        if due and step >= self.first_update:
+            return True
         return any(
-            each >= self.first_update and (self._early(each) or each % self.update_every_n_steps == 0)
+            each >= self.first_update and (self._early(each) or (due is None and each % self.update_every_n_steps == 0))
             for each in range(earliest, step + 1)
         )
 
-    def collects(self, step: int, stride: int = 1) -> bool:
+    def collects(self, step: int, stride: int = 1, overrun: int = 0) -> bool:
         """Whether the coming batches are sampled.
 
         Args:
             step: optimiser steps taken so far, so that the coming one is step + 1.
             stride: optimiser steps that a batch takes.
+            overrun: how many more the last one took than was thought: what would have been sampled is made up for.
 
         Returns:
             Whether to collect.
         """
-        return any(self._samples(step + ahead) for ahead in range(1, 1 + min(stride, self.update_every_n_steps)))
+        most = self.update_every_n_steps
+        return any(self._samples(step + ahead) for ahead in range(1 - min(overrun, most), 1 + min(stride, most)))
 
     def _samples(self, coming: int) -> bool:
         if coming < self.first_update or self.frozen(coming):
@@ -130,10 +135,12 @@ class Pace:
     Args:
         last: optimiser steps at the last look; -1 before the first.
         stride: optimiser steps from one look to the next: the largest of late, one less with each shorter one.
+        overrun: by how many the last ones were more than that.
     """
 
     last: int = -1
     stride: int = 1
+    overrun: int = 0
 
     def advance(self, step: int) -> int:
         """Takes down that so many steps have been taken.
@@ -145,6 +152,7 @@ class Pace:
             How many there were at the last look, or would have been where there was none before this one.
         """
         since = self.last if 0 <= self.last < step else step - 1
+        self.overrun = max(0, step - since - self.stride)
         self.last, self.stride = step, max(step - since, self.stride - 1)
         return since
 
@@ -214,28 +222,65 @@ class TrustRegion:
         return torch.where(allowed.any(0), fractions[first], 0.0)
 
 
-def by_epochs(schedule: Schedule, epochs: int, batches: float, accumulate: int, stride: int = 1) -> Schedule:
-    """A schedule with a round every so many epochs.
+@dataclass
+class Epochs:
+    """The ends of epochs, at which rounds are due, whatever number of optimiser steps an epoch takes.
 
     Args:
-        schedule: what else there is to say.
-        epochs: from one round to the next.
-        batches: batches of an epoch; infinite for a stream.
-        accumulate: batches an optimiser step.
-        stride: optimiser steps that a batch takes, where it takes several.
-
-    Returns:
-        The schedule, in optimiser steps.
-
-    Raises:
-        ConfigError: if an epoch has no known length, or is shorter than what lies between two sampled steps.
-
-    Example:
-        >>> by_epochs(Schedule(), 2, batches=100, accumulate=4).update_every_n_steps
-        50
+        every: epochs from one round to the next.
+        began: optimiser steps when the epoch began.
+        steps: that the last epoch took; 0 before the first has ended.
     """
-    if not math.isfinite(batches):
-        raise ConfigError(
-            "update_every_n_epochs", epochs, "the training data has no known length", "Use update_every_n_steps."
-        )
-    return replace(schedule, update_every_n_steps=math.ceil(batches / accumulate) * epochs * stride)
+
+    every: int
+    began: int = 0
+    steps: int = 0
+
+    def end(self, epoch: int, step: int) -> bool:
+        """Takes down that an epoch has ended.
+
+        Args:
+            epoch: its number, from 0.
+            step: optimiser steps taken so far.
+
+        Returns:
+            Whether a round is due.
+        """
+        self.began, self.steps = step, step - self.began
+        return self.due(epoch)
+
+    def due(self, epoch: int) -> bool:
+        """Whether a round is due at the end of an epoch.
+
+        Args:
+            epoch: its number, from 0.
+
+        Returns:
+            Whether it is.
+        """
+        return (epoch + 1) % self.every == 0
+
+    def schedule(self, schedule: Schedule, promised: float = 1.0) -> Schedule:
+        """A schedule with a round every so many epochs.
+
+        Args:
+            schedule: what else there is to say.
+            promised: optimiser steps of an epoch by its batches, for the first one; infinite for a stream.
+
+        Returns:
+            The schedule, in optimiser steps; every round has a sampled step.
+
+        Raises:
+            ConfigError: if an epoch has no known length.
+
+        Example:
+            >>> Epochs(every=2).schedule(Schedule(), promised=25.0).update_every_n_steps
+            50
+        """
+        if not math.isfinite(promised):
+            mend = "Use update_every_n_steps."
+            raise ConfigError("update_every_n_epochs", self.every, "the training data has no known length", mend)
+        period = max(1, self.steps or math.ceil(promised)) * self.every
+        collect = schedule.collect_every_n_steps
+        sampled = None if collect is None else min(collect, period)
+        return replace(schedule, update_every_n_steps=period, collect_every_n_steps=sampled)

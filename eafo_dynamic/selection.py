@@ -31,7 +31,7 @@ class FoundSite:
         shape: shape of the pre-activation without its first dimension; None where no example was run.
         inplace: whether the activation overwrites its input.
         role: ``hidden``; ``gate`` for functions onto (0, 1) such as sigmoid, for gated cells and for transforms of
-            parameters; ``loss`` for what a step makes its loss of with no layer in between; ``unknown`` for what might be
+            parameters; ``loss`` for what a step makes its loss of, no layer in between; ``unknown`` for what might be
             either.
         wrapped: whether it is selected for correction.
         reason: why it is not, or what to know about it.

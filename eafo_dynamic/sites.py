@@ -22,6 +22,7 @@ from eafo_dynamic.behaviour import is_soft_cap, looks_like_activation, may_call_
 from eafo_dynamic.dryrun import trace_calls
 from eafo_dynamic.functional import function_base, is_function_of_name
 from eafo_dynamic.hosting import Hosting, is_activation, plain_view
+from eafo_dynamic.places import shortest
 from eafo_dynamic.probe import forked_random_states
 from eafo_dynamic.selection import FoundSite, Selection, SiteReport, matches
 from eafo_dynamic.standalone import CorrectedActivation
@@ -298,9 +299,8 @@ class _Naming:
                 site = replace(site, name=self._local(site.module, site.owner or ""), kind="shared")
             if site.call < MAX_CALLS:
                 total = min(calls[site.owner, site.key], MAX_CALLS) if site.owner is not None else 1
-                site = replace(site, calls=total, places=site.places if total > 1 else ())
-                distinct.setdefault((site.owner, site.key, site.call), site)
-        return _numbered(list(distinct.values()))
+                distinct.setdefault((site.owner, site.key, site.call), replace(site, calls=total))
+        return _numbered(_placed(list(distinct.values())))
 
     def _function_site(self, call: Call) -> FoundSite:
         assert call.function is not None
@@ -367,6 +367,19 @@ class _Naming:
         prefix = owner + "." if owner else ""
         inside = [name for name in self.aliases[module] if name.startswith(prefix)]
         return inside[0] if inside else f"{owner}/{module}"
+
+
+def _placed(sites: list[FoundSite]) -> list[FoundSite]:
+    """Leaves each call the places that tell it from the other calls that its owner counts with it."""
+    groups: dict[tuple[str | None, str], list[int]] = {}
+    for number, site in enumerate(sites):
+        groups.setdefault((site.owner, site.key), []).append(number)
+    placed = [replace(site, places=()) for site in sites]
+    for numbers in groups.values():
+        if len(numbers) > 1:
+            for number, places in zip(numbers, shortest([sites[each].places for each in numbers]), strict=True):
+                placed[number] = replace(sites[number], places=places)
+    return placed
 
 
 def _numbered(sites: list[FoundSite]) -> list[FoundSite]:

@@ -18,7 +18,7 @@ import yaml
 from eafo_dynamic import errors
 from eafo_dynamic.compare.cell import finished
 from eafo_dynamic.compare.plan import Plan, read_plan
-from eafo_dynamic.compare.runner import cells, run
+from eafo_dynamic.compare.runner import _beside, cells, run
 
 ROOT = Path(__file__).parent.parent
 ERRORS = [
@@ -59,6 +59,36 @@ def test_errors_survive_pickling(error: errors.EAFOError) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error)
     assert (str(again), again.args, vars(again)) == (str(error), error.args, vars(error))
+
+
+def leave_a_mark(folder: Path, name: str) -> None:
+    time.sleep(0.2)
+    (folder / name).touch()
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Unsendable:
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot leave its process")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_killed_process_takes_no_other_cell_with_it(tmp_path: Path) -> None:
+    names = [f"cell {number}" for number in range(6)]
+    tasks: list[Any] = [(name, die if name == "cell 1" else leave_a_mark, (tmp_path, name)) for name in names]
+    tasks.insert(3, ("unsendable", leave_a_mark, (tmp_path, Unsendable())))
+    ended: list[str] = []
+    failures = _beside(tasks, ended.append, jobs=2)
+    assert sorted(ended) == sorted(task[0] for task in tasks)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name for name in names if name != "cell 1"]
+    assert {failure.what: failure.why for failure in failures} == {
+        "cell 1": "its process was killed; run the same command again",
+        "unsendable": "TypeError: cannot leave its process",
+    }
 
 
 @pytest.mark.slow

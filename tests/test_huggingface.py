@@ -68,6 +68,18 @@ def test_eps_learns_in_a_group_of_its_own_and_is_logged(tmp_path: Path) -> None:
     assert eps[0]["lr"] == pytest.approx(3 * groups[0]["lr"])
 
 
+def test_a_second_training_starts_anew(tmp_path: Path) -> None:
+    callback = EAFOTrainerCallback(update_every_n_steps=4)
+    trainer = make(tmp_path, 10, callback)
+    found: list[list[tuple[int, int]]] = []
+    for _ in range(2):
+        trainer.train()
+        assert callback.controller is not None
+        found.append([(row["step"], row["n"]) for row in callback.controller.records])
+        callback.controller.records.clear()
+    assert found[0] == found[1] and {step for step, _ in found[0]} == {1, 2, 4, 8}
+
+
 def test_gradient_accumulation_counts_optimiser_steps(tmp_path: Path) -> None:
     callback = EAFOTrainerCallback(update_every_n_steps=2)
     make(tmp_path, 4, callback, gradient_accumulation_steps=2).train()

@@ -130,7 +130,7 @@ def test_an_old_manifest_has_no_places_and_the_order_decides_with_a_warning() ->
     model.load_state_dict(wrapped().state_dict())
     torch.testing.assert_close(model(X), Straight(AMPLITUDES)(X))
     straight = Straight([0.0, *AMPLITUDES])
-    with pytest.warns(UserWarning, match="called 4 times where training calls it 5 times"):
+    with pytest.warns(UserWarning, match="relu is called less often than in training, which calls it 5 times"):
         torch.testing.assert_close(model.eval().predict_step(X), straight.decode(X))
 
 
@@ -141,7 +141,7 @@ def test_code_that_has_changed_since_goes_by_the_order() -> None:
 
     model = wrapped(change=changed)
     torch.testing.assert_close(model(X), Straight(AMPLITUDES)(X))
-    with pytest.warns(UserWarning, match="gets the corrections of the first 4"):
+    with pytest.warns(UserWarning, match="get the corrections of the first ones"):
         model.predict_step(X)
 
 
@@ -160,6 +160,35 @@ def test_recomputation_finds_the_calls_of_the_forward(kind: str, encodes: bool, 
         assert (one is None) == (two is None)
         if one is not None:
             torch.testing.assert_close(one, two)
+
+
+def test_a_forward_that_raises_says_nothing_else() -> None:
+    saved = manifest(find_sites(Coder(), X))
+    for site in saved["sites"]:
+        del site["places"]
+    model = Coder().eval()
+    wrap_from_manifest(model, saved)
+    model.layers[3] = nn.Linear(5, 5)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # warnings are errors here
+        model.predict_step(X)
+
+
+def test_a_shorter_loop_has_the_first_corrections_without_a_word() -> None:
+    class Loop(nn.Module):
+        def forward(self, x: Tensor, times: int = 3) -> Tensor:
+            for _ in range(times):
+                x = F.relu(x + 0.5)
+            return x
+
+    model = Loop().eval()
+    wrap(model, find_sites(model, X))
+    for (host, site), value in zip(hosted_sites(model), (0.1, 0.2, 0.3), strict=True):
+        nn.init.constant_(getattr(host, site.keys[0]), value)
+    expected = X
+    for eps in (0.1, 0.2):
+        z = expected + 0.5
+        expected = z.relu() + eps * z * torch.exp(-z * z / 2)
+    torch.testing.assert_close(model(X, times=2), expected)
 
 
 @pytest.mark.slow
@@ -218,3 +247,22 @@ def test_nothing_of_a_forward_lives_on(checkpointed: bool) -> None:
         assert not [each for each in alive if each() is not None]
     finally:
         gc.enable()
+
+
+def test_no_more_places_are_kept_than_tell_calls_apart() -> None:
+    class Wrapping(Coder):
+        def forward(self, x: Tensor, encodes: bool = True) -> Tensor:
+            return super().forward(x, encodes)
+
+    kept = [site.places for site in find_sites(Wrapping(), X).sites]
+    assert kept == [site.places for site in find_sites(Coder(), X).sites]
+    assert [place.split("+")[0] for place in kept[0]] == ["Coder.f", "Coder.encode"]
+    assert len(set(kept)) == 4 and kept[1] == kept[2]  # two calls in a loop
+
+
+def test_one_call_needs_no_place() -> None:
+    class Once(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(x)
+
+    assert find_sites(Once(), X).sites[0].places == ()

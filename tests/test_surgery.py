@@ -791,7 +791,7 @@ class TestPlacesInMemory:
         torch.manual_seed(0)
         x = torch.randn(3, 3, 9, 9).to(memory_format=layout)
         for name, after in DENSE.items():
-            model = Placed(act, lambda t: t, after).to(memory_format=layout)  # type: ignore[call-overload]
+            model = Placed(copy.deepcopy(act), lambda t: t, after).to(memory_format=layout)  # type: ignore[call-overload]
             assert bit_differences(model, lambda m: m(x.clone()), True) == [], name
 
     @pytest.mark.parametrize("act", OUT_OF_PLACE, ids=str)
@@ -800,7 +800,7 @@ class TestPlacesInMemory:
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             x = torch.randn(3, 3, 9, 9, dtype=dtype)
             for (gap, before), (name, after) in itertools.product(GAPS.items(), DENSE.items()):
-                model = Placed(act, before, after).to(dtype)
+                model = Placed(copy.deepcopy(act), before, after).to(dtype)
                 assert bit_differences(model, lambda m, x=x: m(x.clone()), True) == [], (dtype, gap, name)
 
 

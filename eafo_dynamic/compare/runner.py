@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
@@ -82,24 +82,51 @@ def _here(tasks: Sequence[_Task], advance: Callable[[str], None]) -> list[Failur
 
 
 def _beside(tasks: Sequence[_Task], advance: Callable[[str], None], jobs: int) -> list[Failure]:
+    """Runs tasks in several processes. One that is killed takes its pool with it; what ran there runs again, alone."""
     failures: list[Failure] = []
+    open_ = list(tasks)
+    while open_:
+        cut = _in_pool(open_, advance, failures, jobs)
+        open_ = cut.waiting
+        for task in cut.running:
+            if _in_pool([task], advance, failures, 1).running:
+                failures.append(Failure(task[0], "its process was killed; run the same command again"))
+                advance(task[0])
+    return failures
+
+
+class _Cut(NamedTuple):
+    """What a pool of processes has left when one of them was killed."""
+
+    running: list[_Task]
+    waiting: list[_Task]
+
+
+def _in_pool(tasks: Sequence[_Task], advance: Callable[[str], None], failures: list[Failure], jobs: int) -> _Cut:
     others = active_children()
+    waiting, running = list(tasks), dict[Future[str | None], _Task]()
     # spawn: a forked torch may hang in its thread pool
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         try:
-            with _deaf_children():
-                running = {pool.submit(_attempt, function, args): what for what, function, args in tasks}
-            for future in as_completed(running):
-                why = _outcome(future)
-                if why is not None:
-                    failures.append(Failure(running[future], why))
-                advance(running[future])
+            while running or waiting:
+                while waiting and len(running) < jobs:  # no more, so that it is known what runs
+                    with _deaf_children():
+                        running[pool.submit(_attempt, *waiting[0][1:])] = waiting[0]
+                    waiting.pop(0)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    why = _outcome(future)
+                    what = running.pop(future)[0]
+                    if why is not None:
+                        failures.append(Failure(what, why))
+                    advance(what)
+        except BrokenProcessPool:
+            pass
         except KeyboardInterrupt:
             for child in active_children():
                 if child not in others:
                     child.kill()  # what waits fails with it; a result is there whole or not at all
             raise
-    return failures
+    return _Cut(list(running.values()), waiting)
 
 
 def _attempt(function: Callable[..., object], args: tuple[object, ...]) -> str | None:
@@ -114,8 +141,12 @@ def _attempt(function: Callable[..., object], args: tuple[object, ...]) -> str |
 def _outcome(future: Future[str | None]) -> str | None:
     try:
         return future.result()
-    except (BrokenProcessPool, SystemExit):  # Lightning exits at SIGTERM
+    except BrokenProcessPool:
+        raise
+    except SystemExit:  # Lightning exits at SIGTERM
         return "its process was killed; run the same command again"
+    except Exception as error:  # it could not be sent there
+        return _line(error)
 
 
 @contextmanager
