@@ -124,7 +124,7 @@ def route(key: str) -> tuple[Owner | None, Site | None]:
         if is_compiling():
             site = routes[min(count, len(routes) - 1)]
         else:
-            call = calls.which(key, owner.eafo_places.get(key), sys._getframe(1))
+            call = calls.which(key, owner.eafo_places.get(key), sys._getframe(3))  # past this package's own
             site = routes[min(call, len(routes) - 1)]
             _follow_recomputation(counting, site)
         calls.counts[key] = count + 1

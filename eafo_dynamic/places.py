@@ -139,7 +139,8 @@ class Places:
             self._root = Node(range(len(self.chains)), self.chains if known else [()] * len(self.chains))
         node = self._root
         while node.nodes and frame is not None:
-            place = _place(frame)
+            known = _known.get((id(frame.f_code), frame.f_lasti))
+            place = _place(frame) if known is None else known[1]
             if place:
                 inner = node.nodes.get(place)
                 if inner is None:
@@ -191,6 +192,7 @@ class Calls:
         else:
             at = self._at[node] = self._at.get(node, -1) + 1
             call = node.calls[min(at, len(node.calls) - 1)]
-        made.extend(range(len(made), count))  # calls in graphs of torch.compile, which go by their order
+        if len(made) < count:  # calls in graphs of torch.compile, which go by their order
+            made.extend(range(len(made), count))
         made.append(call)
         return call
