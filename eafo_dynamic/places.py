@@ -73,17 +73,24 @@ class Node:
         calls: their numbers, in their order.
         chains: of all calls.
         depth: how many places they share.
+
+    Attributes:
+        nodes: the calls by their next place, unless all their chains are the same.
+        ended: those of them whose chains end here.
     """
 
-    __slots__ = ("calls", "nodes")
+    __slots__ = ("calls", "ended", "nodes")
 
     def __init__(self, calls: Sequence[int], chains: Sequence[tuple[str, ...]], depth: int = 0) -> None:
         self.calls = calls
         self.nodes: dict[str, Node] = {}
+        self.ended: Node | None = None
         if (not depth and all(chains)) or len({chains[call][depth:] for call in calls}) > 1:  # the first place counts
             for place in {chains[call][depth] for call in calls if len(chains[call]) > depth}:
                 same = [call for call in calls if chains[call][depth : depth + 1] == (place,)]
                 self.nodes[place] = Node(same, chains, depth + 1)
+            ended = [call for call in calls if len(chains[call]) == depth]
+            self.ended = Node(ended, chains, depth) if ended else None
 
 
 def shortest(chains: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -147,7 +154,7 @@ class Places:
                     break
                 node = inner
             frame = frame.f_back
-        return None if node is self._root else node
+        return None if node is self._root else (node.ended or node)
 
 
 class Calls:

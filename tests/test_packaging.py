@@ -147,10 +147,10 @@ def test_importing_the_controller_leaves_the_compiler_alone() -> None:
 
 def test_the_mark_of_a_constant_is_the_one_that_torch_sets() -> None:
     from eafo_dynamic.correction import table_half_width
-    from eafo_dynamic.frames import _check_part
+    from eafo_dynamic.recompute import check_compiled_part
 
     marked = vars(torch.compiler.assume_constant_result(lambda: 0))
-    assert marked == vars(table_half_width) == vars(_check_part)
+    assert marked == vars(table_half_width) == vars(check_compiled_part)
 
 
 @pytest.mark.slow

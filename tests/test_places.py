@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from eafo_dynamic.hosting import Hosting
+from eafo_dynamic.kernels import correction
 from eafo_dynamic.manifest import manifest, wrap_from_manifest
 from eafo_dynamic.selection import SiteReport
 from eafo_dynamic.sites import find_sites
 from eafo_dynamic.surgery import hosted_sites, unwrap, wrap
+from tests.zoo.awkward import MODELS, make_awkward
 
 
 def helper(x: Tensor) -> Tensor:
@@ -266,3 +269,54 @@ def test_one_call_needs_no_place() -> None:
             return F.relu(x)
 
     assert find_sites(Once(), X).sites[0].places == ()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_forwards_go_by_their_order(name: str) -> None:
+    """Places change nothing where all calls are made."""
+    model, run = make_awkward(name)
+    wrap(model, find_sites(model, run=run))
+    for k, (host, site) in enumerate(hosted_sites(model)):
+        nn.init.constant_(getattr(host, site.keys[0]), 0.1 + 0.05 * k)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model.zero_grad()
+        out = run(model)
+        out.square().sum().backward()
+        results.append([out.detach(), *(each.grad.clone() for each in model.parameters() if each.grad is not None)])
+        for module in model.modules():
+            if isinstance(module, Hosting):
+                module.eafo_places = {}
+    assert len(results[0]) > 2
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_tree_that_calls_itself_can_be_pruned() -> None:
+    class Tree(nn.Module):
+        def forward(self, x: Tensor, depth: int = 2, left: bool = True) -> Tensor:
+            if depth == 0:
+                return torch.tanh(x)
+            below = self(x, depth - 1) if left else 0
+            return torch.tanh(below + self(-x, depth - 1))
+
+    model = Tree().eval()
+    wrap(model, find_sites(model, X))
+    amplitudes = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    for (host, site), value in zip(hosted_sites(model), amplitudes, strict=True):
+        nn.init.constant_(getattr(host, site.keys[0]), value)
+
+    def at(k: int, z: Tensor) -> Tensor:
+        return site_function(model, k, z)
+
+    right = at(5, at(3, -X) + at(4, X))
+    torch.testing.assert_close(model(X, left=False), at(6, right))
+    whole = at(6, at(2, at(0, X) + at(1, -X)) + right)
+    torch.testing.assert_close(model(X), whole)
+
+
+def site_function(model: nn.Module, k: int, z: Tensor) -> Tensor:
+    """The corrected function of one site."""
+    host, site = hosted_sites(model)[k]
+    return z.tanh() + correction(z, *(getattr(host, key) for key in site.keys[:3]), 8.0)

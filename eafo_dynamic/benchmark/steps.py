@@ -82,7 +82,10 @@ def step_cases(quick: bool) -> Iterator[dict[str, Any]]:
         spread = {"low": found.low + share, "high": found.high + share, "ms": found.ms, "beside_ms": found.beside_ms}
         row = {"beside": "plain", "unit": "x", **spread}
         yield {"case": name, "value": found.ratio + share, "target": 1.03, **row, "round_share": share}
-        yield _frozen(name, model, x, y, pairs)
+        yield _against_plain(f"{name}, merged", _merged(model), model, x, y, pairs, 1.01)
+        smooth = _smooth(model)
+        if smooth is not None:
+            yield _against_plain(f"{name}, torch's SiLU for ReLU", smooth, model, x, y, pairs)
 
 
 def refill(controller: EAFOController) -> Callable[[], None]:
@@ -103,10 +106,25 @@ def refill(controller: EAFOController) -> Callable[[], None]:
     return fill
 
 
-def _frozen(name: str, model: nn.Module, x: Tensor, y: Tensor, pairs: int) -> dict[str, Any]:
+def _merged(model: nn.Module) -> nn.Module:
     ours = copy.deepcopy(model)
     EAFOController.attach(ours)
-    merge(ours)
-    found = paired(_step(ours, x, y)[0], _step(model, x, y)[0], pairs, cpu=True)
+    return merge(ours)
+
+
+def _smooth(model: nn.Module) -> nn.Module | None:
+    """The model with torch's own SiLU, which has to keep its input, where it has ReLUs; None where it has none."""
+    other = copy.deepcopy(model)
+    found = [(parent, name, each) for parent in other.modules() for name, each in parent.named_children()]
+    relus = [(parent, name, each) for parent, name, each in found if isinstance(each, nn.ReLU)]
+    for parent, name, each in relus:
+        setattr(parent, name, nn.SiLU(each.inplace))
+    return other if relus else None
+
+
+def _against_plain(
+    case: str, other: nn.Module, model: nn.Module, x: Tensor, y: Tensor, pairs: int, target: float | None = None
+) -> dict[str, Any]:
+    found = paired(_step(other, x, y)[0], _step(model, x, y)[0], pairs, cpu=True)
     spread = {"low": found.low, "high": found.high, "ms": found.ms, "beside_ms": found.beside_ms}
-    return {"case": f"{name}, merged", "beside": "plain", "value": found.ratio, "unit": "x", "target": 1.01, **spread}
+    return {"case": case, "beside": "plain", "value": found.ratio, "unit": "x", "target": target, **spread}
