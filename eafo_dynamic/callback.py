@@ -250,7 +250,7 @@ class EAFOCallback(Callback):
             self._log.resumed(self._resumed.get("log"))
             self._late = self._resumed.get("late", False)
             if self._epochs is not None:
-                self._epochs = Epochs(self._epochs.every, *self._resumed.get("epochs", ()))
+                self._epochs = Epochs(self._epochs.every, *self._resumed.get("epochs", (self._resumed["last_step"],)))
             self._resumed = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -57,10 +57,10 @@ class _Frame:
 
     __slots__ = ("calls", "depth", "grad", "hooks", "is_forward", "mode", "owner", "task", "tracker")
 
-    def __init__(self, owner: Owner, is_forward: bool = True, recomputes: Calls | None = None) -> None:
+    def __init__(self, owner: Owner, is_forward: bool = True, calls: Calls | None = None) -> None:
         self.owner = owner
         self.is_forward = is_forward
-        self.calls = Calls(recomputes)
+        self.calls = Calls() if calls is None else calls
         self.depth = len(STACK.frames) + 1
         self.mode: TorchFunctionMode | None = None
         self.tracker = Tracker(owner.eafo_written) if owner.eafo_written else None
@@ -97,9 +97,9 @@ def in_backward() -> bool:
 def route(key: str) -> tuple[Owner | None, Site | None]:
     """The site of the coming call of a shared activation or function, by the innermost owner that knows it.
 
-    Where the calls are made in the code tells them apart, else their order. A call beyond those discovered (a longer
-    loop than in the example) belongs to the last site; a call from outside any owner (a part of the model run on its
-    own) is not corrected.
+    Their order tells the calls apart, and in predict_step, which may make a part of them, their place in the code. A
+    call beyond those discovered (a longer loop than in the example) belongs to the last site; a call from outside any
+    owner (a part of the model run on its own) is not corrected.
 
     Returns:
         The owner and the site; None where the call is left alone.
@@ -149,7 +149,7 @@ def _follow_recomputation(frame: _Frame, site: Site | None) -> None:
         return
     region.eafo_followed = True
     outside = [each for each in STACK.frames if region_since(each.hooks, each.grad) is region]
-    kept = [(each.owner, each.is_forward, Calls(each.calls)) for each in outside]
+    kept = [(each.owner, each.is_forward, Calls(recomputes=each.calls)) for each in outside]
 
     def around(recompute: Callable[..., Any]) -> Callable[..., Any]:
         def again(*args: Any, **kwargs: Any) -> Any:
@@ -167,7 +167,7 @@ def _opened(kept: list[tuple[Owner, bool, Calls]]) -> Generator[None]:
     frames = STACK.frames
     before = len(frames)
     for owner, is_forward, calls in kept:
-        frames.append(_Frame(owner, is_forward, calls))
+        frames.append(_Frame(owner, is_forward, Calls(recomputes=calls)))
     try:
         if frames[-1].owner.eafo_functions:
             frames[-1].mode = mode = _FunctionMode(frames[-1])
@@ -285,12 +285,13 @@ def _follow_written(frame: _Frame, func: Any, args: Any, kwargs: dict[str, Any],
     return site(cast(nn.Module, owner), lambda z: out, made.root, False)
 
 
-def open_frame(owner: Owner, is_forward: bool = True) -> TorchFunctionMode | None:
+def open_frame(owner: Owner, is_forward: bool = True, by_place: bool = False) -> TorchFunctionMode | None:
     """Puts a frame of its own on top for an entry point, and switches the caller's mode off.
 
     Args:
         owner: the module that is entered.
         is_forward: whether by its forward.
+        by_place: whether its calls go by their places, see ``places.Calls``.
 
     Returns:
         The mode to switch on again, for ``close_frame``.
@@ -298,7 +299,7 @@ def open_frame(owner: Owner, is_forward: bool = True) -> TorchFunctionMode | Non
     frames = STACK.frames
     outer = frames[-1].mode if frames else None
     off = outer is not None and _switch_off(outer)
-    frames.append(_Frame(owner, is_forward))
+    frames.append(_Frame(owner, is_forward, Calls(by_place)))
     return outer if off else None
 
 
@@ -318,16 +319,16 @@ def close_frame(outer: TorchFunctionMode | None, ended: bool = False) -> None:
 
 
 def _tell_of_parts(frame: _Frame) -> None:
-    """Warns where a whole model, not in training, makes fewer of its calls and their places tell nothing."""
+    """Warns where a whole model, not in training, makes fewer of its calls: they may be others than the first."""
     if cast(Any, frame.owner).training:
         return
     for key in sorted(frame.calls.guessed):
         most = len(frame.owner.eafo_routes[key])
         if frame.calls.counts[key] < most:
             warnings.warn(
-                f"EAFO: {key.lstrip(':')} is called less often than in training, which calls it {most} times, at "
-                "places in the code not known from there: the calls get the corrections of the first ones. If these "
-                "are other calls, as where a part of the model runs alone, give each an activation module of its own.",
+                f"EAFO: {key.lstrip(':')} is called less often than in training, which calls it {most} times, and the "
+                "calls get the corrections of the first ones. If these are other calls, as where a part of the model "
+                "runs alone, run it in predict_step, or give every call an activation module of its own.",
                 stacklevel=4,
             )
 

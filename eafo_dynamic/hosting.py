@@ -39,8 +39,7 @@ __all__ = ["ACTIVATION", "ENTRY_POINTS", "OWNER", "Hosting", "become", "is_activ
 ACTIVATION, OWNER = "activation", "owner"
 
 ENTRY_POINTS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
-# their backward in place starts from the result, which differs in the last bit from one that starts from the input
-_SLOPE_BY_RESULT = (nn.ELU, nn.CELU, nn.SELU)
+_SLOPE_BY_RESULT = (nn.ELU, nn.CELU, nn.SELU)  # in place, in the last bit other than by the input
 _HALF = (torch.float16, torch.bfloat16)
 _STATE = (
     "eafo_sites", "eafo_name", "eafo_shared", "eafo_routes", "eafo_places", "eafo_functions", "eafo_uncompiled",
@@ -173,12 +172,13 @@ def _correct(host: Any, base: Callable[..., Any], args: tuple[Any, ...], kwargs:
     return site(counting, base, values[0], inplace, known)
 
 
-def _counted(method: Callable[..., Any], is_forward: bool) -> Callable[..., Any]:
+def _counted(method: Callable[..., Any], name: str) -> Callable[..., Any]:
     """An entry point of an owner that opens a frame around the original.
 
     Returns:
         A function with the signature of the original.
     """
+    is_forward, by_place = name == "forward", name == "predict_step"  # which may run a part alone
 
     @functools.wraps(method)
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -193,7 +193,7 @@ def _counted(method: Callable[..., Any], is_forward: bool) -> Callable[..., Any]
         if self.eafo_sites and not idle:  # in a graph nobody would open frames, and its activations would be plain
             refuse_symbols(args[0] if args else next(iter(kwargs.values()), None), self)
         # as entered does, but all in one function: recursive models need the depth of Python's stack
-        outer, ended = open_frame(self, is_forward), False
+        outer, ended = open_frame(self, is_forward, by_place), False
         try:
             if functions:
                 with function_mode():
@@ -277,7 +277,7 @@ def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
     for name in ENTRY_POINTS:
         method = unbound(cls, name)
         if method is not None:
-            body[name] = _counted(method, name == "forward")
+            body[name] = _counted(method, name)
     if issubclass(cls, nn.TransformerEncoderLayer):
         body["activation_relu_or_gelu"] = _FastPath()
     return _derived(cls.__name__, (Hosting, cls), body)

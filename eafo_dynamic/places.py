@@ -1,4 +1,4 @@
-"""Where in the code a call is made, which tells the calls of one function apart also where only some of them run.
+"""Where in the code a call is made, which tells the calls of one function apart where only some of them run.
 
 A *chain* has the place of the call in the innermost function of the user's code, then the place where that function is
 called, and so on outwards. A place is a function's name, a line counted from its first one and a column: it survives
@@ -158,9 +158,10 @@ class Places:
 
 
 class Calls:
-    """Counts the calls that one running forward of an owner makes.
+    """Counts the calls that one running entry point of an owner makes.
 
     Args:
+        by_place: whether the calls go by their places, as in an entry point that may make a part of them only.
         recomputes: the calls of a forward of which this one runs a part again, counted up to that part.
 
     Attributes:
@@ -168,17 +169,19 @@ class Calls:
         guessed: keys of which a call was told by its order alone.
     """
 
-    __slots__ = ("_again", "_at", "_made", "counts", "guessed")
+    __slots__ = ("_again", "_by_place", "_made", "counts", "guessed")
 
-    def __init__(self, recomputes: Calls | None = None) -> None:
+    def __init__(self, by_place: bool = False, recomputes: Calls | None = None) -> None:
         self.counts: dict[str, int] = {} if recomputes is None else dict(recomputes.counts)
         self.guessed: set[str] = set()
         self._made: dict[str, list[int]] = {} if recomputes is None else recomputes._made
-        self._at: dict[Node, int] = {}
+        self._by_place = by_place
         self._again = recomputes is not None
 
     def which(self, key: str, places: Places | None, frame: FrameType) -> int:
-        """Which call the coming one is: by its place, else by its order; again the same one in a recomputation.
+        """Which call the coming one is: again the same one in a recomputation.
+
+        By place it is the next one that is made there, else the one after the last.
 
         Args:
             key: what is called.
@@ -189,17 +192,20 @@ class Calls:
             Its number; beyond the last one where the order goes on.
         """
         count = self.counts.get(key, 0)
+        if not self._by_place and not self._again:
+            self.guessed.add(key)
+            return count
         made = self._made.setdefault(key, [])
         if self._again:
             return made[count] if count < len(made) else count
-        node = None if places is None or count >= len(places.chains) else places.find(frame)
-        if node is None:
-            call = count
-            self.guessed.add(key)
-        else:
-            at = self._at[node] = self._at.get(node, -1) + 1
-            call = node.calls[min(at, len(node.calls) - 1)]
         if len(made) < count:  # calls in graphs of torch.compile, which go by their order
             made.extend(range(len(made), count))
-        made.append(call)
-        return call
+        after = made[-1] + 1 if made else 0
+        node = None if places is None else places.find(frame)
+        if node is None or node.nodes:
+            self.guessed.add(key)
+            made.append(after)
+        else:
+            longer = bool(made) and made[-1] in node.calls  # a loop, of more turns than in the example; else begun anew
+            made.append(next((call for call in node.calls if call >= after), node.calls[-1 if longer else 0]))
+        return made[-1]

@@ -1,4 +1,4 @@
-"""Calls of one function are told apart by their place in the code, also where only some of them run."""
+"""In predict_step, calls of one function are told apart by their place in the code: only some of them may run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from eafo_dynamic.hosting import Hosting
-from eafo_dynamic.kernels import correction
 from eafo_dynamic.manifest import manifest, wrap_from_manifest
 from eafo_dynamic.selection import SiteReport
 from eafo_dynamic.sites import find_sites
@@ -27,12 +26,16 @@ from eafo_dynamic.surgery import hosted_sites, unwrap, wrap
 from tests.zoo.awkward import MODELS, make_awkward
 
 
+def run(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return part(x)
+
+
 def helper(x: Tensor) -> Tensor:
     return F.relu(x)
 
 
 class Coder(nn.Module):
-    """Encoder and decoder in one module; either may run alone in predict_step, and so may early branches."""
+    """Encoder and decoder in one module; either may run alone in predict_step."""
 
     def __init__(self, kind: str = "function") -> None:
         super().__init__()
@@ -40,7 +43,7 @@ class Coder(nn.Module):
         self.kind = kind
         self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(5))
         self.act = nn.ReLU() if kind == "module" else F.relu
-        self.parts: Callable[..., Tensor] = lambda part, x: part(x)
+        self.parts: Callable[..., Tensor] = run
 
     def f(self, x: Tensor) -> Tensor:
         return {"helper": helper, "method": lambda z: z.relu()}.get(self.kind, self.act)(x)
@@ -53,11 +56,13 @@ class Coder(nn.Module):
             z = self.f(layer(z))
         return self.f(self.layers[3](z)) + self.f(self.layers[4](z))
 
-    def forward(self, x: Tensor, encodes: bool = True) -> Tensor:
-        return self.parts(self.decode, self.parts(self.encode, x) if encodes else x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts(self.decode, self.parts(self.encode, x))
 
-    def predict_step(self, z: Tensor) -> Tensor:
-        return self.decode(z)
+    def predict_step(self, z: Tensor, times: int = 1) -> Tensor:
+        for _ in range(times):
+            z = self.parts(self.decode, z)
+        return z
 
 
 class Straight(Coder):
@@ -106,7 +111,7 @@ def test_a_part_that_runs_alone_has_its_own_corrections(kind: str) -> None:
     model, straight = wrapped(kind), Straight(AMPLITUDES)
     torch.testing.assert_close(model(X), straight(X))
     torch.testing.assert_close(model.predict_step(X), straight.decode(X))
-    torch.testing.assert_close(model(X, encodes=False), straight(X, encodes=False))
+    torch.testing.assert_close(model.predict_step(X, times=2), straight.decode(straight.decode(X)))
     torch.testing.assert_close(model(X), straight(X))
 
 
@@ -119,7 +124,6 @@ def test_places_survive(way: str) -> None:
         plain.load_state_dict(model.state_dict())
         model = plain.eval()
     else:
-        model.parts = None  # type: ignore[assignment]  # a lambda cannot be pickled
         model = copy.deepcopy(model) if way == "copy" else pickle.loads(pickle.dumps(model))
     torch.testing.assert_close(model.predict_step(X), Straight(AMPLITUDES).decode(X))
 
@@ -150,14 +154,14 @@ def test_code_that_has_changed_since_goes_by_the_order() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("encodes", [True, False])
-def test_recomputation_finds_the_calls_of_the_forward(kind: str, encodes: bool, reentrant: bool) -> None:
+@pytest.mark.parametrize("entry", ["forward", "predict_step"])
+def test_recomputation_finds_the_calls_of_the_forward(kind: str, entry: str, reentrant: bool) -> None:
     model, straight = wrapped(kind).train(), Straight(AMPLITUDES)
     model.parts = lambda part, x: checkpoint(part, x, use_reentrant=reentrant)
     results: list[Any] = []
     for each in (model, straight):
         x = X.clone().requires_grad_()
-        each(x, encodes=encodes).square().sum().backward()
+        getattr(each, entry)(x).square().sum().backward()
         results.append([x.grad, *(layer.weight.grad for layer in each.layers)])
     for one, two in zip(*results, strict=True):
         assert (one is None) == (two is None)
@@ -176,12 +180,18 @@ def test_a_forward_that_raises_says_nothing_else() -> None:
         model.predict_step(X)
 
 
-def test_a_shorter_loop_has_the_first_corrections_without_a_word() -> None:
+def test_a_shorter_loop_has_the_first_corrections() -> None:
     class Loop(nn.Module):
-        def forward(self, x: Tensor, times: int = 3) -> Tensor:
+        def turns(self, x: Tensor, times: int) -> Tensor:
             for _ in range(times):
                 x = F.relu(x + 0.5)
             return x
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.turns(x, 3)
+
+        def predict_step(self, x: Tensor, times: int) -> Tensor:
+            return self.turns(x, times)
 
     model = Loop().eval()
     wrap(model, find_sites(model, X))
@@ -191,7 +201,7 @@ def test_a_shorter_loop_has_the_first_corrections_without_a_word() -> None:
     for eps in (0.1, 0.2):
         z = expected + 0.5
         expected = z.relu() + eps * z * torch.exp(-z * z / 2)
-    torch.testing.assert_close(model(X, times=2), expected)
+    torch.testing.assert_close(model.predict_step(X, times=2), expected)
 
 
 @pytest.mark.slow
@@ -207,12 +217,15 @@ def test_lambdas_on_one_line_have_places_of_their_own() -> None:
             one, two = (lambda z: F.relu(z), lambda z: F.relu(z - 1))
             return (one(x) if both else 0) + two(x)
 
+        def predict_step(self, x: Tensor) -> Tensor:
+            return Line.forward(self, x, both=False)  # in the frame of the step
+
     model = Line().eval()
     wrap(model, find_sites(model, X))
     for (host, site), value in zip(hosted_sites(model), (0.1, 0.7), strict=True):
         nn.init.constant_(getattr(host, site.keys[0]), value)
     z = X - 1
-    torch.testing.assert_close(model(X, both=False), z.relu() + 0.7 * z * torch.exp(-z * z / 2))
+    torch.testing.assert_close(model.predict_step(X), z.relu() + 0.7 * z * torch.exp(-z * z / 2))
 
 
 def test_unwrapping_takes_the_places_away() -> None:
@@ -254,8 +267,8 @@ def test_nothing_of_a_forward_lives_on(checkpointed: bool) -> None:
 
 def test_no_more_places_are_kept_than_tell_calls_apart() -> None:
     class Wrapping(Coder):
-        def forward(self, x: Tensor, encodes: bool = True) -> Tensor:
-            return super().forward(x, encodes)
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
 
     kept = [site.places for site in find_sites(Wrapping(), X).sites]
     assert kept == [site.places for site in find_sites(Coder(), X).sites]
@@ -269,6 +282,26 @@ def test_one_call_needs_no_place() -> None:
             return F.relu(x)
 
     assert find_sites(Once(), X).sites[0].places == ()
+
+
+@pytest.mark.parametrize("example_trains", [True, False])
+def test_a_forward_that_takes_other_lines_in_training_goes_by_its_order(example_trains: bool) -> None:
+    class Lines(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for turn in range(4):
+                x = F.relu(x + 0.1) if self.training and turn % 2 else F.relu(0.1 + x)
+            return x
+
+    model = Lines().train(example_trains)
+    wrap(model, find_sites(model, X))
+    for k, (host, site) in enumerate(hosted_sites(model)):
+        nn.init.constant_(getattr(host, site.keys[0]), 0.1 + 0.1 * k)
+    expected = X
+    for k in range(4):
+        z = expected + 0.1
+        expected = z.relu() + (0.1 + 0.1 * k) * z * torch.exp(-z * z / 2)
+    torch.testing.assert_close(model.train()(X), expected)
+    torch.testing.assert_close(model.eval()(X), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -291,32 +324,3 @@ def test_whole_forwards_go_by_their_order(name: str) -> None:
     assert len(results[0]) > 2
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
-
-
-def test_a_tree_that_calls_itself_can_be_pruned() -> None:
-    class Tree(nn.Module):
-        def forward(self, x: Tensor, depth: int = 2, left: bool = True) -> Tensor:
-            if depth == 0:
-                return torch.tanh(x)
-            below = self(x, depth - 1) if left else 0
-            return torch.tanh(below + self(-x, depth - 1))
-
-    model = Tree().eval()
-    wrap(model, find_sites(model, X))
-    amplitudes = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
-    for (host, site), value in zip(hosted_sites(model), amplitudes, strict=True):
-        nn.init.constant_(getattr(host, site.keys[0]), value)
-
-    def at(k: int, z: Tensor) -> Tensor:
-        return site_function(model, k, z)
-
-    right = at(5, at(3, -X) + at(4, X))
-    torch.testing.assert_close(model(X, left=False), at(6, right))
-    whole = at(6, at(2, at(0, X) + at(1, -X)) + right)
-    torch.testing.assert_close(model(X), whole)
-
-
-def site_function(model: nn.Module, k: int, z: Tensor) -> Tensor:
-    """The corrected function of one site."""
-    host, site = hosted_sites(model)[k]
-    return z.tanh() + correction(z, *(getattr(host, key) for key in site.keys[:3]), 8.0)
