@@ -7,7 +7,6 @@ of them is corrected; a module called from there shields its own code with a fra
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator
@@ -124,7 +123,7 @@ def route(key: str) -> tuple[Owner | None, Site | None]:
         if is_compiling():
             site = routes[min(count, len(routes) - 1)]
         else:
-            call = calls.which(key, owner.eafo_places.get(key), sys._getframe(3))  # past this package's own
+            call = calls.which(key, owner.eafo_places.get(key))
             site = routes[min(call, len(routes) - 1)]
             _follow_recomputation(counting, site)
         calls.counts[key] = count + 1

@@ -76,21 +76,17 @@ class Node:
 
     Attributes:
         nodes: the calls by their next place, unless all their chains are the same.
-        ended: those of them whose chains end here.
     """
 
-    __slots__ = ("calls", "ended", "nodes")
+    __slots__ = ("calls", "nodes")
 
     def __init__(self, calls: Sequence[int], chains: Sequence[tuple[str, ...]], depth: int = 0) -> None:
         self.calls = calls
         self.nodes: dict[str, Node] = {}
-        self.ended: Node | None = None
         if (not depth and all(chains)) or len({chains[call][depth:] for call in calls}) > 1:  # the first place counts
             for place in {chains[call][depth] for call in calls if len(chains[call]) > depth}:
                 same = [call for call in calls if chains[call][depth : depth + 1] == (place,)]
                 self.nodes[place] = Node(same, chains, depth + 1)
-            ended = [call for call in calls if len(chains[call]) == depth]
-            self.ended = Node(ended, chains, depth) if ended else None
 
 
 def shortest(chains: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -132,29 +128,26 @@ class Places:
         self.chains[call] = places
         self._root = None
 
-    def find(self, frame: FrameType | None) -> Node | None:
+    def find(self, frame: FrameType | None) -> Sequence[int]:
         """The calls that a call from here may be one of, by as many places as it takes.
 
         Args:
-            frame: where the call is made.
+            frame: where the call is made, or what that has called.
 
         Returns:
-            They; None where the place tells nothing: no call is known to be made here, or the places are not known.
+            Their numbers; none where the places do not tell.
         """
         if self._root is None:
             known = all(self.chains)
             self._root = Node(range(len(self.chains)), self.chains if known else [()] * len(self.chains))
         node = self._root
         while node.nodes and frame is not None:
-            known = _known.get((id(frame.f_code), frame.f_lasti))
-            place = _place(frame) if known is None else known[1]
-            if place:
-                inner = node.nodes.get(place)
-                if inner is None:
-                    break
-                node = inner
+            place = _place(frame)
+            if place and place not in node.nodes:
+                return ()
+            node = node.nodes[place] if place else node
             frame = frame.f_back
-        return None if node is self._root else (node.ended or node)
+        return () if node.nodes or node is self._root else node.calls
 
 
 class Calls:
@@ -178,7 +171,7 @@ class Calls:
         self._by_place = by_place
         self._again = recomputes is not None
 
-    def which(self, key: str, places: Places | None, frame: FrameType) -> int:
+    def which(self, key: str, places: Places | None) -> int:
         """Which call the coming one is: again the same one in a recomputation.
 
         By place it is the next one that is made there, else the one after the last.
@@ -186,7 +179,6 @@ class Calls:
         Args:
             key: what is called.
             places: where the owner makes its calls of it.
-            frame: where the call is made.
 
         Returns:
             Its number; beyond the last one where the order goes on.
@@ -201,11 +193,11 @@ class Calls:
         if len(made) < count:  # calls in graphs of torch.compile, which go by their order
             made.extend(range(len(made), count))
         after = made[-1] + 1 if made else 0
-        node = None if places is None else places.find(frame)
-        if node is None or node.nodes:
+        here = () if places is None else places.find(sys._getframe())
+        if here:
+            longer = bool(made) and made[-1] in here  # a loop, of more turns than in the example; else begun anew
+            made.append(next((call for call in here if call >= after), here[-1 if longer else 0]))
+        else:
             self.guessed.add(key)
             made.append(after)
-        else:
-            longer = bool(made) and made[-1] in node.calls  # a loop, of more turns than in the example; else begun anew
-            made.append(next((call for call in node.calls if call >= after), node.calls[-1 if longer else 0]))
         return made[-1]

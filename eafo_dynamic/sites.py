@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -276,9 +277,10 @@ class _Naming:
             site = self._function_site(call) if call.function is not None else described[call.module]
             k = counts[frame.module, frame.instance, site.key]
             counts[frame.module, frame.instance, site.key] += 1
-            site = replace(site, owner=frame.module, call=k, shape=call.shape[1:], channel_dim=call.channel_dim)
             inside = call.places[: len(call.path) - call.path.index(frame)]
-            site = replace(site, places=tuple(place for places in inside for place in places))
+            places = tuple(chain.from_iterable(inside))
+            size, dim = call.shape[1:], call.channel_dim
+            site = replace(site, owner=frame.module, call=k, shape=size, channel_dim=dim, places=places)
             if frame.instance == 0 and site.parameters is None:
                 outside.add(site.module)
             elif frame.instance == 0:

@@ -39,7 +39,14 @@ def row(case: str, beside: str, value: float, target: float | None = None, unit:
 
 
 def compare(
-    case: str, beside: str, first: Callable[[], object], second: Callable[[], object], pairs: int, target: float | None
+    case: str,
+    beside: str,
+    first: Callable[[], object],
+    second: Callable[[], object],
+    pairs: int,
+    target: float | None,
+    *,
+    cpu: bool = False,
 ) -> Row:
     """The ratio of two times, measured in alternation; see :func:`paired`.
 
@@ -50,11 +57,12 @@ def compare(
         second: what it is held against.
         pairs: number of pairs.
         target: what the ratio should not exceed.
+        cpu: see :func:`paired`.
 
     Returns:
         The row.
     """
-    found = paired(first, second, pairs)
+    found = paired(first, second, pairs, cpu=cpu)
     more = {"low": found.low, "high": found.high, "ms": found.ms, "beside_ms": found.beside_ms}
     return row(case, beside, found.ratio, target, "x", **more)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eafo_dynamic.bake import merge
+from eafo_dynamic.benchmark.rows import Row, compare, row
 from eafo_dynamic.benchmark.timing import milliseconds, paired
 from eafo_dynamic.controller import EAFOController
 from eafo_dynamic.experiments import GPT, ResNet, VisionTransformer
@@ -61,7 +61,7 @@ def _step(
     return step, count
 
 
-def step_cases(quick: bool) -> Iterator[dict[str, Any]]:
+def step_cases(quick: bool) -> Iterator[Row]:
     """CPU time of a step with default options over that of the plain model; rounds are added at their share."""
     for name, (model, x, y, pairs) in _models(quick).items():
         plain, _ = _step(model, x, y)
@@ -80,12 +80,11 @@ def step_cases(quick: bool) -> Iterator[dict[str, Any]]:
         round_ms = milliseconds(lambda controller=controller: controller.update(1), 5, refill(controller))
         share = round_ms / period / found.beside_ms
         spread = {"low": found.low + share, "high": found.high + share, "ms": found.ms, "beside_ms": found.beside_ms}
-        row = {"beside": "plain", "unit": "x", **spread}
-        yield {"case": name, "value": found.ratio + share, "target": 1.03, **row, "round_share": share}
-        yield _against_plain(f"{name}, merged", _merged(model), model, x, y, pairs, 1.01)
-        smooth = _smooth(model)
-        if smooth is not None:
-            yield _against_plain(f"{name}, torch's SiLU for ReLU", smooth, model, x, y, pairs)
+        yield row(name, "plain", found.ratio + share, 1.03, "x", **spread, round_share=share)
+        others = [(f"{name}, merged", _merged(model), 1.01), (f"{name}, torch's SiLU for ReLU", _smooth(model), None)]
+        for case, other, target in others:
+            if other is not None:
+                yield compare(case, "plain", _step(other, x, y)[0], plain, pairs, target, cpu=True)
 
 
 def refill(controller: EAFOController) -> Callable[[], None]:
@@ -120,11 +119,3 @@ def _smooth(model: nn.Module) -> nn.Module | None:
     for parent, name, each in relus:
         setattr(parent, name, nn.SiLU(each.inplace))
     return other if relus else None
-
-
-def _against_plain(
-    case: str, other: nn.Module, model: nn.Module, x: Tensor, y: Tensor, pairs: int, target: float | None = None
-) -> dict[str, Any]:
-    found = paired(_step(other, x, y)[0], _step(model, x, y)[0], pairs, cpu=True)
-    spread = {"low": found.low, "high": found.high, "ms": found.ms, "beside_ms": found.beside_ms}
-    return {"case": case, "beside": "plain", "value": found.ratio, "unit": "x", "target": target, **spread}

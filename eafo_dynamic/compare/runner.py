@@ -17,6 +17,7 @@ from eafo_dynamic.compare.plan import Arm, Plan
 __all__ = ["Failure", "cells", "run"]
 
 _Task = tuple[str, Callable[..., object], tuple[object, ...]]
+_KILLED = "its process was killed; run the same command again"
 
 
 class Failure(NamedTuple):
@@ -90,7 +91,7 @@ def _beside(tasks: Sequence[_Task], advance: Callable[[str], None], jobs: int) -
         open_ = cut.waiting
         for task in cut.running:
             if _in_pool([task], advance, failures, 1).running:
-                failures.append(Failure(task[0], "its process was killed; run the same command again"))
+                failures.append(Failure(task[0], _KILLED))
                 advance(task[0])
     return failures
 
@@ -120,7 +121,7 @@ def _in_pool(tasks: Sequence[_Task], advance: Callable[[str], None], failures: l
                         failures.append(Failure(what, why))
                     advance(what)
         except BrokenProcessPool:
-            pass
+            pass  # what ran, and what waits, is returned
         except KeyboardInterrupt:
             for child in active_children():
                 if child not in others:
@@ -144,7 +145,7 @@ def _outcome(future: Future[str | None]) -> str | None:
     except BrokenProcessPool:
         raise
     except SystemExit:  # Lightning exits at SIGTERM
-        return "its process was killed; run the same command again"
+        return _KILLED
     except Exception as error:  # it could not be sent there
         return _line(error)
 
