@@ -17,42 +17,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eafo_dynamic.bake import load_merged as load_merged
-    from eafo_dynamic.bake import merge as merge
-    from eafo_dynamic.bake import save_merged as save_merged
-    from eafo_dynamic.bases import register_activation as register_activation
-    from eafo_dynamic.callback import EAFOCallback as EAFOCallback
-    from eafo_dynamic.controller import EAFOController as EAFOController
+    from eafo_dynamic.apply.manifest import apply_from_checkpoint as apply_from_checkpoint
+    from eafo_dynamic.apply.merge import load_merged as load_merged
+    from eafo_dynamic.apply.merge import merge as merge
+    from eafo_dynamic.apply.merge import save_merged as save_merged
+    from eafo_dynamic.apply.standalone import CorrectedActivation as CorrectedActivation
+    from eafo_dynamic.apply.standalone import CRReLU as CRReLU
+    from eafo_dynamic.apply.surgery import disabled as disabled
+    from eafo_dynamic.apply.surgery import unwrap as unwrap
+    from eafo_dynamic.apply.surgery import wrap as wrap
+    from eafo_dynamic.correction.bases import register_activation as register_activation
+    from eafo_dynamic.entropy.metric import ActivationEntropy as ActivationEntropy
     from eafo_dynamic.errors import EAFOError as EAFOError
-    from eafo_dynamic.manifest import apply_from_checkpoint as apply_from_checkpoint
-    from eafo_dynamic.metrics import ActivationEntropy as ActivationEntropy
+    from eafo_dynamic.find.sites import find_sites as find_sites
+    from eafo_dynamic.internals.version import __version__ as __version__
+    from eafo_dynamic.policy.controller import EAFOController as EAFOController
     from eafo_dynamic.records import CorrectionLog as CorrectionLog
-    from eafo_dynamic.sites import find_sites as find_sites
-    from eafo_dynamic.standalone import CorrectedActivation as CorrectedActivation
-    from eafo_dynamic.standalone import CRReLU as CRReLU
-    from eafo_dynamic.surgery import disabled as disabled
-    from eafo_dynamic.surgery import unwrap as unwrap
-    from eafo_dynamic.surgery import wrap as wrap
-    from eafo_dynamic.version import __version__ as __version__
+    from eafo_dynamic.trainers.lightning.callback import EAFOCallback as EAFOCallback
 
 _HOMES = {
-    "ActivationEntropy": "metrics",
-    "CRReLU": "standalone",
-    "CorrectedActivation": "standalone",
+    "ActivationEntropy": "entropy.metric",
+    "CRReLU": "apply.standalone",
+    "CorrectedActivation": "apply.standalone",
     "CorrectionLog": "records",
-    "EAFOCallback": "callback",
-    "EAFOController": "controller",
+    "EAFOCallback": "trainers.lightning.callback",
+    "EAFOController": "policy.controller",
     "EAFOError": "errors",
-    "__version__": "version",
-    "apply_from_checkpoint": "manifest",
-    "disabled": "surgery",
-    "find_sites": "sites",
-    "load_merged": "bake",
-    "merge": "bake",
-    "register_activation": "bases",
-    "save_merged": "bake",
-    "unwrap": "surgery",
-    "wrap": "surgery",
+    "__version__": "internals.version",
+    "apply_from_checkpoint": "apply.manifest",
+    "disabled": "apply.surgery",
+    "find_sites": "find.sites",
+    "load_merged": "apply.merge",
+    "merge": "apply.merge",
+    "register_activation": "correction.bases",
+    "save_merged": "apply.merge",
+    "unwrap": "apply.surgery",
+    "wrap": "apply.surgery",
 }
 
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -18,8 +18,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from eafo_dynamic import CorrectionLog, EAFOController
-from eafo_dynamic.plots.logs import plot
 from eafo_dynamic.records import LogWriter
+from eafo_dynamic.records.figures.logs import plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,7 +18,7 @@ from sklearn.datasets import load_breast_cancer
 from torch import nn
 
 from eafo_dynamic import EAFOController, merge, save_merged
-from eafo_dynamic.optim import own_group
+from eafo_dynamic.trainers.optim import own_group
 
 
 def trained(x: torch.Tensor, y: torch.Tensor, steps: int) -> nn.Module:

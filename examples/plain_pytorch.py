@@ -10,7 +10,7 @@ from sklearn.datasets import load_wine
 from torch import nn
 
 from eafo_dynamic import EAFOController
-from eafo_dynamic.optim import own_group
+from eafo_dynamic.trainers.optim import own_group
 
 
 def main(steps: int = 300) -> EAFOController:

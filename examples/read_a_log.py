@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from eafo_dynamic import CorrectionLog, EAFOCallback
 from eafo_dynamic.experiments import MLP, Regressor, TabularData
-from eafo_dynamic.plots.logs import plot
+from eafo_dynamic.records.figures.logs import plot
 
 out = Path(tempfile.mkdtemp())
 run = Path(sys.argv[1]) if len(sys.argv) > 1 else out / "run"

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from eafo_dynamic import EAFOController, find_sites
-from eafo_dynamic.optim import own_group
+from eafo_dynamic.trainers.optim import own_group
 
 
 class Block(nn.Module):

@@ -69,7 +69,7 @@ def command(line: str) -> str:
             "pip install pyarrow",
         ),
         ("sklearn", command(f"fit --config {ROOT}/configs/wine_mlp.yaml"), "pip install 'eafo-dynamic[examples]'"),
-        ("transformers", "import eafo_dynamic.huggingface", "pip install transformers"),
+        ("transformers", "import eafo_dynamic.trainers.huggingface", "pip install transformers"),
         ("onnxscript", _MERGED.format(file="a.onnx"), "pip install onnxscript"),
         ("safetensors", _MERGED.format(file="a.safetensors"), "pip install safetensors"),
         ("shtab", command("completion bash"), "pip install 'eafo-dynamic[completion]'"),
@@ -138,7 +138,7 @@ def test_syntax_is_that_of_the_oldest_python(path: Path) -> None:
 
 
 def test_importing_the_controller_leaves_the_compiler_alone() -> None:
-    code = "import sys, torch\nbefore = 'torch._dynamo' in sys.modules\nimport eafo_dynamic.controller\n"
+    code = "import sys, torch\nbefore = 'torch._dynamo' in sys.modules\nimport eafo_dynamic.policy.controller\n"
     code += "print(before, 'torch._dynamo' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, after = result.stdout.split()
@@ -146,8 +146,8 @@ def test_importing_the_controller_leaves_the_compiler_alone() -> None:
 
 
 def test_the_mark_of_a_constant_is_the_one_that_torch_sets() -> None:
+    from eafo_dynamic.apply.recompute import check_compiled_part
     from eafo_dynamic.correction import table_half_width
-    from eafo_dynamic.recompute import check_compiled_part
 
     marked = vars(torch.compiler.assume_constant_result(lambda: 0))
     assert marked == vars(table_half_width) == vars(check_compiled_part)

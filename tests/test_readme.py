@@ -23,12 +23,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from eafo_dynamic import EAFOController, EAFOError
-from eafo_dynamic.callback import EAFOCallback
 from eafo_dynamic.cli.helptext import EXIT_CODES
-from eafo_dynamic.diagnostics import describe_events
-from eafo_dynamic.options import Options
 from eafo_dynamic.policy import Entropy, Hybrid
+from eafo_dynamic.policy.diagnostics import describe_events
+from eafo_dynamic.policy.options import Options
 from eafo_dynamic.records import COLUMNS
+from eafo_dynamic.trainers.lightning.callback import EAFOCallback
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -267,7 +267,7 @@ def test_every_option_of_the_callback_is_in_the_guide_with_its_default() -> None
 
 
 def test_every_option_of_the_hugging_face_callback_is_in_the_guide() -> None:
-    huggingface = pytest.importorskip("eafo_dynamic.huggingface")
+    huggingface = pytest.importorskip("eafo_dynamic.trainers.huggingface")
     names = set(inspect.signature(huggingface.EAFOTrainerCallback.__init__).parameters) - {"self", "options"}
     assert names - set(documented_options()) == {"example"}
     assert "`example`" in PAGES["examples/guide/options.md"]

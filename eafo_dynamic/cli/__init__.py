@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from eafo_dynamic.cli import completion
     from eafo_dynamic.cli.helptext import Formatter, exit_codes
-    from eafo_dynamic.version import __version__
+    from eafo_dynamic.internals.version import __version__
 
     parser = argparse.ArgumentParser(
         prog="eafo-dynamic",

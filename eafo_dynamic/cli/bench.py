@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
         if path and not Path(path).absolute().parent.is_dir():
             raise ConfigError(option, path, "is in a folder that does not exist", "Make the folder first.")
     if args.out:
-        from eafo_dynamic.plots.style import check_picture
+        from eafo_dynamic.records.figures.style import check_picture
 
         check_picture(args.out)
 
@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
         text = json.dumps({"machine": machine(), "quick": args.quick, "rows": rows}, indent=1)
         Path(args.json).write_text(text + "\n", encoding="utf-8")
     if args.out:
-        from eafo_dynamic.benchmark.figure import draw
+        from eafo_dynamic.experiments.benchmark.figure import draw
 
         draw(rows, args.out)
     shown = [_shown(row) for row in rows] if args.format == "table" else rows
@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace) -> int:
 def _measured(only: list[str] | None, quick: bool) -> list[dict[str, Any]]:
     from rich.console import Console
 
-    from eafo_dynamic.benchmark import run_benchmark
+    from eafo_dynamic.experiments.benchmark import run_benchmark
 
     with Console(file=sys.stderr).status("measuring ...") as status:
 
@@ -116,8 +116,8 @@ def machine() -> dict[str, Any]:
 
     import torch
 
-    from eafo_dynamic.kernels import resolve_backend
-    from eafo_dynamic.version import __version__
+    from eafo_dynamic.correction.kernels import resolve_backend
+    from eafo_dynamic.internals.version import __version__
 
     names = [platform.processor()]
     cpuinfo = Path("/proc/cpuinfo")

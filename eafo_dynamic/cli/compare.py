@@ -13,7 +13,7 @@ from eafo_dynamic.cli.output import add_format_option, emit, quiet_pipe, table_w
 from eafo_dynamic.errors import ConfigError
 
 if TYPE_CHECKING:
-    from eafo_dynamic.compare.plan import Plan
+    from eafo_dynamic.experiments.compare.plan import Plan
 
 __all__ = ["register"]
 
@@ -59,7 +59,7 @@ def register(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from eafo_dynamic.compare.plan import read_plan
+    from eafo_dynamic.experiments.compare.plan import read_plan
 
     if args.jobs < 1:
         raise ConfigError("--jobs", args.jobs, "must be at least 1", "Give the number of processes.")
@@ -88,13 +88,13 @@ def _check_choice(plan: Plan, args: argparse.Namespace) -> None:
 
 
 def _cells(plan: Plan, args: argparse.Namespace) -> list[Any]:
-    from eafo_dynamic.compare.runner import cells
+    from eafo_dynamic.experiments.compare.runner import cells
 
     return cells(plan, args.arms, args.seeds)
 
 
 def _list(plans: list[Plan], args: argparse.Namespace) -> None:
-    from eafo_dynamic.compare.cell import finished
+    from eafo_dynamic.experiments.compare.cell import finished
 
     for path, plan in zip(args.config, plans, strict=True):
         for arm, seed in _cells(plan, args):
@@ -104,8 +104,8 @@ def _list(plans: list[Plan], args: argparse.Namespace) -> None:
 
 
 def _check(plans: list[Plan]) -> int:
-    from eafo_dynamic.compare.cell import check
-    from eafo_dynamic.compare.compose import differences
+    from eafo_dynamic.experiments.compare.cell import check
+    from eafo_dynamic.experiments.compare.compose import differences
 
     for plan in plans:
         check(plan)
@@ -117,8 +117,8 @@ def _check(plans: list[Plan]) -> int:
 
 
 def _train(plan: Plan, args: argparse.Namespace) -> int:
-    from eafo_dynamic.compare.cell import check, finished
-    from eafo_dynamic.compare.runner import run
+    from eafo_dynamic.experiments.compare.cell import check, finished
+    from eafo_dynamic.experiments.compare.runner import run
 
     chosen = _cells(plan, args)
     if all(finished(plan, arm, seed) for arm, seed in chosen):
@@ -135,8 +135,8 @@ def _train(plan: Plan, args: argparse.Namespace) -> int:
 
 
 def _show(plans: list[Plan], fmt: str) -> None:
-    from eafo_dynamic.compare.evaluation import evaluate, write
-    from eafo_dynamic.compare.tables import rich_table
+    from eafo_dynamic.experiments.compare.evaluation import evaluate, write
+    from eafo_dynamic.experiments.compare.tables import rich_table
 
     evaluations, tables = evaluate(plans)
     files = [path for each in evaluations for path in write(each)]

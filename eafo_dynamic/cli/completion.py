@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, training: tu
         import shtab
     except ImportError:
         raise EAFOError("completion needs shtab: pip install 'eafo-dynamic[completion]'") from None
-    from eafo_dynamic.configured import TRAINING_OPTIONS
+    from eafo_dynamic.experiments.configured import TRAINING_OPTIONS
 
     for name, command in _commands(parser).items():
         if name in training:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eafo_dynamic.configured import configured, quieten
 from eafo_dynamic.errors import interruptible
+from eafo_dynamic.experiments.configured import configured, quieten
 
 __all__ = ["train"]
 

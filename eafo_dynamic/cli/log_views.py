@@ -194,7 +194,7 @@ def plot(args: argparse.Namespace) -> int:
     Returns:
         0.
     """
-    from eafo_dynamic.plots import logs, style
+    from eafo_dynamic.records.figures import logs, style
 
     log = _selected(load_rows(args.folder, args.steps), args)
     figure = logs.plot(log, args.what, args.column, args.dark)
@@ -211,7 +211,7 @@ def report(args: argparse.Namespace) -> int:
     Returns:
         0.
     """
-    from eafo_dynamic.report import write_report
+    from eafo_dynamic.records.report import write_report
 
     logs = [_selected(load_rows(run, args.steps), args) for run in args.runs]
     sys.stdout.write(f"{write_report(logs, args.out)}\n")

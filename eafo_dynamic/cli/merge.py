@@ -14,7 +14,7 @@ from eafo_dynamic.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from eafo_dynamic.bake import Plan
+    from eafo_dynamic.apply.merge import Plan
 
 __all__ = ["register"]
 
@@ -68,8 +68,8 @@ def register(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from eafo_dynamic.bake import merge, plan_of, save_merged
-    from eafo_dynamic.bake.files import GRAPH_FORMATS, check_output
+    from eafo_dynamic.apply.merge import merge, plan_of, save_merged
+    from eafo_dynamic.apply.merge.files import GRAPH_FORMATS, check_output
     from eafo_dynamic.cli.output import emit
 
     file = check_output(args.output)
@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
 def _checkpoint(path: str) -> Mapping[str, Any]:
     import torch
 
-    from eafo_dynamic.listener import CHECKPOINT_KEY
+    from eafo_dynamic.apply.kept import CHECKPOINT_KEY
 
     try:
         saved = cast(object, torch.load(path, map_location="cpu", weights_only=True))
@@ -134,7 +134,7 @@ def _config(args: argparse.Namespace) -> Path:
 def _configured(file: Path) -> tuple[nn.Module, Any]:
     import yaml
 
-    from eafo_dynamic.configured import configured, quieten
+    from eafo_dynamic.experiments.configured import configured, quieten
 
     try:
         config: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -154,7 +154,7 @@ def _configured(file: Path) -> tuple[nn.Module, Any]:
 
 
 def _apply(model: nn.Module, checkpoint: Mapping[str, Any], path: str) -> None:
-    from eafo_dynamic.manifest import apply_from_checkpoint
+    from eafo_dynamic.apply.manifest import apply_from_checkpoint
 
     try:
         apply_from_checkpoint(model, checkpoint)
@@ -187,8 +187,8 @@ def _example(args: argparse.Namespace, model: nn.Module, data: Any) -> tuple[Any
 
 def _rows(model: nn.Module, plan: Plan) -> list[dict[str, object]]:
     """One row a site: its correction, and what it becomes."""
-    from eafo_dynamic.bases import as_base
-    from eafo_dynamic.surgery import hosted_sites, site_source
+    from eafo_dynamic.apply.surgery import hosted_sites, site_source
+    from eafo_dynamic.correction.bases import as_base
 
     became: dict[str, str] = {}
     for baked in plan.baked:

@@ -72,8 +72,8 @@ def _run(args: argparse.Namespace) -> int:
     source = _source(args)
     rows = ranking(source, args.activations, args.resolution)
     if args.out:
-        from eafo_dynamic.plots import theory
-        from eafo_dynamic.plots.style import LIGHT, drawing, save
+        from eafo_dynamic.records.figures import theory
+        from eafo_dynamic.records.figures.style import LIGHT, drawing, save
 
         with drawing(LIGHT):
             save(theory.ranking(rows, source.label, args.resolution), args.out)
@@ -115,7 +115,7 @@ def ranking(source: Source, activations: list[str], resolution: float) -> list[d
         atom_mass, continuous_entropy (nats; missing where nothing is continuous) and d_entropy_d_eps, what
         the correction would do per unit of eps.
     """
-    from eafo_dynamic.bases import activation_names, as_base
+    from eafo_dynamic.correction.bases import activation_names, as_base
 
     names = activation_names() if "all" in activations else activations
     bases = dict.fromkeys(as_base(name) for name in names)
@@ -127,8 +127,8 @@ def ranking(source: Source, activations: list[str], resolution: float) -> list[d
 def _entropies(base: Any, source: Source, resolution: float) -> dict[str, Any]:
     import math
 
-    from eafo_dynamic.correction import correction_shape
-    from eafo_dynamic.entropy import SmoothedOutput
+    from eafo_dynamic.correction.shape import correction_shape
+    from eafo_dynamic.entropy.output import SmoothedOutput
 
     density = source.density
     output = SmoothedOutput(base(source.points), resolution, sampled=source.sampled)

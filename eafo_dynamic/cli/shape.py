@@ -11,7 +11,7 @@ from eafo_dynamic.errors import ConfigError
 
 if TYPE_CHECKING:
     from eafo_dynamic.cli.sources import Source
-    from eafo_dynamic.plots.theory import Study
+    from eafo_dynamic.records.figures.theory import Study
 
 __all__ = ["register", "study"]
 
@@ -71,8 +71,8 @@ def _run(args: argparse.Namespace) -> int:
         resolution=args.resolution,
     )
     if args.out:
-        from eafo_dynamic.plots import theory
-        from eafo_dynamic.plots.style import LIGHT, drawing, save
+        from eafo_dynamic.records.figures import theory
+        from eafo_dynamic.records.figures.style import LIGHT, drawing, save
 
         with drawing(LIGHT):
             save(theory.shape(result), args.out)
@@ -114,10 +114,10 @@ def study(activation: str, source: Source, *, eps: float, route: str = "auto", r
 
     import torch
 
-    from eafo_dynamic.bases import as_base
-    from eafo_dynamic.correction import correction_shape
-    from eafo_dynamic.entropy import SmoothedOutput
-    from eafo_dynamic.plots.theory import Study
+    from eafo_dynamic.correction.bases import as_base
+    from eafo_dynamic.correction.shape import correction_shape
+    from eafo_dynamic.entropy.output import SmoothedOutput
+    from eafo_dynamic.records.figures.theory import Study
 
     if not math.isfinite(eps):
         raise ConfigError("--eps", eps, "is not a number", "The default is 0.3.")

@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
     import torch
 
     from eafo_dynamic.cli.output import emit
-    from eafo_dynamic.sites import Selection, find_sites
+    from eafo_dynamic.find.sites import Selection, find_sites
 
     model = make(args.model)
     example = () if args.shape is None else (torch.zeros(args.shape),)

@@ -12,7 +12,7 @@ from eafo_dynamic.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from eafo_dynamic.density import Density
+    from eafo_dynamic.density.estimators import Density
 
 __all__ = ["DENSITIES", "Source", "from_density", "from_file", "from_log"]
 
@@ -56,7 +56,7 @@ def from_density(name: str, mean: float = 0.0, std: float = 1.0) -> Source:
     """
     import torch
 
-    from eafo_dynamic.density import Gaussian, histogram
+    from eafo_dynamic.density.estimators import Gaussian, histogram
 
     if name not in DENSITIES:
         mend = f"Use one of {', '.join(DENSITIES)}, or a file of samples."
@@ -126,7 +126,7 @@ def from_file(path: str) -> Source:
     import numpy
     import torch
 
-    from eafo_dynamic.density import histogram
+    from eafo_dynamic.density.estimators import histogram
 
     file = Path(path)
     try:
@@ -176,7 +176,7 @@ def from_log(run: str, site: str | None = None) -> Source:
     """
     import torch
 
-    from eafo_dynamic.density import Gaussian
+    from eafo_dynamic.density.estimators import Gaussian
     from eafo_dynamic.records import CorrectionLog
 
     log = CorrectionLog.load(run)

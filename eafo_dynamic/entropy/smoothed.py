@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eafo_dynamic.entropy.grids import SPLINE_VARIANCE, Splines, Standardised, fourier_size, smooth, transform
 from eafo_dynamic.entropy.spacings import atoms_and_rest
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.grids import SPLINE_VARIANCE, Splines, Standardised, fourier_size, smooth, transform
 
 __all__ = ["MixedEntropy", "SmoothedOutput"]
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["COLUMNS", "CORRECTIONS", "FORMAT", "MANIFEST", "SCHEMA_VERSION", "SHAPES", "Column"]
+__all__ = ["COLUMNS", "CORRECTIONS", "FORMAT", "MANIFEST", "SCHEMA_VERSION", "SHAPES", "Column", "Record"]
 
 FORMAT = "eafo-correction-log"
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 CORRECTIONS = "corrections.jsonl"
 SHAPES = "shapes.jsonl"
+
+Record = dict[str, object]
+"""One row of the correction log: one site at one update round."""
 
 
 @dataclass(frozen=True, slots=True)

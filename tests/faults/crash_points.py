@@ -30,38 +30,54 @@ class Point:
     contains: str = ""
 
 
+_CALLBACK = "eafo_dynamic.trainers.lightning.callback:EAFOCallback"
 _WRITER = "eafo_dynamic.records.writer"
-_CONTROLLER = "eafo_dynamic.controller:EAFOController"
+_CONTROLLER = "eafo_dynamic.policy.controller:EAFOController"
 _LOCAL_FILE = "fsspec.implementations.local:LocalFileOpener"
 
 # Lightning's checkpoints are taken every second step; rounds run after steps 1, 3, 6, 9 and 12
 POINTS = [
-    Point("before anything is wrapped", "eafo_dynamic.callback:EAFOCallback.setup", "before", 1),
-    Point("sites wrapped, optimiser not made", "eafo_dynamic.callback:EAFOCallback.setup", "after", 1),
+    Point("before anything is wrapped", f"{_CALLBACK}.setup", "before", 1),
+    Point("sites wrapped, optimiser not made", f"{_CALLBACK}.setup", "after", 1),
     Point("the log's first manifest is being written", f"{_WRITER}:_replace", "before", 1),
-    Point("before the first step", "eafo_dynamic.callback:EAFOCallback.on_train_start", "after", 1),
+    Point("before the first step", f"{_CALLBACK}.on_train_start", "after", 1),
     Point("before the first checkpoint", f"{_CONTROLLER}.update", "after", 1),
     Point("in a forward that leaves samples", "training_process:Net.forward", "after", 12),
     Point("in mid-accumulation", "lightning.pytorch:LightningModule.backward", "after", 11),
     Point("before the optimiser's step", f"{_CONTROLLER}.before_optimizer_step", "after", 5),
     Point("after the optimiser's step, before the update", f"{_CONTROLLER}.step", "before", 11),
     Point("before an update round", f"{_CONTROLLER}.update", "before", 3),
-    Point("amid an update round, corrections written", "eafo_dynamic.bank:Bank.commit", "after", 3),
+    Point("amid an update round, corrections written", "eafo_dynamic.apply.bank:Bank.commit", "after", 3),
     Point("between an update and its row", f"{_WRITER}:LogWriter.write", "before", 3),
     Point("in the middle of a row", f"{_WRITER}:os.write", "torn", 3, "entropy_after"),
     Point("between a row and its snapshot", f"{_WRITER}:LogWriter.write_shapes", "before", 2),
     Point("in the middle of a snapshot", f"{_WRITER}:os.write", "torn", 2, "function"),
-    Point("between a snapshot and the loggers", "eafo_dynamic.showing:Reporter.send", "before", 7),
-    Point("before a checkpoint is gathered", "eafo_dynamic.callback:EAFOCallback.state_dict", "before", 2),
-    Point("checkpoint gathered, not written", "eafo_dynamic.callback:EAFOCallback.state_dict", "after", 3),
+    Point("between a snapshot and the loggers", "eafo_dynamic.trainers.lightning.reporter:Reporter.send", "before", 7),
+    Point(
+        "before a checkpoint is gathered",
+        f"{_CALLBACK}.state_dict",
+        "before",
+        2,
+    ),
+    Point(
+        "checkpoint gathered, not written",
+        f"{_CALLBACK}.state_dict",
+        "after",
+        3,
+    ),
     Point("in the middle of writing a checkpoint", f"{_LOCAL_FILE}.write", "torn", 3),
     Point("checkpoint written, not in its place", f"{_LOCAL_FILE}.commit", "before", 4),
     Point("checkpoint in its place, last.ckpt an older one", f"{_LOCAL_FILE}.commit", "after", 3),
     Point("between two checkpoints", "training_process:Net.training_step", "before", 14),
-    Point("at the end of an epoch", "eafo_dynamic.callback:EAFOCallback.on_train_batch_end", "after", 16),
+    Point(
+        "at the end of an epoch",
+        f"{_CALLBACK}.on_train_batch_end",
+        "after",
+        16,
+    ),
     Point("before the last update round", f"{_CONTROLLER}.update", "before", 5),
-    Point("after the last step", "eafo_dynamic.callback:EAFOCallback.on_fit_end", "before", 1),
-    Point("at teardown", "eafo_dynamic.callback:EAFOCallback.teardown", "before", 1),
+    Point("after the last step", f"{_CALLBACK}.on_fit_end", "before", 1),
+    Point("at teardown", f"{_CALLBACK}.teardown", "before", 1),
 ]
 
 # without accumulation: rows of step 9 and its snapshot are written, and the newest checkpoint is that of step 8
@@ -69,7 +85,12 @@ AHEAD = Point("log ahead of the checkpoint", "training_process:Net.training_step
 
 # what a run does only when it goes on after another has died
 RESUMING = [
-    Point("before the sites of a checkpoint are adopted", "eafo_dynamic.callback:EAFOCallback.adopt", "before", 1),
+    Point(
+        "before the sites of a checkpoint are adopted",
+        f"{_CALLBACK}.adopt",
+        "before",
+        1,
+    ),
     Point("weights restored, log not", f"{_WRITER}:LogWriter.resume", "before", 1),
     Point("while the log is cut back to the checkpoint", f"{_WRITER}:os.replace", "before", 1),
     Point("log cut back, snapshots not", f"{_WRITER}:os.replace", "after", 1),

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from eafo_dynamic import EAFOController
-from eafo_dynamic.replicas import average_gradients
+from eafo_dynamic.trainers.replicas import average_gradients
 
 
 class Count(Callback):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from eafo_dynamic import CorrectedActivation, EAFOCallback
-from eafo_dynamic.controller import EAFOController
+from eafo_dynamic.policy.controller import EAFOController
 from eafo_dynamic.records import CorrectionLog
 from tests.faults.bad_inputs import (
     FLOATS,

@@ -16,8 +16,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from eafo_dynamic.controller import EAFOController
-from eafo_dynamic.surgery import disabled, hosted_sites, unwrap
+from eafo_dynamic.apply.surgery import disabled, hosted_sites, unwrap
+from eafo_dynamic.policy.controller import EAFOController
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # of torch itself
 Tally = Callable[..., None]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from eafo_dynamic import EAFOCallback, EAFOController, merge, unwrap
+from eafo_dynamic.apply.surgery import hosted_sites
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.schedule import Pace, Schedule
-from eafo_dynamic.surgery import hosted_sites
+from eafo_dynamic.policy.schedule import Pace, Schedule
 
 
 class Critics(LightningModule):

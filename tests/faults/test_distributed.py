@@ -17,7 +17,7 @@ from training_process import Net
 from eafo_dynamic import EAFOController
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.records import CorrectionLog
-from eafo_dynamic.replicas import Replicas, average_gradients, check_strategy
+from eafo_dynamic.trainers.replicas import Replicas, average_gradients, check_strategy
 
 pytestmark = pytest.mark.slow
 ROUNDS: dict[str, Any] = {"update_every_n_steps": 2, "collect_every_n_steps": 1}

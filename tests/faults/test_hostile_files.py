@@ -20,11 +20,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from eafo_dynamic import apply_from_checkpoint, find_sites, wrap
+from eafo_dynamic.apply.kept import CHECKPOINT_KEY
+from eafo_dynamic.apply.manifest import manifest
+from eafo_dynamic.apply.surgery import is_wrapped
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.listener import CHECKPOINT_KEY
-from eafo_dynamic.manifest import manifest
 from eafo_dynamic.records import CorrectionLog
-from eafo_dynamic.surgery import is_wrapped
 
 QUICK = [
     f"--config={CONFIG}",

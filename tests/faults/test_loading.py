@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from eafo_dynamic import EAFOCallback, apply_from_checkpoint, find_sites, unwrap, wrap
+from eafo_dynamic.apply.manifest import manifest, warn_of_changes
+from eafo_dynamic.apply.surgery import disabled, hosted_sites, is_wrapped
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.manifest import manifest, warn_of_changes
 from eafo_dynamic.records import CorrectionLog
-from eafo_dynamic.surgery import disabled, hosted_sites, is_wrapped
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You defined a `validation_step`",

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from eafo_dynamic import EAFOCallback
-from eafo_dynamic.controller import EAFOController
+from eafo_dynamic.density.statistics import Collector
+from eafo_dynamic.policy.controller import EAFOController
 from eafo_dynamic.records import CorrectionLog, LogWriter
-from eafo_dynamic.statistics import Collector
 
 Tally = Callable[..., None]
 MB = 2**20

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from eafo_dynamic.sites import SiteReport, find_sites, forked_random_states
-from eafo_dynamic.surgery import unwrap, wrap
+from eafo_dynamic.apply.surgery import unwrap, wrap
+from eafo_dynamic.find.sites import SiteReport, find_sites, forked_random_states
 from tests.zoo.truth import Event, witness
 
 Run = Callable[[nn.Module], object]

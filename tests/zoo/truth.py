@@ -228,7 +228,7 @@ def witness(model: nn.Module, run: Callable[[nn.Module], object]) -> list[Event]
 @contextmanager
 def _marked_sites(flow: _Flow) -> Iterator[None]:
     """Notes the site under which each kernel runs, or that later corrects what was computed from its input."""
-    from eafo_dynamic.activation import Site
+    from eafo_dynamic.apply.site import Site
 
     plain = Site.__call__
 

@@ -1,0 +1,1 @@
+"""Corrections in a model and out of it again."""

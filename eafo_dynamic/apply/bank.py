@@ -1,0 +1,238 @@
+"""All sites' tensors of one model, read and written together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eafo_dynamic.apply.site import Site, describe_state
+from eafo_dynamic.apply.surgery import hosted_sites, site_source
+from eafo_dynamic.correction.bases import Base, as_base
+from eafo_dynamic.correction.kernels import RoundKernel
+from eafo_dynamic.correction.stacked import Functions
+from eafo_dynamic.errors import SiteError
+
+__all__ = ["Bank"]
+
+_MOST_ELEMENTS = 1 << 48  # of a tensor
+
+
+class Bank:
+    """The sites of a wrapped model, as stacked tensors and back.
+
+    Args:
+        model: the wrapped model.
+        hosted: its sites, each with the module that hosts its tensors.
+    """
+
+    def __init__(self, model: nn.Module, hosted: list[tuple[nn.Module, Site]]) -> None:
+        self._hosted = hosted
+        self._plain = [site_source(model, site) for _, site in hosted]
+
+    def belongs_to(self, model: nn.Module) -> bool:
+        """Whether these are the sites of a model now: it may have been unwrapped, merged, or wrapped again.
+
+        Args:
+            model: any module.
+
+        Returns:
+            Whether they are.
+        """
+        return {site for _, site in hosted_sites(model)} == set(self.sites)
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites, in the order of the log."""
+        return [site for _, site in self._hosted]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sites, in that order."""
+        return [site.name for site in self.sites]
+
+    def check_names(self, saved: list[str]) -> None:
+        """Checks that a checkpoint's sites are these.
+
+        Args:
+            saved: their names.
+
+        Raises:
+            SiteError: if they differ; the message lists them.
+        """
+        if self.names != saved:
+            missing = ", ".join(sorted(set(saved) - set(self.names))) or "none"
+            extra = ", ".join(sorted(set(self.names) - set(saved))) or "none"
+            raise SiteError(
+                f"the checkpoint's sites are not this model's: only in the checkpoint: {missing}; "
+                f"only in the model: {extra}. Use the same model and the same target_modules, exclude_modules."
+            )
+
+    @property
+    def eps(self) -> list[nn.Parameter]:
+        """Amplitudes, one parameter a site."""
+        return [getattr(host, site.keys[0]) for host, site in self._hosted]
+
+    @property
+    def lifts(self) -> list[nn.Parameter]:
+        """Amplitudes of the second terms, one a site where terms are free; else none."""
+        found = [getattr(host, site.keys[-1]) for host, site in self._hosted]
+        return [lift for lift in found if lift is not None]
+
+    @property
+    def amplitudes(self) -> list[nn.Parameter]:
+        """Eps of all sites, then their lifts."""
+        return [*self.eps, *self.lifts]
+
+    def _columns(self) -> list[tuple[Tensor | None, ...]]:
+        """Eps, shapes, tables, offsets and lifts of all sites; None where a site has none."""
+        return list(zip(*(site.tensors(host) for host, site in self._hosted), strict=True))
+
+    def states(self) -> list[str]:
+        """Eps, mu and sigma of every site, as text.
+
+        Returns:
+            For example ``eps=+0.0100, mu=+0.000, sigma=1.000``.
+        """
+        tensors = [site.tensors(host) for host, site in self._hosted]
+        return [describe_state(eps, shape, lift=lift) for eps, shape, *_, lift in tensors]
+
+    @property
+    def device(self) -> torch.device:
+        """Where rounds are computed: the device of the first site."""
+        host, site = self._hosted[0]
+        return getattr(host, site.keys[0]).device
+
+    def functions(self, kernel: RoundKernel | None = None) -> Functions:
+        """All sites' functions as they are now.
+
+        Args:
+            kernel: what computes them on the CPU; None for torch's operations.
+
+        Returns:
+            Stacked copies of eps, mu, sigma and tables.
+        """
+        device = self.device
+        one: dict[Base, Base] = {}  # equal bases become the same, so that nobody has to compare them again
+        eps, shapes, tables, offsets, lifts = self._columns()
+        with torch.no_grad():
+            return Functions(
+                bases=[one.setdefault(base, base) for base in map(as_base, self._plain)],
+                # one amplitude a channel: the log and the entropies see their mean
+                eps=_stacked(_means(_present(eps)), device),
+                shape=_stacked(_present(shapes), device),
+                tables=_stacked(_present(tables), device),
+                tabulated=torch.tensor(
+                    [row for row, table in enumerate(tables) if table is not None], dtype=torch.long, device=device
+                ),
+                offsets=_stacked(settled, device) if (settled := _present(offsets)) else None,
+                lift=_stacked(_means(free), device) if (free := _present(lifts)) else None,
+                kernel=kernel,
+            )
+
+    def commit(self, old: Functions, new: Functions) -> None:
+        """Writes functions back into the model, in place.
+
+        Args:
+            old: what ``functions`` gave before.
+            new: what to write.
+        """
+        eps, shapes, tables, offsets, lifts = map(_present, self._columns())
+        with torch.no_grad():
+            torch._foreach_copy_(eps, _moved(eps, old.eps, new.eps))
+            torch._foreach_copy_(shapes, new.shape.unbind())
+            if old.lift is not None and new.lift is not None:
+                torch._foreach_copy_(lifts, _moved(lifts, old.lift, new.lift))
+            if tables:
+                torch._foreach_copy_(tables, new.tables.unbind())
+            if offsets and new.offsets is not None:
+                torch._foreach_copy_(offsets, new.offsets.unbind())
+
+    def drain(self) -> tuple[list[tuple[Tensor, Tensor]], list[str | None]]:
+        """Hands out what every site has collected since the last round, and forgets it.
+
+        Returns:
+            Its sample, as from ``Collector.drain``, and the kind of a value that it could not correct, if any.
+        """
+        collectors = [site.collector for site in self.sites]
+        passed_over = [each.passed_over for each in collectors]
+        for each in collectors:
+            each.passed_over = None
+        return [each.drain() for each in collectors], passed_over
+
+    def pending(self) -> dict[str, Any]:
+        """What ``drain`` would hand out, for a checkpoint; it stays where it is.
+
+        Returns:
+            Samples, a list a site, on the CPU, and the kinds.
+        """
+        collectors = [site.collector for site in self.sites]
+        samples = [[(values.cpu(), *rest) for values, *rest in each.pending()] for each in collectors]
+        return {"samples": samples, "passed_over": [each.passed_over for each in collectors]}
+
+    def restore_pending(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Puts back what ``pending`` gave, of one rank or of several, in place of what there is.
+
+        Args:
+            states: one a rank.
+        """
+        for place, site in enumerate(self.sites):
+            chunks = [_checked(*chunk) for state in states for chunk in state["samples"][place]]
+            site.collector.restore(chunks, self.device)
+            kinds = [str(state["passed_over"][place] or "") for state in states]
+            site.collector.passed_over = next(filter(None, kinds), None)
+
+    def bound(self, bound: float) -> None:
+        """Brings every amplitude back into [-bound, bound]; values on an accelerator are not waited for.
+
+        Args:
+            bound: largest absolute value.
+        """
+        outside = [each.detach() for each in self.amplitudes if not _is_within(each, bound)]
+        if outside:
+            torch._foreach_clamp_min_(outside, -bound)
+            torch._foreach_clamp_max_(outside, bound)
+
+
+def _is_within(amplitude: Tensor, bound: float) -> bool:
+    """Whether one number is known to be within a bound: a look on the CPU takes a tenth of the time of a clamp."""
+    return amplitude.is_cpu and not amplitude.dim() and abs(amplitude.item()) <= bound
+
+
+def _checked(values: Tensor, shape: Sequence[int], channels_last: bool) -> tuple[Tensor, list[int], bool]:
+    """A part of a sample, if it can be one: what a checkpoint holds may be anything."""
+    size = [index(each) for each in shape]
+    small = values.dim() == 1 and values.is_floating_point() and 0 < len(values) <= math.prod(size) < _MOST_ELEMENTS
+    if not small or min(size, default=1) < 1 or (channels_last and len(size) < 3):
+        raise ValueError(f"a sample of {values.dtype} {list(values.shape)} from a tensor {size}")
+    return values, size, bool(channels_last)
+
+
+def _stacked(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Tensors of equal shape one above the other, float32; no tables are an empty stack."""
+    if any(each.device != device or each.dtype != torch.float32 for each in tensors):
+        tensors = [each.to(device, torch.float32) for each in tensors]
+    return torch.stack(list(tensors)) if tensors else torch.empty(0, 4, 1, dtype=torch.float32, device=device)
+
+
+def _present(column: Sequence[Tensor | None]) -> list[Tensor]:
+    return [each for each in column if each is not None]
+
+
+def _moved(amplitudes: Sequence[Tensor], old: Tensor, new: Tensor) -> list[Tensor]:
+    """Where every site's move takes its amplitude; channels keep their differences."""
+    if not any(each.dim() for each in amplitudes):
+        return list(new.unbind())
+    return [
+        torch.where(each.isfinite(), each, before) + (after - before) if each.dim() else after
+        for each, before, after in zip(amplitudes, old, new, strict=True)
+    ]
+
+
+def _means(amplitudes: Sequence[Tensor]) -> list[Tensor]:
+    # in half precision the sum over many channels would be too coarse
+    return [each.to(torch.float32).mean() if each.dim() else each for each in amplitudes]

@@ -1,0 +1,339 @@
+"""What a wrapped module is: an instance of a generated subclass of its own class.
+
+An *activation* runs its site; an *owner* opens a frame in each of its forwards, in which calls are counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.compiler import is_compiling
+from torch.nn.utils.parametrize import is_parametrized
+
+from eafo_dynamic.apply.frames import (
+    STACK,
+    close_frame,
+    entered,
+    function_mode,
+    in_backward,
+    open_frame,
+    refuse_symbols,
+    route,
+)
+from eafo_dynamic.apply.site import Site, describe_state
+from eafo_dynamic.correction.kernels import is_correctable, known_module, prepare
+from eafo_dynamic.errors import SiteError
+from eafo_dynamic.find.functional import unbound
+from eafo_dynamic.find.places import Places
+from eafo_dynamic.find.wrapped import ACTIVATION, ENTRY_POINTS, Wrapped, class_before, derived_class, rebased
+from eafo_dynamic.find.written import Node
+
+__all__ = ["Hosting", "become", "revert"]
+
+_SLOPE_BY_RESULT = (nn.ELU, nn.CELU, nn.SELU)  # in place, in the last bit other than by the input
+_HALF = (torch.float16, torch.bfloat16)
+_STATE = (
+    "eafo_sites", "eafo_name", "eafo_shared", "eafo_routes", "eafo_places", "eafo_functions", "eafo_uncompiled",
+    "eafo_written",
+)  # fmt: skip
+
+
+class Hosting(Wrapped):
+    """Part of every generated class: copying, pickling, loading and the repr of a module with sites.
+
+    Attributes:
+        eafo_class: the class the module had before.
+        eafo_kind: ACTIVATION or OWNER.
+        eafo_sites: the sites it hosts.
+        eafo_name: FQN of the module when it was wrapped, by which owners know it.
+        eafo_shared: of an activation: whether owners host its sites.
+        eafo_routes: of an owner: for each of its activations and functions, the sites of call 0, 1, ...;
+            None for a call that is left alone.
+        eafo_places: of an owner: where in the code it makes those calls.
+        eafo_functions: of an owner: names of the functions that its own code calls and a site corrects.
+        eafo_uncompiled: of an owner: those of its functions that torch.compile would not show.
+        eafo_written: of an owner: expressions that written-out activations of its own code consist of.
+    """
+
+    eafo_class: type[nn.Module]
+    eafo_kind: str
+    eafo_sites: list[Site]
+    eafo_name: str
+    eafo_shared: bool
+    eafo_routes: dict[str, list[Site | None]]
+    eafo_places: dict[str, Places]
+    eafo_functions: frozenset[str]
+    eafo_uncompiled: frozenset[str]
+    eafo_written: frozenset[Node]
+
+    def __init_subclass__(cls) -> None:
+        """Does not tell the original class of its generated subclass: it may keep a register, or ask for arguments."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the generated class has no importable name; build it again from the original class
+        state: Any = (
+            cast(Any, self).__getstate__() if hasattr(self, "__getstate__") else vars(self)
+        )  # Python 3.10 has none
+        return _rebuild, (self.eafo_class, self.eafo_kind), state
+
+    def __prepare_scriptable__(self) -> Any:
+        raise SiteError(
+            f"{self.eafo_name or 'the model'}: torch.jit.script cannot read a wrapped model. Take script(merge(model))."
+        )
+
+    def extra_repr(self) -> str:
+        """The original text, then the live state of the sites.
+
+        Returns:
+            For example ``inplace=True, eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``.
+        """
+        parts = [self.eafo_class.extra_repr(cast(nn.Module, self))]
+        for site in self.eafo_sites:
+            eps, shape, *_, lift = (getattr(self, key) for key in site.keys)
+            parts.append(describe_state(eps, shape, site.switch.backend, lift))
+        return ", ".join(part for part in parts if part)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves and casts as ever, but the sites' tensors stay float32 where the rest of the model becomes half.
+
+        Half precision would swallow the optimiser's small steps of an amplitude.
+
+        Returns:
+            The module.
+        """
+        host = cast(nn.Module, self)
+        own = [key for site in self.eafo_sites for key in site.keys if getattr(self, key) is not None]
+        before = {key: getattr(host, key).detach() for key in own}
+        cast(Any, super())._apply(fn, recurse)
+        for key, tensor in before.items():
+            now = getattr(host, key)
+            if now.dtype in _HALF and tensor.dtype not in _HALF:
+                now.data = tensor.to(now.device, torch.float32)
+                if now.grad is not None:
+                    now.grad.data = now.grad.data.to(torch.float32)
+        for site in self.eafo_sites:
+            prepare(getattr(host, site.keys[0]).device, site.switch.backend)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # a checkpoint of the plain model lacks the corrections: they stay as they are
+        _, _, missing, _, _ = args
+        cast(Any, super())._load_from_state_dict(state_dict, prefix, *args)
+        own = {prefix + key for site in self.eafo_sites for key in site.keys}
+        if not own & set(state_dict):
+            missing[:] = [key for key in missing if key not in own]
+
+
+class _Activation(Hosting):
+    """The forward of a wrapped activation module."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        base: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+        frames = STACK.frames
+        if not frames or frames[-1].mode is None:
+            if self.eafo_shared and not frames and not in_backward():
+                return base(*args, **kwargs)  # no owner is there to count
+        else:
+            # the caller's mode must not take the functions inside the activation for the caller's own
+            outer = open_frame(self)
+            try:
+                return _correct(self, base, args, kwargs)
+            finally:
+                close_frame(outer)
+        return _correct(self, base, args, kwargs)
+
+
+def _correct(host: Any, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    values = (*args, *kwargs.values()) if kwargs else args
+    if len(values) != 1 or not is_correctable(values[0]):
+        if len(values) == 1 and not is_compiling() and _acts(host):
+            refuse_symbols(values[0], host)
+        if not host.eafo_shared:
+            host.eafo_sites[0].pass_over(host, values[0] if len(values) == 1 else values)
+        return base(*args, **kwargs)
+    inplace, known = getattr(host, "inplace", False), None
+    if not is_compiling() and not (inplace and issubclass(host.eafo_class, _SLOPE_BY_RESULT)):
+        known = known_module(host, host.eafo_class)
+    if not host.eafo_shared:
+        return host.eafo_sites[0](host, base, values[0], inplace, known)
+    owner, site = route(host.eafo_name)
+    if owner is None or site is None:
+        return base(values[0])
+    counting: Any = owner
+    return site(counting, base, values[0], inplace, known)
+
+
+def _counted(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """An entry point of an owner that opens a frame around the original.
+
+    Returns:
+        A function with the signature of the original.
+    """
+    is_forward, by_place = name == "forward", name == "predict_step"  # which may run a part alone
+
+    @functools.wraps(method)
+    def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
+        idle, frames = _all_idle(self), STACK.frames
+        if idle and (not frames or frames[-1].mode is None):
+            return method(self, *args, **kwargs)  # nothing acts, and no mode takes its functions for the caller's
+        if self.eafo_uncompiled and is_compiling() and not idle:
+            return _uncompiled(self, method, args, kwargs, is_forward)
+        functions = bool(self.eafo_functions) and not idle
+        if is_compiling():
+            return entered(self, method, args, kwargs, is_forward, functions)
+        if self.eafo_sites and not idle:  # in a graph nobody would open frames, and its activations would be plain
+            refuse_symbols(args[0] if args else next(iter(kwargs.values()), None), self)
+        # as entered does, but all in one function: recursive models need the depth of Python's stack
+        outer, ended = open_frame(self, is_forward, by_place), False
+        try:
+            if functions:
+                with function_mode():
+                    result = method(self, *args, **kwargs)
+            else:
+                result = method(self, *args, **kwargs)
+            ended = True
+        finally:
+            close_frame(outer, ended)
+        return result
+
+    return entry
+
+
+@_disable_dynamo  # torch.compiler.disable, but the compiler is imported by the first call: it takes a second
+def _uncompiled(
+    owner: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_forward: bool
+) -> Any:
+    """Runs an entry point as it runs without torch.compile, and says so: slower, but never silently uncorrected."""
+    names = " and ".join(sorted(owner.eafo_uncompiled))
+    warnings.warn(
+        f"EAFO: {owner.eafo_name or type(owner).__name__} is not compiled: torch.compile hides its {names} from the "
+        "correction. Write x.relu_() for F.relu_(x), x.tanh() for F.tanh(x), nn.Hardswish()(x) for F.hardswish(x) "
+        "to compile it.",
+        stacklevel=2,
+    )
+    return entered(owner, method, args, kwargs, is_forward, True)
+
+
+def _acts(host: Hosting) -> bool:
+    return (
+        any(not site.idle(cast(nn.Module, host)) for site in host.eafo_sites) if host.eafo_sites else host.eafo_shared
+    )
+
+
+def _all_idle(owner: Hosting) -> bool:
+    """Whether no function of the owner has anything to do, so that its code runs as if it had none."""
+    host: Any = owner
+    for site in owner.eafo_sites:
+        if not site.idle(host):
+            return False
+    return bool(owner.eafo_sites)
+
+
+class _FastPath:
+    """Tells nn.TransformerEncoderLayer in eval which fused kernel to run: none that ignores a correction that acts."""
+
+    def __get__(self, layer: Any, owner: type) -> Any:
+        if layer is None:
+            return self
+        activation = layer.activation
+        if isinstance(activation, Hosting) and activation.eafo_shared:
+            return 0  # its sites are elsewhere
+        hosts: list[Any] = [layer, *([activation] if isinstance(activation, Hosting) else [])]
+        if any(not site.idle(host) for host in hosts for site in host.eafo_sites):
+            return 0
+        return vars(layer)["activation_relu_or_gelu"]
+
+    def __set__(self, layer: Any, value: int) -> None:
+        vars(layer)["activation_relu_or_gelu"] = value
+
+
+@functools.cache
+def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
+    """The subclass of a module class that carries corrections; the same object for the same class.
+
+    Args:
+        cls: the original class.
+        kind: ACTIVATION or OWNER.
+
+    Returns:
+        A class with the name, module and documentation of the original.
+    """
+    body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    # defaults for instances that user code makes of the class, as slicing an nn.Sequential does
+    body.update(eafo_class=cls, eafo_kind=kind, eafo_sites=[], eafo_routes={}, eafo_places={}, eafo_name="")
+    body.update(eafo_shared=True)
+    body.update(eafo_functions=frozenset(), eafo_uncompiled=frozenset(), eafo_written=frozenset())
+    if kind == ACTIVATION:
+        return derived_class(cls.__name__, (_Activation, cls), body)
+    for name in ENTRY_POINTS:
+        method = unbound(cls, name)
+        if method is not None:
+            body[name] = _counted(method, name)
+    if issubclass(cls, nn.TransformerEncoderLayer):
+        body["activation_relu_or_gelu"] = _FastPath()
+    return derived_class(cls.__name__, (Hosting, cls), body)
+
+
+def _class_for(module: nn.Module, kind: str) -> type[nn.Module]:
+    """The generated class for a module instance.
+
+    A parametrized one has a class of its own on top of the original, which ``remove_parametrizations`` takes away: the
+    generated class goes between the two, so that it stays.
+
+    Returns:
+        The class.
+    """
+    cls = type(module)
+    if not is_parametrized(module):
+        return _generated(cls, kind)
+    plain = cls.__bases__[0]
+    made = rebased(cls, plain, _generated(plain, kind))
+    made["body"].update(eafo_class=cls, eafo_names=frozenset(vars(cls)))
+    return derived_class(**made)
+
+
+def _rebuild(cls: type[nn.Module], kind: str) -> nn.Module:
+    generated = _generated(cls, kind)
+    return generated.__new__(generated)
+
+
+def become(module: nn.Module, kind: str, name: str) -> Hosting:
+    """Changes the class of a module instance to the generated one; does nothing to one that has it.
+
+    Args:
+        module: the instance.
+        kind: ACTIVATION or OWNER.
+        name: its FQN.
+
+    Returns:
+        The same instance.
+    """
+    if isinstance(module, Hosting):
+        if module.eafo_kind != kind == ACTIVATION and not module.eafo_sites:
+            cast(Any, module).__class__ = class_before(module)  # so far it only guarded its own code
+            cast(Any, module).__class__ = _class_for(cast(nn.Module, module), kind)
+    else:
+        module.__class__ = _class_for(module, kind)
+        vars(module).update(eafo_sites=[], eafo_name=name, eafo_routes={}, eafo_places={}, eafo_shared=False)
+    return cast(Hosting, module)
+
+
+def revert(module: nn.Module) -> None:
+    """Gives a module instance its own class back, and takes the sites' tensors away.
+
+    Args:
+        module: wrapped or not.
+    """
+    if not isinstance(module, Hosting):
+        return
+    for site in module.eafo_sites:
+        site.unregister(module)
+    cast(Any, module).__class__ = class_before(module)
+    for name in _STATE:
+        vars(module).pop(name, None)

@@ -1,0 +1,348 @@
+"""What a checkpoint says about its sites, and wrapping a fresh model accordingly."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from reprlib import repr as _shown
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from eafo_dynamic.apply.kept import CHECKPOINT_KEY, keep_sites
+from eafo_dynamic.apply.surgery import hosted_sites, unwrap, wrap
+from eafo_dynamic.errors import SiteError, legible
+from eafo_dynamic.find.functional import WRITTEN, function_base
+from eafo_dynamic.find.sites import MAX_CALLS, FoundSite, SiteReport, find_sites
+
+__all__ = [
+    "apply_from_checkpoint",
+    "check_form",
+    "check_weights",
+    "manifest",
+    "report_from_manifest",
+    "warn_of_changes",
+    "wrap_from_manifest",
+]
+
+MANIFEST_VERSION = 2  # 2 adds places
+
+_FORM = ("tabulated", "per_channel", "compounding", "free")
+_DAMAGED = "the checkpoint's list of sites is damaged, or of another version"
+_MEND = "Use a checkpoint that eafo-dynamic has written."
+
+
+def _is_size(value: object, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _all(value: object, kind: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(kind, value))
+
+
+# by the type that a site's entry is declared with
+_KINDS: dict[Any, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "str | None": lambda value: value is None or isinstance(value, str),
+    "bool": lambda value: isinstance(value, bool),
+    "int": lambda value: _is_size(value, MAX_CALLS),
+    "int | None": lambda value: value is None or (isinstance(value, int) and value in (-1, 1)),
+    "tuple[int, ...] | None": lambda value: value is None or _all(value, _is_size),
+    "tuple[str, ...]": lambda value: _all(value, lambda part: isinstance(part, str)),
+    "dict[str, object] | None": lambda value: value is None or isinstance(value, dict),
+}
+
+
+def manifest(
+    report: SiteReport,
+    *,
+    tabulated: bool = False,
+    per_channel: bool = False,
+    compounding: bool = False,
+    free: bool = False,
+) -> dict[str, Any]:
+    """What has to be known to wrap the same sites again; primitives only.
+
+    Args:
+        report: what was wrapped.
+        tabulated: see ``wrap``.
+        per_channel: see ``wrap``.
+        compounding: see ``wrap``.
+        free: see ``wrap``.
+
+    Returns:
+        Keys ``manifest_version``, ``sites``, ``tabulated``, ``per_channel``, ``compounding`` and ``free``.
+    """
+    sites = [
+        {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(found).items()}
+        for found in report.wrapped
+    ]
+    form = {"tabulated": tabulated, "per_channel": per_channel, "compounding": compounding, "free": free}
+    return {"manifest_version": MANIFEST_VERSION, "sites": sites, **form}
+
+
+def _found(saved: Mapping[str, Any]) -> FoundSite:
+    # JSON and weights-only loading know lists, a frozen site has tuples
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+    return FoundSite(**values)
+
+
+def check_manifest(saved: object) -> Mapping[str, Any]:
+    """Checks that what a checkpoint holds is a list of sites that this version can read.
+
+    Args:
+        saved: what stands under ``CHECKPOINT_KEY``; it may be anything.
+
+    Returns:
+        The same.
+
+    Raises:
+        SiteError: if it is damaged, somebody else's, or of a newer schema; the message says which entry.
+    """
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("sites"), (list, tuple)) or not saved["sites"]:
+        raise SiteError(f"{_DAMAGED}: {CHECKPOINT_KEY!r} holds no list of sites. {_MEND}")
+    version = saved.get("manifest_version", 1)
+    if not isinstance(version, int) or version > MANIFEST_VERSION:
+        raise SiteError(
+            f"the checkpoint's list of sites has manifest_version={version!r}, and this version of eafo-dynamic reads "
+            f"up to {MANIFEST_VERSION}. Upgrade eafo-dynamic."
+        )
+    for key in _FORM:
+        if not isinstance(saved.get(key), bool):
+            raise SiteError(f"{_DAMAGED}: {key}={saved.get(key)!r} is neither true nor false. {_MEND}")
+    for number, site in enumerate(saved["sites"]):
+        _check_site(number, site)
+    return saved
+
+
+def _check_site(number: int, site: object) -> None:
+    if not isinstance(site, Mapping):
+        raise SiteError(f"{_DAMAGED}: site {number} is {_shown(site)}. {_MEND}")
+    name = _shown(site.get("name", number))
+    known = {each.name: each for each in fields(FoundSite)}
+    for key, field in known.items():
+        if key not in site and field.default is MISSING:
+            raise SiteError(f"{_DAMAGED}: site {name} lacks {key!r}. {_MEND}")
+    for key, value in site.items():
+        if key not in known:
+            raise SiteError(f"{_DAMAGED}: site {name} has an unknown entry {_shown(key)}. {_MEND}")
+        if not _KINDS[known[key].type](value):
+            raise SiteError(f"{_DAMAGED}: site {name} has {key}={_shown(value)}. {_MEND}")
+
+
+@legible(_DAMAGED)
+def report_from_manifest(model: nn.Module, saved: Mapping[str, Any]) -> SiteReport:
+    """The sites that a manifest lists, checked against a model.
+
+    Args:
+        model: any module.
+        saved: from ``manifest``.
+
+    Returns:
+        The report.
+
+    Raises:
+        SiteError: if it is no such list, or the model lacks one of the sites; the message lists all that differ.
+    """
+    sites = [_found(site) for site in check_manifest(saved)["sites"]]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    problems: list[str] = []
+    for site in sites:
+        for name in (site.module, site.owner):
+            if name is not None and name not in modules:
+                problems.append(f"{site.name}: the model has no module {name!r}")
+        kind = type(modules.get(site.module)).__name__
+        if site.parameters is None and site.module in modules and kind != site.class_name:
+            problems.append(f"{site.name}: {kind} in the model, {site.class_name} in the checkpoint")
+    if problems:
+        raise SiteError("the model is not the one the checkpoint was made with: " + "; ".join(problems) + ".")
+    for site in sites:
+        if site.parameters is not None:
+            function_base(WRITTEN if site.kind == "written" else site.class_name, site.parameters)
+    return SiteReport(sites, dynamic=True, note="The sites of the checkpoint.")
+
+
+def check_form(saved: Mapping[str, Any], form: Mapping[str, bool]) -> None:
+    """Checks that a run's options make sites of the form that a manifest has.
+
+    Args:
+        saved: from ``manifest``.
+        form: ``tabulated``, ``per_channel``, ``compounding`` and ``free`` of the run.
+
+    Raises:
+        SiteError: if they differ.
+    """
+    check_manifest(saved)
+    differing = [key for key, value in form.items() if saved[key] != value]
+    if differing:
+        raise SiteError(
+            "the checkpoint was made with other options: "
+            + ", ".join(f"{key}={saved[key]} (now {form[key]})" for key in differing)
+            + ". Use the options of the run that is resumed; its manifest.json lists them."
+        )
+
+
+def warn_of_changes(saved: Mapping[str, Any], report: SiteReport) -> None:
+    """Names every site in which a checkpoint differs from the model that goes on from it.
+
+    Weights alone do not show it when a forward calls other functions than it did, or other sites are selected.
+
+    Args:
+        saved: from ``manifest``.
+        report: of a search in the model as it is now; one of the module tree alone shows too little to say anything.
+    """
+    changes = _changes({site.name: site for site in map(_found, saved["sites"])}, {s.name: s for s in report.wrapped})
+    if changes and report.dynamic:
+        _warn(changes, "The checkpoint's sites are used; begin a new run from its weights to use the model's.")
+
+
+def _warn_of_losses(saved: Mapping[str, Any], report: SiteReport) -> None:
+    """Names the sites of a checkpoint that a model calls no more, or with other parameters, and what may be instead."""
+    every = {site.name: site for site in map(_found, saved["sites"])}
+    # a module that hosts its own site acts wherever it is called
+    then = {name: site for name, site in every.items() if site.owner is not None or site.parameters is not None}
+    now = {s.name: s for s in report.sites if s.name in then or (s.wrapped and s.name not in every)}
+    if _changes(then, {name: site for name, site in now.items() if name in then}):
+        _warn(_changes(then, now), "Its corrections were learned with the sites of then; use the code of that run.")
+
+
+def _warn(changes: list[str], mend: str) -> None:
+    warnings.warn(f"EAFO: the model has changed since the checkpoint: {'; '.join(changes)}. {mend}", stacklevel=4)
+
+
+def _changes(then: Mapping[str, FoundSite], now: Mapping[str, FoundSite]) -> list[str]:
+    missing, added = ([name for name in one if name not in other] for one, other in ((then, now), (now, then)))
+    changes = [f"only in the checkpoint: {', '.join(missing)}"] if missing else []
+    changes += [f"only in the model: {', '.join(added)}"] if added else []
+    for name in [name for name in then if name in now]:
+        one, two = _function(then[name]), _function(now[name])
+        changes += [f"{name}: {two} in the model, {one} in the checkpoint"] if one != two else []
+    return changes
+
+
+def _function(site: FoundSite) -> str:
+    given = ", ".join(f"{key}={value}" for key, value in (site.parameters or {}).items())
+    return f"{site.class_name}({given})" if given else site.class_name
+
+
+def wrap_from_manifest(model: nn.Module, saved: Mapping[str, Any], present: SiteReport | None = None) -> SiteReport:
+    """Wraps the sites that a manifest lists.
+
+    Args:
+        model: any module, not wrapped yet.
+        saved: from ``manifest``.
+        present: of a search in the model as it is now, with an example; what is lacking there is named in a warning.
+
+    Returns:
+        The report of these sites.
+
+    Raises:
+        SiteError: if it cannot be done; the model is then as it was.
+    """
+    report = report_from_manifest(model, saved)
+    try:
+        with legible(_DAMAGED):
+            wrap(model, report, backend="auto", **{key: bool(saved[key]) for key in _FORM})
+    except SiteError:
+        unwrap(model)
+        raise
+    keep_sites(model, saved)
+    if present is not None:
+        _warn_of_losses(saved, present)
+    return report
+
+
+def apply_from_checkpoint(
+    model: nn.Module, checkpoint: str | Path | Mapping[str, Any], *example_args: Any, **example_kwargs: Any
+) -> nn.Module:
+    """Wraps a fresh model as a checkpoint's model was wrapped, and loads the checkpoint's weights into it.
+
+    With an example, a warning names the calls that the model's code makes no more, or makes with another function: no
+    weight and no module shows that.
+
+    Args:
+        model: a model of the same structure, not wrapped.
+        checkpoint: a checkpoint saved by a Trainer with an EAFOCallback, or the mapping in it.
+        *example_args: example input; by default a LightningModule's ``example_input_array``.
+        **example_kwargs: example input.
+
+    Returns:
+        The model.
+
+    Raises:
+        SiteError: if the checkpoint holds no sites, or those of another model.
+    """
+    if not isinstance(checkpoint, Mapping):
+        checkpoint = _read(Path(checkpoint))
+    if CHECKPOINT_KEY not in checkpoint:
+        raise SiteError("the checkpoint holds no corrections: it was saved without an EAFOCallback.")
+    weights = checkpoint.get("state_dict")
+    if not isinstance(weights, Mapping):
+        raise SiteError("the checkpoint holds no weights under 'state_dict'. Use one that a Trainer has saved.")
+    present = _present(model, example_args, example_kwargs)
+    report = wrap_from_manifest(model, checkpoint[CHECKPOINT_KEY], present)
+    try:
+        check_weights(model, weights)
+        with legible(f"the checkpoint's weights do not fit the model of its {len(report.wrapped)} sites"):
+            model.load_state_dict(weights)
+    except SiteError:
+        unwrap(model)
+        raise
+    return model
+
+
+def _present(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SiteReport | None:
+    """The sites of a model as an example shows them; None without one."""
+    if args or kwargs:
+        return find_sites(model, *args, **kwargs)
+    example = getattr(model, "example_input_array", None)
+    if example is None:
+        return None
+    named = example if isinstance(example, Mapping) else {}
+    rest = () if named else example if isinstance(example, tuple) else (example,)
+    try:
+        return find_sites(model, *rest, **named)
+    except SiteError:  # nobody has asked for it
+        return None
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """Reads a checkpoint without running anything in it."""
+    with legible(f"{path}: cannot be read as a checkpoint"):
+        found: object = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(found, Mapping):
+        raise SiteError(f"{path}: no checkpoint of a Trainer, but {_shown(found)}.")
+    return cast("Mapping[str, Any]", found)
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Checks a checkpoint's tensors of the sites before they are loaded: their sizes, and that they are sound.
+
+    Args:
+        model: wrapped as the checkpoint says.
+        weights: its state_dict.
+
+    Raises:
+        SiteError: if a tensor has another size, or a shape or table could not be a correction's.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    for host, site in hosted_sites(model):
+        for key in site.keys:
+            name = f"{names[id(host)]}.{key}".removeprefix(".")
+            own = getattr(host, key)
+            if own is not None and name in weights:
+                _check_tensor(name, weights[name], own)
+
+
+def _check_tensor(name: str, value: object, own: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.shape != own.shape:
+        size = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise SiteError(f"{name}: {size} in the checkpoint, {list(own.shape)} in the model. {_MEND}")
+    if name.endswith("_eps"):
+        return  # one that is not finite is put back at the next round
+    if not bool(value.isfinite().all()) or (name.endswith("_shape") and bool(value[1] <= 0)):
+        raise SiteError(f"{name}: holds numbers that no correction can have. {_MEND}")

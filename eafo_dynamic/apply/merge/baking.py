@@ -1,0 +1,222 @@
+"""What becomes of each corrected activation of a model: plain modules in its place, by a plan that can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from eafo_dynamic.apply.hosting import Hosting
+from eafo_dynamic.apply.merge.calls import CallCounter, CorrectedCalls, Order
+from eafo_dynamic.apply.site import Site, register
+from eafo_dynamic.apply.standalone import CorrectedActivation
+from eafo_dynamic.apply.surgery import hosted_sites
+from eafo_dynamic.find.functional import function_name
+
+__all__ = ["Baked", "Plan", "State", "apply_plan", "plan_of"]
+
+_TRANSFORMER = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_MODULES: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
+
+
+class State(NamedTuple):
+    """The tensors of one corrected function, as its site has them, and the dimension of its channels."""
+
+    eps: Tensor
+    shape: Tensor
+    table: Tensor | None
+    offset: Tensor | None
+    lift: Tensor | None = None
+    channel_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Baked:
+    """One activation module of the merged model.
+
+    Args:
+        module: its FQN.
+        sites: names of the sites that it serves.
+        functions: its corrected functions; none if no correction acts.
+        orders: by FQN of the modules whose forwards count its calls, which call has which function; empty where every
+            call has the one there is.
+    """
+
+    module: str
+    sites: tuple[str, ...]
+    functions: tuple[State, ...]
+    orders: Mapping[str, Order] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What merging does to a model.
+
+    Args:
+        baked: activations that become plain modules in their place.
+        calls: sites of functional calls, which only a graph of the whole model can hold; with the names they have.
+    """
+
+    baked: tuple[Baked, ...]
+    calls: tuple[str, ...]
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """What merging a wrapped model comes to; the model is not changed.
+
+    Args:
+        model: wrapped.
+
+    Returns:
+        The plan.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    groups: dict[tuple[str, str], list[_Served]] = {}
+    calls: list[str] = []
+    for host, site in hosted_sites(model):
+        key = _route_key(host, site)
+        called = host if key is None else _called(model, host, site)
+        state = _state(host, site)
+        if called is not None:
+            place = names[id(called)] if site.function is None else f"{names[id(called)]}.activation".lstrip(".")
+            groups.setdefault((place, key or ""), []).append(_Served(host, site, state))
+        elif not _is_zero(state):
+            calls.append(site.name)
+    return Plan(tuple(_baked(place, key, served, names) for (place, key), served in groups.items()), tuple(calls))
+
+
+class _Served(NamedTuple):
+    """A site of an activation that is being planned."""
+
+    host: nn.Module
+    site: Site
+    state: State
+
+
+def _state(host: nn.Module, site: Site) -> State:
+    eps, *others = (getattr(host, key) for key in site.keys)
+    # one amplitude for all channels is the same function wherever they are
+    return State(eps, *others, channel_dim=site.collector.channel_dim if eps.dim() else None)
+
+
+def _route_key(host: nn.Module, site: Site) -> str | None:
+    """What the owner that hosts a site counts the site's calls under; None where a module hosts its own site."""
+    routes = cast(Hosting, host).eafo_routes
+    return next((key for key, route in routes.items() if any(each is site for each in route)), None)
+
+
+def _called(model: nn.Module, host: nn.Module, site: Site) -> nn.Module | None:
+    """The shared activation of a site, or the transformer layer that holds its function.
+
+    Returns:
+        The module; None where the function is called by somebody's own code.
+    """
+    # names are those of the model that was wrapped, which may be a part of this one: the nearest is meant
+    for module in (*host.modules(), *model.modules()):
+        if isinstance(module, Hosting) and module.eafo_name == site.module_name:
+            return module if site.function is None or _holds_function(module, site.function[0]) else None
+    return None
+
+
+def _holds_function(layer: Hosting, function: str) -> bool:
+    """Whether this is a transformer layer of torch, whose code calls no other activation than its attribute."""
+    held = vars(layer).get("activation")
+    return layer.eafo_class in _TRANSFORMER and function in _MODULES and function_name(held) == function
+
+
+def _is_zero(state: State) -> bool:
+    return state.offset is None and not bool(state.eps.any()) and (state.lift is None or not bool(state.lift.any()))
+
+
+def _baked(place: str, key: str, served: Sequence[_Served], names: Mapping[int, str]) -> Baked:
+    sites = tuple(each.site.name for each in served)
+    acting = [each for each in served if not _is_zero(each.state)]
+    kept = [_kept(each.state) for each in acting]
+    number = {id(each.site): k for k, each in enumerate(acting)}
+    routes = {id(each.host): cast(Hosting, each.host).eafo_routes.get(key, []) for each in served}
+    orders = {
+        names[host]: tuple(None if site is None else number.get(id(site)) for site in route)
+        for host, route in routes.items()
+    }
+    several = any(None in order for order in orders.values()) or any(not _equal(kept[0], each) for each in kept[1:])
+    if kept and key and several:
+        return Baked(place, sites, tuple(kept), orders)
+    return Baked(place, sites, tuple(kept[:1]))
+
+
+def _kept(state: State) -> State:
+    return State._make(each.detach().clone() if isinstance(each, Tensor) else each for each in state)
+
+
+def _equal(one: State, other: State) -> bool:
+    return all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b) and a == b
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Puts the corrected functions into a plain model.
+
+    Args:
+        model: of the structure that was planned for, not wrapped.
+        plan: what to put where.
+    """
+    counters: dict[str, dict[str, Order]] = {}
+    for baked in plan.baked:
+        if not baked.functions:
+            continue
+        module = _activation(model, baked.module)
+        base = _moved(module)
+        functions = [_corrected(base, state) for state in baked.functions]
+        whole = functions[0] if not baked.orders else CorrectedCalls(baked.module, base, functions)
+        _take_place(module, whole)
+        for owner, order in baked.orders.items():
+            counters.setdefault(owner, {})[baked.module] = order
+    for owner, orders in counters.items():
+        CallCounter(orders).register(model.get_submodule(owner))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.activation, _CORRECTED):
+            module.activation_relu_or_gelu = 0  # torch's fused kernel knows no correction
+
+
+_CORRECTED = (CorrectedActivation, CorrectedCalls)
+
+
+def _activation(model: nn.Module, name: str) -> nn.Module:
+    """The activation module of that name; a function that a transformer layer holds is made one."""
+    parent, _, attribute = name.rpartition(".")
+    holder = model.get_submodule(parent)
+    held = vars(holder).get(attribute)
+    if held is not None:
+        setattr(holder, attribute, _MODULES[function_name(held) or ""]().train(holder.training))
+    return model.get_submodule(name)
+
+
+def _moved(module: nn.Module) -> nn.Module:
+    """A second object with a module's class and state, without its hooks, which stay with the first."""
+    base = type(module).__new__(type(module))
+    vars(base).update(vars(module))
+    vars(base).update({key: value for key, value in vars(nn.Module()).items() if "_hook" in key})
+    return base
+
+
+def _take_place(module: nn.Module, other: nn.Module) -> None:
+    """Makes a module the other, so that whoever refers to it has the other."""
+    hooks = {key: value for key, value in vars(module).items() if "_hook" in key}
+    module.__class__ = type(other)
+    module.__dict__ = {**vars(other), **hooks, "training": module.training}
+
+
+def _corrected(base: nn.Module, state: State) -> CorrectedActivation:
+    corrected = CorrectedActivation(base, trainable=False)
+    tensors = state._asdict()
+    corrected.channel_dim = tensors.pop("channel_dim")
+    for key, value in tensors.items():
+        corrected._buffers.pop(key, None)
+        vars(corrected).pop(key, None)
+        register(corrected, key, value)
+    return corrected.train(base.training)

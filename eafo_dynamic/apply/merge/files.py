@@ -1,0 +1,212 @@
+"""Merged models on disk: weights beside what says where the corrected functions go, or a graph for other runtimes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from eafo_dynamic.apply.merge.baking import Baked, Plan, State, apply_plan
+from eafo_dynamic.apply.merge.calls import CallCounter, CorrectedCalls
+from eafo_dynamic.apply.merge.graph import MergedGraph, export
+from eafo_dynamic.apply.standalone import CorrectedActivation
+from eafo_dynamic.errors import ConfigError, SiteError
+
+__all__ = ["FORMATS", "GRAPH_FORMATS", "check_output", "load_merged", "save_merged"]
+
+GRAPH_FORMATS = (".pt2", ".onnx")
+FORMATS = (".pt", ".ckpt", ".safetensors", *GRAPH_FORMATS)
+
+_KEY = "merged"
+
+
+def check_output(path: str | Path) -> Path:
+    """Whether a merged model can be written to a file of that name here.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: for another ending, a folder that is not there, or a format whose package is not installed.
+    """
+    file = Path(path)
+    if file.suffix not in FORMATS:
+        raise ConfigError("output", str(path), "is no format for models", f"End it in {', '.join(FORMATS)}.")
+    if not file.parent.is_dir():
+        raise ConfigError("output", str(path), "lies in a folder that does not exist", f"Make {file.parent} first.")
+    needs = {".safetensors": "safetensors", ".onnx": "onnxscript"}.get(file.suffix)
+    if needs is not None and importlib.util.find_spec(needs) is None:
+        raise ConfigError("output", str(path), f"needs the package {needs}", f"Run pip install {needs}.")
+    return file
+
+
+def save_merged(model: nn.Module, path: str | Path, *example_args: Any, **example_kwargs: Any) -> Path:
+    """Writes a merged model; the ending of the name chooses the format.
+
+    ``.pt``, ``.ckpt``, ``.safetensors``: the weights, for ``load_merged``; a file of the first two loads with
+    ``weights_only=True`` and has the keys ``state_dict`` and ``merged``. ``.pt2``: a program of torch.export, for
+    ``torch.export.load``. ``.onnx``: for ONNX runtimes.
+
+    Args:
+        model: from ``merge``.
+        path: the file.
+        *example_args: example input, for ``.pt2`` and ``.onnx``; a ``MergedGraph`` needs none.
+        **example_kwargs: example input.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: if the model and the format do not go together, or there is no example.
+        SiteError: if torch cannot export the model.
+    """
+    file = check_output(path)
+    if file.suffix in GRAPH_FORMATS:
+        if not isinstance(model, MergedGraph) and not example_args and not example_kwargs:
+            problem = "is a graph, which needs an example input"
+            raise ConfigError("output", str(path), problem, "Give one, or write to .pt or .safetensors.")
+        program = export(model, example_args, example_kwargs)
+        if file.suffix == ".pt2":
+            torch.export.save(program, file)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the exporter, about its own code
+                torch.onnx.export(program, f=file, dynamo=True, external_data=False, verbose=False)
+        return file
+    if isinstance(model, MergedGraph):
+        problem = "holds weights for modules, and this model calls activations as functions"
+        raise ConfigError("output", str(path), problem, "Write the graph: end the name in .pt2 or .onnx.")
+    state = {key: value.detach() for key, value in model.state_dict().items()}
+    if file.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        alone = {key: value.clone().contiguous() for key, value in state.items()}
+        save_file(alone, file, metadata={_KEY: json.dumps(_places(model))})
+    else:
+        torch.save({"state_dict": state, _KEY: _places(model)}, file)
+    return file
+
+
+def _places(model: nn.Module) -> list[dict[str, Any]]:
+    """Where the corrected functions of a merged model are: primitives only."""
+    orders: dict[str, dict[str, list[int | None]]] = {}
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            counter = getattr(hook, "__self__", None)
+            for called, order in counter.orders.items() if isinstance(counter, CallCounter) else ():
+                orders.setdefault(called, {})[name] = list(order)
+    found: list[dict[str, Any]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, CorrectedCalls):
+            found.append(_place(name, module, orders[module.name]))
+        elif isinstance(module, CorrectedActivation) and not any(
+            name.startswith(f"{each['module']}.") for each in found
+        ):
+            found.append(_place(name, module, {}))
+    return found
+
+
+def _place(name: str, module: nn.Module, orders: dict[str, list[int | None]]) -> dict[str, Any]:
+    dims = [each.channel_dim for each in _functions(module)]
+    return {"module": name, "functions": len(dims), "orders": orders, "channel_dims": dims}
+
+
+def _functions(module: nn.Module) -> list[CorrectedActivation]:
+    found = module.functions if isinstance(module, CorrectedCalls) else [module]
+    return [each for each in found if isinstance(each, CorrectedActivation)]
+
+
+def load_merged(model: nn.Module, path: str | Path) -> nn.Module:
+    """Puts the corrected functions and the weights of a file into a plain model of the same structure.
+
+    Args:
+        model: as it was before it was wrapped and trained.
+        path: written by ``save_merged``: ``.pt``, ``.ckpt`` or ``.safetensors``.
+
+    Returns:
+        The model, changed in place.
+
+    Raises:
+        SiteError: if the file is not one of these, or of another model; the model is not changed then.
+    """
+    state, places = _read(Path(path))
+    modules = dict(model.named_modules())
+    names = {name for place in places for name in (place["module"], *place["orders"])}
+    held = {f"{name}.activation".lstrip(".") for name, each in modules.items() if "activation" in vars(each)}
+    absent = sorted(names - set(modules) - held)
+    if absent:
+        raise SiteError(f"{path} is of another model: this one has no {', '.join(map(repr, absent))}.")
+    own = tuple(f"{alias}." for place in places for alias in _aliases(model, place["module"]))
+    mine = {key for key in model.state_dict() if not key.startswith(own)}
+    theirs = {key for key in state if not key.startswith(own)}
+    if mine != theirs:
+        differ = ", ".join(sorted(mine ^ theirs)[:6])
+        raise SiteError(f"{path} is of another model: the names of the weights differ ({differ}).")
+    baked = [_baked(place, state) for place in places if not isinstance(modules.get(place["module"]), _DONE)]
+    apply_plan(model, Plan(tuple(baked), ()))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise SiteError(f"{path} is of another model: {' '.join(str(error).split())}") from None
+    for place in places:
+        functions, dims = _functions(model.get_submodule(place["module"])), place.get("channel_dims", ())
+        for function, dim in zip(functions, dims, strict=False):  # a file need not say it
+            function.channel_dim = dim
+    return model
+
+
+def _aliases(model: nn.Module, name: str) -> list[str]:
+    """All names of a module or attribute: what is shared is in a state_dict once a name."""
+    holder, _, attribute = name.rpartition(".")
+    held = attribute in vars(model.get_submodule(holder))  # a function, no module yet
+    wanted, rest = (model.get_submodule(holder), f".{attribute}") if held else (model.get_submodule(name), "")
+    every = model.named_modules(remove_duplicate=False)
+    return [f"{each}{rest}".lstrip(".") for each, module in every if module is wanted]
+
+
+_DONE = (CorrectedActivation, CorrectedCalls)
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    problem = "is not a merged model"
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with cast("Callable[..., Any]", safe_open)(file, framework="pt") as opened:
+                places = json.loads((opened.metadata() or {})[_KEY])
+                return {key: opened.get_tensor(key) for key in list(opened.keys())}, places
+        saved = cast("Mapping[str, Any]", torch.load(file, map_location="cpu", weights_only=True))
+        return dict(saved["state_dict"]), list(saved[_KEY])
+    except FileNotFoundError:
+        problem = "does not exist"
+    except (KeyError, TypeError):
+        problem = "holds no merged model"
+    except Exception as error:
+        problem = f"cannot be read ({' '.join(str(error).split())[:200]})"
+    raise SiteError(f"{file} {problem}. Write one with save_merged, or eafo-dynamic merge.")
+
+
+def _baked(place: Mapping[str, Any], state: Mapping[str, Tensor]) -> Baked:
+    name, count = place["module"], place["functions"]
+    stems = [f"{name}.functions.{k}." for k in range(count)] if place["orders"] else [f"{name}."]
+    functions = tuple(
+        State(
+            state[f"{stem}eps"],
+            state[f"{stem}shape"],
+            state.get(f"{stem}table"),
+            state.get(f"{stem}offset"),
+            state.get(f"{stem}lift"),
+        )
+        for stem in stems
+    )
+    return Baked(name, (), functions, {owner: tuple(order) for owner, order in place["orders"].items()})

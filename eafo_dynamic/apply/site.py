@@ -1,0 +1,395 @@
+"""The state that every corrected call keeps; no policy here."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from eafo_dynamic.correction.bases import Base
+from eafo_dynamic.correction.kernels import (
+    Backend,
+    Known,
+    Terms,
+    corrected,
+    corrected_,
+    corrected_nested,
+    correction_of,
+    describe,
+    per_channel,
+    resolve_backend,
+    values_of,
+)
+from eafo_dynamic.correction.shape import correction_shape, is_closed_form, table_half_width, tabulate
+from eafo_dynamic.density.estimators import Density, Gaussian
+from eafo_dynamic.density.statistics import Collector
+
+__all__ = [
+    "Form",
+    "Site",
+    "Switch",
+    "amplitude_dtype",
+    "apply_correction",
+    "describe_state",
+    "register",
+    "shape_table",
+    "standard_normal",
+]
+
+_PLAIN = (Tensor, nn.Parameter)
+_Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # of a site, as its keys
+
+
+def standard_normal() -> Gaussian:
+    """The density that a correction assumes before it has seen data: mu = 0, sigma = 1.
+
+    Returns:
+        A Gaussian of one site.
+    """
+    # whatever the defaults are: a model may be built in half precision, or on "meta"
+    zero = torch.zeros(1, dtype=torch.float32, device="cpu")
+    return Gaussian(zero, zero + 1.0)
+
+
+def amplitude_dtype() -> torch.dtype:
+    """The dtype of a new site's tensors: half precision would swallow the optimiser's small steps of an amplitude.
+
+    Returns:
+        The default dtype, or float32 where that is narrower.
+    """
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+def shape_table(base: Base, density: Density, tabulated: bool = False) -> Tensor | None:
+    """Table of the correction shape of one base.
+
+    Args:
+        base: the base activation.
+        density: density of its pre-activations, of one site.
+        tabulated: whether to make a table in any case, for densities that will not stay Gaussian.
+
+    Returns:
+        Coefficients [4, intervals], float32; None where the closed form u exp(-u^2/2) is exact.
+    """
+    if not tabulated and is_closed_form(base, density):
+        return None
+    return tabulate(correction_shape(base, density))[0].to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the functions of a model's sites are made of; fixed when it is wrapped.
+
+    Args:
+        eps_init: starting amplitude.
+        tabulated: whether every shape is a table, as densities other than the Gaussian need.
+        per_channel: whether every channel has an amplitude of its own.
+        compounding: whether each round settles the correction so far and corrects the corrected function.
+        free: whether the two terms of the correction have an amplitude each, eps u exp(-u^2/2) + lift exp(-u^2/2), in
+            place of one for both in the proportion that the base and the density give.
+    """
+
+    eps_init: float = 0.01
+    tabulated: bool = False
+    per_channel: bool = False
+    compounding: bool = False
+    free: bool = False
+
+
+@dataclass
+class Switch:
+    """What all sites of one model do at the moment.
+
+    Args:
+        collecting: whether forwards leave a sample of their pre-activations.
+        backend: what computes them for plain tensors.
+    """
+
+    collecting: bool = False
+    backend: Backend = "auto"
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "collecting": False}  # nobody would fetch the samples of a copy
+
+
+@dataclass(eq=False)
+class Site:
+    """One corrected call.
+
+    Its tensors are registered on its host, so they train, move and are saved with the model: parameter
+    ``eafo_<index>_eps`` (0-dim, or one a channel), buffers ``eafo_<index>_shape`` (mu, sigma), ``eafo_<index>_table``
+    (ghat, where it has no closed form) and ``eafo_<index>_offset`` (what earlier rounds have settled, where corrections
+    compound), parameter ``eafo_<index>_lift`` (where the terms are free).
+
+    Args:
+        name: the site's name, as in the report of ``find_sites``.
+        index: number of the site on its host.
+        module_name: FQN of the activation module; of a functional call, of the module that makes it.
+        switch: shared by all sites of the model.
+        collector: sample of the pre-activations.
+        function: name and hyper-parameters of a functional call; None where a module is called.
+        enabled: whether the correction acts.
+    """
+
+    name: str
+    index: int
+    module_name: str
+    switch: Switch
+    collector: Collector = field(default_factory=Collector)
+    function: tuple[str, dict[str, object]] | None = None
+    enabled: bool = True
+    _zero_seen: tuple[tuple[tuple[int, int], ...], bool] | None = field(default=None, init=False, repr=False)
+
+    @functools.cached_property
+    def keys(self) -> tuple[str, str, str, str, str]:
+        """Attribute names of eps, shape, table, offset and lift on the host."""
+        stem = f"eafo_{self.index}_"
+        return f"{stem}eps", f"{stem}shape", f"{stem}table", f"{stem}offset", f"{stem}lift"
+
+    def register(
+        self, host: nn.Module, base: Base, form: Form, channels: int | None, device: torch.device | None = None
+    ) -> None:
+        """Creates the site's tensors on its host, beside the host's own.
+
+        Args:
+            host: the activation module itself, or the module that calls it.
+            base: the function it computes.
+            form: what the site's function is made of.
+            channels: number of channels, for one amplitude each; None: one for all.
+            device: where the host's inputs live.
+        """
+        eps_key, shape_key, table_key, offset_key, lift_key = self.keys
+        size = () if channels is None else (channels,)
+        dtype = amplitude_dtype()
+        eps = torch.full(size, float(form.eps_init), dtype=dtype, device=device)
+        host.register_parameter(eps_key, nn.Parameter(eps))
+        host.register_buffer(shape_key, torch.tensor([0.0, 1.0], dtype=dtype, device=device))
+        tabulated = form.tabulated or form.compounding
+        table = None if form.free else shape_table(base, standard_normal(), tabulated)
+        register(host, table_key, None if table is None else table.to(device))
+        settled = torch.zeros_like(table, device=device) if form.compounding and table is not None else None
+        register(host, offset_key, settled)
+        register(host, lift_key, nn.Parameter(torch.zeros(size, dtype=dtype, device=device)) if form.free else None)
+
+    def unregister(self, host: nn.Module) -> None:
+        """Removes the site's tensors from its host.
+
+        Args:
+            host: where they are registered.
+        """
+        for key in self.keys:
+            host._parameters.pop(key, None)
+            host._buffers.pop(key, None)
+            vars(host).pop(key, None)
+
+    def tensors(self, host: nn.Module) -> _Tensors:
+        """The site's tensors, as its keys name them.
+
+        Args:
+            host: where they are registered.
+
+        Returns:
+            Eps, shape, table, offset and lift; None for those that its function does not have.
+        """
+        if is_compiling():
+            eps, shape, table, offset, lift = (getattr(host, key) for key in self.keys)
+            return eps, shape, table, offset, lift
+        # a module's own __getattr__ takes ten times as long as a look where it looks; a loop would take twice as long
+        parameters, buffers = host._parameters, host._buffers
+        eps, shape, table, offset, lift = self.keys
+        return (
+            parameters[eps] if eps in parameters else getattr(host, eps),
+            buffers[shape] if shape in buffers else getattr(host, shape),
+            buffers[table] if table in buffers else getattr(host, table),
+            buffers[offset] if offset in buffers else getattr(host, offset),
+            parameters[lift] if lift in parameters else getattr(host, lift),
+        )  # pyright: ignore[reportReturnType]
+
+    def terms(self, host: nn.Module, z: Tensor) -> Terms:
+        """The operands of the site's correction term.
+
+        Args:
+            host: where the site's tensors are registered.
+            z: pre-activations, any shape.
+
+        Returns:
+            Eps, shape and tables, where z lives.
+        """
+        eps, shape, table, offset, lift = self.tensors(host)
+        near = shape.is_cpu and z.is_cpu
+        if not near and shape.device != z.device:  # of a model that is spread over several devices
+            eps, shape = eps.to(z.device), shape.to(z.device)
+            table, offset, lift = (None if each is None else each.to(z.device) for each in (table, offset, lift))
+        if eps.dim():
+            dim = self.collector.channel_dim
+            eps, lift = per_channel(eps, z, dim), None if lift is None else per_channel(lift, z, dim)
+        return Terms(eps, shape, table, offset, table_half_width(), lift)
+
+    def correction(self, host: nn.Module, z: Tensor) -> Tensor:
+        """The site's correction term alone.
+
+        Args:
+            host: where the site's tensors are registered.
+            z: pre-activations, any shape.
+
+        Returns:
+            c(z), of the shape and dtype of z.
+        """
+        return correction_of(z, self.terms(host, z))
+
+    def idle(self, host: nn.Module) -> bool:
+        """Whether the site has nothing to do: no sample to take, and a correction that is off or certainly zero.
+
+        Args:
+            host: where the site's tensors are registered.
+
+        Returns:
+            Whether f is the base itself, in value and gradient.
+        """
+        # spelled out: every call of every site comes by here, and a generator takes as long as all that it looks at
+        if self.switch.collecting and host.training:
+            return False
+        if not self.enabled:
+            return True
+        first, _, _, settled, last = self.keys
+        if settled in host._buffers or getattr(host, settled) is not None:
+            return False
+        parameters = host._parameters
+        eps: Any = parameters[first] if first in parameters else getattr(host, first)
+        lift: Any = parameters[last] if last in parameters else getattr(host, last)
+        if (eps.requires_grad or (lift is not None and lift.requires_grad)) and torch.is_grad_enabled():
+            return False
+        return self._is_zero((eps,) if lift is None else (eps, lift), host.training)
+
+    def _is_zero(self, amplitudes: tuple[Tensor, ...], training: bool) -> bool:
+        """Whether amplitudes are known to be zero; on an accelerator a training step never waits for them.
+
+        Elsewhere than in training it is read once after each change there.
+
+        Returns:
+            Whether it is; False where it cannot be read.
+        """
+        if is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+            return False
+        far = False
+        for each in amplitudes:
+            if type(each) not in _PLAIN:
+                return False
+            if not _costs_nothing_to_read(each):
+                far = True
+            elif each.any().item() if each.dim() else each.item():
+                return False
+        return not far or self._seen_zero(amplitudes, training)
+
+    def _seen_zero(self, amplitudes: tuple[Tensor, ...], training: bool) -> bool:
+        if any(each.is_meta or each.is_inference() for each in amplitudes):
+            return False
+        stamp = tuple((each.data_ptr(), each._version) for each in amplitudes)
+        if self._zero_seen is None or self._zero_seen[0] != stamp:
+            if training or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+                return False
+            self._zero_seen = stamp, not any(bool(each.any()) for each in amplitudes)
+        return self._zero_seen[1]
+
+    def __call__(
+        self,
+        host: nn.Module,
+        base: Callable[[Tensor], Tensor],
+        z: Tensor,
+        inplace: bool,
+        known: Known | None = None,
+    ) -> Tensor:
+        """Runs the corrected function.
+
+        Args:
+            host: where the site's tensors are registered.
+            base: the original forward.
+            z: pre-activations, any shape, dense or nested; see ``is_correctable``.
+            inplace: whether the base overwrites its input; then so does the corrected function.
+            known: what the original forward computes, with its derivative, where that is known.
+
+        Returns:
+            f(z); z itself, overwritten, if inplace.
+        """
+        if self.idle(host):
+            return base(z)
+        if self.switch.collecting and host.training and not _recomputing():
+            self.collector.observe(values_of(z) if z.is_nested else z)
+        if not self.enabled:
+            return base(z)
+        return apply_correction(base, functools.partial(self.terms, host), z, inplace, known, self.switch.backend)
+
+    def pass_over(self, host: nn.Module, value: object) -> None:
+        """Takes down, where samples are taken, that a call could not be corrected.
+
+        Args:
+            host: where the site's tensors are registered.
+            value: what the activation was called with.
+        """
+        if self.switch.collecting and host.training and not is_compiling():
+            self.collector.passed_over = describe(value)
+
+
+def _costs_nothing_to_read(eps: Tensor) -> bool:
+    return eps.is_cpu
+
+
+def register(host: nn.Module, key: str, value: Tensor | None) -> None:
+    """Registers a parameter or buffer; None stays an attribute, since torch.export miscounts buffers that are None."""
+    if value is None:
+        vars(host)[key] = None
+    elif isinstance(value, nn.Parameter):
+        host.register_parameter(key, value)
+    else:
+        host.register_buffer(key, value)
+
+
+def apply_correction(
+    base: Callable[[Tensor], Tensor],
+    terms: Callable[[Tensor], Terms],
+    z: Tensor,
+    inplace: bool,
+    known: Known | None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """base(z) + c(z); z itself, overwritten, if inplace."""
+    if z.is_nested:
+        return corrected_nested(z, base, terms, inplace)
+    return (corrected_ if inplace else corrected)(z, base, terms(z), known, backend)
+
+
+def _recomputing() -> bool:
+    """Whether this forward runs inside a backward, as activation checkpointing does; it has been sampled before.
+
+    Returns:
+        Whether it does.
+    """
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def describe_state(eps: Tensor, shape: Tensor, backend: Backend = "auto", lift: Tensor | None = None) -> str:
+    """Short text of a site's state.
+
+    Args:
+        eps: amplitude, 0-dim or one a channel (then their mean is shown).
+        shape: mu and sigma.
+        backend: what was asked for; shown is what tensors get where the site is.
+        lift: likewise, where terms are free.
+
+    Returns:
+        For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``; without the last on other
+        devices than a CPU and CUDA.
+    """
+    if eps.is_meta or shape.is_meta:
+        return "eps, mu, sigma on meta"
+    mu, sigma = shape.tolist()
+    amplitudes = {"eps": eps} if lift is None else {"eps": eps, "lift": lift}
+    values = {name: float(each.detach().mean()) if each.numel() else math.nan for name, each in amplitudes.items()}
+    state = ", ".join(f"{name}={value:+.4f}" for name, value in values.items()) + f", mu={mu:+.3f}, sigma={sigma:.3f}"
+    return f"{state}, backend={resolve_backend(backend, eps.device)}" if eps.device.type in ("cpu", "cuda") else state

@@ -1,0 +1,288 @@
+"""Wraps a model's activations in place, and undoes it without a trace.
+
+No module is replaced: the *class of the instance* becomes a generated subclass, so that ``isinstance``, names and the
+keys of the state_dict survive. A module that is called once hosts its own site. Where one activation is called several
+times in a forward, or called as a function, the module around the calls (the owner) hosts one site a call and counts
+the calls in each of its forwards, from zero, so that recomputation under activation checkpointing finds the same sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from eafo_dynamic.apply.hosting import Hosting, become, revert
+from eafo_dynamic.apply.kept import forget_sites
+from eafo_dynamic.apply.site import Form, Site, Switch
+from eafo_dynamic.correction.bases import Base, as_base
+from eafo_dynamic.correction.kernels import Backend, prepare
+from eafo_dynamic.density.statistics import Collector
+from eafo_dynamic.errors import SiteError
+from eafo_dynamic.find.functional import function_base
+from eafo_dynamic.find.places import Places
+from eafo_dynamic.find.sites import FoundSite, SiteReport, find_sites
+from eafo_dynamic.find.wrapped import ACTIVATION, OWNER, plain_view
+from eafo_dynamic.find.written import WRITTEN, parts, written_node
+
+__all__ = [
+    "disabled",
+    "hosted_sites",
+    "is_wrapped",
+    "plain_view",
+    "put_back",
+    "site_source",
+    "take_off",
+    "unwrap",
+    "wrap",
+]
+
+
+def hosted_sites(model: nn.Module) -> list[tuple[nn.Module, Site]]:
+    """All sites of a wrapped model, with the module that hosts each.
+
+    Args:
+        model: wrapped or not.
+
+    Returns:
+        Pairs (host, site); empty for a model that is not wrapped.
+    """
+    return [(host, site) for host in model.modules() if isinstance(host, Hosting) for site in host.eafo_sites]
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether a model carries corrections.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Whether it does.
+    """
+    return any(isinstance(module, Hosting) for module in model.modules())
+
+
+def site_source(model: nn.Module, site: Site) -> nn.Module | Base:
+    """What computes a site's base: the plain view of its module, live, or the base of a functional call.
+
+    Args:
+        model: the wrapped model.
+        site: one of its sites.
+
+    Returns:
+        Something for ``as_base``.
+    """
+    if site.function is not None:
+        return function_base(*site.function)
+    return plain_view(model.get_submodule(site.module_name))
+
+
+def wrap(
+    model: nn.Module,
+    report: SiteReport | None = None,
+    eps_init: float = 0.01,
+    *,
+    tabulated: bool = False,
+    per_channel: bool = False,
+    compounding: bool = False,
+    free: bool = False,
+    backend: Backend = "auto",
+) -> list[tuple[nn.Module, Site]]:
+    """Gives every selected activation call of a model its correction, in place.
+
+    With all eps = 0 the wrapped model equals the plain one bit for bit, outputs and gradients. A site that is there
+    already stays as it is: wrapping again adds only what is missing, and a model may be wrapped of which a part is.
+
+    Args:
+        model: any module.
+        report: the sites to wrap, from ``find_sites``; None: a static search.
+        eps_init: starting amplitude of every new site.
+        tabulated: whether every shape is a table, as densities other than the Gaussian need.
+        per_channel: whether every channel has an amplitude of its own.
+        compounding: whether each round settles the correction so far and corrects the corrected function.
+        free: whether the two terms of a correction have an amplitude each.
+        backend: what computes the functions, see Options; of new models, not of one that is wrapped already.
+
+    Returns:
+        Pairs (host, site) in the order of the report; all that exist if the report has nothing to add to them.
+
+    Raises:
+        SiteError: if the report selects no site.
+    """
+    report = report or find_sites(model)
+    if not report.wrapped:
+        if is_wrapped(model):
+            return hosted_sites(model)
+        raise SiteError(_nothing_to_wrap(model, report))
+    existing = hosted_sites(model)
+    switch = existing[0][1].switch if existing else Switch(backend=backend)
+    form = Form(eps_init, tabulated, per_channel, compounding, free)
+    if per_channel:
+        for found in report.wrapped:
+            _channels(found)
+    hosted = [_install(model, found, switch, form) for found in report.wrapped]
+    _guard(model, report)
+    for device in {getattr(host, site.keys[0]).device for host, site in hosted}:
+        prepare(device, switch.backend)
+    return hosted
+
+
+def _nothing_to_wrap(model: nn.Module, report: SiteReport) -> str:
+    if not report.sites:
+        return (
+            f"{type(model).__name__} has no activation module to correct. Functional calls are found with an example "
+            "input (example_input_array in Lightning); a class of your own with register_activation(YourClass)."
+        )
+    why = "; ".join(sorted({f"{site.base}: {site.reason}" for site in report.skipped}))
+    return f"no activation of {type(model).__name__} is selected ({why}). Widen target_modules or exclude less."
+
+
+def _channels(found: FoundSite) -> int:
+    """Number of channels of a site; see FoundSite.channel_dim."""
+    if not found.shape:
+        raise SiteError(
+            f"{found.name}: one amplitude a channel needs the shape of its pre-activations; "
+            "search with an example input (example_input_array in Lightning)."
+        )
+    images = len(found.shape) >= 3 if found.channel_dim is None else found.channel_dim == 1
+    return found.shape[0 if images else -1]
+
+
+def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> tuple[nn.Module, Site]:
+    module = model.get_submodule(found.module)
+    host = module if found.owner is None else model.get_submodule(found.owner)
+    for site in host.eafo_sites if isinstance(host, Hosting) else ():
+        if found.owner is None or site.name == found.name:
+            return host, site
+    target = become(module, ACTIVATION if found.parameters is None else OWNER, found.module)
+    owner = become(host, OWNER, found.module if found.owner is None else found.owner)
+    index = 1 + max((each.index for each in owner.eafo_sites), default=-1)
+    site = Site(found.name, index, found.module, switch, Collector(channel_dim=found.channel_dim))
+    key = target.eafo_name
+    if found.parameters is None:
+        target.eafo_shared = found.owner is not None
+    else:
+        function = found.key[len(found.module) :]
+        key = function if found.owner == found.module else f"{target.eafo_name}{function}"  # see frames
+        site.function = (WRITTEN if found.kind == "written" else found.class_name, found.parameters)
+        target.eafo_functions |= {site.function[0]}
+        if found.hidden_from_compiler:
+            target.eafo_uncompiled |= {found.class_name}
+        if found.kind == "written":
+            node = written_node(found.parameters)
+            target.eafo_written |= {node, *parts(node)}
+    channels = _channels(found) if form.per_channel else None
+    site.register(host, as_base(site_source(model, site)), form, channels, _device(model, found))
+    owner.eafo_sites.append(site)
+    if found.owner is not None:
+        count = max(found.calls, found.call + 1)
+        owner.eafo_routes.setdefault(key, [None] * count)[found.call] = site
+        owner.eafo_places.setdefault(key, Places(count)).put(found.call, found.places)
+    return host, site
+
+
+def _device(model: nn.Module, found: FoundSite) -> torch.device | None:
+    """Where the nearest parameter or buffer around a site lives; an activation has none of its own."""
+    name = found.module if found.owner is None else found.owner
+    while True:
+        module = model.get_submodule(name)
+        near = next(module.parameters(), None)
+        near = next(module.buffers(), None) if near is None else near
+        if near is not None or not name:
+            return None if near is None else near.device
+        name = name.rpartition(".")[0]
+
+
+def _guard(model: nn.Module, report: SiteReport) -> None:
+    """Lets the modules that a caller of functions calls open frames of their own; see hosting."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for found in report.wrapped:
+        for name in found.guarded:
+            if name in modules:
+                become(modules[name], OWNER, name)
+    for name, module in modules.items():
+        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.activation, Hosting):
+            become(module, OWNER, name)
+
+
+def unwrap(model: nn.Module) -> None:
+    """Takes every correction away: the very module objects with their classes, keys and results of before.
+
+    Args:
+        model: a wrapped model; one that is not stays as it is.
+    """
+    for module in list(model.modules()):
+        revert(module)
+        forget_sites(module)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Generator[nn.Module]:
+    """Runs the plain functions for a while; afterwards corrections act as before.
+
+    Args:
+        model: a wrapped model, or a part of one: the corrections of the other parts then act on.
+
+    Yields:
+        The model.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> x = torch.ones(3, 2)
+        >>> plain = net(x)
+        >>> _ = wrap(net, eps_init=0.3)
+        >>> with disabled(net):
+        ...     torch.equal(net(x), plain)
+        True
+        >>> unwrap(net)
+    """
+    sites = [site for _, site in hosted_sites(model)]
+    before = [site.enabled for site in sites]
+    for site in sites:
+        site.enabled = False
+    try:
+        yield model
+    finally:
+        for site, enabled in zip(sites, before, strict=True):
+            site.enabled = enabled
+
+
+def take_off(model: nn.Module) -> dict[str, Tensor]:
+    """Unwraps a model but remembers its corrections, so that it can be searched and wrapped anew.
+
+    Args:
+        model: wrapped or not.
+
+    Returns:
+        The sites' tensors by their keys in the state_dict; empty for a model that is not wrapped.
+    """
+    own = {id(host): {key for site in sites for key in site.keys} for host, sites in _by_host(model).items()}
+    state = {
+        f"{name}.{key}" if name else key: tensor.detach().clone()
+        for name, module in model.named_modules()
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        if key in own.get(id(module), ())
+    }
+    unwrap(model)
+    return state
+
+
+def put_back(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Gives the sites of a newly wrapped model the corrections that it had before, where site and form are the same.
+
+    Args:
+        model: wrapped.
+        state: from ``take_off``.
+    """
+    present = model.state_dict()
+    fitting = {key: value for key, value in state.items() if key in present and present[key].shape == value.shape}
+    model.load_state_dict(fitting, strict=False)
+
+
+def _by_host(model: nn.Module) -> dict[nn.Module, list[Site]]:
+    hosts: dict[nn.Module, list[Site]] = {}
+    for host, site in hosted_sites(model):
+        hosts.setdefault(host, []).append(site)
+    return hosts

@@ -1,5 +1,0 @@
-"""Arms times seeds on one task: plans in YAML, cells that can be resumed, paired statistics."""
-
-from eafo_dynamic.compare.plan import Arm, Plan, read_plan
-
-__all__ = ["Arm", "Plan", "read_plan"]

@@ -1,0 +1,262 @@
+"""All sites' functions as stacked tensors: outputs, corrections and directions, no module in sight."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.correction.bases import Base
+from eafo_dynamic.correction.kernels import MAX_U, Known, RoundKernel, RoundOperands, Workspace, bell, known_pointwise
+from eafo_dynamic.correction.shape import HALF_WIDTH, evaluate_table
+
+__all__ = ["Functions"]
+
+
+@dataclass(frozen=True)
+class Functions:
+    """The functions of all sites, f(z) = base(z) + eps * sigma * ghat((z - mu) / sigma), plus the lift's bell.
+
+    Args:
+        bases: base function of each site, S of them.
+        eps: amplitudes, shape [S].
+        shape: mu and sigma, shape [S, 2].
+        tables: ghat of the tabulated sites, shape [T, 4, intervals].
+        tabulated: which sites these are, shape [T], int64; all others have the closed form.
+        offsets: what earlier rounds have settled, shape [T, 4, intervals]; None unless corrections compound.
+        lift: amplitudes of the bells, shape [S]; None unless terms are free.
+        kernel: what computes them for float32 on the CPU; None for torch's operations.
+    """
+
+    bases: Sequence[Base]
+    eps: Tensor
+    shape: Tensor
+    tables: Tensor
+    tabulated: Tensor
+    offsets: Tensor | None = None
+    lift: Tensor | None = None
+    kernel: RoundKernel | None = None
+
+    @property
+    def sigma(self) -> Tensor:
+        """Scales, shape [S, 1]."""
+        return self.shape[:, 1:]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors, for a checkpoint.
+
+        Returns:
+            Tensors by the name of their field.
+        """
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def direction(self, z: Tensor) -> Tensor:
+        """D f / d eps = sigma * ghat(u): what one unit of eps adds.
+
+        Args:
+            z: pre-activations, shape [S, n].
+
+        Returns:
+            Shape [S, n], units of z.
+        """
+        if (compiled := self._compiled(z)) is not None:
+            compiled(z, by_eps=(out := torch.empty_like(z)))
+            return out
+        u = (z - self.shape[:, :1]) / self.sigma
+        if len(self.tabulated) == len(self.bases):  # not first the closed form of all, and no copies
+            return self.sigma * evaluate_table(self.tables, u).to(u.dtype)
+        read = evaluate_table(self.tables, u[self.tabulated]) if self.tabulated.numel() else None
+        value = _closed_form_(u)
+        if read is not None:
+            value[self.tabulated] = read.to(value.dtype)
+        return value.mul_(self.sigma)
+
+    def lift_direction(self, z: Tensor) -> Tensor:
+        """D f / d lift = sigma * exp(-u^2 / 2): what one unit of lift adds.
+
+        Args:
+            z: pre-activations, shape [S, n].
+
+        Returns:
+            Shape [S, n], units of z.
+        """
+        if (compiled := self._compiled(z)) is not None:
+            compiled(z, by_lift=(out := torch.empty_like(z)))
+            return out
+        return self.sigma * bell((z - self.shape[:, :1]) / self.sigma)[0]
+
+    def directions(self, z: Tensor) -> tuple[Tensor, ...]:
+        """What one unit of each amplitude adds: ``direction``, and ``lift_direction`` where terms are free.
+
+        Args:
+            z: pre-activations, shape [S, n].
+
+        Returns:
+            One or two of shape [S, n], units of z.
+        """
+        by_eps = self.direction(z)
+        return (by_eps,) if self.lift is None else (by_eps, self.lift_direction(z))
+
+    def correction(self, z: Tensor) -> Tensor:
+        """c(z), shape [S, n].
+
+        Args:
+            z: pre-activations, shape [S, n].
+
+        Returns:
+            Corrections, units of z.
+        """
+        if (compiled := self._compiled(z)) is not None:
+            compiled(z, out := torch.empty_like(z), bases=False)
+            return out
+        return self._combined(z, self.directions(z))
+
+    def outputs(self, z: Tensor, workspace: Workspace | None = None, name: str = "outputs") -> Tensor:
+        """f(z), sites with equal bases in one call.
+
+        Args:
+            z: pre-activations, shape [S, n].
+            workspace: gives the compiled functions room of this name; None for a new tensor.
+            name: of the room.
+
+        Returns:
+            Activations, shape [S, n].
+        """
+        out = self._started(z, workspace or Workspace(), name)
+        if (compiled := self._compiled(z, out)) is not None:
+            compiled(z, out)
+            return out
+        return out.add_(self.correction(z))
+
+    def outputs_and_directions(
+        self, z: Tensor, workspace: Workspace | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """``outputs`` and ``directions``, in one pass where they are compiled.
+
+        Args:
+            z: pre-activations, shape [S, n].
+            workspace: gives the compiled functions room named "outputs", "first" and "second"; None for new tensors.
+
+        Returns:
+            Activations, shape [S, n], and one or two of that shape.
+        """
+        workspace = workspace or Workspace()
+        out = self._started(z, workspace, "outputs")
+        if (compiled := self._compiled(z, out)) is None:
+            directions = self.directions(z)
+            return out.add_(self._combined(z, directions)), directions
+        names = ("first",) if self.lift is None else ("first", "second")
+        directions = tuple(workspace.like(z, name) for name in names)
+        compiled(z, out, *directions)
+        return out, directions
+
+    def _combined(self, z: Tensor, directions: Sequence[Tensor]) -> Tensor:
+        """c(z) from its directions, by torch's operations."""
+        c = self.eps.unsqueeze(-1) * directions[0]
+        if self.offsets is not None:
+            u = (z - self.shape[:, :1]) / self.sigma
+            settled = evaluate_table(self.offsets, u[self.tabulated])
+            c[self.tabulated] += self.sigma[self.tabulated] * settled.to(c.dtype)
+        if self.lift is not None:
+            c = c + self.lift.unsqueeze(-1) * directions[1]
+        return c
+
+    def _started(self, z: Tensor, workspace: Workspace, name: str) -> Tensor:
+        """Shape [S, n], with base(z) in the rows whose base is not compiled, or in all."""
+        groups = self.groups()
+        compiled = self._compiled(z) is not None
+        inside = self._inside if compiled else {}
+        if len(groups) == 1 and not inside:
+            return next(iter(groups)).fn(z)
+        out = workspace.like(z, name) if compiled else torch.empty_like(z)
+        for base, rows in groups.items():
+            if base not in inside:
+                out[rows] = base.fn(z[rows])
+        return out
+
+    def _compiled(self, *samples: Tensor) -> Callable[..., None] | None:
+        """The compiled functions, where they can work on these."""
+        mixed = self.lift is not None and self.tabulated.numel() > 0
+        if self.kernel is None or mixed or not self.kernel.takes(*samples, self.shape):
+            return None
+        return functools.partial(self.kernel.functions, self._operands)
+
+    @functools.cached_property
+    def _inside(self) -> dict[Base, Known]:
+        """The bases that are compiled."""
+        known = {base: known_pointwise(base.fn) for base in self.groups()}
+        return {base: each for base, each in known.items() if each is not None}
+
+    @functools.cached_property
+    def _operands(self) -> RoundOperands:
+        place = self.tabulated.new_full((len(self.bases),), -1)
+        place[self.tabulated] = torch.arange(len(self.tabulated), device=place.device)
+        codes, below = [0] * len(self.bases), [0.0] * len(self.bases)
+        for base, rows in self.groups().items():
+            if (known := self._inside.get(base)) is not None:
+                for row in rows:
+                    codes[row], below[row] = known.code, known.below
+        return RoundOperands(
+            eps=self.eps.contiguous(),
+            lift=None if self.lift is None else self.lift.contiguous(),
+            shape=self.shape.contiguous(),
+            tables=self.tables.contiguous(),
+            offsets=None if self.offsets is None else self.offsets.contiguous(),
+            place=place,
+            half_width=HALF_WIDTH,
+            codes=place.new_tensor(codes, dtype=torch.int32),
+            below=self.eps.new_tensor(below),
+        )
+
+    def groups(self) -> dict[Base, list[int]]:
+        """Rows of the sites with equal bases.
+
+        Returns:
+            Rows by base.
+        """
+        if len({id(base) for base in self.bases}) == 1:  # hashing and comparing bases takes longer
+            return {self.bases[0]: list(range(len(self.bases)))}
+        rows: dict[Base, list[int]] = {}
+        for row, base in enumerate(self.bases):
+            rows.setdefault(base, []).append(row)
+        return rows
+
+    def towards(self, other: Functions, fraction: Tensor) -> Functions:
+        """The functions a fraction of the way to others.
+
+        Args:
+            other: where to go.
+            fraction: share of the way, shape [S]; a site with 0 stays as it is, whatever the other is.
+
+        Returns:
+            Functions between.
+        """
+        share = fraction[self.tabulated].view(-1, 1, 1)
+        settled = self.offsets
+        if self.offsets is not None and other.offsets is not None:
+            settled = _between(self.offsets, other.offsets, share)
+        return replace(
+            self,
+            eps=_between(self.eps, other.eps, fraction),
+            shape=_between(self.shape, other.shape, fraction.unsqueeze(-1)),
+            tables=_between(self.tables, other.tables, share),
+            offsets=settled,
+            lift=self.lift if self.lift is None or other.lift is None else _between(self.lift, other.lift, fraction),
+        )
+
+
+def _closed_form_(u: Tensor) -> Tensor:
+    """U exp(-u^2 / 2), written over u."""
+    u.clamp_(-MAX_U, MAX_U)
+    # exp2 is vectorised by torch itself and takes a third of the time of exp
+    return u.mul_(u.square().mul_(-0.5 / math.log(2.0)).exp2_())
+
+
+def _between(old: Tensor, new: Tensor, share: Tensor) -> Tensor:
+    # where, not lerp alone: 0 * NaN of a move that was refused would spoil what is kept
+    return torch.where(share == 0, old, torch.where(share == 1, new, torch.lerp(old, new, share)))

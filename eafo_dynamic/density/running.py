@@ -1,0 +1,107 @@
+"""The estimate of every site's density, which follows training from round to round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.density.estimators import Density, Gaussian, Histogram, gaussian, histogram
+from eafo_dynamic.density.statistics import Moments
+from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.internals.checks import fitting
+
+__all__ = ["RunningDensity", "make_estimator"]
+
+Estimator = Callable[[Tensor], Density]
+
+_KINDS: dict[str, type[Any]] = {"Gaussian": Gaussian, "Histogram": Histogram}
+_ESTIMATORS: dict[str, Estimator] = {"gaussian": gaussian, "histogram": histogram}
+
+
+def make_estimator(density: str | Estimator) -> Estimator:
+    """A density estimator from its name, or the estimator itself.
+
+    Args:
+        density: "gaussian", "histogram", or a function from samples [sites, n] to a Density.
+
+    Returns:
+        The estimator.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    if isinstance(density, str) and density in _ESTIMATORS:
+        return _ESTIMATORS[density]
+    if isinstance(density, str) or not callable(density):
+        mend = f"Choose one of {', '.join(_ESTIMATORS)}, or give a function from samples to a Density."
+        raise ConfigError("density", density, "no such density", mend)
+    return density
+
+
+class RunningDensity:
+    """Estimate of every site's density that follows training.
+
+    A plain mean over a site's first rounds, then an exponential average: the weight of a new round is
+    max(1 / rounds, momentum), so that there is no bias towards a starting value.
+
+    Args:
+        estimator: from samples [S, n] to a Density.
+        momentum: weight of a new round in the long run, in (0, 1].
+    """
+
+    def __init__(self, estimator: Estimator, momentum: float) -> None:
+        self.estimator = estimator
+        self.momentum = momentum
+        self.density: Density | None = None
+        self.rounds: Tensor | None = None
+
+    def follow(self, samples: Tensor, usable: Tensor, stats: Moments | None = None) -> Density:
+        """Takes in the samples of one round.
+
+        Args:
+            samples: pre-activations, shape [S, n], NaN where missing.
+            usable: sites whose samples may count, shape [S], bool.
+            stats: moments of the samples, if somebody has them already.
+
+        Returns:
+            The estimate after it.
+        """
+        if stats is not None and self.estimator is gaussian:
+            fresh = Gaussian(stats.mean, stats.std, stats.n)
+        else:
+            fresh = self.estimator(samples)
+        if self.density is None or self.rounds is None:
+            self.density, self.rounds = fresh, usable.to(torch.long)
+        else:
+            self.rounds = self.rounds + usable
+            weight = self.rounds.clamp(min=1).to(torch.float32).reciprocal().clamp(min=self.momentum)
+            self.density = self.density.blend(fresh, torch.where(usable, weight, 0.0))
+        return self.density
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only.
+
+        Returns:
+            The state; the density only where it is one of this package's own kinds.
+        """
+        kind = type(self.density).__name__
+        tensors = {k: v for k, v in vars(self.density).items() if isinstance(v, Tensor)} if kind in _KINDS else None
+        return {"rounds": self.rounds, "kind": kind, "density": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any], like: Tensor) -> None:
+        """Restores a state.
+
+        Args:
+            state: from ``state_dict``.
+            like: any numbers of the sites, shape [S], where they live.
+        """
+        if state["density"] is None:
+            self.rounds = self.density = None
+            return
+        self.rounds = fitting(state["rounds"], like.to(torch.long))
+        kind = _KINDS[state["kind"]]
+        own = vars(_ESTIMATORS[state["kind"].lower()](torch.zeros(len(like), 2, device=like.device)))
+        self.density = kind(**{name: fitting(value, own[name]) for name, value in state["density"].items()})

@@ -1,0 +1,336 @@
+"""What is compared: arms on one task, over seeds, as a YAML file says it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.internals.checks import at_least
+
+__all__ = ["Arm", "Plan", "read_plan", "read_yaml", "value_text"]
+
+Options = dict[str, Any]
+
+_PLAN_KEYS = (
+    *("task", "title", "arms", "sweep", "reference", "seeds", "metric", "higher_is_better", "also"),
+    *("settings", "pretrain", "pretrain_settings", "directory", "threads", "select"),
+)
+_ARM_KEYS = ("activation", "eafo", "set", "against")
+_SEED_KEYS = ("seed_everything", "data.init_args.seed", "data.init_args.split_seed")
+_NAME = re.compile(r"[\w .,=()+:-]+")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the ways to train that are compared.
+
+    Attributes:
+        name: as tables show it.
+        activation: of the network, by name; None: the task's own.
+        eafo: options of the EAFOCallback; None: the model trains without one.
+        settings: whatever else is different: configuration keys with dots, and their values.
+        swept: the value of the swept option, where the plan sweeps one.
+        against: name of the arm that it is compared with; None: the plan's reference.
+    """
+
+    name: str
+    activation: str | None = None
+    eafo: Options | None = None
+    settings: Options = field(default_factory=dict)
+    swept: Any = None
+    against: str | None = None
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder's name."""
+        return re.sub(r"[^a-z0-9.=+-]+", "-", self.name.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Arms times seeds on one task.
+
+    Attributes:
+        name: of the plan's file, without its ending.
+        title: for people.
+        task: configuration of ``eafo-dynamic fit`` that all arms share.
+        arms: at least two; the reference is one of them.
+        reference: name of the arm that those are compared with which do not name another.
+        seeds: each of them decides initial weights, order of the data and its split, alike in all arms.
+        metric: what is compared.
+        higher_is_better: None: known from the metric's name.
+        also: further metrics for the tables.
+        select: logged in validation: the epoch in which it was best is the one that is tested; None: the last.
+        settings: configuration keys with dots and their values, for all arms.
+        pretrain: configuration that is trained once a seed, without corrections; the arms start from its weights.
+        pretrain_settings: as `settings`, for it.
+        directory: where finished cells are kept.
+        threads: of torch, in every cell.
+        sweep: name of the swept option, as ``eafo.eps_init``; None: the arms are listed one by one.
+        seed_keys: configuration keys that get the seed, where the task has them.
+    """
+
+    name: str
+    title: str
+    task: Path
+    arms: tuple[Arm, ...]
+    reference: str
+    seeds: tuple[int, ...]
+    metric: str
+    higher_is_better: bool | None
+    also: tuple[str, ...]
+    select: str | None
+    settings: Options
+    pretrain: Path | None
+    pretrain_settings: Options
+    directory: Path
+    threads: int
+    sweep: str | None = None
+    seed_keys: tuple[str, ...] = _SEED_KEYS
+
+    def arm(self, name: str) -> Arm:
+        """The arm of a name.
+
+        Args:
+            name: as the plan writes it.
+
+        Returns:
+            The arm.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        raise ConfigError("arm", name, "the plan has no such arm", _nearest(name, [arm.name for arm in self.arms]))
+
+
+def read_yaml(path: Path, option: str) -> Any:
+    """The contents of a YAML file; tags that would build objects are an error.
+
+    Args:
+        path: the file.
+        option: what named it, for messages.
+
+    Returns:
+        Plain lists, mappings, text and numbers.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(option, str(path), f"cannot be read ({error})", "Name a YAML file.") from None
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(option, str(path), f"is not plain YAML ({problem})", "Mend the file there.") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text; this reads it as the number that everybody means."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def read_plan(path: Path, directory: Path | None = None) -> Plan:
+    """Reads and checks a plan; files that it names are sought beside it.
+
+    Args:
+        path: the plan's YAML file.
+        directory: where finished cells are kept; None: what the plan says, or ``runs/compare/<name of the file>``.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: for an unknown key, a missing file, an arm that is none or twice there.
+    """
+    raw = _mapping("plan", read_yaml(path, "--config"))
+    _known("plan", raw, _PLAN_KEYS)
+    for key in ("task", "metric"):
+        if not isinstance(raw.get(key), str):
+            mend = (
+                "Write task: digits_vit.yaml"
+                if key == "task"
+                else "Write metric: test_loss, or another that is logged."
+            )
+            raise ConfigError(key, raw.get(key), "the plan must name it", mend)
+    sweep, arms = _arms(raw, path.parent)
+    plan = Plan(
+        name=path.stem,
+        title=str(raw.get("title", path.stem)),
+        task=_beside(path, "task", raw["task"]),
+        arms=arms,
+        reference=str(raw.get("reference", arms[0].name)),
+        seeds=_seeds(raw.get("seeds", 10)),
+        metric=raw["metric"],
+        higher_is_better=_direction(raw.get("higher_is_better")),
+        also=tuple(raw.get("also", ())),
+        select=_selected(raw.get("select")),
+        settings=_mapping("settings", raw.get("settings", {})),
+        pretrain=_beside(path, "pretrain", raw["pretrain"]) if raw.get("pretrain") else None,
+        pretrain_settings=_mapping("pretrain_settings", raw.get("pretrain_settings", {})),
+        directory=directory or Path(raw.get("directory") or Path("runs") / "compare" / path.stem),
+        threads=raw.get("threads", 1),
+        sweep=sweep,
+    )
+    at_least("threads", plan.threads, 1)
+    plan.arm(plan.reference)
+    _check_against(plan)
+    return plan
+
+
+def _check_against(plan: Plan) -> None:
+    for arm in plan.arms:
+        if arm.against is None:
+            continue
+        where = f"arms.{arm.name}.against"
+        if arm.name == plan.reference:
+            raise ConfigError(where, arm.against, "the reference is compared with nothing", "Remove the line.")
+        if plan.arm(arm.against).against is not None:  # itself included
+            mend = "Name the reference, or an arm that is compared with it."
+            raise ConfigError(where, arm.against, "is itself compared with another arm", mend)
+
+
+def _arms(raw: Options, folder: Path) -> tuple[str | None, tuple[Arm, ...]]:
+    written = raw.get("arms", {})
+    if isinstance(written, str):  # a list of arms that several plans share
+        written = read_yaml(folder / written, "arms")
+    arms = [_arm(str(name), options) for name, options in _mapping("arms", written).items()]
+    sweep = raw.get("sweep")
+    name = None
+    if sweep is not None:
+        name, more = _swept(_mapping("sweep", sweep))
+        arms += more
+    if len(arms) < 2:
+        raise ConfigError("arms", list(written), "needs two arms or more", "Add one to compare with.")
+    for place, arm in enumerate(arms):
+        for earlier in arms[:place]:
+            if arm.slug == earlier.slug:
+                raise ConfigError("arms", arm.name, f"has the name of {earlier.name!r}", "Give it a name of its own.")
+            if _content(arm) == _content(earlier):
+                raise ConfigError("arms", arm.name, f"is the same as {earlier.name!r}", "Remove one of them.")
+    return name, tuple(arms)
+
+
+def _arm(name: str, options: Any, swept: Any = None) -> Arm:
+    if not _NAME.fullmatch(name):
+        raise ConfigError("arms", name, "is no name for an arm", "Use letters, digits, spaces and . , = + - : ( ).")
+    where = f"arms.{name}"
+    options = _mapping(where, options or {})
+    _known(where, options, _ARM_KEYS)
+    eafo = options.get("eafo")
+    return Arm(
+        name=name,
+        activation=options.get("activation"),
+        eafo=None if eafo is None else _mapping(f"{where}.eafo", eafo),
+        settings=_mapping(f"{where}.set", options.get("set", {})),
+        swept=swept,
+        against=None if options.get("against") is None else str(options["against"]),
+    )
+
+
+def _swept(sweep: Options) -> tuple[str, list[Arm]]:
+    _known("sweep", sweep, ("option", "values", "arm"))
+    option, values = sweep.get("option"), sweep.get("values")
+    if not isinstance(option, str) or not option.startswith(("eafo.", "set.", "activation")):
+        mend = "Write option: eafo.eps_init, or set.KEY for a key of the task, or activation."
+        raise ConfigError("sweep.option", option, "is nothing that can be swept", mend)
+    if not isinstance(values, list) or not values:
+        raise ConfigError("sweep.values", values, "is no list of values", "Write values: [0.01, 0.1].")
+    arms: list[Arm] = []
+    for value in cast("list[Any]", values):
+        options = {**_mapping("sweep.arm", sweep.get("arm") or {})}
+        part, _, key = option.partition(".")
+        options[part] = {**(options.get(part) or {}), key: value} if key else value
+        if options.get("against") is not None:
+            options["against"] = str(options["against"]).replace("{}", value_text(value))
+        short = key.rpartition(".")[2] or part
+        arms.append(_arm(f"{short}={value_text(value)}", options, swept=value))
+    return option, arms
+
+
+def value_text(value: Any) -> str:
+    """A value of a sweep as it stands in the name of its arm.
+
+    Args:
+        value: a number, a text, a list of such or a class with its arguments.
+
+    Returns:
+        For example ``0.01`` or ``model.2+model.4``.
+    """
+    if isinstance(value, (list, tuple)):
+        return "+".join(value_text(each) for each in cast("Sequence[Any]", value))
+    if isinstance(value, Mapping):
+        return re.sub(r"[^\w.=+-]", "", str(cast("Mapping[str, Any]", value).get("class_path", value)))
+    return re.sub(r"[^\w .,=+-]", "", f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _content(arm: Arm) -> tuple[str, ...]:
+    return tuple(repr(part) for part in (arm.activation, arm.eafo, arm.settings))
+
+
+def _seeds(given: Any) -> tuple[int, ...]:
+    seeds = list(range(given)) if isinstance(given, int) else given
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in cast("list[Any]", seeds)):
+        raise ConfigError("seeds", given, "is neither a number of seeds nor a list of them", "Write seeds: 10.")
+    if len(set(cast("list[int]", seeds))) < len(cast("list[int]", seeds)):
+        raise ConfigError("seeds", given, "names a seed twice", "Name each once.")
+    return tuple(cast("list[int]", seeds))
+
+
+def _direction(given: Any) -> bool | None:
+    if given is None or isinstance(given, bool):
+        return given
+    mend = "Write true or false, without quotes, or remove the line."
+    raise ConfigError("higher_is_better", given, "is neither true nor false", mend)
+
+
+def _selected(given: Any) -> str | None:
+    from eafo_dynamic.experiments.compare.paired import is_higher_better
+
+    mend = "Name a metric that is logged in validation, such as val_loss, or remove the line."
+    if given is None:
+        return None
+    if not isinstance(given, str):
+        raise ConfigError("select", given, "is no name of a metric", mend)
+    is_higher_better(given, "select", mend)
+    return given
+
+
+def _beside(plan: Path, key: str, name: str) -> Path:
+    path = plan.parent / name
+    if not path.is_file():
+        raise ConfigError(key, name, f"there is no file {path}", "Name a configuration of eafo-dynamic fit.")
+    return path
+
+
+def _mapping(where: str, value: Any) -> Options:
+    if not isinstance(value, dict):
+        raise ConfigError(where, value, "is no mapping of names to values", "Write one 'name: value' a line.")
+    return cast(Options, value)
+
+
+def _known(where: str, given: Options, known: Sequence[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise ConfigError(where, key, "unknown key", _nearest(str(key), known))
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."

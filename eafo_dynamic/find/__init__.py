@@ -1,0 +1,1 @@
+"""Which activation calls a model makes, and which of them are hidden activations."""

@@ -1,0 +1,96 @@
+"""Calls that the example did not reach, by a module of the same kind that it did reach.
+
+Experts without a token, dropped layers and blocks behind an early exit are built like those that ran. An activation
+module shows without a run; which functions the code calls, and how often it calls a shared module, does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from eafo_dynamic.find.selection import FoundSite
+from eafo_dynamic.find.wrapped import plain_view
+
+__all__ = ["taken_over"]
+
+
+def taken_over(model: nn.Module, reached: Sequence[str], sites: Sequence[FoundSite]) -> list[FoundSite]:
+    """Sites of modules that did not run, after those of a module with the same structure that did.
+
+    Args:
+        model: the model.
+        reached: FQNs of the modules that ran, in their order.
+        sites: what was found in those.
+
+    Returns:
+        Sites of functional calls and of repeated calls; none for what has no such relative.
+    """
+    modules = dict(model.named_modules())
+    first = {id(module): name for name, module in modules.items()}
+    shapes = {name: _structure(modules[name]) for name in reached if name and _own_code(modules[name])}
+    used, inside = {site.name for site in sites}, ""
+    found: list[FoundSite] = []
+    for name, module in modules.items():
+        if name in reached or not _own_code(module) or (inside and name.startswith(inside)):
+            continue
+        structure = _structure(module)
+        relative = next((other for other in _nearest(name, shapes) if shapes[other] == structure), None)
+        if relative is None:
+            continue
+        inside = f"{name}."
+        for site in _moved(sites, relative, name, modules, first):
+            if site.name not in used:
+                used.add(site.name)
+                found.append(site)
+    return found
+
+
+def _own_code(module: nn.Module) -> bool:
+    return bool(list(module.children())) and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+
+
+def _structure(module: nn.Module) -> tuple[tuple[str, type], ...]:
+    return tuple((name, type(plain_view(each))) for name, each in module.named_modules(remove_duplicate=False))
+
+
+def _nearest(name: str, others: Collection[str]) -> list[str]:
+    """Others by how much of their path they share, the most first."""
+    path = name.split(".")
+
+    def shared(other: str) -> int:
+        steps = zip(path, other.split("."), strict=False)
+        return next((k for k, (a, b) in enumerate(steps) if a != b), 0)
+
+    return sorted(others, key=shared, reverse=True)
+
+
+def _moved(
+    sites: Sequence[FoundSite], old: str, new: str, modules: dict[str, nn.Module], first: dict[int, str]
+) -> Iterator[FoundSite]:
+    """The sites inside one module as those inside another."""
+
+    def move(name: str) -> str:
+        return new + name[len(old) :]
+
+    for site in sites:
+        local = site.owner is not None and _within(site.owner, old) and _within(site.name, old)
+        if not local or site.owner is None:
+            continue
+        if site.parameters is None:
+            child = modules[new].get_submodule(site.name.rpartition("#")[0][len(old) + 1 :])
+            module = first[id(child)]
+        elif _within(site.module, old):
+            module = move(site.module)
+        else:
+            continue
+        reason = site.reason or f"not reached by the example input; as in {old}"
+        guarded = tuple(move(name) if _within(name, old) else name for name in site.guarded)
+        owner = move(site.owner)
+        yield replace(site, name=move(site.name), module=module, owner=owner, reason=reason, guarded=guarded)
+
+
+def _within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith((f"{prefix}.", f"{prefix}:"))

@@ -1,0 +1,272 @@
+"""Activations written out as products, such as ``x * torch.sigmoid(1.702 * x)``.
+
+A *written-out* activation is a product of a tensor with a sigmoid, tanh or erf of itself, or
+``0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x ** 3)))``. It is recognised by following the pointwise operations of
+one frame back to the one tensor they all start from.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import reprlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eafo_dynamic.correction.bases import Base, as_base
+from eafo_dynamic.correction.kernels import size_of
+from eafo_dynamic.errors import SiteError
+
+__all__ = ["WRITTEN", "Made", "Node", "Tracker", "Written", "parts", "written_base", "written_node"]
+
+WRITTEN = "written"
+"""Stands for the function's name where the activation is written out."""
+
+Node = tuple[Any, ...]
+"""An expression of one tensor: ``("mul", "x", ("sigmoid", ("mul", 1.702, "x")))``; ``"x"`` is the tensor,
+``"?"`` a scalar tensor such as a learnable beta."""
+
+_KERNELS = {"sigmoid", "tanh", "erf", "hardsigmoid"}
+_UNARY: dict[str, Callable[..., Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "erf": torch.erf,
+    "hardsigmoid": F.hardsigmoid,
+    "softplus": F.softplus,
+    "square": torch.square,
+    "neg": torch.neg,
+    "exp": torch.exp,
+}
+_BINARY: dict[str, Callable[..., Any]] = {
+    "mul": operator.mul,
+    "add": operator.add,
+    "sub": operator.sub,
+    "div": operator.truediv,
+    "pow": operator.pow,
+}
+_DEEPEST = 32  # operations inside each other
+_REFLECTED = {"__radd__": "add", "__rmul__": "mul", "__rsub__": "sub", "__rdiv__": "div", "__rtruediv__": "div"}
+
+
+def _operation_table() -> dict[Any, tuple[str, bool]]:
+    spellings = {name: name for name in (*_UNARY, *_BINARY)}
+    spellings |= {"multiply": "mul", "true_divide": "div", "divide": "div", "subtract": "sub", "__pow__": "pow"}
+    spellings |= {"__mul__": "mul", "__add__": "add", "__sub__": "sub", "__truediv__": "div", "__neg__": "neg"}
+    spellings |= {"special_expit": "sigmoid", "expit": "sigmoid"}
+    table: dict[Any, tuple[str, bool]] = {}
+    for spelling, name in spellings.items():
+        for home in (torch, torch.Tensor, F, torch.special):
+            if hasattr(home, spelling):
+                table[getattr(home, spelling)] = (name, False)
+    for spelling, name in _REFLECTED.items():
+        table[getattr(torch.Tensor, spelling)] = (name, True)
+    for name, function in _BINARY.items():
+        table[function] = (name, False)
+    table[operator.neg] = ("neg", False)
+    return table
+
+
+_OPERATIONS = _operation_table()
+
+
+def written_node(parameters: Mapping[str, object]) -> Node:
+    """The expression of a written-out activation.
+
+    Args:
+        parameters: of its site.
+
+    Returns:
+        The expression.
+    """
+    return _as_node(parameters["expression"])
+
+
+def _as_node(saved: Any, depth: int = 0) -> Any:
+    """A node that went through JSON or a checkpoint, checked: lists become tuples again."""
+    if depth and (saved in ("x", "?") or isinstance(saved, (int, float))):
+        return saved if isinstance(saved, str) else float(saved)
+    parts: list[Any] = list(saved) if isinstance(saved, (list, tuple)) else []
+    operands = 1 if parts and parts[0] in list(_UNARY) else 2
+    if len(parts) != 1 + operands or parts[0] not in [*_UNARY, *_BINARY] or depth > _DEEPEST:
+        raise SiteError(f"{reprlib.repr(saved)} is no expression of a written-out activation.")
+    return (parts[0], *(_as_node(part, depth + 1) for part in parts[1:]))
+
+
+class Written:
+    """A written-out activation as a function of one tensor.
+
+    Args:
+        node: its expression.
+        constants: values of the scalar tensors in it, ``"?"``, from left to right.
+    """
+
+    def __init__(self, node: Node, constants: tuple[float, ...] = ()) -> None:
+        self.node = node
+        self.constants = constants
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Computes the expression.
+
+        Args:
+            z: pre-activations, any shape.
+
+        Returns:
+            Activations, same shape.
+        """
+        return cast(Tensor, _evaluate(self.node, z, iter(self.constants)))
+
+
+def _evaluate(node: Any, z: Tensor, constants: Iterator[float]) -> Any:
+    if node == "x":
+        return z
+    if node == "?":
+        return next(constants)
+    if not isinstance(node, tuple):
+        return node
+    name, *operands = cast("tuple[Any, ...]", node)
+    values = [_evaluate(operand, z, constants) for operand in operands]
+    return _UNARY[name](*values) if name in _UNARY else _BINARY[name](*values)
+
+
+@functools.lru_cache(maxsize=256)
+def written_base(node: Node, constants: tuple[float, ...]) -> Base:
+    """The base of a written-out activation; one that is known by a name has that name.
+
+    Args:
+        node: its expression.
+        constants: values of the scalar tensors in it, from left to right.
+
+    Returns:
+        The base.
+    """
+    written = Written(node, constants)
+    z = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
+    value = written(z)
+    for known in ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "hardswish"):
+        base = as_base(known)
+        if torch.allclose(base(z), value, rtol=1e-6, atol=1e-6):
+            return base
+    return Base(WRITTEN, written, key=(node, constants))
+
+
+class Made(NamedTuple):
+    """A tensor made in the frame by pointwise operations on one other tensor, its root."""
+
+    out: Tensor
+    root: Tensor
+    node: Node
+    scalars: tuple[Tensor, ...] = ()
+
+
+class Tracker:
+    """Follows the pointwise operations of one frame, and says when they complete a written-out activation.
+
+    Args:
+        wanted: expressions worth remembering; None: all. Remembered tensors live as long as the frame.
+    """
+
+    __slots__ = ("_by_id", "made", "wanted")
+
+    def __init__(self, wanted: Collection[Node] | None = None) -> None:
+        self.wanted = wanted
+        self.made: list[Made] = []
+        # the tensors are kept, so that no number is given twice
+        self._by_id: dict[int, Made] | None = {} if wanted is None else None
+
+    def find(self, tensor: object) -> Made | None:
+        """What is known of a tensor.
+
+        Args:
+            tensor: any object.
+
+        Returns:
+            How it was made; None if it was not made here.
+        """
+        if self._by_id is not None:
+            return self._by_id.get(id(tensor))
+        for made in self.made:
+            if made.out is tensor:
+                return made
+        return None
+
+    def step(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Made | None:
+        """Takes in one call.
+
+        Args:
+            func: the torch function.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            out: what it returned.
+
+        Returns:
+            The written-out activation that the call completes; None if it completes none.
+        """
+        if func not in _OPERATIONS or kwargs or not isinstance(out, Tensor):
+            return None
+        name, reflected = _OPERATIONS[func]
+        if len(args) != (1 if name in _UNARY else 2):
+            return None
+        terms: list[Any] = []
+        scalars: list[tuple[Tensor, ...]] = []
+        root: Tensor | None = None
+        for arg in reversed(args) if reflected else args:
+            if isinstance(arg, (int, float)):
+                terms.append(float(arg))
+                scalars.append(())
+                continue
+            if not isinstance(arg, Tensor):
+                return None
+            known = self.find(arg)
+            if known is None and arg.dim() == 0:
+                terms.append("?")
+                scalars.append((arg,))
+                continue
+            start, node = (arg, "x") if known is None else (known.root, known.node)
+            if root is not None and root is not start:
+                return None
+            root = start
+            terms.append(node)
+            scalars.append(() if known is None else known.scalars)
+        if root is None or size_of(root) != size_of(out):
+            return None
+        if name in ("mul", "add") and (terms[0] == "?" or isinstance(terms[0], float)):
+            terms.reverse()  # 2 * x and x * 2 are one expression, whichever of them a compiler makes of it
+            scalars.reverse()
+        made = Made(out, root, (name, *terms), tuple(scalar for each in scalars for scalar in each))
+        if name == "mul" and _completes(terms):
+            return made
+        if self._by_id is not None:
+            self._by_id[id(out)] = made
+        elif self.wanted is not None and made.node in self.wanted:
+            self.made.append(made)
+        return None
+
+
+def _completes(terms: list[Any]) -> bool:
+    """A product of two expressions of one tensor, one with a squashing function in it and one without."""
+    if len(terms) != 2 or not all(term == "x" or isinstance(term, tuple) for term in terms):
+        return False
+    return _has_kernel(terms[0]) != _has_kernel(terms[1])
+
+
+def _has_kernel(node: Any) -> bool:
+    return isinstance(node, tuple) and (
+        node[0] in _KERNELS or any(_has_kernel(part) for part in cast("tuple[Any, ...]", node)[1:])
+    )
+
+
+def parts(node: Any) -> set[Node]:
+    """All expressions inside an expression.
+
+    Args:
+        node: the expression.
+
+    Returns:
+        Its proper sub-expressions.
+    """
+    inner = [part for part in cast("tuple[Any, ...]", node)[1:] if isinstance(part, tuple)]
+    return {sub for part in inner for sub in (part, *parts(part))}

@@ -1,0 +1,112 @@
+"""The amplitudes of all sites under their policies: whose gradients reach the optimiser, and where rounds move them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from eafo_dynamic.apply.bank import Bank
+from eafo_dynamic.errors import ConfigError, PatternError
+from eafo_dynamic.find.sites import FoundSite, matches
+from eafo_dynamic.policy.policies import Policy, Rule, make_policy, make_rules
+
+__all__ = ["Amplitudes", "assigned"]
+
+
+def assigned(policy: str | Policy | Sequence[Rule], found: Sequence[FoundSite]) -> list[Policy]:
+    """The policy of every site.
+
+    Args:
+        policy: one for all, or rules of which the first match decides.
+        found: the sites that are wrapped.
+
+    Returns:
+        One a site.
+
+    Raises:
+        PatternError: if a rule matches no site.
+        ConfigError: if a site matches no rule.
+    """
+    rules = make_rules(policy)
+    for rule in rules:
+        if found and not any(matches(rule.sites, site) for site in found):
+            raise PatternError("policy.sites", rule.sites, [site.module for site in found])
+    chosen = [next((rule.policy for rule in rules if matches(rule.sites, site)), None) for site in found]
+    if None in chosen:
+        open_sites = [site.name for site, policy in zip(found, chosen, strict=True) if policy is None]
+        raise ConfigError("policy", open_sites[0], "matches none of the rules", "End the list with sites: '.*'.")
+    return [make_policy(policy) for policy in chosen if policy is not None]
+
+
+class Amplitudes:
+    """Eps of all sites, then their lifts, each with the policy of its site.
+
+    Args:
+        bank: the sites; those whose policy leaves eps to the loss become trainable, the others fixed.
+        policies: one a site.
+
+    Attributes:
+        follows: sites whose shape follows their data, shape [S], bool.
+    """
+
+    def __init__(self, bank: Bank, policies: Sequence[Policy]) -> None:
+        self._bank, self._policies = bank, list(policies)
+        self.follows = torch.tensor([policy.follows_data for policy in policies], device="cpu")
+        self._adds_gradient = any(policy.adds_gradient for policy in policies)
+        self._trains_all = all(policy.trains_eps for policy in policies)
+        self._rows: dict[Policy, list[int]] = {}
+        for row, policy in enumerate(policies):
+            self._rows.setdefault(policy, []).append(row)
+        for amplitude, policy in self._pairs():
+            amplitude.requires_grad_(policy.trains_eps)
+
+    def _pairs(self) -> list[tuple[nn.Parameter, Policy]]:
+        amplitudes = self._bank.amplitudes
+        return list(zip(amplitudes, self._policies * (len(amplitudes) // len(self._policies)), strict=True))
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """Those that the loss trains, or will where the user has frozen their layer for a while."""
+        return [amplitude for amplitude, policy in self._pairs() if policy.trains_eps]
+
+    def before_step(self, frozen: bool, gradient: Tensor | None, optimizer: torch.optim.Optimizer | None) -> None:
+        """Adds to the gradients that the optimiser is about to use, or drops them.
+
+        Args:
+            frozen: whether nothing may move any more.
+            gradient: dH_r/d eps of all sites, then dH_r/d lift; None before the first round.
+            optimizer: the one that is about to step; None: all.
+        """
+        if not frozen and self._trains_all and not self._adds_gradient:
+            return  # as nearly always: there is nothing to look for
+        for amplitude, policy in self._pairs():
+            if frozen or not policy.trains_eps:  # who unfreezes a model's layers makes every eps trainable as well
+                amplitude.grad = None
+        if not frozen and self._adds_gradient and gradient is not None:
+            groups = [] if optimizer is None else optimizer.param_groups
+            steps = {id(p) for group in groups for p in group["params"]}
+            for (amplitude, policy), rise in zip(self._pairs(), gradient, strict=True):
+                # what another optimiser steps would get it twice
+                mine = optimizer is None or id(amplitude) in steps
+                if policy.adds_gradient and mine and amplitude.requires_grad:
+                    extra = (policy.adds_gradient * rise).to(amplitude.dtype).expand(amplitude.shape)
+                    amplitude.grad = extra.clone() if amplitude.grad is None else amplitude.grad + extra
+
+    def moved(self, amplitudes: Tensor, gradient: Tensor) -> Tensor:
+        """Where the policies want amplitudes to be.
+
+        Args:
+            amplitudes: eps or lift of every site, shape [S].
+            gradient: of H_r by them, shape [S].
+
+        Returns:
+            Shape [S].
+        """
+        moved = amplitudes.clone()
+        for policy, rows in self._rows.items():
+            everywhere = len(rows) == len(moved)  # as nearly always: no need to pick rows
+            part = slice(None) if everywhere else rows
+            moved[part] = policy.move(amplitudes[part], gradient[part])
+        return moved

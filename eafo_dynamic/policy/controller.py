@@ -1,0 +1,402 @@
+"""One update round over all sites, for any training loop: collect, estimate, correct, record."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eafo_dynamic.apply.bank import Bank
+from eafo_dynamic.apply.manifest import manifest
+from eafo_dynamic.apply.surgery import put_back, take_off, unwrap, wrap
+from eafo_dynamic.correction.kernels import Workspace, resolve_backend, round_kernel
+from eafo_dynamic.correction.stacked import Functions
+from eafo_dynamic.density.running import RunningDensity, make_estimator
+from eafo_dynamic.density.statistics import Moments, world_size
+from eafo_dynamic.errors import legible
+from eafo_dynamic.find.sites import SiteReport, find_sites
+from eafo_dynamic.internals.checks import fitting
+from eafo_dynamic.internals.version import package_versions
+from eafo_dynamic.policy.amplitudes import Amplitudes, assigned
+from eafo_dynamic.policy.diagnostics import describe_events, diagnostics, snapshot, to_rows
+from eafo_dynamic.policy.estimates import OutputEntropy, pooled
+from eafo_dynamic.policy.moves import bounded_move, compounded, mended, refreshed, reverted
+from eafo_dynamic.policy.options import Options
+from eafo_dynamic.policy.rollback import LossWatch
+from eafo_dynamic.policy.schedule import Pace, Schedule
+from eafo_dynamic.records.notebook import SiteList
+from eafo_dynamic.records.schema import Record
+
+__all__ = ["EAFOController"]
+
+
+class EAFOController:
+    """The corrections of one model: wraps it, and updates every site when it is time.
+
+    Use in any training loop::
+
+        controller = EAFOController.attach(model)
+        ...
+        optimizer.step()
+        controller.step(global_step)
+
+    Args:
+        model: any module, not wrapped yet; it is wrapped in place.
+        options: see Options.
+        report: sites to wrap, from ``find_sites``; None: a static search.
+
+    Attributes:
+        records: the newest rows of the correction log, oldest first; at most ``KEPT_RECORDS``.
+        report: what was found in the model.
+        bank: the sites' tensors, read and written together.
+        pace: how many optimiser steps a batch takes.
+
+    Raises:
+        SiteError, PatternError: if the model has nothing to wrap, or a pattern matches nothing.
+    """
+
+    KEPT_RECORDS = 20_000
+
+    def __init__(self, model: nn.Module, options: Options | None = None, report: SiteReport | None = None) -> None:
+        self.options = options or Options()
+        self.model = model
+        self.report = report or find_sites(model, selection=self.options.selection)
+        self.policies = assigned(self.options.policy, self.report.wrapped)
+        self.schedule = self.options.schedule
+        self.trust_region = self.options.trust_region
+        self._running = RunningDensity(make_estimator(self.options.density), self.options.momentum)
+        self.records: deque[Record] = deque(maxlen=self.KEPT_RECORDS)
+        self.rounds = 0
+        self.pace = Pace()
+        self._losses = LossWatch(self.options.rollback_factor)
+        self._undo: Functions | None = None  # what the last round replaced
+        self._gradient: Tensor | None = None
+        hosted = wrap(model, self.report, self.options.eps_init, backend=self.options.backend, **self.options.form)
+        self.bank = Bank(model, hosted)
+        self._prepare()
+
+    @classmethod
+    def attach(cls, model: nn.Module, *example_args: Any, **options: Any) -> EAFOController:
+        """Wraps a model; one that is wrapped already keeps the corrections it has learned.
+
+        Args:
+            model: any module.
+            *example_args: an example input, to find activations that are called several times a forward.
+            **options: see Options.
+
+        Returns:
+            The controller; call ``step(global_step)`` after each optimiser step.
+        """
+        checked = Options(**options)
+        earlier = take_off(model)
+        controller = cls(model, checked, find_sites(model, *example_args, selection=checked.selection))
+        put_back(model, earlier)
+        return controller
+
+    def _prepare(self) -> None:
+        self._set_quota()
+        self._amplitudes = Amplitudes(self.bank, self.policies)
+        start = self.bank.functions()
+        self._eps_before, self._lift_before = start.eps, start.lift
+        self._switch = self.bank.sites[0].switch
+        self._switch.backend = self.options.backend
+        self._kernel = round_kernel(self.options.backend)
+        self._workspace = Workspace()
+        self.expect(0)
+
+    def _set_quota(self) -> None:
+        period = max(self.schedule.collect_period, self.pace.stride)
+        collects = max(1, math.ceil(self.schedule.update_every_n_steps / period))
+        for site in self.bank.sites:
+            site.collector.quota = math.ceil(self.options.samples_per_site / (collects * world_size()))
+
+    def reschedule(self, schedule: Schedule) -> None:
+        """Changes when rounds run.
+
+        Args:
+            schedule: the new schedule.
+        """
+        self.schedule = schedule
+        self._set_quota()
+
+    @property
+    def sites(self) -> SiteList:
+        """The wrapped sites, in the order of the log; shows as a table with their live state in a notebook."""
+        return SiteList(self.bank.sites, self.bank.states())
+
+    @property
+    def amplitudes(self) -> dict[str, nn.Parameter]:
+        """Eps, and lift where terms are free, of every site by its parameter name in the model, for an optimiser."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return {names[id(amplitude)]: amplitude for amplitude in self.bank.amplitudes}
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Those of the ``amplitudes`` that the loss trains, also where the user has frozen their layer for a while."""
+        mine = {id(amplitude) for amplitude in self._amplitudes.trained}
+        return {name: amplitude for name, amplitude in self.amplitudes.items() if id(amplitude) in mine}
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model still has these corrections: it may have been unwrapped, merged, or wrapped again."""
+        return self.bank.belongs_to(self.model)
+
+    @property
+    def backend(self) -> str:
+        """What computes activations where the model is: "native", "eager", "triton" or "formula"."""
+        return resolve_backend(self.options.backend, self.bank.device)
+
+    @property
+    def collecting(self) -> bool:
+        """Whether the coming training forwards leave samples."""
+        return self._switch.collecting
+
+    @collecting.setter
+    def collecting(self, value: bool) -> None:
+        self._switch.collecting = value
+
+    def snapshot(self) -> list[Record]:
+        """Every site's function on a grid, with the density it was fitted to.
+
+        Returns:
+            One row a site, as the log keeps them; see ``diagnostics.snapshot``.
+        """
+        return snapshot(self.bank.names, self.bank.functions(), self._running.density)
+
+    def about(self) -> dict[str, Any]:
+        """What the correction log's manifest says of this run.
+
+        Returns:
+            The model's class, package versions, options, back end and sites; text and numbers only.
+        """
+        return {
+            "model": type(self.model).__name__,
+            "packages": package_versions(),
+            "options": self.options.primitives(),
+            "backend": self.backend,
+            **manifest(self.report, **self.options.form),
+        }
+
+    def detach(self) -> nn.Module:
+        """Takes all corrections out of the model.
+
+        Returns:
+            The model as it was.
+        """
+        unwrap(self.model)
+        return self.model
+
+    def begin(self, global_step: int = 0) -> None:
+        """Call where a training begins, if there was one before: nothing of it is mixed into this one.
+
+        Args:
+            global_step: optimiser steps taken so far.
+        """
+        if self.pace.last > global_step:
+            self.bank.drain()
+            self._forget()
+        self.pace.last = global_step
+        self.expect(global_step)
+
+    def _forget(self) -> None:
+        self._losses = LossWatch(self.options.rollback_factor)
+        self.pace, self._undo, self._gradient = Pace(), None, None
+        self._set_quota()
+
+    def step(self, global_step: int, epoch: int = 0, due: bool | None = None) -> list[Record]:
+        """Call after each optimiser step (or after each micro-batch: only a changed step counts).
+
+        Keeps every eps in the trust region and runs an update round when the schedule says so.
+
+        Args:
+            global_step: optimiser steps taken so far.
+            epoch: for the log.
+            due: whether it is time for a round; None: after every multiple of ``update_every_n_steps``.
+
+        Returns:
+            The rows of this update round; empty if there was none.
+        """
+        if global_step == self.pace.last:
+            done = not due or (self.records and self.records[-1]["step"] == global_step)
+            return [] if done or not self.schedule.updates(global_step, due=due) else self.update(global_step, epoch)
+        if global_step < self.pace.last:  # another training
+            self._forget()
+        stride, since = self.pace.stride, self.pace.advance(global_step)
+        # a settled offset may take half of what the trust region allows, so that eps keeps room to move
+        bound = self.trust_region.max_eps / 2 if self.options.compounding else self.trust_region.max_eps
+        self.bank.bound(bound)
+        rows = self.update(global_step, epoch) if self.schedule.updates(global_step, since, due) else []
+        if self.pace.stride != stride:
+            self._set_quota()
+        self.expect(global_step)
+        return rows
+
+    def expect(self, global_step: int, due: bool = False) -> None:
+        """Lets the coming batch leave samples if the schedule says so; ``step`` does it too.
+
+        Args:
+            global_step: optimiser steps taken so far.
+            due: whether a round is due after that batch, whatever its number.
+        """
+        samples = self.schedule.collects(global_step, self.pace.stride, self.pace.overrun)
+        self._switch.collecting = samples or (due and self.schedule.updates(global_step + 1, due=True))
+
+    def before_optimizer_step(self, global_step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Call between backward and the optimiser's step, for the policies and options that touch eps.grad.
+
+        Adds ``weight * dH_r/d eps`` of the last round (policy ``hybrid``); drops the gradients of what is frozen.
+
+        Args:
+            global_step: optimiser steps taken so far.
+            optimizer: the one that is about to step; None: all.
+        """
+        self._amplitudes.before_step(self.schedule.frozen(global_step + 1), self._gradient, optimizer)
+
+    def observe_loss(self, loss: Tensor) -> None:
+        """Call with the training loss of each batch where ``rollback_factor`` is set.
+
+        Args:
+            loss: 0-dim.
+        """
+        self._losses.observe(loss)
+
+    @torch.no_grad()
+    def update(self, step: int, epoch: int = 0) -> list[Record]:
+        """Runs one update round now: all sites at once.
+
+        Args:
+            step: optimiser steps taken so far, for the log.
+            epoch: for the log.
+
+        Returns:
+            One row a site.
+        """
+        drained, passed_over = self.bank.drain()
+        losses = self._losses.drain().to(self.bank.device)
+        samples, stats, dead, nonfinite, losses, passed_over = pooled(
+            drained, losses, passed_over, self.options.samples_per_site, self._kernel
+        )
+        usable = (stats.n >= 2) & (stats.std > 0) & stats.std.isfinite() & stats.mean.isfinite()
+        old, broken = mended(self.bank.functions(self._kernel), self._eps_before, self._lift_before)
+        outputs, directions = old.outputs_and_directions(samples, self._workspace)
+        before = OutputEntropy(outputs, self.options.resolution, self._kernel, self._workspace)
+        gradients = [before.gradient(direction) for direction in directions]
+        self._gradient = torch.cat([torch.where(usable, g, 0.0).nan_to_num().to(old.eps.dtype) for g in gradients])
+
+        jumped = self._losses.jumped(losses)  # every round: what is before it and what after must not mix
+        undo = self._undo if jumped else None
+        if undo is None:
+            wanted = self._wanted(old, samples, stats, usable)
+        else:
+            trained = [policy.trains_eps for policy in self.policies]
+            wanted = reverted(old, undo, torch.tensor(trained, device=old.eps.device))
+        new, fraction = bounded_move(old, wanted, self.trust_region)
+        self.bank.commit(old, new)
+        self._undo = None if undo is not None or self.options.rollback_factor is None else old
+        self.rounds += 1
+        moved = old.eps if self.options.compounding else new.eps  # a settled eps starts again from 0
+        columns = diagnostics(
+            *(samples, stats, before, old, new),
+            delta_eps=moved - self._eps_before,
+            gradient=gradients[0],
+            delta_lift=None if new.lift is None or self._lift_before is None else new.lift - self._lift_before,
+            lift_gradient=gradients[1] if len(gradients) > 1 else None,
+        )
+        columns.update(dead_fraction=dead, n_nonfinite=nonfinite)
+        self._eps_before, self._lift_before = new.eps, new.lift
+        events = describe_events(stats.n, usable, fraction, undo is not None, nonfinite, broken, passed_over)
+        heads: list[Record] = [{"step": step, "epoch": epoch, "site": name} for name in self.bank.names]
+        tails = [{"policy": policy.name, "event": event} for policy, event in zip(self.policies, events, strict=True)]
+        self.records.extend(rows := to_rows(heads, columns, tails))
+        return rows
+
+    def _wanted(self, old: Functions, samples: Tensor, stats: Moments, usable: Tensor) -> Functions:
+        """Where the policy wants every function to be, before the trust region bounds the move."""
+        assert self._gradient is not None
+        by_eps, *by_lift = self._gradient.split(len(usable))
+        wanted = replace(old, eps=self._moved(old.eps, by_eps, usable))
+        if old.lift is not None:
+            wanted = replace(wanted, lift=self._moved(old.lift, by_lift[0], usable))
+        if not self._amplitudes.follows.any():
+            return wanted
+        follows = usable & self._amplitudes.follows.to(usable.device)
+        density = self._running.follow(samples, usable, stats)
+        if self.options.compounding:
+            return compounded(wanted, density, follows, self.options.resolution, self.trust_region.max_eps / 2)
+        return refreshed(wanted, density, follows, self.options.resolution)
+
+    def _moved(self, amplitudes: Tensor, gradient: Tensor, usable: Tensor) -> Tensor:
+        return torch.where(usable, self.trust_region.clamp(self._amplitudes.moved(amplitudes, gradient)), amplitudes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "collects": self.collecting}  # a copy of the model alone collects nothing
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.collecting = vars(self).pop("collects")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on where training stopped; tensors and primitives only.
+
+        Returns:
+            The state. Eps, mu, sigma and tables are in the model's own state_dict.
+        """
+        return {
+            "rounds": self.rounds,
+            "last_step": self.pace.last,
+            "stride": self.pace.stride,
+            "overrun": self.pace.overrun,
+            "sites": self.bank.names,
+            "running": self._running.state_dict(),
+            "gradient": self._gradient,
+            "eps_before": self._eps_before,
+            "lift_before": self._lift_before,
+            "losses": self._losses.state_dict(),
+            "undo": None if self._undo is None else self._undo.tensors(),
+            "ranks": [self.own_state()] if world_size() == 1 else None,
+        }
+
+    def own_state(self) -> dict[str, Any]:
+        """The part of the state that is this rank's own: what it has seen since the last round.
+
+        Where several ranks train, ``state_dict()["ranks"]`` is to be the list of all ranks' own states; with None in
+        its place they collect anew after a resume.
+
+        Returns:
+            Tensors on the CPU and primitives only.
+        """
+        return {"pending": self.bank.pending(), "losses": self._losses.own_state()}
+
+    @legible("the checkpoint's state of the corrections is damaged, or of another version")
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what ``state_dict`` gave.
+
+        Args:
+            state: from a controller of the same model.
+
+        Raises:
+            SiteError: if it is no such state, or the sites differ; the message lists them.
+        """
+        self.bank.check_names(list(state["sites"]))
+        self.rounds = int(state["rounds"])
+        self.pace = Pace(*map(int, (state["last_step"], state.get("stride", 1), state.get("overrun", 0))))
+        now = self.bank.functions()
+        self._eps_before = fitting(state["eps_before"], now.eps)
+        self._lift_before = None if now.lift is None else fitting(state["lift_before"], now.lift)
+        both = now.eps if now.lift is None else torch.cat([now.eps, now.lift])
+        self._gradient = None if state["gradient"] is None else fitting(state["gradient"], both)
+        self._running.load_state_dict(state["running"], now.eps)
+        before = {name: fitting(value, getattr(now, name)) for name, value in (state["undo"] or {}).items()}
+        self._undo = replace(now, **before) if before else None
+        self._losses.load_state_dict(state["losses"])
+        # whether there are as many ranks now as there were or not, all that they had seen is shared out
+        mine = (state["ranks"] or [])[torch.distributed.get_rank() if world_size() > 1 else 0 :: world_size()]
+        self.bank.restore_pending([each["pending"] for each in mine])
+        self._losses.load_own_states([each["losses"] for each in mine])
+        self._set_quota()
+        self.expect(self.pace.last)

@@ -1,0 +1,199 @@
+"""What an update round tells about every site: the columns of the correction log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.correction.stacked import Functions
+from eafo_dynamic.density.estimators import Density
+from eafo_dynamic.density.statistics import Moments
+from eafo_dynamic.policy.estimates import OutputEntropy, entropies
+from eafo_dynamic.records.schema import Record
+
+__all__ = ["aggregate", "describe_events", "diagnostics", "snapshot", "to_rows"]
+
+
+def diagnostics(
+    samples: Tensor,
+    stats: Moments,
+    before: OutputEntropy,
+    old: Functions,
+    new: Functions,
+    *,
+    delta_eps: Tensor,
+    gradient: Tensor | None = None,
+    delta_lift: Tensor | None = None,
+    lift_gradient: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Columns that describe one update round, each of shape [S].
+
+    Args:
+        samples: pre-activations, shape [S, n]; NaN where missing.
+        stats: their moments.
+        before: entropy of the outputs under the old functions.
+        old: functions before the round.
+        new: functions after it.
+        delta_eps: how far the amplitudes have moved since the previous round, shape [S].
+        gradient: dH_r/d eps of the old functions, shape [S], if somebody has it already.
+        delta_lift: likewise of the lifts, where terms are free.
+        lift_gradient: dH_r/d lift of the old functions, where terms are free.
+
+    Returns:
+        Columns by name; their meaning and units are documented with the log.
+    """
+    r = before.resolution
+    if gradient is None:
+        gradient = before.gradient(old.direction(samples))
+    after = new.outputs(samples, before.workspace, "first")
+    mixed = before.mixed
+    entropy_after, of_samples = entropies(after, samples, r, before.kernel)
+    gaussian = 0.5 * math.log(2 * math.pi * math.e * (1 + r * r))
+    free = {"lift": new.lift, "delta_lift": delta_lift, "d_entropy_d_lift": lift_gradient}
+    return {
+        "eps": new.eps,
+        "delta_eps": delta_eps,
+        "d_entropy_d_eps": gradient,
+        **{name: values for name, values in free.items() if values is not None},
+        "entropy": mixed.entropy,
+        "entropy_predicted": before.entropy + before.change(after),
+        "entropy_after": entropy_after,
+        "entropy_drift": gradient * delta_eps,
+        "continuous_entropy": mixed.continuous_entropy,
+        "atom_mass": mixed.atom_mass,
+        "mean": stats.mean,
+        "std": stats.std,
+        "skew": stats.skew,
+        "kurtosis": stats.kurtosis,
+        "negentropy": gaussian - of_samples,
+        "n": stats.n,
+        "mu": new.shape[:, 0],
+        "sigma": new.shape[:, 1],
+    }
+
+
+def describe_events(
+    n: Tensor,
+    usable: Tensor,
+    fraction: Tensor,
+    rolled_back: bool,
+    nonfinite: Tensor,
+    broken: Tensor | None = None,
+    passed_over: Sequence[str | None] = (),
+) -> list[str | None]:
+    """What was out of the ordinary at each site.
+
+    Args:
+        n: finite samples, shape [S].
+        usable: whether they sufficed for an estimate, shape [S].
+        fraction: part of the wanted move that the trust region admitted, shape [S].
+        rolled_back: whether the round undid the previous one.
+        nonfinite: NaN and infinite samples, shape [S].
+        broken: whether eps was found not finite and was put back, shape [S].
+        passed_over: kind of a value that each site could not correct, None where there was none.
+
+    Returns:
+        One text a site, None where there is nothing to say.
+    """
+
+    def describe(
+        count: float, good: bool, taken: float, poisoned: float, mended: bool, alone: str | None
+    ) -> str | None:
+        found: list[str] = []
+        if alone:
+            found.append(f"left alone: {alone}")
+        if mended:
+            found.append("eps was not finite and is back at its last good value")
+        if poisoned:
+            found.append("non-finite samples left out")
+        if rolled_back:
+            found.append("rolled back")
+        if count == 0:
+            found.append("no samples")
+        elif not good:
+            found.append("no spread")
+        elif taken == 0.0:
+            found.append("held")
+        elif taken < 1.0:
+            found.append("bounded")
+        return "; ".join(found) or None
+
+    mended = torch.zeros_like(usable) if broken is None else broken
+    columns = (n.tolist(), usable.tolist(), fraction.tolist(), nonfinite.tolist(), mended.tolist())
+    kinds = passed_over or [None] * len(n)
+    return [describe(*each) for each in zip(*columns, kinds, strict=True)]
+
+
+def to_rows(
+    heads: Sequence[Record], columns: Mapping[str, Tensor], tails: Sequence[Mapping[str, object]]
+) -> list[Record]:
+    """Rows of the log from columns, with one transfer to the host.
+
+    Args:
+        heads: first entries of each row.
+        columns: tensors of shape [S].
+        tails: last entries of each row.
+
+    Returns:
+        One row a site.
+    """
+    first, *others = columns.values()
+    table = torch.stack([first.to(torch.float64), *others], dim=-1).tolist()  # all become what the first one is
+    rows = [
+        {**head, **dict(zip(columns, values, strict=True)), **tail}
+        for head, values, tail in zip(heads, table, tails, strict=True)
+    ]
+    for row in rows:
+        for count in {"n", "n_nonfinite"} & row.keys():
+            row[count] = int(row[count])  # pyright: ignore[reportArgumentType]
+    return rows
+
+
+def snapshot(sites: Sequence[str], functions: Functions, density: Density | None, points: int = 65) -> list[Record]:
+    """Every site's function on a grid of 4 standard deviations around its mean, with the density it was fitted to.
+
+    Args:
+        sites: names.
+        functions: of all sites.
+        density: of all sites; None where no round has followed the data.
+        points: of the grid.
+
+    Returns:
+        One row a site: site, eps, mu, sigma, z, base, function and, with a density, u and pdf (per standard deviation).
+    """
+    u = torch.linspace(-4.0, 4.0, points, dtype=functions.eps.dtype, device=functions.eps.device)
+    z = functions.shape[:, :1] + functions.sigma * u
+    corrected = functions.outputs(z)
+    base = corrected - functions.correction(z)
+    pdf = None if density is None else density.pdf(u)
+    rows: list[Record] = []
+    for row, name in enumerate(sites):
+        mu, sigma = functions.shape[row].tolist()
+        entry: Record = {"site": name, "eps": functions.eps[row].item(), "mu": mu, "sigma": sigma}
+        if functions.lift is not None:
+            entry["lift"] = functions.lift[row].item()
+        entry.update(z=z[row].tolist(), base=base[row].tolist(), function=corrected[row].tolist())
+        if pdf is not None:
+            entry.update(u=u.tolist(), pdf=pdf[row].tolist())
+        rows.append(entry)
+    return rows
+
+
+def aggregate(rows: Sequence[Record]) -> dict[str, float]:
+    """Means over the sites that had samples, for loggers.
+
+    Args:
+        rows: of one round.
+
+    Returns:
+        ``mean_entropy``, ``mean_eps``, ``mean_atom_mass`` and ``mean_d_entropy_d_eps``.
+    """
+
+    def mean(column: str) -> float:
+        values = torch.tensor([float(row[column]) for row in rows], dtype=torch.float64)  # pyright: ignore[reportArgumentType]
+        return float(values.nanmean())
+
+    return {f"mean_{name}": mean(name) for name in ("entropy", "eps", "atom_mass", "d_entropy_d_eps")}

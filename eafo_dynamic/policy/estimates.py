@@ -1,0 +1,242 @@
+"""What an update round estimates from the samples of all sites: in C where the tensors allow it, by torch otherwise."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.correction.kernels import RoundKernel, Smoothed, Workspace
+from eafo_dynamic.density import statistics
+from eafo_dynamic.density.statistics import Moments, pool_ranks, stack_samples, world_size
+from eafo_dynamic.entropy.output import MixedEntropy, SmoothedOutput
+from eafo_dynamic.entropy.spacings import sort_rows
+
+__all__ = ["OutputEntropy", "Pooled", "dead_fractions", "entropies", "moments", "pooled"]
+
+_LETTERS = 32  # of the name of a kind of value; a longer one is cut off
+
+
+class Pooled(NamedTuple):
+    """The samples of all sites and ranks.
+
+    Args:
+        samples: pre-activations, shape [S, n], NaN where missing.
+        stats: their moments.
+        dead: fraction of units that never fired, shape [S].
+        nonfinite: samples that were not finite, before any were left out, int64, shape [S].
+        losses: sum and number of losses, shape [2].
+        passed_over: kinds of values that no rank could correct, one text a site, None where there was none.
+    """
+
+    samples: Tensor
+    stats: Moments
+    dead: Tensor
+    nonfinite: Tensor
+    losses: Tensor
+    passed_over: list[str | None]
+
+
+def pooled(
+    drained: Sequence[tuple[Tensor, Tensor]],
+    losses: Tensor,
+    passed_over: Sequence[str | None],
+    limit: int,
+    kernel: RoundKernel | None = None,
+) -> Pooled:
+    """What the ranks have collected, put together; the only collective of a round.
+
+    Args:
+        drained: samples and units of every site of this rank, from ``Collector.drain``.
+        losses: sum and number of this rank's losses, shape [2], on the device where rounds are computed.
+        passed_over: kind of a value that each site of this rank could not correct, None where there was none.
+        limit: samples of a site, over all ranks.
+        kernel: the compiled functions; None for torch's operations.
+
+    Returns:
+        The samples of all ranks, and what they say.
+    """
+    device = losses.device
+    values = [sample if sample.device == device else sample.to(device) for sample, _ in drained]
+    lengths = [sample.numel() for sample in values]
+    padded = stack_samples(values, max(lengths))
+    own = moments(padded, kernel)
+    width = math.ceil(limit / world_size())
+    stacked = padded if max(lengths) <= width else stack_samples(values, width)
+    units = stack_samples(_as_floats([each for _, each in drained], device), width)
+    nonfinite = torch.tensor(lengths, device=device) - own.n
+    beside = torch.cat([nonfinite.unsqueeze(1), losses.expand(len(values), 2), _as_codes(passed_over, device)], dim=1)
+    (samples, owners), beside = pool_ranks((stacked, units), width, beside)
+    stats = own if samples is padded else moments(samples, kernel)
+    numbers, codes = beside.split([3, _LETTERS], dim=-1)
+    sums = numbers.sum(1)
+    dead = dead_fractions(samples, owners, kernel)
+    return Pooled(samples, stats, dead, sums[:, 0].long(), sums[0, 1:], _as_texts(codes))
+
+
+def _as_codes(texts: Sequence[str | None], device: torch.device) -> Tensor:
+    """Short texts as numbers, shape [S, _LETTERS], so that they travel with the samples."""
+    padded = b"".join((text or "").encode(errors="replace")[:_LETTERS].ljust(_LETTERS, b"\0") for text in texts)
+    return torch.frombuffer(bytearray(padded), dtype=torch.uint8).view(-1, _LETTERS).to(device, torch.float32)
+
+
+def _as_texts(codes: Tensor) -> list[str | None]:
+    """The texts of all ranks from their numbers, shape [S, ranks, _LETTERS]; each once, one after the other."""
+    if not codes.any():  # as nearly always
+        return [None] * len(codes)
+    every = [[bytes(map(int, text)).rstrip(b"\0").decode(errors="ignore") for text in site] for site in codes.tolist()]
+    return [", ".join(dict.fromkeys(filter(None, texts))) or None for texts in every]
+
+
+def _as_floats(units: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Units in float32, which is exact, so that they travel with the samples; equal sites share theirs."""
+    made = {id(each): each.to(device, torch.float32) for each in {id(each): each for each in units}.values()}
+    return [made[id(each)] for each in units]
+
+
+def moments(samples: Tensor, kernel: RoundKernel | None = None) -> Moments:
+    """Number, mean, standard deviation, skewness and excess kurtosis; see :func:`statistics.moments`.
+
+    Args:
+        samples: shape [S, n]; non-finite entries count as missing.
+        kernel: the compiled functions; None for torch's operations.
+
+    Returns:
+        The moments, shape [S].
+    """
+    if kernel is None or not kernel.takes(samples):
+        return statistics.moments(samples)
+    n, *others = kernel.moments(samples).unbind(1)
+    return Moments(n.long(), *others)
+
+
+def dead_fractions(samples: Tensor, units: Tensor, kernel: RoundKernel | None = None, per_unit: int = 8) -> Tensor:
+    """Fraction of units that never fired; see :func:`statistics.dead_fractions`.
+
+    Args:
+        samples: shape [S, n]; NaN ones are left out.
+        units: unit of each, as floats, NaN where there is no sample.
+        kernel: the compiled functions; None for torch's operations.
+        per_unit: samples a unit needs on average for the answer to mean something.
+
+    Returns:
+        The fractions, float32, shape [S].
+    """
+    rows = units if units.stride(0) else units[:1]  # the same for all sites, as stack_samples gives them
+    if kernel is not None and kernel.takes(samples, rows):
+        dead = kernel.dead_fractions(samples, rows, per_unit)
+        if dead is not None:
+            return dead
+    return statistics.dead_fractions(samples, units.nan_to_num().long(), per_unit)
+
+
+class OutputEntropy:
+    """Resolution-r entropy of all sites' outputs and its derivatives, from one smoothing.
+
+    Args:
+        outputs: a = f(z), shape [S, n]; NaN where missing.
+        resolution: r, in standard deviations of the output.
+        kernel: the compiled functions; None for torch's operations.
+        workspace: gives the kernel room named "score", and "second" when it sorts; None for new tensors.
+    """
+
+    def __init__(
+        self,
+        outputs: Tensor,
+        resolution: float,
+        kernel: RoundKernel | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        self.workspace = workspace or Workspace()
+        self.outputs = outputs
+        self.resolution = resolution
+        self.kernel = kernel
+        self._kernel = kernel if kernel is not None and kernel.takes(outputs) else None
+
+    @functools.cached_property
+    def _smoothed(self) -> SmoothedOutput:
+        return SmoothedOutput(self.outputs, self.resolution)
+
+    @functools.cached_property
+    def _scored(self) -> Smoothed | None:
+        if self._kernel is None:
+            return None
+        room = self.workspace.like(self.outputs, "score")
+        return self._kernel.smooth(self.outputs, self.resolution, score=room)
+
+    @functools.cached_property
+    def _plain(self) -> Smoothed | None:
+        if self._kernel is None or "_scored" in vars(self):
+            return self._scored
+        return self._kernel.smooth(self.outputs, self.resolution)
+
+    @property
+    def entropy(self) -> Tensor:
+        """H_r in nats, shape [S]."""
+        found = self._plain
+        return self._smoothed.entropy if found is None else found.column("entropy").to(self.outputs.dtype)
+
+    @property
+    def mixed(self) -> MixedEntropy:
+        """Atom mass, entropy of the rest and H_r."""
+        found = self._plain
+        if self._kernel is None or found is None:
+            return self._smoothed.mixed
+        count = found.column("count")
+        complete = bool((count == self.outputs.shape[1]).all())
+        values = self.outputs if complete else self.outputs.where(self.outputs.isfinite(), math.inf)
+        ordered = sort_rows(values, self.workspace.like(values, "second"))
+        both = self._kernel.spacings(ordered, count, torch.finfo(values.dtype).eps)
+        mass, rest = both.to(values.dtype).unbind(1)
+        return MixedEntropy(mass, rest, self.entropy)
+
+    def gradient(self, direction: Tensor) -> Tensor:
+        """First-order change of H_r when the outputs move along a direction, equation (1').
+
+        Args:
+            direction: g at the samples, shape [S, n], units of the outputs.
+
+        Returns:
+            dH_r/d eps in nats, shape [S].
+        """
+        found = self._scored if self._kernel is not None and self._kernel.takes(direction) else None
+        if self._kernel is None or found is None:
+            return self._smoothed.gradient(direction)
+        return self._kernel.gradient(self.outputs, found, direction, self.resolution).to(self.outputs.dtype)
+
+    def change(self, outputs: Tensor) -> Tensor:
+        """First-order change of H_r when the outputs become others.
+
+        Args:
+            outputs: the others, shape [S, n].
+
+        Returns:
+            Nats, shape [S].
+        """
+        found = self._scored if self._kernel is not None and self._kernel.takes(outputs) else None
+        if self._kernel is None or found is None:
+            return self.gradient(outputs - self.outputs)
+        change = self._kernel.gradient(self.outputs, found, outputs, self.resolution, moved=True)
+        return change.to(self.outputs.dtype)
+
+
+def entropies(outputs: Tensor, others: Tensor, resolution: float, kernel: RoundKernel | None = None) -> list[Tensor]:
+    """Resolution-r entropies of two kinds of samples of all sites.
+
+    Args:
+        outputs: shape [S, n].
+        others: shape [S, n].
+        resolution: r, in standard deviations.
+        kernel: the compiled functions; None for torch's operations.
+
+    Returns:
+        Two of shape [S], in nats.
+    """
+    if kernel is not None and kernel.takes(outputs, others):
+        return [OutputEntropy(each, resolution, kernel).entropy for each in (outputs, others)]
+    # in one go: most of what a round costs is then the number of its operations
+    return list(SmoothedOutput(torch.cat([outputs, others]), resolution).entropy.chunk(2))

@@ -1,0 +1,286 @@
+"""When update rounds run and how far they may go: schedule and trust region (Theory, section 5)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.internals.checks import at_least, number
+
+__all__ = ["Epochs", "Pace", "Schedule", "TrustRegion"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When statistics are collected and when an update round runs, counted in optimiser steps.
+
+    The first round runs after step max(1, update_starting_at_step), so that the log shows how training began. From
+    then on the distance between rounds doubles until it is update_every_n_steps: pre-activations change by factors
+    at the start of a training, and a shape that lags behind them harms more than its correction helps (measured: see
+    examples/results). The other rounds run after every multiple of update_every_n_steps. Counted from the last such
+    multiple, every ``collect_every_n_steps``-th step is sampled, and so is the step of every round. The steps of all
+    optimisers count; a round that falls due between two batches runs after the later one.
+
+    Args:
+        update_every_n_steps: optimiser steps from one update round to the next, but for the first few.
+        update_starting_at_step: first step after which a round may run.
+        freeze_at_step: from this step on nothing is collected, updated or learned; None: never.
+        collect_every_n_steps: optimiser steps from one sampled step to the next; None: at most five a round.
+
+    Raises:
+        ConfigError: if a number is out of range.
+
+    Example:
+        >>> schedule = Schedule(update_every_n_steps=50)
+        >>> [step for step in range(201) if schedule.updates(step)]
+        [1, 2, 4, 8, 16, 32, 50, 100, 150, 200]
+    """
+
+    update_every_n_steps: int = 50
+    update_starting_at_step: int = 0
+    freeze_at_step: int | None = None
+    collect_every_n_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least("update_every_n_steps", self.update_every_n_steps, 1)
+        at_least("update_starting_at_step", self.update_starting_at_step, 0)
+        if self.collect_every_n_steps is not None:
+            at_least("collect_every_n_steps", self.collect_every_n_steps, 1)
+            if self.collect_every_n_steps > self.update_every_n_steps:
+                raise ConfigError(
+                    "collect_every_n_steps",
+                    self.collect_every_n_steps,
+                    f"larger than update_every_n_steps={self.update_every_n_steps}: rounds would find no sample",
+                    "Collect at least once per update.",
+                )
+        if self.freeze_at_step is not None:
+            at_least("freeze_at_step", self.freeze_at_step, 0)
+
+    @property
+    def collect_period(self) -> int:
+        """Optimiser steps from one sampled step to the next."""
+        return self.collect_every_n_steps or math.ceil(self.update_every_n_steps / 5)
+
+    @property
+    def first_update(self) -> int:
+        """The step after which the first round runs."""
+        return max(1, self.update_starting_at_step)
+
+    def updates(self, step: int, since: int | None = None, due: bool | None = None) -> bool:
+        """Whether an update round runs after this many optimiser steps.
+
+        Args:
+            step: optimiser steps taken so far.
+            since: how many there were when this was asked last, where that is not one step ago: what has fallen due in
+                between is made up for.
+            due: whether it is time by something else than a multiple of update_every_n_steps; None: go by that.
+
+        Returns:
+            Whether it is time.
+        """
+        if self.frozen(step):
+            return False
+        earliest = step if since is None else max(since + 1, step - self.update_every_n_steps)
+        if due and step >= self.first_update:
+            return True
+        return any(
+            each >= self.first_update and (self._early(each) or (due is None and each % self.update_every_n_steps == 0))
+            for each in range(earliest, step + 1)
+        )
+
+    def collects(self, step: int, stride: int = 1, overrun: int = 0) -> bool:
+        """Whether the coming batches are sampled.
+
+        Args:
+            step: optimiser steps taken so far, so that the coming one is step + 1.
+            stride: optimiser steps that a batch takes.
+            overrun: how many more the last one took than was thought: what would have been sampled is made up for.
+
+        Returns:
+            Whether to collect.
+        """
+        most = self.update_every_n_steps
+        return any(self._samples(step + ahead) for ahead in range(1 - min(overrun, most), 1 + min(stride, most)))
+
+    def _samples(self, coming: int) -> bool:
+        if coming < self.first_update or self.frozen(coming):
+            return False
+        return self._early(coming) or coming % self.update_every_n_steps % self.collect_period == 0
+
+    def _early(self, step: int) -> bool:
+        """Whether the round after this step is one of those at doubling distance: the 1st, 2nd, 4th, 8th, ... step."""
+        count = step - self.first_update + 1
+        return 0 < count < max(2, self.update_every_n_steps) and count.bit_count() == 1
+
+    def frozen(self, step: int) -> bool:
+        """Whether everything is frozen after this many optimiser steps.
+
+        Args:
+            step: optimiser steps taken so far.
+
+        Returns:
+            Whether it is.
+        """
+        return self.freeze_at_step is not None and step >= self.freeze_at_step
+
+
+@dataclass
+class Pace:
+    """How far a training comes from one look at the schedule to the next: several optimisers take several steps.
+
+    Args:
+        last: optimiser steps at the last look; -1 before the first.
+        stride: optimiser steps from one look to the next: the largest of late, one less with each shorter one.
+        overrun: by how many the last ones were more than that.
+    """
+
+    last: int = -1
+    stride: int = 1
+    overrun: int = 0
+
+    def advance(self, step: int) -> int:
+        """Takes down that so many steps have been taken.
+
+        Args:
+            step: optimiser steps taken so far.
+
+        Returns:
+            How many there were at the last look, or would have been where there was none before this one.
+        """
+        since = self.last if 0 <= self.last < step else step - 1
+        self.overrun = max(0, step - since - self.stride)
+        self.last, self.stride = step, max(step - since, self.stride - 1)
+        return since
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """Bounds that keep a correction harmless (Theory, section 5).
+
+    Args:
+        max_eps: kappa, bound of |eps| and |lift|; the slope of f stays within kappa of the base's, since |ghat'| <= 1,
+            with free terms within 1.16 kappa: max over u of (|1 - u^2| + |u|) exp(-u^2 / 2) = 1.157.
+        max_delta: bound of max over z of |c_new(z) - c_old(z)| / sigma at one update round.
+
+    Raises:
+        ConfigError: if a bound is not positive.
+    """
+
+    max_eps: float = 1.0
+    max_delta: float = 0.5
+
+    def __post_init__(self) -> None:
+        for option in ("max_eps", "max_delta"):
+            value = getattr(self, option)
+            if not number(option, value) > 0:
+                raise ConfigError(option, value, "a bound must be positive", "Leave it out for the default.")
+
+    def check_start(self, eps: float) -> None:
+        """Checks a starting value of eps.
+
+        Args:
+            eps: the option eps_init.
+
+        Raises:
+            ConfigError: if it lies outside the trust region.
+        """
+        if not abs(number("eps_init", eps)) <= self.max_eps:
+            raise ConfigError(
+                "eps_init",
+                eps,
+                f"outside the trust region |eps| <= max_eps={self.max_eps}",
+                "Choose a smaller eps_init or a larger max_eps.",
+            )
+
+    def clamp(self, eps: Tensor) -> Tensor:
+        """Eps brought back into the trust region.
+
+        Args:
+            eps: amplitudes, any shape.
+
+        Returns:
+            The amplitudes, none larger than max_eps in absolute value.
+        """
+        return eps.clamp(-self.max_eps, self.max_eps)
+
+    def admissible(self, jumps: Tensor, fractions: Tensor) -> Tensor:
+        """The largest tried fraction of a move whose jump is within bounds.
+
+        Args:
+            jumps: max |c_new - c_old| / sigma of each tried fraction, shape [fractions, sites].
+            fractions: the fractions tried, shape [fractions], from large to small.
+
+        Returns:
+            The fraction to take, shape [sites]; 0 where even the smallest jumps too far or is not finite.
+        """
+        allowed = jumps <= self.max_delta  # false for NaN too
+        first = allowed.to(torch.int8).argmax(0)
+        return torch.where(allowed.any(0), fractions[first], 0.0)
+
+
+@dataclass
+class Epochs:
+    """The ends of epochs, at which rounds are due, whatever number of optimiser steps an epoch takes.
+
+    Args:
+        every: epochs from one round to the next.
+        began: optimiser steps when the epoch began.
+        steps: that the last epoch took; 0 before the first has ended.
+    """
+
+    every: int
+    began: int = 0
+    steps: int = 0
+
+    def end(self, epoch: int, step: int) -> bool:
+        """Takes down that an epoch has ended.
+
+        Args:
+            epoch: its number, from 0.
+            step: optimiser steps taken so far.
+
+        Returns:
+            Whether a round is due.
+        """
+        self.began, self.steps = step, step - self.began
+        return self.due(epoch)
+
+    def due(self, epoch: int) -> bool:
+        """Whether a round is due at the end of an epoch.
+
+        Args:
+            epoch: its number, from 0.
+
+        Returns:
+            Whether it is.
+        """
+        return (epoch + 1) % self.every == 0
+
+    def schedule(self, schedule: Schedule, promised: float = 1.0) -> Schedule:
+        """A schedule with a round every so many epochs.
+
+        Args:
+            schedule: what else there is to say.
+            promised: optimiser steps of an epoch by its batches, for the first one; infinite for a stream.
+
+        Returns:
+            The schedule, in optimiser steps; every round has a sampled step.
+
+        Raises:
+            ConfigError: if an epoch has no known length.
+
+        Example:
+            >>> Epochs(every=2).schedule(Schedule(), promised=25.0).update_every_n_steps
+            50
+        """
+        if not math.isfinite(promised):
+            mend = "Use update_every_n_steps."
+            raise ConfigError("update_every_n_epochs", self.every, "the training data has no known length", mend)
+        period = max(1, self.steps or math.ceil(promised)) * self.every
+        collect = schedule.collect_every_n_steps
+        sampled = None if collect is None else min(collect, period)
+        return replace(schedule, update_every_n_steps=period, collect_every_n_steps=sampled)

@@ -1,0 +1,69 @@
+"""How rows and sites show in a notebook and in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from eafo_dynamic.records.schema import Record
+
+__all__ = ["History", "SiteList"]
+
+_SHOWN = ("step", "site", "eps", "lift", "entropy", "entropy_after", "d_entropy_d_eps", "n", "policy", "event")
+_MOST_ROWS = 60
+
+
+class History(list[Record]):
+    """Rows of the correction log that show as a table in a notebook and in rich."""
+
+    def _repr_html_(self) -> str:
+        return _html([{name: row.get(name) for name in _SHOWN} for row in self[-_MOST_ROWS:]], f"{len(self)} rows")
+
+    def __rich__(self) -> Any:
+        return _table([{name: row.get(name) for name in _SHOWN} for row in self[-_MOST_ROWS:]], f"{len(self)} rows")
+
+
+class SiteList(list[Any]):
+    """Sites that show as a table with their live state in a notebook and in rich.
+
+    Args:
+        sites: the sites.
+        states: eps, mu and sigma of each, as text.
+    """
+
+    def __init__(self, sites: Iterable[Any], states: Iterable[str]) -> None:
+        super().__init__(sites)
+        self._states = list(states)
+
+    def _rows(self) -> list[Record]:
+        return [{"site": site.name, "state": state} for site, state in zip(self, self._states, strict=True)]
+
+    def _repr_html_(self) -> str:
+        return _html(self._rows(), f"{len(self)} sites")
+
+    def __rich__(self) -> Any:
+        return _table(self._rows(), f"{len(self)} sites")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def _html(rows: Sequence[Record], caption: str) -> str:
+    heads = "".join(f"<th>{escape(name)}</th>" for name in (rows[0] if rows else {}))
+    body = "".join("<tr>" + "".join(f"<td>{escape(_text(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
+    return f"<table><caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _table(rows: Sequence[Record], caption: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title=caption, title_justify="left")
+    for name in rows[0] if rows else {}:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*map(_text, row.values()))
+    return table

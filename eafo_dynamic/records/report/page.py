@@ -1,0 +1,236 @@
+"""Put the page together: tables as HTML, so that they are there without scripts, and data for the charts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.records import COLUMNS, CorrectionLog
+from eafo_dynamic.records.report.data import payload
+from eafo_dynamic.records.summary import compare_runs, compare_sites, layer_rows, run_labels, summarise, with_lift
+
+__all__ = ["render_report", "write_report"]
+
+_LAYERS = [
+    "base",
+    "eps",
+    "lift",
+    "entropy_first",
+    "entropy",
+    "entropy_change",
+    "d_entropy_d_eps",
+    "atom_mass",
+    "dead_fraction",
+    "mean",
+    "std",
+    "n",
+    "event",
+]
+_MEANINGS = {
+    "base": "the activation that the model was built with",
+    "eps_trend": "eps over the run",
+    "entropy_first": "entropy at the site's first update [nats]",
+    "entropy_change": "entropy at the last update less that at the first [nats]",
+    "entropy_trend": "entropy over the run",
+    "spread": "largest less smallest value",
+    "run": "the run's folder",
+    "last_step": "optimiser steps at the last update",
+    "entropy_last": "mean over the sites at their last update [nats]",
+    "mean_eps": "mean of eps over the sites",
+    "mean_abs_eps": "mean of |eps| over the sites",
+}
+_TITLES = {"entropy_first": "entropy, first", "entropy": "entropy, last", "entropy_change": "change"}
+
+
+def write_report(logs: Sequence[CorrectionLog], out: str | os.PathLike[str]) -> Path:
+    """Write the report of one run, or of several side by side.
+
+    Args:
+        logs: logs with rows.
+        out: the HTML file.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: if the file cannot be written.
+    """
+    path = Path(out)
+    page = render_report(logs)
+    try:
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        raise ConfigError("--out", str(out), problem, "Name a file in a folder that exists.") from None
+    return path
+
+
+def render_report(logs: Sequence[CorrectionLog]) -> str:
+    """Return the report as the text of an HTML file.
+
+    Args:
+        logs: logs with rows, at least one.
+
+    Returns:
+        One page that loads nothing from anywhere.
+    """
+    labels = run_labels(logs)
+    folder = files("eafo_dynamic.records.report")
+    parts = {
+        "TITLE": escape(f"Correction log: {', '.join(labels)}"),
+        "STYLE": (folder / "style.css").read_text(encoding="utf-8"),
+        "CHOICE": _choice(labels),
+        "SUMMARIES": _per_run([_summary(log) for log in logs]),
+        "COMPARISON": _comparison(logs),
+        "LAYERS": _per_run([_layers(log) for log in logs]),
+        "EVENTS": _per_run([_events(log) for log in logs]),
+        "SETTINGS": _per_run([_settings(log) for log in logs]),
+        "MEANINGS": _meanings(),
+        "DATA": _embedded(payload(logs)),
+        "SCRIPT": "\n".join((folder / name).read_text(encoding="utf-8") for name in ("charts.js", "page.js")),
+    }
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    # Split, not replaced one after the other: a site's name may look like a place of the template.
+    pieces = page.split("@@")
+    return "".join(parts[piece] if number % 2 else piece for number, piece in enumerate(pieces))
+
+
+def _embedded(value: object) -> str:
+    """Return JSON that no HTML parser takes for the end of its element."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _choice(labels: Sequence[str]) -> str:
+    if len(labels) == 1:
+        return ""
+    options = "".join(f'<option value="{number}">{escape(label)}</option>' for number, label in enumerate(labels))
+    return f'<p class="choice"><label for="run">Run</label> <select id="run">{options}</select></p>'
+
+
+def _per_run(parts: Sequence[str]) -> str:
+    return "".join(f'<div class="of-run" data-run="{number}">{part}</div>' for number, part in enumerate(parts))
+
+
+def _summary(log: CorrectionLog) -> str:
+    facts = summarise(log)
+    first, last = facts["steps"]
+    policies = ", ".join(f"{name}: {count}" for name, count in facts["policies"].items())
+    lines = {
+        "Run": escape(facts["run"]),
+        "Steps": f"{first} to {last}, {facts['updates']} updates",
+        "Sites": f"{facts['sites']} ({escape(policies)})",
+        "Mean entropy": f"{_number(facts['entropy_first'])} → {_number(facts['entropy_last'])} nats",
+        "Mean eps": f"{_number(facts['mean_eps'])}, mean |eps| {_number(facts['mean_abs_eps'])}",
+        "Largest |eps|": _sites(facts["largest_eps"]),
+        "Highest entropy": _sites(facts["highest_entropy"]),
+        "Lowest entropy": _sites(facts["lowest_entropy"]),
+        "Events": str(facts["events"]),
+    }
+    if facts["resumed_at_steps"]:
+        lines["Resumed at step"] = escape(", ".join(map(str, facts["resumed_at_steps"])))
+    if facts["notes"]:
+        lines["Note"] = escape("; ".join(facts["notes"]))
+    return '<dl class="facts">' + "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in lines.items()) + "</dl>"
+
+
+def _sites(entries: Sequence[Mapping[str, Any]]) -> str:
+    lines = [f"{_number(entry['value'])} {escape(entry['site'])}" for entry in entries]
+    return "<br>".join(lines) or "-"
+
+
+def _comparison(logs: Sequence[CorrectionLog]) -> str:
+    if len(logs) == 1:
+        return ""
+    runs = compare_runs(logs)
+    sites = compare_sites(logs, "entropy")
+    return (
+        '<section aria-labelledby="compared"><h2 id="compared">Runs side by side</h2>'
+        + _table("The runs", runs, list(runs[0]))
+        + '<div class="chart" id="means"></div>'
+        + _table("Entropy of each site at its last update, in nats", sites, list(sites[0]))
+        + "</section>"
+    )
+
+
+def _layers(log: CorrectionLog) -> str:
+    rows = layer_rows(log)
+    columns = ["site", *with_lift(_LAYERS, rows)]
+    columns[columns.index("eps") + 1 : columns.index("eps") + 1] = ["eps_trend"]
+    columns[columns.index("entropy") + 1 : columns.index("entropy") + 1] = ["entropy_trend"]
+    return _table("Every site at its last update", rows, columns, chosen="site")
+
+
+def _events(log: CorrectionLog) -> str:
+    found = log.events()
+    if not found:
+        return f"<p>Nothing out of the ordinary in {len(log)} rows.</p>"
+    more = f"<p>The first 500 of {len(found)}.</p>" if len(found) > 500 else ""
+    return more + _table("Updates where something was out of the ordinary", found[:500], list(found[0]))
+
+
+def _settings(log: CorrectionLog) -> str:
+    hidden = ("sites", "format")
+    text = json.dumps({key: value for key, value in log.manifest.items() if key not in hidden}, indent=2)
+    return f'<pre tabindex="0" aria-label="Manifest of the run">{escape(text)}</pre>'
+
+
+def _meanings() -> str:
+    lines = [
+        f"<dt>{name}</dt><dd>{escape(column.meaning)}" + (f" [{escape(column.unit)}]" if column.unit else "") + "</dd>"
+        for name, column in COLUMNS.items()
+    ]
+    return '<dl class="meanings">' + "".join(lines) + "</dl>"
+
+
+def _table(caption: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], chosen: str | None = None) -> str:
+    """Return a table whose headings are buttons, which the page's script makes sort it."""
+    numeric = {name for name in columns if any(_is_number(row.get(name)) for row in rows)}
+    head = "".join(_heading(name, name in numeric) for name in columns)
+    body = "".join(
+        f'<tr data-place="{place}">' + "".join(_cell(name, row.get(name), chosen) for name in columns) + "</tr>"
+        for place, row in enumerate(rows)
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f"<table><caption>{escape(caption)}</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _heading(name: str, numeric: bool) -> str:
+    known = COLUMNS.get(name)
+    meaning = _MEANINGS.get(name) or (f"{known.meaning} [{known.unit}]" if known and known.unit else "")
+    meaning = meaning or (known.meaning if known else "")
+    kind = ' class="number"' if numeric else ""
+    if name.endswith("_trend"):
+        return f'<th scope="col"><span title="{escape(meaning)}">{name.removesuffix("_trend")}</span></th>'
+    title = escape(_TITLES.get(name, name))
+    return f'<th scope="col"{kind}><button type="button" title="{escape(meaning)}">{title}</button></th>'
+
+
+def _cell(name: str, value: Any, chosen: str | None) -> str:
+    if name.endswith("_trend"):
+        return f'<td class="trend" data-column="{name.removesuffix("_trend")}"></td>'
+    if name == chosen:
+        button = f'<button type="button" class="site">{escape(str(value))}</button>'
+        return f'<th scope="row" data-value="{escape(str(value))}">{button}</th>'
+    if _is_number(value):
+        return f'<td class="number" data-value="{value!r}">{_number(value)}</td>'
+    return f"<td>{'' if value is None else escape(str(value))}</td>"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.4g}".replace("-", "\u2212", 1)

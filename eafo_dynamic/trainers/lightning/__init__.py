@@ -1,0 +1,1 @@
+"""The Lightning callback and what it needs of Lightning."""

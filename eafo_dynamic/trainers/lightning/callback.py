@@ -1,0 +1,409 @@
+"""``EAFOCallback``: the controller on Lightning's hooks, and nothing else."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from eafo_dynamic.apply.kept import CHECKPOINT_KEY, keep_sites
+from eafo_dynamic.apply.manifest import (
+    check_form,
+    check_weights,
+    manifest,
+    report_from_manifest,
+    warn_of_changes,
+    wrap_from_manifest,
+)
+from eafo_dynamic.apply.surgery import is_wrapped, put_back, take_off
+from eafo_dynamic.correction.kernels import Backend
+from eafo_dynamic.density.estimators import Density
+from eafo_dynamic.errors import ConfigError, LogError, SiteError
+from eafo_dynamic.find.sites import SiteReport
+from eafo_dynamic.internals.checks import at_least, flag, folder
+from eafo_dynamic.policy.controller import EAFOController, Options
+from eafo_dynamic.policy.policies import Policy, Rule
+from eafo_dynamic.policy.schedule import Epochs
+from eafo_dynamic.records import CorrectionLog
+from eafo_dynamic.records.notebook import History
+from eafo_dynamic.trainers.lightning.example import (
+    averaging,
+    batch_report,
+    cannot_wait,
+    first_report,
+    report_now,
+    swa_rates,
+)
+from eafo_dynamic.trainers.lightning.listener import LoadListener
+from eafo_dynamic.trainers.lightning.reporter import Reporter, announce
+from eafo_dynamic.trainers.optim import LR_MULTIPLE, check_group, own_group
+from eafo_dynamic.trainers.replicas import Replicas, check_strategy, everyones
+from eafo_dynamic.trainers.runlog import RunLog
+
+__all__ = ["EAFOCallback"]
+
+
+class EAFOCallback(Callback):
+    """Lets every activation of a model follow its own data while the model trains.
+
+    Attach it to any Trainer; the model's code is untouched::
+
+        trainer = Trainer(callbacks=[EAFOCallback()])
+
+    In ``setup`` the model's activations are wrapped, so that eps is in the optimiser and checkpoints restore it; where
+    nothing shows them so early (a stream, manual optimisation), at the first training batch, and eps joins the
+    optimiser then. In training, sampled batches leave a few thousand pre-activations a site; every
+    ``update_every_n_steps`` optimiser steps each site's density, entropy and correction are estimated anew. Aggregates
+    go to the trainer's loggers as ``eafo/...``, every site's row to ``<run>/eafo/corrections.jsonl``.
+
+    Args:
+        target_modules: class names (``ReLU``), ends of module names (``mlp.act``) or regular expressions over whole
+            module names; None: every hidden activation.
+        exclude_modules: likewise, the sites to leave alone.
+        filter_fn: called with (module, module name); False leaves the site alone.
+        functional: what to do with activations called as functions (``F.relu(x)``, ``x.relu()``, an attribute
+            ``self.act = F.gelu``): ``"wrap"``, ``"warn"`` (leave them alone and say so) or ``"off"``.
+        policy: ``"static"`` (the paper's CRReLU), ``"learned"``, ``"entropy"``, ``"hybrid"``, ``"frozen"``, a
+            Policy object, or a list of Rules by site of which the first match decides.
+        density: ``"gaussian"``, ``"histogram"`` or a function from samples [sites, n] to a Density.
+        terms: ``"tied"`` (one amplitude eps for both terms of the correction, in the proportion that base and density
+            give), ``"free"`` (an amplitude each: eps and lift), or ``"auto"``: free where that can be, tied with
+            another density than the Gaussian, compounding or the policy ``"static"``.
+        eps_init: starting amplitude of every correction, no unit.
+        max_eps: bound of |eps| and |lift|; slopes stay within 1.16 max_eps of the base's, with one term within max_eps.
+        max_delta: bound of the change of a function at one update, in standard deviations of its pre-activation.
+        update_every_n_steps: optimiser steps between update rounds; the first ones come at steps 1, 2, 4, 8, ...
+        update_every_n_epochs: epochs between update rounds, in place of update_every_n_steps.
+        update_starting_at_step: first step with an update round.
+        freeze_at_step: from this step on every correction stays as it is; None: never.
+        collect_every_n_steps: optimiser steps between sampled steps; None: at most five a round.
+        samples_per_site: pre-activations a site contributes to an update round.
+        momentum: weight of a new round in the running estimate of a density, in (0, 1].
+        lr: learning rate of eps; None: that of the model's own parameters times lr_multiple.
+        lr_multiple: see lr; the paper's is 1.
+        weight_decay: of eps.
+        per_channel: one amplitude a channel in place of one a site; the log then shows their mean.
+        compounding: each round settles the correction so far and corrects the corrected function, in place of
+            refreshing the correction of the base.
+        resolution: r of the resolution-r entropy, in standard deviations of the output.
+        backend: what computes activations: "native", compiled from C on this machine, on a CPU; "triton", on CUDA;
+            "eager", torch's operations; "auto", native and triton where they can be had.
+        rollback_factor: undo a round after which the mean training loss is larger than before it by more than this
+            factor; None: never.
+        log_every_n_steps: optimiser steps between aggregates sent to the loggers; None: at every update round.
+        log_sites: columns of the correction log that go to the loggers for every site, as ``eafo/<column>/<site>``;
+            empty: aggregates only, since thousands of charts freeze a page.
+        log_figures: whether the loggers that take figures get every site's function, whenever a snapshot is kept.
+        dirpath: folder of the correction log; None: ``eafo`` in the run's folder.
+        save_log: whether to write the correction log.
+        verbose: whether to print the table of sites at the start.
+
+    Attributes:
+        controller: the EAFOController; None before ``setup``.
+
+    Raises:
+        ConfigError: if an option cannot work; the message names it, its value and the mend.
+    """
+
+    def __init__(
+        self,
+        target_modules: str | list[str] | None = None,
+        exclude_modules: str | list[str] | None = None,
+        filter_fn: Callable[[nn.Module, str], bool] | None = None,
+        functional: str = "wrap",
+        policy: str | Policy | list[Rule] = "learned",
+        density: str | Callable[[Tensor], Density] = "gaussian",
+        terms: str = "auto",
+        eps_init: float = 0.01,
+        max_eps: float = 1.0,
+        max_delta: float = 0.5,
+        update_every_n_steps: int = 50,
+        update_every_n_epochs: int | None = None,
+        update_starting_at_step: int = 0,
+        freeze_at_step: int | None = None,
+        collect_every_n_steps: int | None = None,
+        samples_per_site: int = 4096,
+        momentum: float = 0.5,
+        lr: float | None = None,
+        lr_multiple: float = LR_MULTIPLE,
+        weight_decay: float = 0.0,
+        per_channel: bool = False,
+        compounding: bool = False,
+        resolution: float = 0.1,
+        backend: Backend = "auto",
+        rollback_factor: float | None = None,
+        log_every_n_steps: int | None = None,
+        log_sites: list[str] | None = None,
+        log_figures: bool = False,
+        dirpath: str | Path | None = None,
+        save_log: bool = True,
+        verbose: bool = True,
+    ) -> None:
+        given = locals()
+        self._epochs: Epochs | None = None
+        if update_every_n_epochs is not None:
+            self._epochs = Epochs(at_least("update_every_n_epochs", update_every_n_epochs, 1))
+            # until the training begins, and nobody has asked for it
+            given["update_every_n_steps"] = max(update_every_n_steps, collect_every_n_steps or 1)
+        self.update_every_n_epochs = update_every_n_epochs
+        self.options = Options(**{each.name: given[each.name] for each in fields(Options)})
+        check_group(lr, lr_multiple, weight_decay)
+        self.lr, self.lr_multiple, self.weight_decay = lr, lr_multiple, weight_decay
+        if log_figures and not save_log:
+            raise ConfigError("log_figures", log_figures, "figures are drawn from the log", "Leave save_log=True.")
+        self._reporter = Reporter(log_every_n_steps, log_sites or (), log_figures)
+        self.verbose = flag("verbose", verbose)
+        self.controller: EAFOController | None = None
+        self._log = RunLog(folder("dirpath", dirpath), flag("save_log", save_log))
+        self._resumed: dict[str, Any] | None = None
+        self._awaits_batch = ""  # why the sites are not known before the first training batch; empty once they are
+        self._earlier: dict[str, Tensor] = {}  # corrections that a model which awaits its batch had before
+        self._late = False  # whether eps came after the optimisers
+        self._listener: LoadListener | None = None
+        self._replicas: Replicas | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wraps the model for a fit, once; before optimisers are built and weights restored.
+
+        For other stages the model stays as it is, unless a checkpoint with corrections is about to be restored.
+        """
+        self._listener = LoadListener(pl_module, self._restore)
+        if stage != "fit":
+            return
+        check_strategy(trainer.strategy)
+        if trainer.world_size > 1:
+            self._replicas = Replicas(pl_module, self._amplitudes)
+        if self._knows(pl_module):
+            return
+        pl_module.configure_model()  # the base class of either host (lightning, pytorch_lightning) does nothing here
+        self.controller, self._late = None, False
+        self._earlier = take_off(pl_module)  # of another callback's fit
+        report, self._awaits_batch = first_report(trainer, pl_module, self.options.selection)
+        if report is not None:
+            self._wrap(trainer, pl_module, report)
+        elif self.verbose and trainer.is_global_zero:
+            announce(f"EAFO: sites will be looked for at the first training batch: {self._awaits_batch}.")
+        for earlier in averaging(trainer, until=self):
+            earlier.setup(trainer, pl_module, stage)  # it has copied the model as it was before
+
+    def _knows(self, pl_module: Any) -> bool:
+        return self.controller is not None and self.controller.model is pl_module and self.controller.attached
+
+    def _wrap(self, trainer: Trainer, pl_module: LightningModule, report: SiteReport) -> None:
+        self._attach(pl_module, report)
+        if self.verbose and trainer.is_global_zero:
+            announce(report)
+
+    def _attach(self, pl_module: LightningModule, report: SiteReport) -> None:
+        self.controller = EAFOController(pl_module, self.options, report)
+        self.controller.collecting = False
+        # in every checkpoint, so that a plain model can be wrapped the same way before its weights are loaded
+        keep_sites(pl_module, manifest(report, **self.options.form))
+        put_back(pl_module, self._earlier)
+        self._awaits_batch, self._earlier = "", {}
+
+    def adopt(self, pl_module: Any, saved: dict[str, Any]) -> None:
+        """Wraps a model as a checkpoint lists it, just before its weights are restored.
+
+        Args:
+            pl_module: the model.
+            saved: the checkpoint's list of sites.
+
+        Raises:
+            SiteError: if the model or the options do not fit the checkpoint.
+        """
+        if not self._knows(pl_module) and not self._awaits_batch:
+            if not is_wrapped(pl_module):
+                wrap_from_manifest(pl_module, saved, report_now(pl_module.trainer, pl_module))
+            return
+        check_form(saved, self.options.form)
+        if self.controller is None:
+            self._attach(pl_module, report_from_manifest(pl_module, saved))
+        elif saved != manifest(self.controller.report, **self.options.form):
+            found, plain = self.controller.report, self.controller.detach()
+            self._attach(pl_module, report_from_manifest(plain, saved))
+            warn_of_changes(saved, found)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives eps its parameter group, before optimiser states are restored, and opens the log."""
+        if not self._awaits_batch:
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take_up()
+        notes = own_group(
+            trainer.optimizers,
+            self._controller.amplitudes,
+            pl_module,
+            trained=self._controller.trained,
+            schedulers=[*(config.scheduler for config in trainer.lr_scheduler_configs), *swa_rates(trainer)],
+            lr=self.lr,
+            lr_multiple=self.lr_multiple,
+            weight_decay=self.weight_decay,
+            by_relatives=self._late,
+        )
+        for note in notes:
+            warnings.warn(f"EAFO: {note}", stacklevel=2)
+        self._log.open(trainer, self._controller.about())
+
+    def _take_up(self) -> None:
+        """Restores the state of a checkpoint, also of one by which a tuner takes the steps back that it has tried."""
+        if self._resumed is not None:
+            self._controller.load_state_dict(self._resumed)
+            self._controller.collecting = False
+            self._log.resumed(self._resumed.get("log"))
+            self._late = self._resumed.get("late", False)
+            if self._epochs is not None:
+                self._epochs = Epochs(self._epochs.every, *self._resumed.get("epochs", (self._resumed["last_step"],)))
+            self._resumed = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Turns epochs into steps, and drops rows of the log that lie past the restored step."""
+        if not self._awaits_batch:
+            self._align(trainer)
+
+    def _align(self, trainer: Trainer) -> None:
+        self._take_up()
+        self._controller.begin(trainer.global_step)
+        if self._epochs is not None:
+            if self._epochs.began > trainer.global_step:  # of an earlier fit
+                self._epochs = Epochs(self._epochs.every, trainer.global_step)
+            promised = trainer.num_training_batches / trainer.accumulate_grad_batches
+            self._controller.reschedule(self._epochs.schedule(self.options.schedule, promised))
+        self._log.align(trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Finds the sites where they wait for a batch; lets the forwards leave samples when it is time."""
+        if self._awaits_batch:
+            self._find_in(batch, trainer, pl_module)
+        self._take_up()
+        due = self._epochs is not None and trainer.is_last_batch and self._epochs.due(trainer.current_epoch)
+        self._controller.expect(trainer.global_step, due)
+
+    def _find_in(self, batch: Any, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._late = True
+        self._wrap(trainer, pl_module, batch_report(trainer, pl_module, self.options.selection, batch))
+        self._begin(trainer, pl_module)
+        self._align(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Lets the policy add to eps.grad, or drops it once frozen."""
+        self._controller.before_optimizer_step(trainer.global_step, optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Acts when the optimiser has stepped: trust region, update round, log."""
+        if self._awaits_batch:
+            return  # there was no batch: the loader gave None
+        controller, step = self._controller, trainer.global_step
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            controller.observe_loss(loss)
+        due = None if self._epochs is None else trainer.is_last_batch and self._epochs.end(trainer.current_epoch, step)
+        rows = controller.step(step, trainer.current_epoch, due)
+        if self._epochs is not None and trainer.is_last_batch:
+            controller.reschedule(self._epochs.schedule(self.options.schedule))
+        controller.collecting = False
+        if self._log.write(step, rows, controller.rounds, controller.snapshot):
+            self._reporter.send_figure(trainer, lambda: self.plot("functions"))
+        self._reporter.send(trainer, pl_module, rows)
+
+    def plot(self, what: str = "heatmap", column: str = "entropy") -> Any:
+        """Draws the run's log.
+
+        Args:
+            what: ``heatmap``, ``trajectories``, ``functions``, ``densities``, ``prediction`` or ``ranking``.
+            column: of the log, for the figures that show one.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            LogError: if no log has been written.
+        """
+        from eafo_dynamic.records.figures.logs import plot
+
+        if self._log.path is None:
+            raise LogError("there is no correction log yet: fit with save_log=True first.")
+        return plot(CorrectionLog.load(self._log.path), what, column)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the last shape of every function in the log."""
+        if self.controller is not None:
+            self._log.end(trainer.global_step, self.controller.rounds, self.controller.snapshot)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stops collecting and closes the log, also when a run is interrupted by hand."""
+        if self.controller is not None:
+            self.controller.collecting = False
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Closes the log; the model keeps its corrections."""
+        for each in (self._listener, self._replicas):
+            if each is not None:
+                each.release()
+        self._listener = self._replicas = None
+        if self._earlier:
+            warnings.warn("EAFO: no training batch came, and the corrections of an earlier fit are gone", stacklevel=2)
+        self._awaits_batch, self._earlier = "", {}
+        self._log.close()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds what other ranks have collected since the last round."""
+        if self.controller is not None and self._resumed is None and trainer.world_size > 1:
+            checkpoint["callbacks"][self.state_key]["ranks"] = everyones(self.controller.own_state())
+
+    def _restore(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if CHECKPOINT_KEY in checkpoint:
+            self.adopt(pl_module, checkpoint[CHECKPOINT_KEY])
+            check_weights(pl_module, checkpoint.get("state_dict") or {})
+        elif "optimizer_states" in checkpoint and self.controller is not None and not self._late:
+            self._postpone(pl_module)
+
+    def _postpone(self, pl_module: Any) -> None:
+        """Unwraps: the optimisers of a run without corrections can be restored only as they were; eps joins later."""
+        if pl_module.trainer.state.fn != "fit":
+            return
+        if obstacle := cannot_wait(pl_module.trainer, pl_module):
+            mend = "Load its state_dict into the model, and fit without ckpt_path."
+            raise SiteError(f"a run without corrections cannot be resumed with them: {obstacle}. {mend}")
+        self._controller.detach()
+        self.controller, self._awaits_batch = None, "the checkpoint is of a run without corrections"
+
+    def state_dict(self) -> dict[str, Any]:
+        """State beside the model's own: running estimates and counts; tensors and primitives only.
+
+        Returns:
+            The state.
+        """
+        if self._resumed is not None:
+            return self._resumed  # a tuner keeps the state before the fit has taken it up
+        if self.controller is None:
+            return {}
+        epochs = {} if self._epochs is None else {"epochs": [self._epochs.began, self._epochs.steps]}
+        return {**self.controller.state_dict(), "log": self._log.location, "late": self._late, **epochs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the restored state until the fit starts, when it is on the right device."""
+        self._resumed = state_dict or None
+
+    @property
+    def history(self) -> History:
+        """The newest rows of the correction log; shows as a table in a notebook."""
+        return History() if self.controller is None else History(self.controller.records)
+
+    def _amplitudes(self) -> list[nn.Parameter]:
+        return [] if self.controller is None else self.controller.bank.amplitudes
+
+    @property
+    def _controller(self) -> EAFOController:
+        if self.controller is None:
+            raise SiteError("EAFOCallback has not wrapped a model yet: its setup hook did not run.")
+        return self.controller

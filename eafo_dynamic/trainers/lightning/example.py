@@ -1,0 +1,387 @@
+"""Examples for the dry run from what a Lightning trainer has: an example input, data read ahead, or the first batch.
+
+None of them is consumed, and none leaves a trace: the dry run has a structural copy of the model, loggers and
+optimisers that do nothing, and forked random states.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, IterableDataset
+
+from eafo_dynamic.errors import SiteError
+from eafo_dynamic.find.sites import Selection, SiteReport, find_sites, forked_random_states
+
+__all__ = [
+    "averaging",
+    "batch_report",
+    "batch_runs",
+    "cannot_wait",
+    "example_runs",
+    "first_report",
+    "report_now",
+    "search",
+    "static_report",
+    "swa_rates",
+]
+
+Run = Callable[[nn.Module], object]
+
+_AVERAGING = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
+
+
+def averaging(trainer: Any, until: object = None) -> list[Any]:
+    """Callbacks that keep an average of the model, of which they make a copy in their setup.
+
+    Args:
+        trainer: a Trainer in its setup.
+        until: only those before this one; None: all.
+
+    Returns:
+        Those of Lightning's own kinds, and of kinds derived from them.
+    """
+    callbacks = trainer.callbacks
+    known = [each for each in callbacks if set(_AVERAGING) & {kind.__name__ for kind in type(each).__mro__}]
+    return known if until is None else [each for each in known if callbacks.index(each) < callbacks.index(until)]
+
+
+def swa_rates(trainer: Any) -> list[SimpleNamespace]:
+    """Learning rates that StochasticWeightAveraging has for each parameter group, as a scheduler shows its own.
+
+    Args:
+        trainer: with its optimisers.
+
+    Returns:
+        One object a callback that has such a list.
+    """
+    found: list[SimpleNamespace] = []
+    for each in averaging(trainer):
+        if isinstance(getattr(each, "_swa_lrs", None), list):
+            each._swa_lrs = list(each._swa_lrs)  # the user's own list may serve another run
+            found.append(SimpleNamespace(optimizer=trainer.optimizers[0], lrs=each._swa_lrs))
+    return found
+
+
+def cannot_wait(trainer: Any, module: Any) -> str:
+    """Why the sites of a model cannot be found as late as at the first training batch.
+
+    By then everybody who keeps a list of the model's parameters, or a compiled copy of its code, has made it.
+
+    Args:
+        trainer: a Trainer in its setup.
+        module: the LightningModule to be wrapped.
+
+    Returns:
+        The reason; empty if they can.
+    """
+    # by name: the trainer may be that of lightning or of pytorch_lightning, and a fit must not import both
+    if "SingleDeviceStrategy" not in {kind.__name__ for kind in type(trainer.strategy).__mro__}:
+        return f"{type(trainer.strategy).__name__} knows only parameters that are there when it wraps the model"
+    for each in averaging(trainer):
+        return f"{type(each).__name__} copies the model before"
+    for name, each in module.named_modules():
+        compiled = each._compiled_call_impl is not None or getattr(each, "_compiler_ctx", None) is not None
+        if compiled or type(each).__module__.startswith("torch._dynamo"):
+            return f"{name or type(each).__name__} is compiled"
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        return "training_step takes the batches from an iterator itself"
+    return ""
+
+
+def example_runs(trainer: Any, module: Any, may_wait: bool) -> tuple[list[Run], str]:
+    """Ways to run an example through a copy of a LightningModule before the training begins.
+
+    The example is ``example_input_array`` where the module has one; otherwise the first two items of the training data,
+    collated and sent through ``training_step``. Items are read from the data set itself: no iterator advances, no
+    worker starts, no global random state changes.
+
+    Args:
+        trainer: a Trainer in its setup.
+        module: the LightningModule to be wrapped.
+        may_wait: whether the first training batch is to be preferred where it shows more.
+
+    Returns:
+        The ways, best first, and where the example comes from or why there is none.
+    """
+    if getattr(module, "example_input_array", None) is not None:
+        return [lambda probe: _forward(probe, probe.example_input_array)], "example_input_array"
+    if may_wait and not module.automatic_optimization:
+        return [], "optimisation is manual, by optimisers that are not there yet"
+    try:
+        with forked_random_states():
+            batch = _first_items(trainer, module)
+    except Exception as error:  # user code that is not ready before the module's own setup
+        return [], f"the training data cannot be read ahead ({type(error).__name__}: {error})"
+    if batch is None:
+        return [], "the training data is a stream"
+    return batch_runs(trainer, module, batch), "the first training items"
+
+
+def batch_runs(trainer: Any, module: Any, batch: Any) -> list[Run]:
+    """Ways to run a batch through a copy of a LightningModule: its ``training_step``, or else its ``forward``.
+
+    Logging does nothing, and in manual optimisation neither do ``optimizers()``, ``lr_schedulers()`` and
+    ``manual_backward``. ``forward`` gets those parts of the batch that its signature asks for, or all of it.
+
+    Args:
+        trainer: its Trainer.
+        module: the LightningModule to be wrapped.
+        batch: on the module's device; every run gets a copy.
+
+    Returns:
+        The ways, best first.
+    """
+
+    def step(probe: Any) -> object:
+        vars(probe).update(dict.fromkeys(("log", "log_dict", "print"), _ignore))
+        if not probe.automatic_optimization:
+            vars(probe).update(_idle_optimisation(trainer))
+        index = (0,) if is_param_in_hook_signature(probe.training_step, "batch_idx", min_args=2) else ()
+        with _nowhere_to_log(trainer), trainer.precision_plugin.train_step_context():
+            return probe.training_step(copy.deepcopy(batch), *index)
+
+    def forward(probe: nn.Module) -> object:
+        args, kwargs = _asked_for(probe, copy.deepcopy(batch))
+        with trainer.precision_plugin.train_step_context():
+            return probe(*args, **kwargs)
+
+    def whole(probe: nn.Module) -> object:
+        with trainer.precision_plugin.train_step_context():
+            return probe(copy.deepcopy(batch))
+
+    # without its optimisers a manual training_step cannot be followed
+    ready = module.automatic_optimization or bool(trainer.optimizers)
+    return [*([step] if ready else []), forward, whole]
+
+
+def search(module: nn.Module, selection: Selection, runs: Sequence[Run]) -> tuple[SiteReport | None, str]:
+    """Finds sites by the first run that works.
+
+    Args:
+        module: the model.
+        selection: which sites to wrap.
+        runs: ways to run an example through a copy of it, best first.
+
+    Returns:
+        The report; None, and why the best way failed, if none works.
+    """
+    problem = ""
+    for run in runs:
+        try:
+            report = find_sites(module, selection=selection, run=run)
+            note = f"Found by a forward alone, since training_step could not be followed: {problem}" if problem else ""
+            return replace(report, note=f"{report.note} {note}".strip()), ""
+        except SiteError as error:
+            problem = problem or str(error)
+    return None, problem
+
+
+def first_report(trainer: Any, module: nn.Module, selection: Selection) -> tuple[SiteReport | None, str]:
+    """The sites of a model as far as they can be seen before the training begins.
+
+    Args:
+        trainer: a Trainer in its setup.
+        module: the LightningModule to be wrapped.
+        selection: which sites to wrap.
+
+    Returns:
+        The report; None, and why, if the first training batch will show them.
+    """
+    obstacle = cannot_wait(trainer, module)
+    runs, source = example_runs(trainer, module, may_wait=not obstacle)
+    report, problem = search(module, selection, runs)
+    if report is not None:
+        return report, ""
+    why = f"{source}: {problem}" if problem else source
+    return (static_report(module, selection, f"{why}; {obstacle}"), "") if obstacle else (None, why)
+
+
+def batch_report(trainer: Any, module: nn.Module, selection: Selection, batch: Any) -> SiteReport:
+    """The sites of a model as its first training batch shows them, or else its module tree.
+
+    Args:
+        trainer: its Trainer.
+        module: the LightningModule to be wrapped.
+        selection: which sites to wrap.
+        batch: on the module's device.
+
+    Returns:
+        The report.
+    """
+    report, problem = search(module, selection, batch_runs(trainer, module, batch))
+    return report or static_report(module, selection, problem)
+
+
+def report_now(trainer: Any, module: nn.Module) -> SiteReport | None:
+    """The sites of a model that is about to be evaluated, by the same way of running it as before a training.
+
+    Args:
+        trainer: a Trainer whose stage is no training.
+        module: the LightningModule, not wrapped.
+
+    Returns:
+        The report; None where that way cannot be followed: another might not call everything that training does.
+    """
+    runs, _ = example_runs(trainer, module, may_wait=True)
+    return search(module, Selection(), runs[:1])[0] if runs else None
+
+
+def static_report(module: nn.Module, selection: Selection, why: str) -> SiteReport:
+    """The sites that the module tree shows; warns that functional and repeated calls are not among them.
+
+    Args:
+        module: the model.
+        selection: which sites to wrap.
+        why: no example could be run.
+
+    Returns:
+        The report.
+    """
+    message = "Set example_input_array to find functional and repeated calls."
+    warnings.warn(f"EAFO looks at the module tree only, since {why}. {message}", stacklevel=3)
+    return find_sites(module, selection=selection)
+
+
+class _Constant:
+    """Stands in for a method: gives the same whatever it is asked.
+
+    Args:
+        value: what it gives.
+    """
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
+        return self.value
+
+
+_ignore = _Constant(None)
+
+
+class _Idle:
+    """Stands in for an optimiser or scheduler: every method of it does nothing.
+
+    Args:
+        real: what it stands for.
+    """
+
+    def __init__(self, real: Any) -> None:
+        groups = getattr(real, "param_groups", ())
+        self.param_groups = [{**group, "params": []} for group in groups]
+
+    def step(self, closure: Callable[[], object] | None = None, **kwargs: Any) -> object:
+        return closure() if callable(closure) else None
+
+    @contextmanager
+    def toggle_model(self, *args: Any, **kwargs: Any) -> Generator[None]:
+        yield
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        return _ignore
+
+
+def _idle_optimisation(trainer: Any) -> dict[str, Callable[..., Any]]:
+    """The methods of a LightningModule by which a manual training_step optimises, without effect."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    found: dict[str, Callable[..., Any]] = dict.fromkeys(
+        ("manual_backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer"), _ignore
+    )
+    for name, real in (("optimizers", list(trainer.optimizers)), ("lr_schedulers", schedulers)):
+        idle = [_Idle(each) for each in real]
+        value = idle[0] if len(idle) == 1 else idle or None
+        found[name] = _Constant(value)
+    return found
+
+
+@contextmanager
+def _nowhere_to_log(trainer: Any) -> Generator[None]:
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+def _asked_for(module: nn.Module, batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The parts of a batch that a module's forward takes: those of its names, or as many as it needs from the first."""
+    wanted = inspect.signature(module.forward).parameters.values()
+    if isinstance(batch, Mapping):
+        return (), {each.name: batch[each.name] for each in wanted if each.name in batch}
+    if not isinstance(batch, (list, tuple)):
+        return (batch,), {}
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [each for each in wanted if each.kind in kinds and each.default is inspect.Parameter.empty]
+    return batch[: max(1, len(needed))], {}
+
+
+def _forward(probe: nn.Module, example: Any) -> object:
+    if isinstance(example, Mapping):
+        return probe(**example)
+    return probe(*example) if isinstance(example, tuple) else probe(example)
+
+
+def _first_items(trainer: Any, module: Any) -> Any:
+    """Two items of the data that is about to be read, collated as its loader does and moved to the module's device.
+
+    Returns:
+        The batch; None for a stream, which could not be read without consuming it.
+    """
+    loop = trainer._active_loop
+    source = loop._data_source
+    if not source.is_defined():
+        return None
+    loaders = source.dataloader()
+    loaders = getattr(loaders, "iterables", loaders)  # of a CombinedLoader
+    if loop is not trainer.fit_loop and isinstance(loaders, (list, tuple)):
+        loaders = loaders[0]  # they are read one after the other
+    streams: list[object] = []
+
+    def first(loader: Any) -> Any:
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            streams.append(loader)
+            return None
+        return _collated(loader)
+
+    batch = tree_map(first, loaders, is_leaf=lambda node: not isinstance(node, (Mapping, list, tuple)))
+    if streams:
+        return None
+    batch = module.on_before_batch_transfer(batch, 0)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    batch = module.transfer_batch_to_device(batch, device, 0)
+    return module.on_after_batch_transfer(batch, 0)
+
+
+def _collated(loader: DataLoader[Any]) -> Any:
+    dataset: Any = loader.dataset
+    with _kept_generators(dataset):
+        if loader.batch_size is None and loader.batch_sampler is None:
+            return loader.collate_fn(dataset[0])
+        return loader.collate_fn([dataset[i] for i in range(min(2, len(dataset)))])
+
+
+@contextmanager
+def _kept_generators(dataset: object) -> Generator[None]:
+    generators: Sequence[torch.Generator] = [
+        value for value in getattr(dataset, "__dict__", {}).values() if isinstance(value, torch.Generator)
+    ]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

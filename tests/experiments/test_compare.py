@@ -1,0 +1,279 @@
+"""Plans, cells and the runner: what is compared is comparable, kept, and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from eafo_dynamic.apply.surgery import wrap
+from eafo_dynamic.cli import main
+from eafo_dynamic.errors import ConfigError, EAFOError
+from eafo_dynamic.experiments.compare.cell import finished, result_path, run_cell
+from eafo_dynamic.experiments.compare.compose import compose, differences, flat
+from eafo_dynamic.experiments.compare.plan import Plan, read_plan
+from eafo_dynamic.experiments.compare.runner import cells, run
+from eafo_dynamic.experiments.compare.witness import weights_hash
+
+ROOT = Path(__file__).parents[2]
+PLANS = sorted([*(ROOT / "configs").glob("compare_*.yaml"), *(ROOT / "configs").glob("study_*.yaml")])
+
+SMALL = {
+    "task": str(ROOT / "configs" / "wine_mlp.yaml"),
+    "seeds": 2,
+    "metric": "test_loss",
+    "settings": {"trainer.max_epochs": 3},
+    "arms": {
+        "relu": None,
+        "observed": {"eafo": {"policy": "frozen", "eps_init": 0.0, "update_every_n_steps": 2}},
+        "learned": {"eafo": {"policy": "learned", "update_every_n_steps": 2}},
+        "gelu": {"activation": "gelu"},
+    },
+}
+
+
+def plan_of(folder: Path, **changes: Any) -> Plan:
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
+    return read_plan(path, folder / "out")
+
+
+def kept(plan: Plan, arm: str, seed: int) -> dict[str, Any]:
+    return json.loads(result_path(plan, plan.arm(arm), seed).read_text())
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    plan = plan_of(tmp_path_factory.mktemp("small plan"))
+    assert run(plan, cells(plan), jobs=1) == []
+    return plan
+
+
+def test_arms_of_a_seed_start_from_the_same_weights_and_see_the_same_batches(small: Plan) -> None:
+    for seed in small.seeds:
+        results = [kept(small, arm.name, seed) for arm in small.arms]
+        assert len({result["weights"] for result in results}) == 1
+        assert len({result["batches"] for result in results}) == 1
+    first, second = (kept(small, "relu", seed) for seed in small.seeds)
+    assert first["weights"] != second["weights"]
+    assert first["batches"] != second["batches"]
+
+
+def test_observing_changes_nothing_and_correcting_does(small: Plan) -> None:
+    for seed in small.seeds:
+        plain, observed, learned = (kept(small, arm, seed)["metrics"] for arm in ("relu", "observed", "learned"))
+        assert observed == plain, "eps = 0 is the base bit for bit, through a whole training"
+        assert learned["test_loss"] != plain["test_loss"]
+
+
+def test_result_holds_what_the_log_says(small: Plan) -> None:
+    result = kept(small, "learned", 1)
+    assert set(result["eps_last"]) == {"model.2", "model.4", "model.6"}
+    assert result["entropy_mean"][0] == result["entropy_first"]
+    assert result["entropy_steps"] == sorted(result["entropy_steps"])
+    assert result["steps"] == 9 and result["step_ms"] > 0
+    assert kept(small, "gelu", 1)["entropy_last"] is None
+
+
+def test_cell_alone_equals_the_cell_among_others(small: Plan, tmp_path: Path) -> None:
+    alone = plan_of(tmp_path)
+    run_cell(alone, alone.arm("learned"), 1)
+    assert kept(alone, "learned", 1)["metrics"] == kept(small, "learned", 1)["metrics"]
+
+
+def test_parallel_processes_give_the_same_results(small: Plan, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    chosen = cells(plan, ["relu", "learned"], [1])
+    assert run(plan, chosen, jobs=2) == []
+    for arm in ("relu", "learned"):
+        assert kept(plan, arm, 1)["metrics"] == kept(small, arm, 1)["metrics"]
+
+
+def test_finished_cells_are_kept_and_changed_plans_refused(small: Plan, tmp_path: Path) -> None:
+    before = result_path(small, small.arm("relu"), 0).stat().st_mtime_ns
+    assert run(small, cells(small), jobs=1) == []
+    assert result_path(small, small.arm("relu"), 0).stat().st_mtime_ns == before
+    other = plan_of(tmp_path, settings={"trainer.max_epochs": 4})
+    other = Plan(**{**vars(other), "directory": small.directory})
+    with pytest.raises(ConfigError, match="other settings of arm 'relu'"):
+        finished(other, other.arm("relu"), 0)
+
+
+def test_damaged_result_is_named(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    path = result_path(plan, plan.arm("relu"), 0)
+    path.parent.mkdir(parents=True)
+    path.write_text('{"finger')
+    with pytest.raises(ConfigError, match=r"is damaged\. Delete the file"):
+        finished(plan, plan.arm("relu"), 0)
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on(small: Plan, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, settings={"trainer.max_epochs": 3})
+    command = [sys.executable, "-m", "eafo_dynamic", "compare", "--config", str(tmp_path / "plan.yaml")]
+    command += ["--out", str(plan.directory), "--no-tables"]
+    child = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(plan.directory.rglob("result.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    done = {path: path.stat().st_mtime_ns for path in plan.directory.rglob("result.json")}
+    assert 0 < len(done) < len(cells(plan)), "killed too late to show anything"
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in done.items())
+    for arm, seed in cells(plan):
+        assert kept(plan, arm.name, seed)["metrics"] == kept(small, arm.name, seed)["metrics"]
+
+
+def test_failing_cells_do_not_stop_the_others(tmp_path: Path) -> None:
+    arms = {"relu": None, "broken": {"set": {"trainer.max_epochs": 1, "trainer.gradient_clip_algorithm": "nonsense"}}}
+    plan = plan_of(tmp_path, arms=arms, seeds=[3])
+    failures = run(plan, cells(plan), jobs=1)
+    assert [failure.what for failure in failures] == ["broken, seed 3"]
+    assert "\n" not in failures[0].why and "nonsense" in failures[0].why
+    assert finished(plan, plan.arm("relu"), 3)
+
+
+def test_weights_hash_does_not_see_corrections() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+    before = weights_hash(model)
+    wrap(model)
+    assert any("eafo_" in key for key in model.state_dict())
+    assert weights_hash(model) == before
+    with torch.no_grad():
+        model[0].bias[0] += 1e-7
+    assert weights_hash(model) != before
+
+
+def test_an_arm_differs_in_what_it_says_and_nothing_else(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, arms={**SMALL["arms"], "slow": {"set": {"model.init_args.lr": 1e-4}}})
+    said = {arm.name: differences(plan, arm) for arm in plan.arms}
+    assert said["relu"] == []
+    assert said["gelu"] == ["model.init_args.model.init_args.activation: gelu (relu)"]
+    assert said["slow"] == ["model.init_args.lr: 0.0001 (0.001)"]
+    assert [each.partition(":")[0] for each in said["learned"]] == ["eafo.policy", "eafo.update_every_n_steps"]
+
+
+def test_every_seed_key_is_set(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    leaves = flat(compose(plan, plan.arms[0], 7, tmp_path))
+    assert [leaves[key] for key in plan.seed_keys] == [7, 7, 7]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arm": {}}, "plan='arm': unknown key. Did you mean 'arms'"),
+        ({"task": "missing.yaml"}, "task='missing.yaml': there is no file"),
+        ({"task": None}, "task=None: the plan must name it"),
+        ({"metric": 3}, "metric=3: the plan must name it"),
+        ({"reference": "rleu"}, "arm='rleu': the plan has no such arm. Did you mean 'relu'"),
+        ({"arms": {"a": {}}}, "needs two arms"),
+        ({"arms": {"a": {}, "b": {}}}, "arms='b': is the same as 'a'"),
+        ({"arms": {"a b": {}, "A  b": {"activation": "gelu"}}}, "has the name of 'a b'"),
+        ({"arms": {"a": {}, "b": {"activation": "gelu", "against": "c"}}}, "arm='c': the plan has no such arm"),
+        ({"arms": {"a": {"against": "b"}, "b": {"activation": "gelu"}}}, "arms.a.against='b': the reference is"),
+        ({"arms": {"a": {}, "b": {"activation": "gelu", "against": "b"}}}, "arms.b.against='b': is itself compared"),
+        ({"arms": {"a": {}, "../b": {"activation": "gelu"}}}, "is no name for an arm"),
+        ({"arms": {"a": {}, "b": {"policy": "learned"}}}, "arms.b='policy': unknown key"),
+        ({"arms": {"a": {}, "b": {"eafo": "learned"}}}, "arms.b.eafo='learned': is no mapping"),
+        ({"arms": {"a": {}, "b": {"eafo": {"policy": "lerned"}}}}, "arm 'b': policy='lerned': no such policy"),
+        ({"arms": {"a": {}, "b": {"eafo": {"eps": 0.1}}}}, "arm 'b': .*unknown option 'eps'"),
+        ({"arms": {"a": {}, "b": {"activation": "swish"}}}, "arm 'b': activation='swish': no such activation"),
+        ({"arms": {"a": {}, "b": {"set": {"seed_everything.x": 1}}}}, "'seed_everything' is no mapping"),
+        ({"seeds": 0}, "seeds=0: is neither"),
+        ({"seeds": [1, 1]}, "names a seed twice"),
+        ({"seeds": "ten"}, "seeds='ten': is neither"),
+        ({"threads": 0}, "threads=0: must be at least 1"),
+        ({"higher_is_better": "false"}, "higher_is_better='false': is neither true nor false. Write true or false"),
+        ({"higher_is_better": 0}, "higher_is_better=0: is neither true nor false"),
+        ({"select": "nope"}, "select='nope': does not tell by its name whether higher is better. Name a metric"),
+        ({"select": ["val_loss"]}, r"select=\['val_loss'\]: is no name of a metric"),
+        ({"settings": {"data.init_args.name": "vine"}}, "arm 'relu': .*vine"),
+    ],
+)
+def test_mistakes_cost_one_line_before_anything_runs(
+    changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
+    assert main(["compare", "--config", str(path), "--out", str(tmp_path / "out"), "--no-tables"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    import re
+
+    assert re.search(message, error), error
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_yaml_that_would_build_objects_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("task: !!python/object/apply:os.system ['touch made']\n")
+    with pytest.raises(ConfigError, match="is not plain YAML"):
+        read_plan(path)
+    path.write_text("{task: a.yaml, lr: 1e-3}")
+    with pytest.raises(ConfigError, match="unknown key"):
+        read_plan(path)
+
+
+def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    (tmp_path / "t.yaml").write_text("{model: {}, data: {}}")
+    path.write_text(
+        "{task: t.yaml, metric: test_loss, arms: {plain: {}},"
+        " sweep: {option: eafo.lr, values: [1e-3, 2E-2, null], arm: {}}}"
+    )
+    plan = read_plan(path)
+    assert [arm.swept for arm in plan.arms] == [None, 1e-3, 2e-2, None]
+    assert [arm.name for arm in plan.arms] == ["plain", "lr=0.001", "lr=0.02", "lr=None"]
+    assert plan.arms[1].eafo == {"lr": 1e-3}
+
+
+def test_each_value_of_a_sweep_may_have_its_own_reference(tmp_path: Path) -> None:
+    names = ["relu", "gelu"]
+    sweep = {"option": "activation", "values": names, "arm": {"eafo": {}, "against": "{}"}}
+    plan = plan_of(tmp_path, arms={name: {"activation": name} for name in names}, sweep=sweep)
+    assert [arm.against for arm in plan.arms] == [None, None, "relu", "gelu"]
+
+
+def test_listed_commands_are_the_open_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of(tmp_path, seeds=[0])
+    run_cell(plan, plan.arm("relu"), 0)
+    arguments = ["compare", "--config", str(tmp_path / "plan.yaml"), "--out", str(plan.directory)]
+    assert main([*arguments, "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    words = shlex.split(lines[0])
+    assert words[0] == "eafo-dynamic"
+    assert main(words[1:]) == 0
+    assert finished(plan, plan.arm("observed"), 0)
+    capsys.readouterr()
+    assert main([*arguments, "--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_every_plan_on_board_can_be_built(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--config", str(path), "--out", str(tmp_path), "--check"]) == 0
+    assert "the reference" in capsys.readouterr().out
+
+
+def test_an_error_in_one_arm_names_the_arm(tmp_path: Path) -> None:
+    from eafo_dynamic.experiments.compare.cell import check
+
+    plan = plan_of(tmp_path, arms={"relu": None, "wild": {"eafo": {"max_eps": -1}}})
+    with pytest.raises(EAFOError, match="arm 'wild': max_eps"):
+        check(plan)
