@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from eafo_dynamic.internals.version import __version__ as __version__
     from eafo_dynamic.policy.controller import EAFOController as EAFOController
     from eafo_dynamic.records import CorrectionLog as CorrectionLog
+    from eafo_dynamic.trainers.huggingface import EAFOTrainerCallback as EAFOTrainerCallback
     from eafo_dynamic.trainers.lightning.callback import EAFOCallback as EAFOCallback
+    from eafo_dynamic.trainers.optim import own_group as own_group
 
 _HOMES = {
     "ActivationEntropy": "entropy.metric",
@@ -43,19 +45,22 @@ _HOMES = {
     "EAFOCallback": "trainers.lightning.callback",
     "EAFOController": "policy.controller",
     "EAFOError": "errors",
+    "EAFOTrainerCallback": "trainers.huggingface",
     "__version__": "internals.version",
     "apply_from_checkpoint": "apply.manifest",
     "disabled": "apply.surgery",
     "find_sites": "find.sites",
     "load_merged": "apply.merge",
     "merge": "apply.merge",
+    "own_group": "trainers.optim",
     "register_activation": "correction.bases",
     "save_merged": "apply.merge",
     "unwrap": "apply.surgery",
     "wrap": "apply.surgery",
 }
 
-__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+# not the one that needs transformers, so that `from eafo_dynamic import *` works without it
+__all__ = [name for name in _HOMES if name != "EAFOTrainerCallback"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
+from eafo_dynamic import EAFOTrainerCallback
 from eafo_dynamic.records import CorrectionLog
-from eafo_dynamic.trainers.huggingface import EAFOTrainerCallback
 
 
 class Bytes(Dataset[dict[str, torch.Tensor]]):

@@ -17,8 +17,7 @@ import torch
 from sklearn.datasets import load_breast_cancer
 from torch import nn
 
-from eafo_dynamic import EAFOController, merge, save_merged
-from eafo_dynamic.trainers.optim import own_group
+from eafo_dynamic import EAFOController, merge, own_group, save_merged
 
 
 def trained(x: torch.Tensor, y: torch.Tensor, steps: int) -> nn.Module:

@@ -9,8 +9,7 @@ import torch
 from sklearn.datasets import load_wine
 from torch import nn
 
-from eafo_dynamic import EAFOController
-from eafo_dynamic.trainers.optim import own_group
+from eafo_dynamic import EAFOController, own_group
 
 
 def main(steps: int = 300) -> EAFOController:

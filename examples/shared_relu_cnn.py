@@ -12,8 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from eafo_dynamic import EAFOController, find_sites
-from eafo_dynamic.trainers.optim import own_group
+from eafo_dynamic import EAFOController, find_sites, own_group
 
 
 class Block(nn.Module):

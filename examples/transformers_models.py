@@ -17,8 +17,7 @@ import torch
 from sklearn.datasets import load_digits
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from eafo_dynamic import EAFOController
-from eafo_dynamic.trainers.optim import own_group
+from eafo_dynamic import EAFOController, own_group
 
 
 def gpt2() -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
