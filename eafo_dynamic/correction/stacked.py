@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,19 @@ from eafo_dynamic.correction.bases import Base
 from eafo_dynamic.correction.kernels import MAX_U, Known, RoundKernel, RoundOperands, Workspace, bell, known_pointwise
 from eafo_dynamic.correction.shape import HALF_WIDTH, evaluate_table
 
-__all__ = ["Functions"]
+__all__ = ["AmplitudeValues", "Functions"]
+
+
+class AmplitudeValues(NamedTuple):
+    """The amplitudes of all sites at one moment.
+
+    Args:
+        eps: shape [S].
+        lift: shape [S]; None unless terms are free.
+    """
+
+    eps: Tensor
+    lift: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,11 @@ class Functions:
     def sigma(self) -> Tensor:
         """Scales, shape [S, 1]."""
         return self.shape[:, 1:]
+
+    @property
+    def amplitudes(self) -> AmplitudeValues:
+        """The amplitudes, without the functions they belong to."""
+        return AmplitudeValues(self.eps, self.lift)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors, for a checkpoint.

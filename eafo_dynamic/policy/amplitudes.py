@@ -76,7 +76,7 @@ class Amplitudes:
 
         Args:
             frozen: whether nothing may move any more.
-            gradient: dH_r/d eps of all sites, then dH_r/d lift; None before the first round.
+            gradient: dH_r/d amplitude, shape [terms, S]; None before the first round.
             optimizer: the one that is about to step; None: all.
         """
         if not frozen and self._trains_all and not self._adds_gradient:
@@ -87,7 +87,7 @@ class Amplitudes:
         if not frozen and self._adds_gradient and gradient is not None:
             groups = [] if optimizer is None else optimizer.param_groups
             steps = {id(p) for group in groups for p in group["params"]}
-            for (amplitude, policy), rise in zip(self._pairs(), gradient, strict=True):
+            for (amplitude, policy), rise in zip(self._pairs(), gradient.flatten(), strict=True):
                 # what another optimiser steps would get it twice
                 mine = optimizer is None or id(amplitude) in steps
                 if policy.adds_gradient and mine and amplitude.requires_grad:

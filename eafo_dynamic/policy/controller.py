@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,20 +13,15 @@ from torch import Tensor, nn
 from eafo_dynamic.apply.bank import Bank
 from eafo_dynamic.apply.manifest import manifest
 from eafo_dynamic.apply.surgery import put_back, take_off, unwrap, wrap
-from eafo_dynamic.correction.kernels import Workspace, resolve_backend, round_kernel
-from eafo_dynamic.correction.stacked import Functions
-from eafo_dynamic.density.running import RunningDensity, make_estimator
-from eafo_dynamic.density.statistics import Moments, world_size
+from eafo_dynamic.correction.kernels import resolve_backend
+from eafo_dynamic.density.statistics import world_size
 from eafo_dynamic.errors import legible
 from eafo_dynamic.find.sites import SiteReport, find_sites
-from eafo_dynamic.internals.checks import fitting
 from eafo_dynamic.internals.version import package_versions
-from eafo_dynamic.policy.amplitudes import Amplitudes, assigned
-from eafo_dynamic.policy.diagnostics import describe_events, diagnostics, snapshot, to_rows
-from eafo_dynamic.policy.estimates import OutputEntropy, pooled
-from eafo_dynamic.policy.moves import bounded_move, compounded, mended, refreshed, reverted
+from eafo_dynamic.policy.amplitudes import assigned
+from eafo_dynamic.policy.diagnostics import snapshot
 from eafo_dynamic.policy.options import Options
-from eafo_dynamic.policy.rollback import LossWatch
+from eafo_dynamic.policy.round import Rounds
 from eafo_dynamic.policy.schedule import Pace, Schedule
 from eafo_dynamic.records.notebook import SiteList
 from eafo_dynamic.records.schema import Record
@@ -69,13 +63,8 @@ class EAFOController:
         self.policies = assigned(self.options.policy, self.report.wrapped)
         self.schedule = self.options.schedule
         self.trust_region = self.options.trust_region
-        self._running = RunningDensity(make_estimator(self.options.density), self.options.momentum)
         self.records: deque[Record] = deque(maxlen=self.KEPT_RECORDS)
-        self.rounds = 0
         self.pace = Pace()
-        self._losses = LossWatch(self.options.rollback_factor)
-        self._undo: Functions | None = None  # what the last round replaced
-        self._gradient: Tensor | None = None
         hosted = wrap(model, self.report, self.options.eps_init, backend=self.options.backend, **self.options.form)
         self.bank = Bank(model, hosted)
         self._prepare()
@@ -100,13 +89,9 @@ class EAFOController:
 
     def _prepare(self) -> None:
         self._set_quota()
-        self._amplitudes = Amplitudes(self.bank, self.policies)
-        start = self.bank.functions()
-        self._eps_before, self._lift_before = start.eps, start.lift
+        self._rounds = Rounds(self.bank, self.policies, self.options)
         self._switch = self.bank.sites[0].switch
         self._switch.backend = self.options.backend
-        self._kernel = round_kernel(self.options.backend)
-        self._workspace = Workspace()
         self.expect(0)
 
     def _set_quota(self) -> None:
@@ -138,8 +123,13 @@ class EAFOController:
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """Those of the ``amplitudes`` that the loss trains, also where the user has frozen their layer for a while."""
-        mine = {id(amplitude) for amplitude in self._amplitudes.trained}
+        mine = {id(amplitude) for amplitude in self._rounds.amplitudes.trained}
         return {name: amplitude for name, amplitude in self.amplitudes.items() if id(amplitude) in mine}
+
+    @property
+    def rounds(self) -> int:
+        """Update rounds so far."""
+        return self._rounds.count
 
     @property
     def attached(self) -> bool:
@@ -166,7 +156,7 @@ class EAFOController:
         Returns:
             One row a site, as the log keeps them; see ``diagnostics.snapshot``.
         """
-        return snapshot(self.bank.names, self.bank.functions(), self._running.density)
+        return snapshot(self.bank.names, self.bank.functions(), self._rounds.density.density)
 
     def about(self) -> dict[str, Any]:
         """What the correction log's manifest says of this run.
@@ -204,8 +194,8 @@ class EAFOController:
         self.expect(global_step)
 
     def _forget(self) -> None:
-        self._losses = LossWatch(self.options.rollback_factor)
-        self.pace, self._undo, self._gradient = Pace(), None, None
+        self._rounds.forget()
+        self.pace = Pace()
         self._set_quota()
 
     def step(self, global_step: int, epoch: int = 0, due: bool | None = None) -> list[Record]:
@@ -227,9 +217,7 @@ class EAFOController:
         if global_step < self.pace.last:  # another training
             self._forget()
         stride, since = self.pace.stride, self.pace.advance(global_step)
-        # a settled offset may take half of what the trust region allows, so that eps keeps room to move
-        bound = self.trust_region.max_eps / 2 if self.options.compounding else self.trust_region.max_eps
-        self.bank.bound(bound)
+        self.bank.bound(self.trust_region.max_eps)
         rows = self.update(global_step, epoch) if self.schedule.updates(global_step, since, due) else []
         if self.pace.stride != stride:
             self._set_quota()
@@ -255,7 +243,8 @@ class EAFOController:
             global_step: optimiser steps taken so far.
             optimizer: the one that is about to step; None: all.
         """
-        self._amplitudes.before_step(self.schedule.frozen(global_step + 1), self._gradient, optimizer)
+        frozen = self.schedule.frozen(global_step + 1)
+        self._rounds.amplitudes.before_step(frozen, self._rounds.gradient, optimizer)
 
     def observe_loss(self, loss: Tensor) -> None:
         """Call with the training loss of each batch where ``rollback_factor`` is set.
@@ -263,75 +252,21 @@ class EAFOController:
         Args:
             loss: 0-dim.
         """
-        self._losses.observe(loss)
+        self._rounds.losses.observe(loss)
 
-    @torch.no_grad()
     def update(self, step: int, epoch: int = 0) -> list[Record]:
-        """Runs one update round now: all sites at once.
+        """Runs one update round now: all sites at once. See ``round.Rounds.run``.
 
         Args:
             step: optimiser steps taken so far, for the log.
             epoch: for the log.
 
         Returns:
-            One row a site.
+            One row per site.
         """
-        drained, passed_over = self.bank.drain()
-        losses = self._losses.drain().to(self.bank.device)
-        samples, stats, dead, nonfinite, losses, passed_over = pooled(
-            drained, losses, passed_over, self.options.samples_per_site, self._kernel
-        )
-        usable = (stats.n >= 2) & (stats.std > 0) & stats.std.isfinite() & stats.mean.isfinite()
-        old, broken = mended(self.bank.functions(self._kernel), self._eps_before, self._lift_before)
-        outputs, directions = old.outputs_and_directions(samples, self._workspace)
-        before = OutputEntropy(outputs, self.options.resolution, self._kernel, self._workspace)
-        gradients = [before.gradient(direction) for direction in directions]
-        self._gradient = torch.cat([torch.where(usable, g, 0.0).nan_to_num().to(old.eps.dtype) for g in gradients])
-
-        jumped = self._losses.jumped(losses)  # every round: what is before it and what after must not mix
-        undo = self._undo if jumped else None
-        if undo is None:
-            wanted = self._wanted(old, samples, stats, usable)
-        else:
-            trained = [policy.trains_eps for policy in self.policies]
-            wanted = reverted(old, undo, torch.tensor(trained, device=old.eps.device))
-        new, fraction = bounded_move(old, wanted, self.trust_region)
-        self.bank.commit(old, new)
-        self._undo = None if undo is not None or self.options.rollback_factor is None else old
-        self.rounds += 1
-        moved = old.eps if self.options.compounding else new.eps  # a settled eps starts again from 0
-        columns = diagnostics(
-            *(samples, stats, before, old, new),
-            delta_eps=moved - self._eps_before,
-            gradient=gradients[0],
-            delta_lift=None if new.lift is None or self._lift_before is None else new.lift - self._lift_before,
-            lift_gradient=gradients[1] if len(gradients) > 1 else None,
-        )
-        columns.update(dead_fraction=dead, n_nonfinite=nonfinite)
-        self._eps_before, self._lift_before = new.eps, new.lift
-        events = describe_events(stats.n, usable, fraction, undo is not None, nonfinite, broken, passed_over)
-        heads: list[Record] = [{"step": step, "epoch": epoch, "site": name} for name in self.bank.names]
-        tails = [{"policy": policy.name, "event": event} for policy, event in zip(self.policies, events, strict=True)]
-        self.records.extend(rows := to_rows(heads, columns, tails))
+        rows = self._rounds.run(step, epoch)
+        self.records.extend(rows)
         return rows
-
-    def _wanted(self, old: Functions, samples: Tensor, stats: Moments, usable: Tensor) -> Functions:
-        """Where the policy wants every function to be, before the trust region bounds the move."""
-        assert self._gradient is not None
-        by_eps, *by_lift = self._gradient.split(len(usable))
-        wanted = replace(old, eps=self._moved(old.eps, by_eps, usable))
-        if old.lift is not None:
-            wanted = replace(wanted, lift=self._moved(old.lift, by_lift[0], usable))
-        if not self._amplitudes.follows.any():
-            return wanted
-        follows = usable & self._amplitudes.follows.to(usable.device)
-        density = self._running.follow(samples, usable, stats)
-        if self.options.compounding:
-            return compounded(wanted, density, follows, self.options.resolution, self.trust_region.max_eps / 2)
-        return refreshed(wanted, density, follows, self.options.resolution)
-
-    def _moved(self, amplitudes: Tensor, gradient: Tensor, usable: Tensor) -> Tensor:
-        return torch.where(usable, self.trust_region.clamp(self._amplitudes.moved(amplitudes, gradient)), amplitudes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "collects": self.collecting}  # a copy of the model alone collects nothing
@@ -347,17 +282,11 @@ class EAFOController:
             The state. Eps, mu, sigma and tables are in the model's own state_dict.
         """
         return {
-            "rounds": self.rounds,
+            **self._rounds.state_dict(),
             "last_step": self.pace.last,
             "stride": self.pace.stride,
             "overrun": self.pace.overrun,
             "sites": self.bank.names,
-            "running": self._running.state_dict(),
-            "gradient": self._gradient,
-            "eps_before": self._eps_before,
-            "lift_before": self._lift_before,
-            "losses": self._losses.state_dict(),
-            "undo": None if self._undo is None else self._undo.tensors(),
             "ranks": [self.own_state()] if world_size() == 1 else None,
         }
 
@@ -370,7 +299,7 @@ class EAFOController:
         Returns:
             Tensors on the CPU and primitives only.
         """
-        return {"pending": self.bank.pending(), "losses": self._losses.own_state()}
+        return {"pending": self.bank.pending(), "losses": self._rounds.losses.own_state()}
 
     @legible("the checkpoint's state of the corrections is damaged, or of another version")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -383,20 +312,11 @@ class EAFOController:
             SiteError: if it is no such state, or the sites differ; the message lists them.
         """
         self.bank.check_names(list(state["sites"]))
-        self.rounds = int(state["rounds"])
         self.pace = Pace(*map(int, (state["last_step"], state.get("stride", 1), state.get("overrun", 0))))
-        now = self.bank.functions()
-        self._eps_before = fitting(state["eps_before"], now.eps)
-        self._lift_before = None if now.lift is None else fitting(state["lift_before"], now.lift)
-        both = now.eps if now.lift is None else torch.cat([now.eps, now.lift])
-        self._gradient = None if state["gradient"] is None else fitting(state["gradient"], both)
-        self._running.load_state_dict(state["running"], now.eps)
-        before = {name: fitting(value, getattr(now, name)) for name, value in (state["undo"] or {}).items()}
-        self._undo = replace(now, **before) if before else None
-        self._losses.load_state_dict(state["losses"])
+        self._rounds.load_state_dict(state)
         # whether there are as many ranks now as there were or not, all that they had seen is shared out
         mine = (state["ranks"] or [])[torch.distributed.get_rank() if world_size() > 1 else 0 :: world_size()]
         self.bank.restore_pending([each["pending"] for each in mine])
-        self._losses.load_own_states([each["losses"] for each in mine])
+        self._rounds.losses.load_own_states([each["losses"] for each in mine])
         self._set_quota()
         self.expect(self.pace.last)

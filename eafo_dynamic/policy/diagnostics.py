@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from eafo_dynamic.correction.stacked import Functions
+from eafo_dynamic.correction.stacked import AmplitudeValues, Functions
 from eafo_dynamic.density.estimators import Density
 from eafo_dynamic.density.statistics import Moments
 from eafo_dynamic.policy.estimates import OutputEntropy, entropies
@@ -19,57 +19,50 @@ __all__ = ["aggregate", "describe_events", "diagnostics", "snapshot", "to_rows"]
 
 def diagnostics(
     samples: Tensor,
-    stats: Moments,
-    before: OutputEntropy,
+    moments: Moments,
+    entropy: OutputEntropy,
     old: Functions,
     new: Functions,
-    *,
-    delta_eps: Tensor,
-    gradient: Tensor | None = None,
-    delta_lift: Tensor | None = None,
-    lift_gradient: Tensor | None = None,
+    last: AmplitudeValues,
+    gradient: Tensor,
 ) -> dict[str, Tensor]:
     """Columns that describe one update round, each of shape [S].
 
     Args:
         samples: pre-activations, shape [S, n]; NaN where missing.
-        stats: their moments.
-        before: entropy of the outputs under the old functions.
+        moments: their moments.
+        entropy: entropy of the outputs under the old functions.
         old: functions before the round.
         new: functions after it.
-        delta_eps: how far the amplitudes have moved since the previous round, shape [S].
-        gradient: dH_r/d eps of the old functions, shape [S], if somebody has it already.
-        delta_lift: likewise of the lifts, where terms are free.
-        lift_gradient: dH_r/d lift of the old functions, where terms are free.
+        last: amplitudes after the previous round.
+        gradient: dH_r/d amplitude of the old functions in nats, shape [terms, S].
 
     Returns:
         Columns by name; their meaning and units are documented with the log.
     """
-    r = before.resolution
-    if gradient is None:
-        gradient = before.gradient(old.direction(samples))
-    after = new.outputs(samples, before.workspace, "first")
-    mixed = before.mixed
-    entropy_after, of_samples = entropies(after, samples, r, before.kernel)
-    gaussian = 0.5 * math.log(2 * math.pi * math.e * (1 + r * r))
-    free = {"lift": new.lift, "delta_lift": delta_lift, "d_entropy_d_lift": lift_gradient}
+    r = entropy.resolution
+    outputs_after = new.outputs(samples, entropy.workspace, "first")
+    mixed = entropy.mixed
+    entropy_after, entropy_of_samples = entropies(outputs_after, samples, r, entropy.kernel)
+    entropy_of_gaussian = 0.5 * math.log(2 * math.pi * math.e * (1 + r * r))
+    delta_eps = new.eps - last.eps
+    columns = {"eps": new.eps, "delta_eps": delta_eps, "d_entropy_d_eps": gradient[0]}
+    if new.lift is not None and last.lift is not None:
+        columns |= {"lift": new.lift, "delta_lift": new.lift - last.lift, "d_entropy_d_lift": gradient[1]}
     return {
-        "eps": new.eps,
-        "delta_eps": delta_eps,
-        "d_entropy_d_eps": gradient,
-        **{name: values for name, values in free.items() if values is not None},
+        **columns,
         "entropy": mixed.entropy,
-        "entropy_predicted": before.entropy + before.change(after),
+        "entropy_predicted": entropy.entropy + entropy.change(outputs_after),
         "entropy_after": entropy_after,
-        "entropy_drift": gradient * delta_eps,
+        "entropy_drift": gradient[0] * delta_eps,
         "continuous_entropy": mixed.continuous_entropy,
         "atom_mass": mixed.atom_mass,
-        "mean": stats.mean,
-        "std": stats.std,
-        "skew": stats.skew,
-        "kurtosis": stats.kurtosis,
-        "negentropy": gaussian - of_samples,
-        "n": stats.n,
+        "mean": moments.mean,
+        "std": moments.std,
+        "skew": moments.skew,
+        "kurtosis": moments.kurtosis,
+        "negentropy": entropy_of_gaussian - entropy_of_samples,
+        "n": moments.n,
         "mu": new.shape[:, 0],
         "sigma": new.shape[:, 1],
     }
@@ -81,8 +74,8 @@ def describe_events(
     fraction: Tensor,
     rolled_back: bool,
     nonfinite: Tensor,
-    broken: Tensor | None = None,
-    passed_over: Sequence[str | None] = (),
+    broken: Tensor,
+    passed_over: Sequence[str | None],
 ) -> list[str | None]:
     """What was out of the ordinary at each site.
 
@@ -92,39 +85,34 @@ def describe_events(
         fraction: part of the wanted move that the trust region admitted, shape [S].
         rolled_back: whether the round undid the previous one.
         nonfinite: NaN and infinite samples, shape [S].
-        broken: whether eps was found not finite and was put back, shape [S].
+        broken: whether an amplitude was found not finite and was put back, shape [S].
         passed_over: kind of a value that each site could not correct, None where there was none.
 
     Returns:
-        One text a site, None where there is nothing to say.
+        One text per site, None where there is nothing to say.
     """
-
-    def describe(
-        count: float, good: bool, taken: float, poisoned: float, mended: bool, alone: str | None
-    ) -> str | None:
+    columns = (n.tolist(), usable.tolist(), fraction.tolist(), nonfinite.tolist(), broken.tolist(), passed_over)
+    events: list[str | None] = []
+    for count, has_spread, taken, missing, put_back, kind in zip(*columns, strict=True):
         found: list[str] = []
-        if alone:
-            found.append(f"left alone: {alone}")
-        if mended:
+        if kind:
+            found.append(f"left alone: {kind}")
+        if put_back:
             found.append("eps was not finite and is back at its last good value")
-        if poisoned:
+        if missing:
             found.append("non-finite samples left out")
         if rolled_back:
             found.append("rolled back")
         if count == 0:
             found.append("no samples")
-        elif not good:
+        elif not has_spread:
             found.append("no spread")
         elif taken == 0.0:
             found.append("held")
         elif taken < 1.0:
             found.append("bounded")
-        return "; ".join(found) or None
-
-    mended = torch.zeros_like(usable) if broken is None else broken
-    columns = (n.tolist(), usable.tolist(), fraction.tolist(), nonfinite.tolist(), mended.tolist())
-    kinds = passed_over or [None] * len(n)
-    return [describe(*each) for each in zip(*columns, kinds, strict=True)]
+        events.append("; ".join(found) or None)
+    return events
 
 
 def to_rows(

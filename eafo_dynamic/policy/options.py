@@ -15,7 +15,8 @@ from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.find.sites import Selection
 from eafo_dynamic.internals.checks import at_least, flag, number
 from eafo_dynamic.policy.policies import Policy, Rule, Static, make_rules
-from eafo_dynamic.policy.schedule import Schedule, TrustRegion
+from eafo_dynamic.policy.schedule import Schedule
+from eafo_dynamic.policy.trust_region import TrustRegion
 
 __all__ = ["Options"]
 

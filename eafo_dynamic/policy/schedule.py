@@ -1,17 +1,14 @@
-"""When update rounds run and how far they may go: schedule and trust region (Theory, section 5)."""
+"""When samples are collected and when update rounds run."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.internals.checks import at_least, number
+from eafo_dynamic.internals.checks import at_least
 
-__all__ = ["Epochs", "Pace", "Schedule", "TrustRegion"]
+__all__ = ["Epochs", "Pace", "Schedule"]
 
 
 @dataclass(frozen=True)
@@ -155,71 +152,6 @@ class Pace:
         self.overrun = max(0, step - since - self.stride)
         self.last, self.stride = step, max(step - since, self.stride - 1)
         return since
-
-
-@dataclass(frozen=True)
-class TrustRegion:
-    """Bounds that keep a correction harmless (Theory, section 5).
-
-    Args:
-        max_eps: kappa, bound of |eps| and |lift|; the slope of f stays within kappa of the base's, since |ghat'| <= 1,
-            with free terms within 1.16 kappa: max over u of (|1 - u^2| + |u|) exp(-u^2 / 2) = 1.157.
-        max_delta: bound of max over z of |c_new(z) - c_old(z)| / sigma at one update round.
-
-    Raises:
-        ConfigError: if a bound is not positive.
-    """
-
-    max_eps: float = 1.0
-    max_delta: float = 0.5
-
-    def __post_init__(self) -> None:
-        for option in ("max_eps", "max_delta"):
-            value = getattr(self, option)
-            if not number(option, value) > 0:
-                raise ConfigError(option, value, "a bound must be positive", "Leave it out for the default.")
-
-    def check_start(self, eps: float) -> None:
-        """Checks a starting value of eps.
-
-        Args:
-            eps: the option eps_init.
-
-        Raises:
-            ConfigError: if it lies outside the trust region.
-        """
-        if not abs(number("eps_init", eps)) <= self.max_eps:
-            raise ConfigError(
-                "eps_init",
-                eps,
-                f"outside the trust region |eps| <= max_eps={self.max_eps}",
-                "Choose a smaller eps_init or a larger max_eps.",
-            )
-
-    def clamp(self, eps: Tensor) -> Tensor:
-        """Eps brought back into the trust region.
-
-        Args:
-            eps: amplitudes, any shape.
-
-        Returns:
-            The amplitudes, none larger than max_eps in absolute value.
-        """
-        return eps.clamp(-self.max_eps, self.max_eps)
-
-    def admissible(self, jumps: Tensor, fractions: Tensor) -> Tensor:
-        """The largest tried fraction of a move whose jump is within bounds.
-
-        Args:
-            jumps: max |c_new - c_old| / sigma of each tried fraction, shape [fractions, sites].
-            fractions: the fractions tried, shape [fractions], from large to small.
-
-        Returns:
-            The fraction to take, shape [sites]; 0 where even the smallest jumps too far or is not finite.
-        """
-        allowed = jumps <= self.max_delta  # false for NaN too
-        first = allowed.to(torch.int8).argmax(0)
-        return torch.where(allowed.any(0), fractions[first], 0.0)
 
 
 @dataclass

@@ -181,7 +181,7 @@ class TestChoice:
         def prepare(device: torch.device, backend: str = "auto") -> None:
             asked.append((device.type, backend))
 
-        for name in ("surgery", "hosting", "standalone"):
+        for name in ("apply.surgery", "apply.hosting", "apply.standalone"):
             monkeypatch.setattr(f"eafo_dynamic.{name}.prepare", prepare)
         model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
         EAFOController.attach(model, backend="eager")

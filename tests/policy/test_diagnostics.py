@@ -48,7 +48,8 @@ def quantiles(n: int = 20_001) -> Tensor:
 
 def describe(old: Functions, new: Functions, samples: Tensor) -> dict[str, Tensor]:
     before = OutputEntropy(old.outputs(samples), R)
-    return diagnostics(samples, moments(samples), before, old, new, delta_eps=new.eps - old.eps)
+    gradient = torch.stack([before.gradient(direction) for direction in old.directions(samples)])
+    return diagnostics(samples, moments(samples), before, old, new, old.amplitudes, gradient)
 
 
 def move(size: float) -> dict[str, Tensor]:
@@ -217,7 +218,8 @@ def test_events_in_words(
     n: int, usable: bool, fraction: float, rolled_back: bool, nonfinite: int, expected: str | None
 ) -> None:
     quiet = (torch.tensor([50, n]), torch.tensor([True, usable]), torch.tensor([1.0, fraction]))
-    found = describe_events(*quiet, rolled_back, torch.tensor([0, nonfinite]))
+    intact = torch.tensor([False, False])
+    found = describe_events(*quiet, rolled_back, torch.tensor([0, nonfinite]), intact, [None, None])
     assert found == ["rolled back" if rolled_back else None, expected]
 
 

@@ -18,7 +18,8 @@ from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.internals.checks import flag, folder, not_negative
 from eafo_dynamic.policy import Entropy, Rule
 from eafo_dynamic.policy.options import Options
-from eafo_dynamic.policy.schedule import Schedule, TrustRegion
+from eafo_dynamic.policy.schedule import Schedule
+from eafo_dynamic.policy.trust_region import TrustRegion
 
 BAD: list[tuple[str, Any]] = [
     ("policy", "greedy"),

@@ -26,7 +26,8 @@ from eafo_dynamic.policy import (
 )
 from eafo_dynamic.policy.controller import EAFOController
 from eafo_dynamic.policy.options import Options
-from eafo_dynamic.policy.schedule import Schedule, TrustRegion
+from eafo_dynamic.policy.schedule import Schedule
+from eafo_dynamic.policy.trust_region import TrustRegion
 
 EPS = torch.tensor([0.1, -0.2, 0.0, 0.5])
 GRADIENT = torch.tensor([2.0, -0.5, 0.0, 1e30])

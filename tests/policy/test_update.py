@@ -26,9 +26,9 @@ from eafo_dynamic.correction.stacked import Functions
 from eafo_dynamic.density import Density, Gaussian, Histogram, gaussian, histogram
 from eafo_dynamic.density.running import RunningDensity, make_estimator
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.policy.moves import bounded_move, compounded, refreshed
+from eafo_dynamic.policy.moves import refreshed
 from eafo_dynamic.policy.rollback import LossWatch
-from eafo_dynamic.policy.schedule import TrustRegion
+from eafo_dynamic.policy.trust_region import TrustRegion, bounded_move
 
 NAMES = ["relu", "gelu", "leaky_relu", "tanh", "relu"]
 CURVED = [1, 3]  # the sites without a closed form

@@ -1,0 +1,200 @@
+"""One update round, top to bottom: samples, entropy, wanted functions, bounded move, commit, rows of the log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.apply.bank import Bank
+from eafo_dynamic.correction.kernels import Workspace, round_kernel
+from eafo_dynamic.correction.stacked import AmplitudeValues, Functions
+from eafo_dynamic.density.running import RunningDensity, make_estimator
+from eafo_dynamic.density.statistics import Moments
+from eafo_dynamic.internals.checks import fitting
+from eafo_dynamic.policy.amplitudes import Amplitudes
+from eafo_dynamic.policy.diagnostics import describe_events, diagnostics, to_rows
+from eafo_dynamic.policy.estimates import OutputEntropy, Pooled, pooled
+from eafo_dynamic.policy.moves import refreshed, reverted, with_finite_amplitudes
+from eafo_dynamic.policy.options import Options
+from eafo_dynamic.policy.policies import Policy
+from eafo_dynamic.policy.rollback import LossWatch
+from eafo_dynamic.policy.trust_region import bounded_move
+from eafo_dynamic.records.schema import Record
+
+__all__ = ["Rounds"]
+
+
+class Rounds:
+    """The update rounds of one model: what a round does, and what it leaves for the next.
+
+    S is the number of sites, n the number of samples per site; a site has one amplitude per term.
+
+    Args:
+        bank: the sites' tensors.
+        policies: of every site, S of them.
+        options: see Options.
+
+    Attributes:
+        amplitudes: the sites' amplitudes under their policies.
+        density: the running estimate of every site's density.
+        losses: the training loss since the last round, for ``rollback_factor``.
+        gradient: dH_r/d amplitude of the last round in nats, shape [terms, S], 0 where a site had too few samples;
+            None before the first round.
+        count: rounds so far.
+    """
+
+    def __init__(self, bank: Bank, policies: Sequence[Policy], options: Options) -> None:
+        self._bank, self._policies, self._options = bank, policies, options
+        self._region = options.trust_region
+        self._kernel = round_kernel(options.backend)
+        self._workspace = Workspace()
+        self.amplitudes = Amplitudes(bank, policies)
+        self.density = RunningDensity(make_estimator(options.density), options.momentum)
+        self.losses = LossWatch(options.rollback_factor)
+        self.gradient: Tensor | None = None
+        self.count = 0
+        self._last = bank.functions().amplitudes  # as the last round left them
+        self._replaced: Functions | None = None  # what the last round put others in place of
+
+    @torch.no_grad()
+    def run(self, step: int, epoch: int) -> list[Record]:
+        """Runs one round now.
+
+        Args:
+            step: optimiser steps taken so far, for the log.
+            epoch: for the log.
+
+        Returns:
+            One row per site.
+        """
+        # samples of all ranks since the last round, and their moments
+        collected = self._collected()
+        samples, moments = collected.samples, collected.stats
+        usable = _has_spread(moments)
+
+        # the functions now, the entropy H_r of their outputs, and dH_r/d amplitude (Theory, section 4, (1'))
+        functions, broken = with_finite_amplitudes(self._bank.functions(self._kernel), self._last)
+        outputs, directions = functions.outputs_and_directions(samples, self._workspace)
+        entropy = OutputEntropy(outputs, self._options.resolution, self._kernel, self._workspace)
+        by_amplitude = torch.stack([entropy.gradient(direction) for direction in directions])
+        self.gradient = torch.where(usable, by_amplitude, 0.0).nan_to_num().to(functions.eps.dtype)
+
+        # the functions wanted: the earlier ones if the last round made the loss jump, else what the policies ask for
+        undone = self._replaced if self.losses.jumped(collected.losses) else None
+        if undone is not None:
+            wanted = reverted(functions, undone, self._trained(functions))
+        else:
+            wanted = self._with_moved_amplitudes(functions, usable)
+            wanted = self._with_followed_shapes(wanted, samples, moments, usable)
+
+        # as much of the way as the trust region admits
+        new, fraction = bounded_move(functions, wanted, self._region)
+        self._bank.commit(functions, new)
+
+        # rows of the log
+        columns = diagnostics(samples, moments, entropy, functions, new, self._last, by_amplitude)
+        columns.update(dead_fraction=collected.dead, n_nonfinite=collected.nonfinite)
+        events = describe_events(
+            moments.n, usable, fraction, undone is not None, collected.nonfinite, broken, collected.passed_over
+        )
+
+        # what the next round needs
+        may_undo = self._options.rollback_factor is not None and undone is None
+        self._replaced = functions if may_undo else None
+        self._last = new.amplitudes
+        self.count += 1
+        return self._rows(step, epoch, columns, events)
+
+    def _collected(self) -> Pooled:
+        """What all ranks have collected since the last round; the only collective of a round."""
+        drained, passed_over = self._bank.drain()
+        losses = self.losses.drain().to(self._bank.device)
+        return pooled(drained, losses, passed_over, self._options.samples_per_site, self._kernel)
+
+    def _with_moved_amplitudes(self, functions: Functions, usable: Tensor) -> Functions:
+        """The functions with amplitudes where the policies want them; those that the loss trains stay."""
+        assert self.gradient is not None
+        wanted = replace(functions, eps=self._moved(functions.eps, self.gradient[0], usable))
+        if functions.lift is not None:
+            wanted = replace(wanted, lift=self._moved(functions.lift, self.gradient[1], usable))
+        return wanted
+
+    def _moved(self, amplitudes: Tensor, gradient: Tensor, usable: Tensor) -> Tensor:
+        moved = self._region.clamp(self.amplitudes.moved(amplitudes, gradient))
+        return torch.where(usable, moved, amplitudes)
+
+    def _with_followed_shapes(
+        self, functions: Functions, samples: Tensor, moments: Moments, usable: Tensor
+    ) -> Functions:
+        """The functions with shapes that fit the running density, where the policy follows the data."""
+        follows = self.amplitudes.follows.to(usable.device)
+        if not follows.any():
+            return functions
+        density = self.density.follow(samples, usable, moments)
+        return refreshed(functions, density, usable & follows, self._options.resolution)
+
+    def _trained(self, functions: Functions) -> Tensor:
+        """Sites whose amplitudes the optimiser moves, shape [S], bool."""
+        return torch.tensor([policy.trains_eps for policy in self._policies], device=functions.eps.device)
+
+    def _rows(self, step: int, epoch: int, columns: Mapping[str, Tensor], events: Sequence[str | None]) -> list[Record]:
+        heads: list[Record] = [{"step": step, "epoch": epoch, "site": name} for name in self._bank.names]
+        policies = [policy.name for policy in self._policies]
+        tails = [{"policy": name, "event": event} for name, event in zip(policies, events, strict=True)]
+        return to_rows(heads, columns, tails)
+
+    def forget(self) -> None:
+        """Forgets what ties the next round to the last one; call where another training begins."""
+        self.losses = LossWatch(self._options.rollback_factor)
+        self.gradient = None
+        self._replaced = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all ranks agree on; tensors and primitives only.
+
+        Returns:
+            The state. The functions themselves are in the model's own state_dict.
+        """
+        return {
+            "rounds": self.count,
+            "running": self.density.state_dict(),
+            "gradient": None if self.gradient is None else self.gradient.flatten(),
+            "eps_before": self._last.eps,
+            "lift_before": self._last.lift,
+            "losses": self.losses.state_dict(),
+            "undo": None if self._replaced is None else self._replaced.tensors(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what ``state_dict`` gave.
+
+        Args:
+            state: of the same sites; the model's own weights are restored already.
+
+        Raises:
+            ValueError: if a tensor does not fit.
+        """
+        now = self._bank.functions()
+        self.count = int(state["rounds"])
+        lift = None if now.lift is None else fitting(state["lift_before"], now.lift)
+        self._last = AmplitudeValues(fitting(state["eps_before"], now.eps), lift)
+        self.gradient = None
+        if state["gradient"] is not None:
+            like = now.eps.unsqueeze(0) if now.lift is None else torch.stack([now.eps, now.lift])
+            self.gradient = fitting(state["gradient"], like.flatten()).view_as(like)
+        self.density.load_state_dict(state["running"], now.eps)
+        self._replaced = None
+        if state["undo"] is not None:
+            before = {name: fitting(value, getattr(now, name)) for name, value in state["undo"].items()}
+            self._replaced = replace(now, **before)
+        self.losses.load_state_dict(state["losses"])
+
+
+def _has_spread(moments: Moments) -> Tensor:
+    """Sites whose samples suffice for an estimate, shape [S], bool."""
+    finite = moments.std.isfinite() & moments.mean.isfinite()
+    return finite & (moments.n >= 2) & (moments.std > 0)

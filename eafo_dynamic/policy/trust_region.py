@@ -1,0 +1,117 @@
+"""The trust region: how large an amplitude may be, and how far a function may move in one round (Theory, section 5)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.correction.shape import HALF_WIDTH, KNOTS
+from eafo_dynamic.correction.stacked import Functions
+from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.internals.checks import number
+
+__all__ = ["TrustRegion", "bounded_move"]
+
+_FRACTIONS = (1.0, 0.5, 0.25, 0.125, 0.0625)
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """Bounds that keep a correction harmless (Theory, section 5).
+
+    Args:
+        max_eps: kappa, bound of |eps| and |lift|; the slope of f stays within kappa of the base's, since |ghat'| <= 1,
+            with free terms within 1.16 kappa: max over u of (|1 - u^2| + |u|) exp(-u^2 / 2) = 1.157.
+        max_delta: bound of max over z of |c_new(z) - c_old(z)| / sigma at one update round.
+
+    Raises:
+        ConfigError: if a bound is not positive.
+    """
+
+    max_eps: float = 1.0
+    max_delta: float = 0.5
+
+    def __post_init__(self) -> None:
+        for option in ("max_eps", "max_delta"):
+            value = getattr(self, option)
+            if not number(option, value) > 0:
+                raise ConfigError(option, value, "a bound must be positive", "Leave it out for the default.")
+
+    def check_start(self, eps: float) -> None:
+        """Checks a starting value of eps.
+
+        Args:
+            eps: the option eps_init.
+
+        Raises:
+            ConfigError: if it lies outside the trust region.
+        """
+        if not abs(number("eps_init", eps)) <= self.max_eps:
+            raise ConfigError(
+                "eps_init",
+                eps,
+                f"outside the trust region |eps| <= max_eps={self.max_eps}",
+                "Choose a smaller eps_init or a larger max_eps.",
+            )
+
+    def clamp(self, eps: Tensor) -> Tensor:
+        """Eps brought back into the trust region.
+
+        Args:
+            eps: amplitudes, any shape.
+
+        Returns:
+            The amplitudes, none larger than max_eps in absolute value.
+        """
+        return eps.clamp(-self.max_eps, self.max_eps)
+
+    def admissible(self, jumps: Tensor, fractions: Tensor) -> Tensor:
+        """The largest tried fraction of a move whose jump is within bounds.
+
+        Args:
+            jumps: max |c_new - c_old| / sigma of each tried fraction, shape [fractions, sites].
+            fractions: the fractions tried, shape [fractions], from large to small.
+
+        Returns:
+            The fraction to take, shape [sites]; 0 where even the smallest jumps too far or is not finite.
+        """
+        allowed = jumps <= self.max_delta  # false for NaN too
+        first = allowed.to(torch.int8).argmax(0)
+        return torch.where(allowed.any(0), fractions[first], 0.0)
+
+
+def bounded_move(old: Functions, new: Functions, region: TrustRegion) -> tuple[Functions, Tensor]:
+    """The largest tried part of a move that keeps max over z of |c_taken(z) - c_old(z)| / sigma within max_delta.
+
+    sigma is the larger one of the functions taken and the old ones; z runs over the tables' range of both, knot by
+    knot. A function that is not finite or has no scale is never taken.
+
+    Args:
+        old: the functions now.
+        new: the functions wanted.
+        region: the bounds.
+
+    Returns:
+        The functions to take and the part of the way, shape [S]; 0 where nothing was admissible.
+    """
+    jumps = [_jump(old, new)]
+    if bool((jumps[0] <= region.max_delta).all()):  # as nearly always: then the smaller parts need no look
+        return new, torch.ones_like(old.eps)
+    fractions = torch.tensor(_FRACTIONS, device=old.eps.device, dtype=old.eps.dtype)
+    jumps += [_jump(old, old.towards(new, part.expand_as(old.eps))) for part in fractions[1:]]
+    fraction = region.admissible(torch.stack(jumps), fractions)
+    return old.towards(new, fraction), fraction
+
+
+def _jump(old: Functions, new: Functions) -> Tensor:
+    """Max |c_new - c_old| / sigma, shape [S]; NaN where the new function cannot be used."""
+    # every second point is a knot of the tables, the others lie between
+    grid = torch.linspace(-HALF_WIDTH, HALF_WIDTH, 2 * KNOTS - 1, device=old.eps.device, dtype=old.eps.dtype)
+    z = torch.cat([side.shape[:, :1] + side.sigma * grid for side in (old, new)], dim=-1)
+    jump = (new.correction(z) - old.correction(z)).abs().amax(-1) / torch.maximum(old.sigma, new.sigma)[:, 0]
+    finite = new.eps.isfinite() if new.lift is None else (new.eps + new.lift).isfinite()
+    sound = finite & new.shape.isfinite().all(-1) & (new.shape[:, 1] > 0)
+    return torch.where(sound, jump, math.nan)
