@@ -12,6 +12,7 @@ __all__ = [
     "LogError",
     "PatternError",
     "SiteError",
+    "UnsupportedTorchError",
     "interruptible",
     "legible",
     "one_line",
@@ -69,6 +70,20 @@ class SiteError(EAFOError, RuntimeError):
 
 class LogError(EAFOError, ValueError):
     """A correction log is missing, damaged, foreign or of a newer schema; the message names the file."""
+
+
+class UnsupportedTorchError(EAFOError, RuntimeError):
+    """One feature needs a private part of torch that the installed version does not have; the rest works.
+
+    Args:
+        feature: what does not work.
+        version: of torch.
+        missing: the part.
+        remedy: what to do instead.
+    """
+
+    def __init__(self, feature: str, version: str, missing: str, remedy: str) -> None:
+        super().__init__(f"{feature} needs {missing}, which torch {version} does not have. {remedy}")
 
 
 def one_line(error: BaseException) -> str:

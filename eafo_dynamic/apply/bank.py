@@ -16,6 +16,7 @@ from eafo_dynamic.correction.bases import Base, as_base
 from eafo_dynamic.correction.kernels import RoundKernel
 from eafo_dynamic.correction.stacked import Functions
 from eafo_dynamic.errors import SiteError
+from eafo_dynamic.internals.torch_internals import clamp_all_, copy_all_
 
 __all__ = ["Bank"]
 
@@ -143,14 +144,14 @@ class Bank:
         """
         eps, shapes, tables, offsets, lifts = map(_present, self._columns())
         with torch.no_grad():
-            torch._foreach_copy_(eps, _moved(eps, old.eps, new.eps))
-            torch._foreach_copy_(shapes, new.shape.unbind())
+            copy_all_(eps, _moved(eps, old.eps, new.eps))
+            copy_all_(shapes, new.shape.unbind())
             if old.lift is not None and new.lift is not None:
-                torch._foreach_copy_(lifts, _moved(lifts, old.lift, new.lift))
+                copy_all_(lifts, _moved(lifts, old.lift, new.lift))
             if tables:
-                torch._foreach_copy_(tables, new.tables.unbind())
+                copy_all_(tables, new.tables.unbind())
             if offsets and new.offsets is not None:
-                torch._foreach_copy_(offsets, new.offsets.unbind())
+                copy_all_(offsets, new.offsets.unbind())
 
     def drain(self) -> tuple[list[tuple[Tensor, Tensor]], list[str | None]]:
         """Hands out what every site has collected since the last round, and forgets it.
@@ -194,8 +195,7 @@ class Bank:
         """
         outside = [each.detach() for each in self.amplitudes if not _is_within(each, bound)]
         if outside:
-            torch._foreach_clamp_min_(outside, -bound)
-            torch._foreach_clamp_max_(outside, bound)
+            clamp_all_(outside, bound)
 
 
 def _is_within(amplitude: Tensor, bound: float) -> bool:

@@ -16,16 +16,24 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from eafo_dynamic.apply.recompute import check_compiled_part, current_hooks, region_since, replace_recomputation
+from eafo_dynamic.apply.recompute import check_compiled_part, region_since
 from eafo_dynamic.apply.site import Site
 from eafo_dynamic.correction.kernels import is_correctable, known_function
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.find.functional import function_name, in_compiled_graph, is_inplace, with_input_first
+from eafo_dynamic.find.functional import function_name, is_inplace, with_input_first
 from eafo_dynamic.find.places import Calls, Places
 from eafo_dynamic.find.written import Node, Tracker
+from eafo_dynamic.internals.torch_internals import (
+    checkpointed_region,
+    in_compiled_graph,
+    push_mode,
+    running_backward,
+    switch_off,
+    wrap_recomputation,
+)
 
 __all__ = [
     "STACK",
@@ -54,7 +62,7 @@ class Owner(Protocol):
 class _Frame:
     """One running forward of an owner: which of its shared activations and functions it has called, and how often."""
 
-    __slots__ = ("calls", "depth", "grad", "hooks", "is_forward", "mode", "owner", "task", "tracker")
+    __slots__ = ("calls", "depth", "grad", "is_forward", "mode", "owner", "region", "task", "tracker")
 
     def __init__(self, owner: Owner, is_forward: bool = True, calls: Calls | None = None) -> None:
         self.owner = owner
@@ -64,9 +72,9 @@ class _Frame:
         self.mode: TorchFunctionMode | None = None
         self.tracker = Tracker(owner.eafo_written) if owner.eafo_written else None
         if is_compiling():
-            self.grad, self.hooks, self.task = False, None, -1
+            self.grad, self.region, self.task = False, None, -1
         else:
-            self.grad, self.hooks, self.task = torch.is_grad_enabled(), current_hooks(), _graph_task()
+            self.grad, self.region, self.task = torch.is_grad_enabled(), checkpointed_region(), running_backward()
 
 
 class _FrameStack(threading.local):
@@ -81,7 +89,7 @@ STACK = _FrameStack()
 
 def _graph_task() -> int:
     """Number of the backward that this code runs in; -1 outside any."""
-    return -1 if is_compiling() else torch._C._current_graph_task_id()
+    return -1 if is_compiling() else running_backward()
 
 
 def in_backward() -> bool:
@@ -139,7 +147,7 @@ def route(key: str) -> tuple[Owner | None, Site | None]:
 def _follow_recomputation(frame: _Frame, site: Site | None) -> None:
     """If this call lies in a checkpointed part of the frame, sees to it that the recomputation finds the frame."""
     try:
-        region = region_since(frame.hooks, frame.grad)
+        region = region_since(frame.region, frame.grad)
     except SiteError:
         if site is None:
             return  # left alone in the forward, and in whatever becomes of it
@@ -147,7 +155,7 @@ def _follow_recomputation(frame: _Frame, site: Site | None) -> None:
     if region is None or getattr(region, "eafo_followed", False):
         return
     region.eafo_followed = True
-    outside = [each for each in STACK.frames if region_since(each.hooks, each.grad) is region]
+    outside = [each for each in STACK.frames if region_since(each.region, each.grad) is region]
     kept = [(each.owner, each.is_forward, Calls(recomputes=each.calls)) for each in outside]
 
     def around(recompute: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,7 +165,7 @@ def _follow_recomputation(frame: _Frame, site: Site | None) -> None:
 
         return again
 
-    replace_recomputation(region, around)
+    wrap_recomputation(region, around)
 
 
 @contextmanager
@@ -297,7 +305,7 @@ def open_frame(owner: Owner, is_forward: bool = True, by_place: bool = False) ->
     """
     frames = STACK.frames
     outer = frames[-1].mode if frames else None
-    off = outer is not None and _switch_off(outer)
+    off = outer is not None and switch_off(outer)
     frames.append(_Frame(owner, is_forward, Calls(by_place)))
     return outer if off else None
 
@@ -312,7 +320,7 @@ def close_frame(outer: TorchFunctionMode | None, ended: bool = False) -> None:
     frame = STACK.frames.pop()
     frame.mode = None  # the two would keep each other, and the tensors that were followed, until garbage is collected
     if outer is not None:
-        _push_mode(outer)
+        push_mode(outer)
     if ended and frame.calls.guessed and not frame.owner.eafo_name:
         _tell_of_parts(frame)
 
@@ -376,17 +384,3 @@ def function_mode() -> TorchFunctionMode:
     frame = STACK.frames[-1]
     frame.mode = mode = _FunctionMode(frame)
     return mode
-
-
-def _switch_off(mode: TorchFunctionMode) -> bool:
-    """Takes a mode off the top of the stack of modes.
-
-    Returns:
-        Whether it was there; if not, somebody else's mode lies on top of it.
-    """
-    top = _pop_mode()
-    # the compiler does not always know two ways to the same object for one
-    if is_compiling() or top is mode:
-        return True
-    _push_mode(top)
-    return False

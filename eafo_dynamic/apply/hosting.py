@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -33,6 +32,7 @@ from eafo_dynamic.find.functional import unbound
 from eafo_dynamic.find.places import Places
 from eafo_dynamic.find.wrapped import ACTIVATION, ENTRY_POINTS, Wrapped, class_before, derived_class, rebased
 from eafo_dynamic.find.written import Node
+from eafo_dynamic.internals.torch_internals import hide_from_compiler
 
 __all__ = ["Hosting", "become", "revert"]
 
@@ -205,7 +205,7 @@ def _counted(method: Callable[..., Any], name: str) -> Callable[..., Any]:
     return entry
 
 
-@_disable_dynamo  # torch.compiler.disable, but the compiler is imported by the first call: it takes a second
+@hide_from_compiler
 def _uncompiled(
     owner: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_forward: bool
 ) -> Any:

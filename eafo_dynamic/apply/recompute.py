@@ -6,37 +6,32 @@ recomputed is given, the first time a site is asked inside it, a function that o
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch.utils import checkpoint as _checkpoint
+from torch.utils.checkpoint import CheckpointFunction
 
 from eafo_dynamic.errors import SiteError
+from eafo_dynamic.internals.torch_internals import (
+    autograd_context,
+    callers,
+    checkpointed_region,
+    code_of,
+    compiler_option,
+    constant_result,
+    current_frame,
+)
 
-__all__ = ["check_compiled_part", "current_hooks", "foreign_function", "region_since", "replace_recomputation"]
+__all__ = ["check_compiled_part", "region_since"]
 
-_REENTRANT = _checkpoint.CheckpointFunction.forward.__code__
-_TOP_HOOKS = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks
-_APPLY = cast(Any, torch.autograd.Function.apply).__func__.__code__
-
-
-def current_hooks() -> Any:
-    """The saved-tensor hooks in force, by which non-reentrant checkpointing knows its region.
-
-    Returns:
-        Their pack function; None without any.
-    """
-    hooks = _TOP_HOOKS(True)
-    return None if hooks is None else hooks[0]
+_REENTRANT = CheckpointFunction.forward.__code__
 
 
-def region_since(hooks: Any, grad: bool) -> Any:
+def region_since(before: Any, grad: bool) -> Any:
     """The innermost checkpointed region that has begun since a frame was entered.
 
     Args:
-        hooks: ``current_hooks()`` when the frame was entered.
+        before: ``checkpointed_region()`` when the frame was entered.
         grad: whether gradients were enabled then.
 
     Returns:
@@ -45,69 +40,31 @@ def region_since(hooks: Any, grad: bool) -> Any:
     Raises:
         SiteError: inside another library's kind of checkpointing, which cannot be followed.
     """
-    pack = current_hooks()
-    if pack is not hooks and pack is not None and getattr(pack, "__qualname__", "").startswith("_checkpoint_hook"):
-        cells = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
-        return cells["frame"].cell_contents
+    region = checkpointed_region()
+    if region is not None and region is not before:
+        return region
     if grad and not torch.is_grad_enabled():
         return _reentrant_region()
     return None
 
 
 def _reentrant_region() -> Any:
-    python_frame = sys._getframe(1)
-    while python_frame is not None:
-        code = python_frame.f_code
+    for frame in callers(current_frame(1)):
+        context = autograd_context(frame)
+        if context is None:
+            continue
+        code = code_of(frame)
         if code is _REENTRANT:
-            return python_frame.f_locals["ctx"]
-        context = python_frame.f_locals.get("ctx") if code.co_name == "forward" else None
-        if isinstance(context, torch.autograd.function.FunctionCtx):
-            raise SiteError(
-                f"{code.co_filename}:{code.co_firstlineno} runs a part of a module's forward inside an autograd "
-                "function of its own; whether it will be recomputed, and with which corrections, cannot be known. Use "
-                "torch.utils.checkpoint, run whole modules in it, or exclude the activations inside."
-            )
-        python_frame = python_frame.f_back
+            return context
+        raise SiteError(
+            f"{code.co_filename}:{code.co_firstlineno} runs a part of a module's forward inside an autograd "
+            "function of its own; whether it will be recomputed, and with which corrections, cannot be known. Use "
+            "torch.utils.checkpoint, run whole modules in it, or exclude the activations inside."
+        )
     return None
 
 
-def foreign_function() -> str:
-    """The autograd function whose forward is running, torch's own checkpointing not counted.
-
-    Returns:
-        Its name; empty outside any.
-    """
-    python_frame = sys._getframe(1)
-    while python_frame is not None:
-        if python_frame.f_code is _APPLY:
-            function = python_frame.f_locals["cls"]
-            if function is not _checkpoint.CheckpointFunction:
-                return str(function.__name__)
-        python_frame = python_frame.f_back
-    return ""
-
-
-def replace_recomputation(region: Any, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Puts a function around a region's recomputation.
-
-    Args:
-        region: from ``region_since``.
-        around: makes the new function from the present one.
-
-    Raises:
-        SiteError: if this version of torch keeps its recomputation elsewhere.
-    """
-    for name in ("recompute_fn", "run_function"):
-        present = getattr(region, name, None)
-        if present is not None:
-            setattr(region, name, around(present))
-            return
-    raise SiteError(
-        f"activation checkpointing of torch {torch.__version__} cannot be followed inside a module's forward. "
-        "Checkpoint whole modules, or exclude the activations inside."
-    )
-
-
+@constant_result
 def check_compiled_part(owner: str) -> None:
     """Refuses, while the compiler is at work, a part whose recomputation would find no frame.
 
@@ -118,11 +75,8 @@ def check_compiled_part(owner: str) -> None:
         SiteError: unless torch is told to make the frames again.
     """
     flag = "skip_fwd_side_effects_in_bwd_under_checkpoint"
-    if not getattr(cast(Any, torch)._dynamo.config, flag, False):
+    if not compiler_option(flag):
         raise SiteError(
             f"{owner or 'the model'}: torch.compile cannot follow a part of its forward that is checkpointed with "
             f"use_reentrant=True. Checkpoint with use_reentrant=False, or set torch._dynamo.config.{flag} = True."
         )
-
-
-vars(check_compiled_part)["_dynamo_marked_constant"] = True  # assume_constant_result without importing the compiler

@@ -29,6 +29,14 @@ from eafo_dynamic.correction.kernels import (
 from eafo_dynamic.correction.shape import correction_shape, is_closed_form, table_half_width, tabulate
 from eafo_dynamic.density.estimators import Density, Gaussian
 from eafo_dynamic.density.statistics import Collector
+from eafo_dynamic.internals.torch_internals import (
+    forget,
+    own_buffers,
+    own_parameters,
+    running_backward,
+    transforms_active,
+    version_of,
+)
 
 __all__ = [
     "Form",
@@ -144,7 +152,7 @@ class Site:
     collector: Collector = field(default_factory=Collector)
     function: tuple[str, dict[str, object]] | None = None
     enabled: bool = True
-    _zero_seen: tuple[tuple[tuple[int, int], ...], bool] | None = field(default=None, init=False, repr=False)
+    _zero_seen: tuple[tuple[tuple[int, int | None], ...], bool] | None = field(default=None, init=False, repr=False)
 
     @functools.cached_property
     def keys(self) -> tuple[str, str, str, str, str]:
@@ -184,9 +192,7 @@ class Site:
             host: where they are registered.
         """
         for key in self.keys:
-            host._parameters.pop(key, None)
-            host._buffers.pop(key, None)
-            vars(host).pop(key, None)
+            forget(host, key)
 
     def tensors(self, host: nn.Module) -> _Tensors:
         """The site's tensors, as its keys name them.
@@ -201,7 +207,7 @@ class Site:
             eps, shape, table, offset, lift = (getattr(host, key) for key in self.keys)
             return eps, shape, table, offset, lift
         # a module's own __getattr__ takes ten times as long as a look where it looks; a loop would take twice as long
-        parameters, buffers = host._parameters, host._buffers
+        parameters, buffers = own_parameters(host), own_buffers(host)
         eps, shape, table, offset, lift = self.keys
         return (
             parameters[eps] if eps in parameters else getattr(host, eps),
@@ -258,9 +264,9 @@ class Site:
         if not self.enabled:
             return True
         first, _, _, settled, last = self.keys
-        if settled in host._buffers or getattr(host, settled) is not None:
+        if settled in own_buffers(host) or getattr(host, settled) is not None:
             return False
-        parameters = host._parameters
+        parameters = own_parameters(host)
         eps: Any = parameters[first] if first in parameters else getattr(host, first)
         lift: Any = parameters[last] if last in parameters else getattr(host, last)
         if (eps.requires_grad or (lift is not None and lift.requires_grad)) and torch.is_grad_enabled():
@@ -275,7 +281,7 @@ class Site:
         Returns:
             Whether it is; False where it cannot be read.
         """
-        if is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+        if is_compiling() or torch.jit.is_tracing() or transforms_active():
             return False
         far = False
         for each in amplitudes:
@@ -290,7 +296,10 @@ class Site:
     def _seen_zero(self, amplitudes: tuple[Tensor, ...], training: bool) -> bool:
         if any(each.is_meta or each.is_inference() for each in amplitudes):
             return False
-        stamp = tuple((each.data_ptr(), each._version) for each in amplitudes)
+        versions = [version_of(each) for each in amplitudes]
+        if None in versions:
+            return False
+        stamp = tuple(zip((each.data_ptr() for each in amplitudes), versions, strict=True))
         if self._zero_seen is None or self._zero_seen[0] != stamp:
             if training or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
                 return False
@@ -370,7 +379,7 @@ def _recomputing() -> bool:
     Returns:
         Whether it does.
     """
-    return not is_compiling() and torch._C._current_graph_task_id() != -1
+    return not is_compiling() and running_backward() != -1
 
 
 def describe_state(eps: Tensor, shape: Tensor, backend: Backend = "auto", lift: Tensor | None = None) -> str:

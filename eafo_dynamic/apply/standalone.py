@@ -22,6 +22,7 @@ from eafo_dynamic.correction.kernels import Terms, correction_value, is_correcta
 from eafo_dynamic.correction.shape import table_half_width
 from eafo_dynamic.density.estimators import Density
 from eafo_dynamic.find.wrapped import CarriesCorrection
+from eafo_dynamic.internals.torch_internals import own_buffers, own_parameters
 
 __all__ = ["CRReLU", "CorrectedActivation"]
 
@@ -138,9 +139,9 @@ class CorrectedActivation(CarriesCorrection, nn.Module):
 
     def _own(self, name: str) -> Any:
         """A tensor by its name: a look where a module's own __getattr__ looks takes a tenth of its time."""
-        found = self._buffers.get(name)
+        found = own_buffers(self).get(name)
         if found is None:
-            found = self._parameters.get(name)
+            found = own_parameters(self).get(name)
         return getattr(self, name) if found is None else found
 
     def extra_repr(self) -> str:

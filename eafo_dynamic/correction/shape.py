@@ -19,6 +19,7 @@ from eafo_dynamic.density.estimators import Density, Gaussian
 from eafo_dynamic.entropy.grids import fourier_size, smooth, to_double, transform
 from eafo_dynamic.entropy.output import SmoothedOutput
 from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.internals.torch_internals import constant_result
 
 __all__ = [
     "HALF_WIDTH",
@@ -47,6 +48,7 @@ _TAPER = 1.0  # standard deviations over which shapes and tables fade out at the
 _SQRT_2PI = math.sqrt(2 * math.pi)
 
 
+@constant_result
 def table_half_width() -> float:
     """HALF_WIDTH; torch.compile with dynamic=True takes any other global number for one that may change.
 
@@ -54,10 +56,6 @@ def table_half_width() -> float:
         The same.
     """
     return HALF_WIDTH
-
-
-# what torch.compiler.assume_constant_result does, without importing the compiler: a second for every user
-vars(table_half_width)["_dynamo_marked_constant"] = True
 
 
 class Shape:

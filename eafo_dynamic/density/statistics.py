@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from eafo_dynamic.internals.torch_internals import transforms_active
 
 __all__ = [
     "Collector",
@@ -58,6 +59,11 @@ def _places(numel: int, count: int, like: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or type(like) is not Tensor:
         return _spread(numel, count, like.device)
     return _kept_spread(numel, count, like.device)
+
+
+def _is_wrapper(z: Tensor) -> bool:
+    """Whether a tensor is a subclass that wraps others, by the methods that ``torch.compile`` knows one by."""
+    return type(z) is not Tensor and hasattr(z, "__tensor_flatten__") and hasattr(z, "__tensor_unflatten__")
 
 
 def _is_channels_last(z: Tensor) -> bool:
@@ -132,11 +138,11 @@ class Collector:
         Args:
             z: pre-activations, any shape and layout, floating point.
         """
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if not torch.compiler.is_compiling() and transforms_active():
             return
         z = z.detach()
         count = min(z.numel(), self.quota)
-        if not torch.compiler.is_compiling() and is_traceable_wrapper_subclass(z):
+        if not torch.compiler.is_compiling() and _is_wrapper(z):
             self.passed_over = type(z).__name__  # has no numbers of its own
         elif count and not z.is_meta:
             last = _is_channels_last(z)

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import eafo_dynamic.experiments  # noqa: F401  # pyright: ignore[reportUnusedImport] (YAML may name its classes without a path)
 from eafo_dynamic.errors import ConfigError, EAFOError, one_line
+from eafo_dynamic.internals.torch_internals import code_of, variable_of
 
 __all__ = ["TRAINING_OPTIONS", "configured", "quieten"]
 
@@ -80,7 +81,7 @@ def _plain_errors() -> Generator[None]:
         raise EAFOError(str(error)) from None
     except RecursionError as error:
         *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-        if "jsonargparse" in innermost.f_code.co_filename:
+        if "jsonargparse" in code_of(innermost).co_filename:
             raise EAFOError("the configuration holds a part that contains itself, by an anchor of YAML") from None
         raise
     except Exception as error:
@@ -107,17 +108,17 @@ def _inner(error: BaseException | None) -> EAFOError | None:
 
 def _of_trainer(error: Exception) -> EAFOError | None:
     """What the Trainer says when it is made: that one of its options has a value that it does not know."""
-    calls = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    calls = [code_of(frame).co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
     return EAFOError(f"trainer: {one_line(error)}") if "instantiate_trainer" in calls else None
 
 
 def _of_checkpoint(error: Exception) -> EAFOError | None:
     """What went wrong while Lightning restored a checkpoint: the file's fault or its model's, not the training's."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        code = frame.f_code
+        code = code_of(frame)
         connector = code.co_filename.endswith("checkpoint_connector.py")
         if (connector and re.match("_?(resume|restore)", code.co_name)) or code.co_name == "_parse_ckpt_path":
-            path = frame.f_locals.get("checkpoint_path") or frame.f_locals.get("ckpt_path")
+            path = variable_of(frame, "checkpoint_path") or variable_of(frame, "ckpt_path")
             where = "" if path is None else f"={str(path)!r}"
             return EAFOError(f"ckpt_path{where}: cannot be read, or does not fit this model ({one_line(error)})")
     return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 import types
 import warnings
@@ -12,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
-from eafo_dynamic.apply.recompute import foreign_function
 from eafo_dynamic.correction.kernels import describe, is_correctable, size_of
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.find.beneath import Kernels, uncompiled
+from eafo_dynamic.find.beneath import listening, uncompiled
 from eafo_dynamic.find.channels import channel_dim, mark_channels
+from eafo_dynamic.find.foreign import foreign_function
 from eafo_dynamic.find.functional import (
     function_name,
     hyper_parameters,
@@ -33,8 +31,11 @@ from eafo_dynamic.find.probe import structural_copy
 from eafo_dynamic.find.trace import SOFT_CAP, Call, Frame, Trace
 from eafo_dynamic.find.wrapped import ENTRY_POINTS, CarriesCorrection
 from eafo_dynamic.find.written import WRITTEN, Made, Tracker, parts
+from eafo_dynamic.internals.torch_internals import caller_of, code_of, current_frame
 
 __all__ = ["trace_calls"]
+
+_OPERATORS = (type(torch.ops.aten.relu), type(torch.ops.aten.relu.default))
 
 
 class _Running:
@@ -76,7 +77,7 @@ class _Listener(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = with_input_first(func, args, kwargs)
-        shows = not isinstance(func, (OpOverload, OpOverloadPacket))  # torch.ops.aten.relu cannot be corrected
+        shows = not isinstance(func, _OPERATORS)  # torch.ops.aten.relu cannot be corrected
         self.here.functions += shows
         try:
             out = func(*args, **kwargs)
@@ -196,7 +197,7 @@ class _Listener(TorchFunctionMode):
     def _note(self, running: _Running, func: Any, name: str, args: Any, kwargs: Any, out: Tensor) -> Call:
         call = Call(running.frame.module, self.path(), size_of(args[0]), name, hyper_parameters(name, args, kwargs))
         call.inplace = out is args[0]
-        call.hidden_from_compiler = is_hidden_from_compiler(func, sys._getframe(2).f_code)  # past the mode's own
+        call.hidden_from_compiler = is_hidden_from_compiler(func, code_of(current_frame(2)))  # past the mode's own
         call.channel_dim = channel_dim(args[0])
         if name in ("sigmoid", "hardsigmoid"):
             call.role, call.reason = "gate", "a gate, not a hidden activation"
@@ -209,9 +210,9 @@ class _Listener(TorchFunctionMode):
         return self._noted(call)
 
     def _noted(self, call: Call) -> Call:
-        here = sys._getframe(2)
+        here: types.FrameType | None = current_frame(2)
         if call.function is None:
-            here = here.f_back  # past the activation's own forward, which is not in the path
+            here = caller_of(here)  # past the activation's own forward, which is not in the path
         call.places = chain(here, _ENTRIES, _traced.__code__)
         call.in_method = self.lineage is not None and in_method(here, _ENTRIES)
         self.trace.calls.append(call)
@@ -336,7 +337,7 @@ def _traced(model: nn.Module, activations: Mapping[str, str], run: Callable[[nn.
         with (
             warnings.catch_warnings(),
             uncompiled(),
-            Kernels(listener.hear_kernel, listener.hear_control_flow),
+            listening(listener.hear_kernel, listener.hear_control_flow),
             listener,
         ):
             warnings.simplefilter("ignore")  # they concern the dry run (no gradient), or come again in training

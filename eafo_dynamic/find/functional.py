@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from types import CodeType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +16,13 @@ from torch.overrides import get_overridable_functions
 from eafo_dynamic.correction.bases import Base, as_base
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.find.written import WRITTEN, written_base, written_node
+from eafo_dynamic.internals.torch_internals import function_namespace
 
 __all__ = [
     "WRITTEN",
     "function_base",
     "function_name",
     "hyper_parameters",
-    "in_compiled_graph",
     "is_function_of_name",
     "is_hidden_from_compiler",
     "is_inplace",
@@ -64,7 +63,7 @@ def _function_table() -> dict[Any, str]:
     spellings = {spelling: name for name in _HYPER for spelling in (name, f"{name}_")} | _OTHER_NAMES
     table: dict[Any, str] = {}
     # not torch.ops.aten: compiled code calls those operators too
-    for home in (F, torch, torch.Tensor, torch.special, cast(Any, torch._C)._nn):
+    for home in (F, torch, torch.Tensor, torch.special, function_namespace):
         for spelling, name in spellings.items():
             found = getattr(home, spelling, None)
             if found is not None:
@@ -158,24 +157,6 @@ def is_hidden_from_compiler(func: Any, caller: CodeType) -> bool:
 def _shown_by_compiler() -> frozenset[Any]:
     """Functions of torch that its compiler shows to modes: those that it calls overridable."""
     return frozenset(func for group in get_overridable_functions().values() for func in group)
-
-
-def in_compiled_graph() -> bool:
-    """Whether a function that a TorchFunctionMode is shown is called by a graph that torch.compile has made.
-
-    Returns:
-        Whether it is.
-    """
-    if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:
-        return False
-    python_frame = sys._getframe(2)
-    for _ in range(3):  # functions of Python lie between: F.relu and handle_torch_function
-        if python_frame is None:
-            break
-        if python_frame.f_code.co_filename.startswith("<eval_with_key>"):
-            return hasattr(python_frame.f_locals.get("self"), "compile_subgraph_reason")  # a user's graph has none
-        python_frame = python_frame.f_back
-    return False
 
 
 def is_function_of_name(name: str) -> bool:

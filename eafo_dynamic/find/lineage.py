@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from eafo_dynamic.find.channels import CONVOLUTIONS
 from eafo_dynamic.find.trace import Call, Trace
+from eafo_dynamic.internals.torch_internals import caller_of, code_of, variable_of
 
 __all__ = ["Lineage", "in_method", "is_product"]
 
@@ -151,15 +152,15 @@ def in_method(frame: FrameType | None, entries: Collection[CodeType]) -> bool:
         Whether it is; methods of the module that has been entered do not count.
     """
     others: list[nn.Module] = []
-    while frame is not None and frame.f_code not in entries:
-        code = frame.f_code
-        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    while frame is not None and code_of(frame) not in entries:
+        code = code_of(frame)
+        owner = variable_of(frame, code.co_varnames[0]) if code.co_argcount else None
         if isinstance(owner, nn.Module):
             method = inspect.getattr_static(type(owner), code.co_name, None)
             if getattr(inspect.unwrap(method) if callable(method) else None, "__code__", None) is code:
                 others.append(owner)
-        frame = frame.f_back
-    entered = None if frame is None else frame.f_locals["module"]
+        frame = caller_of(frame)
+    entered = None if frame is None else variable_of(frame, "module")
     return any(other is not entered and _learns(other) for other in others)
 
 

@@ -15,6 +15,8 @@ from types import CodeType, FrameType
 
 import torch
 
+from eafo_dynamic.internals.torch_internals import caller_of, callers, code_of, current_frame, instruction_of
+
 __all__ = ["Calls", "Places", "chain", "shortest"]
 
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
@@ -27,7 +29,7 @@ _known: dict[tuple[int, int], tuple[CodeType, str]] = {}  # the code is kept, so
 
 def _place(frame: FrameType) -> str:
     """The place at which a function of the user's code is; empty for code of torch and of this package's machinery."""
-    code, at = frame.f_code, frame.f_lasti
+    code, at = code_of(frame), instruction_of(frame)
     known = _known.get((id(code), at))
     if known is None:
         if len(_known) >= _MOST_KNOWN:
@@ -61,12 +63,13 @@ def chain(frame: FrameType | None, entries: Collection[CodeType], outermost: Cod
         The places in the user's code, innermost first.
     """
     pieces: list[list[str]] = [[]]
-    while frame is not None and frame.f_code is not outermost:
-        if frame.f_code in entries:
+    for each in callers(frame):
+        if code_of(each) is outermost:
+            break
+        if code_of(each) in entries:
             pieces.append([])
-        elif place := _place(frame):
+        elif place := _place(each):
             pieces[-1].append(place)
-        frame = frame.f_back
     return pieces
 
 
@@ -150,7 +153,7 @@ class Places:
             if place and place not in node.nodes:
                 return ()
             node = node.nodes[place] if place else node
-            frame = frame.f_back
+            frame = caller_of(frame)
         return () if node.nodes or node is self._root else node.calls
 
 
@@ -197,7 +200,7 @@ class Calls:
         if len(made) < count:  # calls in graphs of torch.compile, which go by their order
             made.extend(range(len(made), count))
         after = made[-1] + 1 if made else 0
-        here = () if places is None else places.find(sys._getframe())
+        here = () if places is None else places.find(current_frame())
         if here:
             longer = bool(made) and made[-1] in here  # a loop, of more turns than in the example; else begun anew
             made.append(next((call for call in here if call >= after), here[-1 if longer else 0]))

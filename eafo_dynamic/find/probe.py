@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from eafo_dynamic.errors import SiteError
+from eafo_dynamic.internals.torch_internals import MODULE_TABLES
 
 __all__ = ["forked_random_states", "structural_copy"]
 
@@ -70,7 +71,7 @@ def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
     shared: dict[int, Any] = {}
     for module in model.modules():
         for key, value in vars(module).items():
-            if key in ("_modules", "_parameters", "_buffers") or isinstance(value, (nn.Module, Tensor)):
+            if key in MODULE_TABLES or isinstance(value, (nn.Module, Tensor)):
                 continue
             try:
                 copy.deepcopy(value, dict(memo))

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from eafo_dynamic.correction.bases import as_base
 from eafo_dynamic.find.behaviour import is_soft_cap, looks_like_activation, may_call_functions
@@ -29,6 +28,7 @@ from eafo_dynamic.find.trace import SOFT_CAP, Call, Frame, Trace
 from eafo_dynamic.find.unreached import taken_over
 from eafo_dynamic.find.wrapped import CarriesCorrection, Wrapped, is_activation, plain_view
 from eafo_dynamic.find.written import WRITTEN
+from eafo_dynamic.internals.torch_internals import tree_map
 
 __all__ = ["FoundSite", "Selection", "SiteReport", "find_sites", "forked_random_states", "matches"]
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.internals.checks import not_negative
+from eafo_dynamic.internals.torch_internals import OTHERS_PER_GROUP, RATES_PER_GROUP, inner_schedulers
 
 __all__ = ["GROUP_NAME", "LR_MULTIPLE", "check_group", "own_group"]
 
@@ -19,9 +20,6 @@ GROUP_NAME = "eafo"
 # learning rate of eps over that of the model: measured over ten tasks, see examples/results; the paper has 1
 LR_MULTIPLE = 3.0
 
-# how torch's schedulers, and those written after them (timm), name their lists with an entry a parameter group
-_RATES_PER_GROUP = ("lrs", "_last_lr", "base_values")
-_OTHERS_PER_GROUP = ("lambdas", "momentums")
 # entries of a parameter group that are learning rates
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
@@ -307,7 +305,7 @@ def _flatten(schedulers: Iterable[Any]) -> list[Any]:
     flat: list[Any] = []
     for scheduler in schedulers:
         flat.append(scheduler)
-        flat.extend(_flatten(getattr(scheduler, "_schedulers", ())))
+        flat.extend(_flatten(inner_schedulers(scheduler)))
     return flat
 
 
@@ -321,7 +319,7 @@ def _save_first(scheduler: Any, count: int) -> None:
 
     def state_dict(self: Any) -> dict[str, Any]:
         state: dict[str, Any] = kind.state_dict(self)
-        names = (*_RATES_PER_GROUP, *_OTHERS_PER_GROUP)
+        names = (*RATES_PER_GROUP, *OTHERS_PER_GROUP)
         return {k: v[:count] if isinstance(v, list) and k.endswith(names) else v for k, v in state.items()}
 
     # schedulers save every attribute of the instance, so that the method cannot be one
@@ -332,7 +330,7 @@ def _extend(scheduler: Any, count: int, source: int, scale: Any) -> None:
     """Gives every per-group list of a scheduler an entry for the new group."""
     for name, value in vars(scheduler).items():
         if isinstance(value, list) and len(value) == count:
-            if name.endswith(_RATES_PER_GROUP):
+            if name.endswith(RATES_PER_GROUP):
                 value.append(value[source] * scale)
-            elif name.endswith(_OTHERS_PER_GROUP):
+            elif name.endswith(OTHERS_PER_GROUP):
                 value.append(value[source])

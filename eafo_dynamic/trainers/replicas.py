@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from eafo_dynamic.apply.hosting import Hosting
 from eafo_dynamic.density.statistics import world_size
 from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.internals.torch_internals import DDP_IGNORED, own_buffers, tree_map_only
 
 __all__ = ["Replicas", "average_gradients", "check_strategy", "everyones"]
 
-_IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks for names to leave alone
 _SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
 
@@ -78,8 +77,8 @@ class Replicas:
         self.model = model
         self._amplitudes = amplitudes
         self._depth = 0
-        self._ignored_before: Any = vars(model).get(_IGNORED)
-        vars(model)[_IGNORED] = self
+        self._ignored_before: Any = vars(model).get(DDP_IGNORED)
+        vars(model)[DDP_IGNORED] = self
         self._hooks = [
             model.register_forward_pre_hook(self._enter),
             model.register_forward_hook(self._leave, always_call=True),
@@ -89,10 +88,10 @@ class Replicas:
         """Takes everything back; what DistributedDataParallel has been told, it keeps."""
         for hook in self._hooks:
             hook.remove()
-        if vars(self.model).get(_IGNORED) is self:
-            del vars(self.model)[_IGNORED]
+        if vars(self.model).get(DDP_IGNORED) is self:
+            del vars(self.model)[DDP_IGNORED]
             if self._ignored_before is not None:
-                vars(self.model)[_IGNORED] = self._ignored_before
+                vars(self.model)[DDP_IGNORED] = self._ignored_before
 
     def __iter__(self) -> Iterator[str]:
         """Names to leave alone, as they are when DistributedDataParallel asks.
@@ -101,10 +100,10 @@ class Replicas:
             The user's own, then the sites' buffers.
         """
         before = self._ignored_before
-        yield from getattr(type(self.model), _IGNORED, ()) if before is None else before
+        yield from getattr(type(self.model), DDP_IGNORED, ()) if before is None else before
         for name, module in self.model.named_modules():
             keys = {key for site in module.eafo_sites for key in site.keys} if isinstance(module, Hosting) else set()
-            for key in sorted(keys & set(module._buffers)):  # pyright: ignore[reportAttributeAccessIssue]
+            for key in sorted(keys & own_buffers(cast(nn.Module, module)).keys()):
                 yield f"{name}.{key}" if name else key
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:

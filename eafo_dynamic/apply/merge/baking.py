@@ -15,6 +15,7 @@ from eafo_dynamic.apply.site import Site, register
 from eafo_dynamic.apply.standalone import CorrectedActivation
 from eafo_dynamic.apply.surgery import hosted_sites
 from eafo_dynamic.find.functional import function_name
+from eafo_dynamic.internals.torch_internals import forget, hook_tables
 
 __all__ = ["Baked", "Plan", "State", "apply_plan", "plan_of"]
 
@@ -200,13 +201,13 @@ def _moved(module: nn.Module) -> nn.Module:
     """A second object with a module's class and state, without its hooks, which stay with the first."""
     base = type(module).__new__(type(module))
     vars(base).update(vars(module))
-    vars(base).update({key: value for key, value in vars(nn.Module()).items() if "_hook" in key})
+    vars(base).update(hook_tables(nn.Module()))
     return base
 
 
 def _take_place(module: nn.Module, other: nn.Module) -> None:
     """Makes a module the other, so that whoever refers to it has the other."""
-    hooks = {key: value for key, value in vars(module).items() if "_hook" in key}
+    hooks = hook_tables(module)
     module.__class__ = type(other)
     module.__dict__ = {**vars(other), **hooks, "training": module.training}
 
@@ -216,7 +217,6 @@ def _corrected(base: nn.Module, state: State) -> CorrectedActivation:
     tensors = state._asdict()
     corrected.channel_dim = tensors.pop("channel_dim")
     for key, value in tensors.items():
-        corrected._buffers.pop(key, None)
-        vars(corrected).pop(key, None)
+        forget(corrected, key)
         register(corrected, key, value)
     return corrected.train(base.training)

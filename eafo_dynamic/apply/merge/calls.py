@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from types import FrameType
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.errors import SiteError
+from eafo_dynamic.internals.torch_internals import callers, current_frame
 
 __all__ = ["CallCounter", "CorrectedCalls", "Order"]
 
@@ -66,7 +66,7 @@ class CallCounter:
         """
         here = None
         if not torch.compiler.is_compiling():
-            here = sys._getframe(1)
+            here = current_frame(1)
             _forget_interrupted(here)
         _RUNNING.forwards.append(_Forward(owner, self.orders, {}, here))
 
@@ -80,10 +80,7 @@ def _forget_interrupted(here: FrameType | None) -> None:
     forwards = _RUNNING.forwards
     if not forwards:
         return
-    alive: set[int] = set()
-    while here is not None:
-        alive.add(id(here))
-        here = here.f_back
+    alive = {id(frame) for frame in callers(here)}
     while forwards and forwards[-1].python_frame is not None and id(forwards[-1].python_frame) not in alive:
         forwards.pop()
 

@@ -17,6 +17,7 @@ from eafo_dynamic.apply.merge.calls import CallCounter, CorrectedCalls
 from eafo_dynamic.apply.merge.graph import MergedGraph, export
 from eafo_dynamic.apply.standalone import CorrectedActivation
 from eafo_dynamic.errors import ConfigError, SiteError
+from eafo_dynamic.internals.torch_internals import forward_pre_hooks
 
 __all__ = ["FORMATS", "GRAPH_FORMATS", "check_output", "load_merged", "save_merged"]
 
@@ -100,7 +101,7 @@ def _places(model: nn.Module) -> list[dict[str, Any]]:
     """Where the corrected functions of a merged model are: primitives only."""
     orders: dict[str, dict[str, list[int | None]]] = {}
     for name, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
+        for hook in forward_pre_hooks(module):
             counter = getattr(hook, "__self__", None)
             for called, order in counter.orders.items() if isinstance(counter, CallCounter) else ():
                 orders.setdefault(called, {})[name] = list(order)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map
 
 from eafo_dynamic.apply.surgery import hosted_sites
 from eafo_dynamic.errors import SiteError
+from eafo_dynamic.internals.torch_internals import forget, own_buffers, own_parameters, share_tables, tree_map
 
 __all__ = ["MergedGraph", "export", "graph_of"]
 
@@ -38,8 +38,7 @@ class MergedGraph(nn.Module):
         graph = program.module()
         self.program = program
         # the same tables, so that moving and loading act on the graph; it is no child, so that names stay
-        for part in ("_parameters", "_buffers", "_modules"):
-            vars(self)[part] = vars(graph)[part]
+        share_tables(self, graph)
         vars(self)["graph"] = graph
         self.training = training
 
@@ -167,8 +166,8 @@ def _rename(graph: GraphModule) -> None:
         if node.op == "get_attr" and key.startswith(_OURS):
             node.target = f"{owner}.{_THEIRS}{key.removeprefix(_OURS)}".lstrip(".")
     for module in graph.modules():
-        for table in (module._parameters, module._buffers):
-            for key in [key for key in table if key.startswith(_OURS)]:
-                value = cast(Tensor, table.pop(key))
-                module.register_buffer(_THEIRS + key.removeprefix(_OURS), value.detach().clone())
+        for key, value in {**own_parameters(module), **own_buffers(module)}.items():
+            if key.startswith(_OURS):
+                forget(module, key)
+                module.register_buffer(_THEIRS + key.removeprefix(_OURS), cast(Tensor, value).detach().clone())
     graph.recompile()

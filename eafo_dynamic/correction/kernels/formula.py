@@ -16,6 +16,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from eafo_dynamic.correction.kernels.terms import Terms
+from eafo_dynamic.internals.torch_internals import (
+    CAN_SWITCH_FORWARD_MODE,
+    forward_mode,
+    forward_mode_active,
+    transforms_active,
+)
 
 __all__ = ["MAX_U", "bell", "correction", "correction_of", "correction_value", "ghat_closed_form", "ghat_table"]
 
@@ -173,7 +179,7 @@ def _neutral_zeros(c: Tensor, eps: Tensor) -> Tensor:
         c with every zero negative; its derivative by c is 1 everywhere, at zeros too, where a constant's would be 0.
     """
     readable = eps.dim() == 0 and eps.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and not torch._C._are_functorch_transforms_active() and eps.item() != 0.0:
+    if readable and not transforms_active() and eps.item() != 0.0:
         return c
     # a product, since Triton's minus is 0 - x, which never gives -0.0
     return torch.where(c == 0, (c.detach() - c) * -1.0, c)
@@ -233,7 +239,7 @@ class _CorrectionInBothModes(_Correction):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         # torch calls this with forward mode off, also for the levels around this one, whose derivatives that would cut
-        with forward_ad._set_fwd_grad_enabled(True):
+        with forward_mode():
             return _along(tangents, ctx.half_width, *map(_primal, ctx.saved_tensors))
 
 
@@ -295,6 +301,9 @@ def correction(
     Returns:
         c(z), of the shape and dtype of z; differentiable in z, eps and lift, also twice.
     """
-    function = _Correction if torch.compiler.is_compiling() else _CorrectionInBothModes
+    compiling = torch.compiler.is_compiling()
+    if not CAN_SWITCH_FORWARD_MODE and not compiling and (forward_mode_active() or transforms_active()):
+        return _neutral_zeros(correction_value(z, eps, shape, table, offset, half_width, lift), eps)
+    function = _Correction if compiling else _CorrectionInBothModes
     result: Tensor = function.apply(z, eps, shape, table, offset, half_width, lift)  # pyright: ignore[reportAssignmentType]
     return result

@@ -10,8 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from eafo_dynamic.correction.kernels.choice import Backend, demanded_kernel
@@ -20,6 +18,15 @@ from eafo_dynamic.correction.kernels.formula import correction_of
 from eafo_dynamic.correction.kernels.known import NOTHING, Known
 from eafo_dynamic.correction.kernels.native import NativeKernel, native_kernel
 from eafo_dynamic.correction.kernels.terms import Terms, is_dense, uninitialised_like
+from eafo_dynamic.internals.torch_internals import (
+    direct_apply,
+    dispatch_modes,
+    forward_mode_active,
+    is_batch_of_gradients,
+    is_transformed,
+    is_view,
+    transforms_active,
+)
 
 __all__ = ["corrected", "corrected_"]
 
@@ -71,7 +78,7 @@ def corrected(
         return out + correction_of(z, terms).to(out.dtype)
     function = NOTHING if known is None else known
     if _wants_gradient(z, terms):
-        c: Tensor = _apply(z, terms.eps, terms.lift, terms, function, kernel)  # pyright: ignore[reportAssignmentType]
+        c: Tensor = _apply(z, terms.eps, terms.lift, terms, function, kernel)
     else:
         c = _forward(z, terms, function, kernel)
     return c if known is not None else base(z) + c
@@ -100,13 +107,13 @@ def corrected_(
     if kernel is None or known is None:
         kept = _twin(z, z)  # the backward needs what is about to be overwritten
         values = corrected(kept, lambda x: base(_twin(x, z)), terms, known, backend)
-        watched = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        watched = transforms_active() or forward_mode_active()
         if watched or is_compiling() or torch.jit.is_tracing() or type(z) not in _PLAIN:
             return z.copy_(values)
-        out: Tensor = _Overwritten.apply(z, values, z._is_view())  # pyright: ignore[reportAssignmentType]
+        out: Tensor = _Overwritten.apply(z, values, is_view(z))  # pyright: ignore[reportAssignmentType]
         return out
     if _wants_gradient(z, terms):
-        copy = z.clone() if z._is_view() else None
+        copy = z.clone() if is_view(z) else None
         outputs: Any = _apply_in_place(copy, z, terms.eps, terms.lift, terms, known, kernel)
         return outputs[0] if copy is None else outputs
     _overwrite(z, _twin(z, z), terms, known, kernel)
@@ -127,8 +134,8 @@ def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
     if not (on_gpu or z.is_cpu) or (eps.dim() and not is_dense(z)):
         return None
     # transforms, tracers and modes that watch operations must see operations; so must what a transform has left behind
-    watched = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
-    if watched or forward_ad._current_level >= 0 or torch._C._is_tracing() or is_functorch_wrapped_tensor(z):
+    watched = transforms_active() or dispatch_modes() > 0 or forward_mode_active()
+    if watched or torch.jit.is_tracing() or is_transformed(z):
         return None
     same = eps.device == terms.shape.device == z.device if on_gpu else eps.is_cpu and terms.shape.is_cpu
     if not same:
@@ -176,7 +183,7 @@ def _overwrite(z: Tensor, kept: Tensor, terms: Terms, known: Known, kernel: _Ker
 def _twin(values: Tensor, z: Tensor) -> Tensor:
     """A copy with the strides of z: torch's loops over gaps differ from those over dense memory in the last bit."""
     plain = type(z) in _PLAIN and z.layout == torch.strided and not is_compiling()
-    if not plain or is_dense(z) or torch._C._are_functorch_transforms_active():
+    if not plain or is_dense(z) or transforms_active():
         return values.clone()
     return torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device=z.device).copy_(values)
 
@@ -301,14 +308,14 @@ class _CorrectedInPlace(torch.autograd.Function):
         return None, by_z, by_eps, by_lift, None, None, None
 
 
-# without Function.apply's own look for transforms, which no arguments of ours are part of
-_apply: Any = super(torch.autograd.Function, _Corrected).apply  # pyright: ignore[reportAttributeAccessIssue]
-_apply_in_place: Any = super(torch.autograd.Function, _CorrectedInPlace).apply  # pyright: ignore[reportAttributeAccessIssue]
+# no arguments of ours are part of a transform, see _kernel_for
+_apply = direct_apply(_Corrected)
+_apply_in_place = direct_apply(_CorrectedInPlace)
 
 
 def _is_plain(grad: Tensor, z: Tensor) -> bool:
     """Whether the gradient is a tensor with memory of its own: not one of a transform or of a batch of gradients."""
-    batched = is_legacy_batchedtensor(grad) or torch._C._are_functorch_transforms_active()
+    batched = is_batch_of_gradients(grad) or transforms_active()
     return type(grad) in _PLAIN and grad.dtype == z.dtype and not batched
 
 

@@ -11,9 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eafo_dynamic.internals.torch_internals import gradient_kernel
+
 __all__ = ["INSIDE", "NOTHING", "Known", "known_function", "known_module", "known_pointwise"]
 
 _ATEN: Any = torch.ops.aten
+_GRADIENTS: dict[str, Any] = {
+    name: gradient_kernel(name)
+    for name in (
+        "elu", "gelu", "hardswish", "leaky_relu", "mish", "sigmoid", "silu", "softplus", "tanh", "threshold",
+    )
+}  # fmt: skip
 _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  # alpha, scale; as in torch
 
 
@@ -45,33 +53,33 @@ NOTHING = Known(_minus_zeros, _minus_zeros)
 
 def _relu() -> Known:
     # autograd keeps the output; the input has the same sign and is kept anyway
-    return Known(torch.relu, lambda g, z: _ATEN.threshold_backward.default(g, z, 0), 1)
+    return Known(torch.relu, lambda g, z: _GRADIENTS["threshold"](g, z, 0), 1)
 
 
 def _leaky_relu(negative_slope: float = 0.01) -> Known:
     def gradient(g: Tensor, z: Tensor) -> Tensor:
-        return _ATEN.leaky_relu_backward.default(g, z, negative_slope, False)
+        return _GRADIENTS["leaky_relu"](g, z, negative_slope, False)
 
     return Known(lambda z: _ATEN.leaky_relu.default(z, negative_slope), gradient, 1, negative_slope)
 
 
 def _gelu(approximate: str = "none") -> Known:
     def gradient(g: Tensor, z: Tensor) -> Tensor:
-        return _ATEN.gelu_backward.default(g, z, approximate=approximate)
+        return _GRADIENTS["gelu"](g, z, approximate=approximate)
 
     return Known(lambda z: _ATEN.gelu.default(z, approximate=approximate), gradient, 4 if approximate == "tanh" else 3)
 
 
 def _silu() -> Known:
-    return Known(_ATEN.silu.default, lambda g, z: _ATEN.silu_backward.default(g, z), 2)
+    return Known(_ATEN.silu.default, lambda g, z: _GRADIENTS["silu"](g, z), 2)
 
 
 def _mish() -> Known:
-    return Known(_ATEN.mish.default, lambda g, z: _ATEN.mish_backward.default(g, z))
+    return Known(_ATEN.mish.default, lambda g, z: _GRADIENTS["mish"](g, z))
 
 
 def _hardswish() -> Known:
-    return Known(_ATEN.hardswish.default, lambda g, z: _ATEN.hardswish_backward.default(g, z))
+    return Known(_ATEN.hardswish.default, lambda g, z: _GRADIENTS["hardswish"](g, z))
 
 
 def _elu(alpha: float = 1.0) -> Known:
@@ -84,27 +92,27 @@ def _selu() -> Known:
 
 def _scaled_elu(alpha: float, scale: float) -> Known:
     def gradient(g: Tensor, z: Tensor) -> Tensor:
-        return _ATEN.elu_backward.default(g, alpha, scale, 1.0, False, z)
+        return _GRADIENTS["elu"](g, alpha, scale, 1.0, False, z)
 
     return Known(lambda z: _ATEN.elu.default(z, alpha, scale), gradient)
 
 
 def _tanh() -> Known:
-    return Known(torch.tanh, lambda g, z: _ATEN.tanh_backward.default(g, torch.tanh(z)))
+    return Known(torch.tanh, lambda g, z: _GRADIENTS["tanh"](g, torch.tanh(z)))
 
 
 def _sigmoid() -> Known:
-    return Known(torch.sigmoid, lambda g, z: _ATEN.sigmoid_backward.default(g, torch.sigmoid(z)))
+    return Known(torch.sigmoid, lambda g, z: _GRADIENTS["sigmoid"](g, torch.sigmoid(z)))
 
 
 def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Known:
     def gradient(g: Tensor, z: Tensor) -> Tensor:
-        return _ATEN.softplus_backward.default(g, z, beta, threshold)
+        return _GRADIENTS["softplus"](g, z, beta, threshold)
 
     return Known(lambda z: _ATEN.softplus.default(z, beta, threshold), gradient)
 
 
-_MAKERS: dict[type[nn.Module], tuple[str, Callable[..., Known], tuple[str, ...]]] = {
+_ALL: dict[type[nn.Module], tuple[str, Callable[..., Known], tuple[str, ...]]] = {
     nn.ReLU: ("relu", _relu, ()),
     nn.LeakyReLU: ("leaky_relu", _leaky_relu, ("negative_slope",)),
     nn.GELU: ("gelu", _gelu, ("approximate",)),
@@ -117,6 +125,8 @@ _MAKERS: dict[type[nn.Module], tuple[str, Callable[..., Known], tuple[str, ...]]
     nn.Sigmoid: ("sigmoid", _sigmoid, ()),
     nn.Softplus: ("softplus", _softplus, ("beta", "threshold")),
 }
+_KERNEL_OF = {"relu": "threshold", "selu": "elu"}  # the others have one of their own name
+_MAKERS = {kind: entry for kind, entry in _ALL.items() if _GRADIENTS[_KERNEL_OF.get(entry[0], entry[0])] is not None}
 _FUNCTIONS = {name: (maker, keys) for name, maker, keys in _MAKERS.values()}
 
 

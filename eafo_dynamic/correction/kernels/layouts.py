@@ -11,6 +11,7 @@ from torch.masked import MaskedTensor
 
 from eafo_dynamic.correction.kernels.formula import correction_of
 from eafo_dynamic.correction.kernels.terms import Terms
+from eafo_dynamic.internals.torch_internals import jagged_dim, nested_like, nested_sizes
 
 __all__ = ["corrected_nested", "describe", "is_correctable", "per_channel", "size_of", "values_of"]
 
@@ -118,18 +119,15 @@ def values_of(z: Tensor) -> Tensor:
     values = cast(Any, z).values()
     if z.layout == torch.jagged or not values.numel():
         return values
-    last = _sizes(z)[:, -1:].unique()
+    last = nested_sizes(z)[:, -1:].unique()
     return values.view(-1, int(last)) if last.numel() == 1 else values
 
 
 def _with_values(z: Tensor, values: Tensor) -> Tensor:
     """A nested tensor of the structure of z, differentiable by its values."""
-    nested = cast(Any, z)
     if z.layout == torch.jagged:
-        return torch.nested.nested_tensor_from_jagged(values, nested.offsets(), jagged_dim=nested._ragged_idx)
-    return cast(Any, torch)._nested_view_from_buffer(
-        values.reshape(-1), _sizes(z), nested._nested_tensor_strides(), nested._nested_tensor_storage_offsets()
-    )
+        return torch.nested.nested_tensor_from_jagged(values, cast(Any, z).offsets(), jagged_dim=jagged_dim(z))
+    return nested_like(z, values.reshape(-1))
 
 
 def _is_distributed(value: Tensor) -> bool:
@@ -141,7 +139,3 @@ def _is_distributed(value: Tensor) -> bool:
 def _is_packed(z: Tensor) -> bool:
     """Whether a nested tensor's values lie one after the other, without holes."""
     return cast(Any, z).lengths() is None if z.layout == torch.jagged else z.is_contiguous()
-
-
-def _sizes(z: Tensor) -> Tensor:
-    return cast(Any, z)._nested_tensor_size()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic
 
 __all__ = ["Terms", "channels_of", "flat", "is_dense", "uninitialised_like"]
+
+_DETERMINISTIC: Any = deterministic  # torch's type hints do not have its one option
 
 
 class Terms(NamedTuple):
@@ -71,13 +74,13 @@ def uninitialised_like(values: Tensor) -> Tensor:
     Returns:
         A tensor that holds anything.
     """
-    if not torch._C._get_deterministic_algorithms() or not torch._C._get_deterministic_fill_uninitialized_memory():
+    if not torch.are_deterministic_algorithms_enabled() or not _DETERMINISTIC.fill_uninitialized_memory:
         return torch.empty_like(values)
-    torch._C._set_deterministic_fill_uninitialized_memory(False)
+    _DETERMINISTIC.fill_uninitialized_memory = False
     try:
         return torch.empty_like(values)
     finally:
-        torch._C._set_deterministic_fill_uninitialized_memory(True)
+        _DETERMINISTIC.fill_uninitialized_memory = True
 
 
 def channels_of(z: Tensor, eps: Tensor) -> tuple[int, int] | None:

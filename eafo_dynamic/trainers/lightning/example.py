@@ -19,11 +19,11 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.find.sites import Selection, SiteReport, find_sites, forked_random_states
+from eafo_dynamic.internals.torch_internals import may_be_compiled, tree_map
 
 __all__ = [
     "averaging",
@@ -93,8 +93,7 @@ def cannot_wait(trainer: Any, module: Any) -> str:
     for each in averaging(trainer):
         return f"{type(each).__name__} copies the model before"
     for name, each in module.named_modules():
-        compiled = each._compiled_call_impl is not None or getattr(each, "_compiler_ctx", None) is not None
-        if compiled or type(each).__module__.startswith("torch._dynamo"):
+        if may_be_compiled(each) or getattr(each, "_compiler_ctx", None) is not None:
             return f"{name or type(each).__name__} is compiled"
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         return "training_step takes the batches from an iterator itself"
