@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,22 @@ class ConfigError(EAFOError, ValueError):
     def __init__(self, option: str, value: object, problem: str, mend: str) -> None:
         super().__init__(f"{option}={value!r}: {problem}. {mend}")
         self.option = option
+
+    @classmethod
+    def joined(cls, errors: Sequence[ConfigError]) -> ConfigError:
+        """One error that says what several say, so that a user need not correct one option after the other.
+
+        Args:
+            errors: at least one.
+
+        Returns:
+            An error with all messages on one line; its ``option`` is that of the first.
+        """
+        if len(errors) == 1:
+            return errors[0]
+        error = cls.__new__(cls, " Also: ".join(str(each) for each in errors))
+        error.option = errors[0].option
+        return error
 
 
 class PatternError(EAFOError, ValueError):

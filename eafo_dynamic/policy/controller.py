@@ -17,6 +17,7 @@ from eafo_dynamic.correction.kernels import resolve_backend
 from eafo_dynamic.density.statistics import world_size
 from eafo_dynamic.errors import legible
 from eafo_dynamic.find.sites import SiteReport, find_sites
+from eafo_dynamic.internals.declared import named
 from eafo_dynamic.internals.version import package_versions
 from eafo_dynamic.policy.amplitudes import assigned
 from eafo_dynamic.policy.diagnostics import snapshot
@@ -70,6 +71,7 @@ class EAFOController:
         self._prepare()
 
     @classmethod
+    @named(Options)
     def attach(cls, model: nn.Module, *example_args: Any, **options: Any) -> EAFOController:
         """Wraps a model; one that is wrapped already keeps the corrections it has learned.
 

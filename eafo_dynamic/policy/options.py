@@ -1,10 +1,12 @@
-"""Everything that can be set about the corrections of one model, checked at once."""
+"""Everything that can be set about the corrections of one model, each option defined once: ``Options``."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,102 +16,322 @@ from eafo_dynamic.density.running import make_estimator
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.find.sites import Selection
 from eafo_dynamic.internals.checks import at_least, flag, number
+from eafo_dynamic.internals.declared import Checked, option, options_class
 from eafo_dynamic.policy.policies import Policy, Rule, Static, make_rules
 from eafo_dynamic.policy.schedule import Schedule
 from eafo_dynamic.policy.trust_region import TrustRegion
 
-__all__ = ["Options"]
+__all__ = ["HOW", "HOW_FAR", "MOVES", "SITES", "WHEN", "Options"]
+
+# headings of the guide's page
+SITES, MOVES, HOW_FAR = "Which sites", "What moves the corrections", "How far they may go"
+WHEN, HOW = "When", "How it is computed"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Everything that can be set about the corrections of one model; all checked at once when it is made.
+def _patterns(name: str, value: object) -> object:
+    several = [value] if isinstance(value, str) else value
+    if not isinstance(several, Sequence) or not all(isinstance(each, str) for each in several):
+        raise ConfigError(name, value, "neither a pattern nor a list of patterns", "Give text, such as 'ReLU'.")
+    return _selects(name, value)
 
-    Args:
-        target_modules: class names, ends of FQNs or regular expressions of the sites to wrap; None: every hidden
-            one.
-        exclude_modules: likewise, of the sites to leave alone.
-        filter_fn: called with (module, FQN); False leaves the site alone.
-        functional: what to do with activations called as functions: "wrap", "warn" (leave alone, say so) or "off".
-        policy: who moves eps: a name, a Policy, or a list of Rules by site of which the first match decides.
-        density: estimate of the pre-activations' density: "gaussian", "histogram" or a function of samples.
-        terms: "tied": one amplitude eps for both terms of the correction, in the proportion that base and density
-            give; "free": an amplitude each, (eps u + lift) exp(-u^2 / 2), with lift from 0, which needs the Gaussian
-            density and no compounding; "auto": free where that can be, and tied with the policy "static", which then
-            is the paper's function on any base.
-        eps_init: starting amplitude.
-        max_eps: bound of |eps| and |lift|.
-        max_delta: bound of max |c_new - c_old| / sigma at one update round.
-        update_every_n_steps: optimiser steps, of all optimisers, between update rounds; the first ones come at steps
-            1, 2, 4, 8, ...
-        update_starting_at_step: first step with a round.
-        freeze_at_step: from this step on everything stays; None: never.
-        collect_every_n_steps: optimiser steps between sampled steps; None: at most five a round.
-        samples_per_site: pre-activations a site contributes to a round, over all ranks.
-        momentum: weight of a new round in the running estimate of the density, in (0, 1].
-        per_channel: one amplitude a channel in place of one a site; the log then shows their mean.
-        compounding: each round settles the correction so far and corrects the corrected function, in place of
-            refreshing the correction of the base.
-        resolution: r of the resolution-r entropy, in standard deviations of the output.
-        backend: what computes activations: "native", compiled from C on this machine, on a CPU; "triton", on CUDA;
-            "eager", torch's operations; "auto", native and triton where they can be had.
-        rollback_factor: undo a round after which the mean training loss is larger than before it by more than this
-            factor; None: never. Needs the losses, see ``EAFOController.observe_loss``.
+
+def _selects(name: str, value: Any) -> object:
+    Selection(**{name: value})
+    return value
+
+
+def _function(name: str, value: object) -> object:
+    if not callable(value):
+        raise ConfigError(name, value, "not a function", "Give a function of (module, FQN) that says whether to wrap.")
+    return value
+
+
+def _policy(name: str, value: Any) -> object:
+    make_rules(value)
+    return value
+
+
+def _density(name: str, value: Any) -> object:
+    make_estimator(value)
+    return value
+
+
+def _terms(name: str, value: object) -> object:
+    if value not in ("auto", "tied", "free"):
+        raise ConfigError(name, value, "unknown", "Choose 'auto', 'tied' or 'free'.")
+    return value
+
+
+def _bound(name: str, value: object) -> float:
+    bound = number(name, value)
+    if not bound > 0:
+        raise ConfigError(name, value, "a bound must be positive", "Leave it out for the default.")
+    return bound
+
+
+def _weight(name: str, value: object) -> float:
+    weight = number(name, value)
+    if not 0.0 < weight <= 1.0:
+        raise ConfigError(name, value, "must lie in (0, 1]", "1 forgets all earlier rounds.")
+    return weight
+
+
+def _resolution(name: str, value: object) -> float:
+    resolution = number(name, value)
+    if not 0.001 <= resolution <= 1.0:
+        raise ConfigError(name, value, "must lie in [0.001, 1]", "The default is 0.1.")
+    return resolution
+
+
+def _factor(name: str, value: object) -> float:
+    factor = number(name, value)
+    if not factor > 1.0:
+        raise ConfigError(name, value, "must be above 1", "Try 1.5.")
+    return factor
+
+
+def _backend(name: str, value: Any) -> Backend:
+    backend = check_backend(value)
+    if backend in ("native", "triton"):
+        resolve_backend(backend)  # an error where there is no compiler, or no GPU
+    return backend
+
+
+@options_class
+class Options(Checked):
+    """Everything that can be set about the corrections of one model.
+
+    All of it is checked when the object is made. What each option does stands at its definition below, in the
+    docstring of ``__init__`` and in the guide.
     """
 
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
-    filter_fn: Callable[[nn.Module, str], bool] | None = None
-    functional: str = "wrap"
-    policy: str | Policy | Sequence[Rule] = "learned"
-    density: str | Callable[[Tensor], Density] = "gaussian"
-    terms: str = "auto"
-    eps_init: float = 0.01
-    max_eps: float = 1.0
-    max_delta: float = 0.5
-    update_every_n_steps: int = 50
-    update_starting_at_step: int = 0
-    freeze_at_step: int | None = None
-    collect_every_n_steps: int | None = None
-    samples_per_site: int = 4096
-    momentum: float = 0.5
-    per_channel: bool = False
-    compounding: bool = False
-    resolution: float = 0.1
-    backend: Backend = "auto"
-    rollback_factor: float | None = None
+    target_modules: str | Sequence[str] | None = option(
+        default=Selection.target_modules,
+        part=SITES,
+        text=(
+            "class names (`ReLU`), ends of module names (`mlp.act`) or regular expressions over whole module "
+            "names; `None`: every hidden activation"
+        ),
+        check=_patterns,
+        when="to correct some layers only, or an output activation; a pattern that matches nothing is an error",
+    )
+    exclude_modules: str | Sequence[str] | None = option(
+        default=Selection.exclude_modules,
+        part=SITES,
+        text="patterns as in `target_modules`: the sites to leave alone",
+        check=_patterns,
+        when="for gates, and parts that must stay as they are",
+    )
+    filter_fn: Callable[[nn.Module, str], bool] | None = option(
+        default=Selection.filter_fn,
+        part=SITES,
+        text="called with (module, module name); `False` leaves the site alone",
+        check=_function,
+        when="where patterns do not suffice",
+    )
+    functional: str = option(
+        default=Selection.functional,
+        part=SITES,
+        text=(
+            "what to do with activations called as functions (`F.relu(x)`, `x.relu()`, an attribute "
+            '`self.act = F.gelu`): `"wrap"`, `"warn"` (leave them alone and say so) or `"off"`'
+        ),
+        check=_selects,
+        when='`"off"` where only modules are to be touched',
+    )
+    per_channel: bool = option(
+        default=False,
+        part=SITES,
+        text="one amplitude per channel in place of one per site; the log then shows their mean",
+        check=flag,
+        when=(
+            "wide convolutions; costs as many numbers as channels. Channels lie behind the batch after a "
+            "convolution or batch norm, last after a Linear or layer norm, otherwise behind the batch with four "
+            "dimensions or more"
+        ),
+    )
 
-    def __post_init__(self) -> None:
-        _check_patterns("target_modules", self.target_modules)
-        _check_patterns("exclude_modules", self.exclude_modules)
-        if self.filter_fn is not None and not callable(self.filter_fn):
-            mend = "Give a function of (module, FQN) that says whether to wrap."
-            raise ConfigError("filter_fn", self.filter_fn, "not a function", mend)
-        for option in ("per_channel", "compounding"):
-            object.__setattr__(self, option, flag(option, getattr(self, option)))
-        if check_backend(self.backend) in ("native", "triton"):
-            resolve_backend(self.backend)  # an error where there is no compiler, or no GPU
-        _ = (self.selection, self.schedule, make_rules(self.policy), make_estimator(self.density))
-        self._check_terms()
-        self.trust_region.check_start(self.eps_init)
-        if self.compounding and abs(self.eps_init) > self.max_eps / 2:
+    policy: str | Policy | Sequence[Rule] = option(
+        default="learned",
+        part=MOVES,
+        text=(
+            'who moves eps: `"static"` (the paper\'s CRReLU), `"learned"`, `"entropy"`, `"hybrid"`, `"frozen"`, a '
+            "Policy object, or a list of Rules by site, of which the first that matches decides"
+        ),
+        check=_policy,
+        when=(
+            'see [Concepts](concepts.md#who-moves-eps-policies); `"static"` is the baseline, `"entropy"` ignores '
+            "the loss; rules for mixtures"
+        ),
+    )
+    density: str | Callable[[Tensor], Density] = option(
+        default="gaussian",
+        part=MOVES,
+        text=(
+            'estimate of the density of the pre-activations: `"gaussian"`, `"histogram"`, or a function from '
+            "samples of shape (sites, n) to a Density"
+        ),
+        check=_density,
+        when='`"histogram"` where the log\'s `negentropy` is large: heavy tails, skew, several modes',
+    )
+    eps_init: float = option(
+        default=0.01,
+        part=MOVES,
+        text="starting amplitude of every correction",
+        check=number,
+        unit="1",
+        when="`0.0` starts exactly at the plain model, as for fine-tuning",
+    )
+    compounding: bool = option(
+        default=False,
+        part=MOVES,
+        text=(
+            "each round settles the correction so far and corrects the corrected function, in place of refreshing "
+            "the correction of the base"
+        ),
+        check=flag,
+        when="research; then eps has half of `max_eps` to move in",
+    )
+
+    max_eps: float = option(
+        default=1.0,
+        part=HOW_FAR,
+        text=(
+            "bound of |eps| and |lift|: the slope of f stays within this of the base's with tied terms, within "
+            "1.16 times this with free ones"
+        ),
+        check=_bound,
+        unit="1",
+        when=(
+            "0.2 for models that diverge easily; 2 where the log says that eps ends at the bound: see "
+            "[what was measured](../results/2026-11-26-ten-times.md)"
+        ),
+    )
+    terms: str = option(
+        default="auto",
+        part=HOW_FAR,
+        text=(
+            '`"tied"`: one amplitude eps for both terms of the correction, in the proportion that base and '
+            'density give; `"free"`: an amplitude each, `(eps u + lift) exp(-u^2 / 2)` on every base; `"auto"`: '
+            "free where the density is Gaussian, nothing compounds and no policy is `static`, otherwise tied"
+        ),
+        check=_terms,
+        when=(
+            '`"tied"` for one number per site, as in the paper, and where data are few: it gained less and harmed '
+            "nowhere, see [what was measured](../results/2026-11-28-cpu-2core.md)"
+        ),
+    )
+    max_delta: float = option(
+        default=0.5,
+        part=HOW_FAR,
+        text="bound of the change of a function at one update round, max |c_new - c_old|",
+        check=_bound,
+        unit="standard deviations of the pre-activation",
+        when="smaller if the loss jumps at updates; larger if the log says `bounded` all the time",
+    )
+    rollback_factor: float | None = option(
+        default=None,
+        part=HOW_FAR,
+        text=(
+            "undo a round after which the mean training loss is larger than before it by more than this factor; "
+            "`None`: never. Needs the losses: in a loop of your own call `EAFOController.observe_loss`"
+        ),
+        check=_factor,
+        unit="1",
+        when="1.5 as a safety net",
+    )
+
+    update_every_n_steps: int = option(
+        default=50,
+        part=WHEN,
+        text="distance between update rounds; the first ones come at steps 1, 2, 4, 8 and so on",
+        check=partial(at_least, least=1),
+        unit="optimiser steps",
+        when="smaller for short runs; larger where steps are so short that rounds weigh",
+    )
+    update_starting_at_step: int = option(
+        default=0,
+        part=WHEN,
+        text="first step with an update round",
+        check=partial(at_least, least=0),
+        unit="optimiser steps",
+        when="after the warm-up, if the statistics of the first steps mislead",
+    )
+    freeze_at_step: int | None = option(
+        default=None,
+        part=WHEN,
+        text="from this step on nothing is collected, updated or learned; `None`: never",
+        check=partial(at_least, least=0),
+        unit="optimiser steps",
+        when="to end a training with fixed functions",
+    )
+    collect_every_n_steps: int | None = option(
+        default=None,
+        part=WHEN,
+        text="distance between sampled steps; `None`: at most five of them per round",
+        check=partial(at_least, least=1),
+        unit="optimiser steps",
+        when="1 for the broadest sample, the period of the rounds for the cheapest",
+    )
+    samples_per_site: int = option(
+        default=4096,
+        part=WHEN,
+        text="how large a sample a site contributes to a round, over all ranks",
+        check=partial(at_least, least=16),
+        unit="pre-activations",
+        when="more for a smoother histogram and a surer entropy",
+    )
+    momentum: float = option(
+        default=0.5,
+        part=WHEN,
+        text="weight of a new round in the running estimate of the density, in (0, 1]",
+        check=_weight,
+        unit="1",
+        when="smaller for small batches; 1 forgets all earlier rounds",
+    )
+
+    resolution: float = option(
+        default=0.1,
+        part=HOW,
+        text="r of the resolution-r entropy, in [0.001, 1]",
+        check=_resolution,
+        unit="standard deviations of the output",
+        when="to see finer structure, with more samples",
+    )
+    backend: Backend = option(
+        default="auto",
+        part=HOW,
+        text=(
+            'what computes activations: `"native"`: on a CPU, C compiled once on your machine in about 1 s; '
+            '`"triton"`: on CUDA, an error where it cannot run; `"eager"`: torch\'s operations; `"auto"`: native '
+            "and triton where they can be had"
+        ),
+        check=_backend,
+        when='`"eager"` to rule the compiled code out',
+    )
+
+    def conflicts(self) -> Iterator[ConfigError]:
+        """Looks for options that cannot work together.
+
+        Yields:
+            One error per conflict.
+        """
+        yield from super().conflicts()
+        if not abs(self.eps_init) <= self.max_eps:
+            problem = f"outside the trust region |eps| <= max_eps={self.max_eps}"
+            yield ConfigError("eps_init", self.eps_init, problem, "Choose a smaller eps_init or a larger max_eps.")
+        elif self.compounding and abs(self.eps_init) > self.max_eps / 2:
             # what has been settled may take one half of max_eps, the amplitude on top of it the other
             problem = f"with compounding, eps has half of max_eps={self.max_eps} to move in"
-            raise ConfigError("eps_init", self.eps_init, problem, "Choose a smaller eps_init or a larger max_eps.")
-        at_least("samples_per_site", self.samples_per_site, 16)
-        if not 0.0 < number("momentum", self.momentum) <= 1.0:
-            raise ConfigError("momentum", self.momentum, "must lie in (0, 1]", "1 forgets all earlier rounds.")
-        if not 0.001 <= number("resolution", self.resolution) <= 1.0:
-            raise ConfigError("resolution", self.resolution, "must lie in [0.001, 1]", "The default is 0.1.")
-        if self.rollback_factor is not None and not number("rollback_factor", self.rollback_factor) > 1.0:
-            raise ConfigError("rollback_factor", self.rollback_factor, "must be above 1", "Try 1.5.")
-
-    def _check_terms(self) -> None:
-        if self.terms not in ("auto", "tied", "free"):
-            raise ConfigError("terms", self.terms, "unknown", "Choose 'auto', 'tied' or 'free'.")
+            yield ConfigError("eps_init", self.eps_init, problem, "Choose a smaller eps_init or a larger max_eps.")
+        period, collect = self.schedule.update_every_n_steps, self.collect_every_n_steps
+        if collect is not None and collect > period:
+            problem = f"larger than update_every_n_steps={period}: rounds would find no sample"
+            yield ConfigError("collect_every_n_steps", collect, problem, "Collect at least once per update.")
         if self.terms == "free" and self.tabulated:
             problem = "an amplitude for each term needs density='gaussian' and no compounding"
-            raise ConfigError("terms", self.terms, problem, "Leave those at their defaults, or use terms='auto'.")
+            mend = "Leave those at their defaults, or use terms='auto'."
+            yield ConfigError("terms", self.terms, problem, mend)
 
     @property
     def selection(self) -> Selection:
@@ -155,18 +377,12 @@ class Options:
         }
 
     def primitives(self) -> dict[str, object]:
-        """The options as text and numbers, for the manifest.
+        """The options of the corrections as text and numbers, for the manifest; not what a subclass adds.
 
         Returns:
-            One entry an option.
+            One entry per option.
         """
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-
-
-def _check_patterns(option: str, patterns: str | Sequence[str] | None) -> None:
-    several = [] if patterns is None or isinstance(patterns, str) else patterns
-    if not isinstance(several, Sequence) or not all(isinstance(each, str) for each in several):
-        raise ConfigError(option, patterns, "neither a pattern nor a list of patterns", "Give text, such as 'ReLU'.")
+        return {each.name: _plain(getattr(self, each.name)) for each in fields(Options)}
 
 
 def _plain(value: object) -> object:

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, replace
 
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.internals.checks import at_least
 
 __all__ = ["Epochs", "Pace", "Schedule"]
 
@@ -28,34 +27,16 @@ class Schedule:
         freeze_at_step: from this step on nothing is collected, updated or learned; None: never.
         collect_every_n_steps: optimiser steps from one sampled step to the next; None: at most five a round.
 
-    Raises:
-        ConfigError: if a number is out of range.
-
     Example:
-        >>> schedule = Schedule(update_every_n_steps=50)
+        >>> schedule = Schedule(50, update_starting_at_step=0, freeze_at_step=None, collect_every_n_steps=None)
         >>> [step for step in range(201) if schedule.updates(step)]
         [1, 2, 4, 8, 16, 32, 50, 100, 150, 200]
     """
 
-    update_every_n_steps: int = 50
-    update_starting_at_step: int = 0
-    freeze_at_step: int | None = None
-    collect_every_n_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        at_least("update_every_n_steps", self.update_every_n_steps, 1)
-        at_least("update_starting_at_step", self.update_starting_at_step, 0)
-        if self.collect_every_n_steps is not None:
-            at_least("collect_every_n_steps", self.collect_every_n_steps, 1)
-            if self.collect_every_n_steps > self.update_every_n_steps:
-                raise ConfigError(
-                    "collect_every_n_steps",
-                    self.collect_every_n_steps,
-                    f"larger than update_every_n_steps={self.update_every_n_steps}: rounds would find no sample",
-                    "Collect at least once per update.",
-                )
-        if self.freeze_at_step is not None:
-            at_least("freeze_at_step", self.freeze_at_step, 0)
+    update_every_n_steps: int
+    update_starting_at_step: int
+    freeze_at_step: int | None
+    collect_every_n_steps: int | None
 
     @property
     def collect_period(self) -> int:
@@ -206,7 +187,7 @@ class Epochs:
             ConfigError: if an epoch has no known length.
 
         Example:
-            >>> Epochs(every=2).schedule(Schedule(), promised=25.0).update_every_n_steps
+            >>> Epochs(every=2).schedule(Schedule(10, 0, None, None), promised=25.0).update_every_n_steps
             50
         """
         if not math.isfinite(promised):

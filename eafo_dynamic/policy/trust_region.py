@@ -10,8 +10,6 @@ from torch import Tensor
 
 from eafo_dynamic.correction.shape import HALF_WIDTH, KNOTS
 from eafo_dynamic.correction.stacked import Functions
-from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.internals.checks import number
 
 __all__ = ["TrustRegion", "bounded_move"]
 
@@ -26,36 +24,10 @@ class TrustRegion:
         max_eps: kappa, bound of |eps| and |lift|; the slope of f stays within kappa of the base's, since |ghat'| <= 1,
             with free terms within 1.16 kappa: max over u of (|1 - u^2| + |u|) exp(-u^2 / 2) = 1.157.
         max_delta: bound of max over z of |c_new(z) - c_old(z)| / sigma at one update round.
-
-    Raises:
-        ConfigError: if a bound is not positive.
     """
 
-    max_eps: float = 1.0
-    max_delta: float = 0.5
-
-    def __post_init__(self) -> None:
-        for option in ("max_eps", "max_delta"):
-            value = getattr(self, option)
-            if not number(option, value) > 0:
-                raise ConfigError(option, value, "a bound must be positive", "Leave it out for the default.")
-
-    def check_start(self, eps: float) -> None:
-        """Checks a starting value of eps.
-
-        Args:
-            eps: the option eps_init.
-
-        Raises:
-            ConfigError: if it lies outside the trust region.
-        """
-        if not abs(number("eps_init", eps)) <= self.max_eps:
-            raise ConfigError(
-                "eps_init",
-                eps,
-                f"outside the trust region |eps| <= max_eps={self.max_eps}",
-                "Choose a smaller eps_init or a larger max_eps.",
-            )
+    max_eps: float
+    max_delta: float
 
     def clamp(self, eps: Tensor) -> Tensor:
         """Eps brought back into the trust region.

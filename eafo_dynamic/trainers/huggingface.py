@@ -10,10 +10,11 @@ import torch
 
 from eafo_dynamic.errors import EAFOError
 from eafo_dynamic.find.sites import find_sites
+from eafo_dynamic.internals.declared import takes
 from eafo_dynamic.policy.controller import EAFOController
-from eafo_dynamic.policy.options import Options
 from eafo_dynamic.records import LogWriter
-from eafo_dynamic.trainers.optim import LR_MULTIPLE, check_group, own_group
+from eafo_dynamic.trainers.optim import own_group
+from eafo_dynamic.trainers.options import TrainerCallbackOptions
 
 try:
     from transformers import TrainerCallback
@@ -39,40 +40,26 @@ class EAFOTrainerCallback(TrainerCallback):
 
     The correction log goes to ``<output_dir>/eafo``.
 
-    Args:
-        example: keyword inputs of one forward, to find activations that are called several times; None: a static
-            search.
-        lr: learning rate of eps; None: that of the model's own parameters times lr_multiple.
-        lr_multiple: see lr.
-        weight_decay: of eps.
-        **options: see ``eafo_dynamic.policy.options.Options``.
+    All options are given by name; see ``__init__``.
 
     Attributes:
         controller: the EAFOController; None before the Trainer is made.
+        options: what was given, checked.
 
     Raises:
-        ConfigError: if an option cannot work.
+        ConfigError: if options cannot work; the message has each of them with its value and how to fix it.
     """
 
-    def __init__(
-        self,
-        example: dict[str, Any] | None = None,
-        lr: float | None = None,
-        lr_multiple: float = LR_MULTIPLE,
-        weight_decay: float = 0.0,
-        **options: Any,
-    ) -> None:
-        self.options = Options(**options)
-        self.example = example or {}
-        check_group(lr, lr_multiple, weight_decay)
-        self.lr, self.lr_multiple, self.weight_decay = lr, lr_multiple, weight_decay
+    @takes(TrainerCallbackOptions)
+    def __init__(self, options: TrainerCallbackOptions) -> None:
+        self.options = options
         self.controller: EAFOController | None = None
         self._writer: LogWriter | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wraps the model, before the optimiser is built."""
         model = kwargs["model"]
-        report = find_sites(model, selection=self.options.selection, **self.example)
+        report = find_sites(model, selection=self.options.selection, **(self.options.example or {}))
         self.controller = EAFOController(model, self.options, report)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -85,9 +72,9 @@ class EAFOTrainerCallback(TrainerCallback):
             controller.model,
             trained=controller.trained,
             schedulers=[getattr(scheduler, "scheduler", scheduler)],  # accelerate wraps it
-            lr=self.lr,
-            lr_multiple=self.lr_multiple,
-            weight_decay=self.weight_decay,
+            lr=self.options.lr,
+            lr_multiple=self.options.lr_multiple,
+            weight_decay=self.options.weight_decay,
             save_ungrouped=True,  # this Trainer restores optimiser and scheduler before it says that training begins
         )
         for note in notes:

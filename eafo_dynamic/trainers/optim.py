@@ -11,14 +11,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.internals.checks import not_negative
 from eafo_dynamic.internals.torch_internals import OTHERS_PER_GROUP, RATES_PER_GROUP, inner_schedulers
+from eafo_dynamic.trainers.options import GroupOptions
 
-__all__ = ["GROUP_NAME", "LR_MULTIPLE", "check_group", "own_group"]
+__all__ = ["GROUP_NAME", "LR_MULTIPLE", "own_group"]
 
 GROUP_NAME = "eafo"
-# learning rate of eps over that of the model: measured over ten tasks, see examples/results; the paper has 1
-LR_MULTIPLE = 3.0
+LR_MULTIPLE = GroupOptions.lr_multiple
 
 # entries of a parameter group that are learning rates
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
@@ -31,9 +30,9 @@ def own_group(
     *,
     trained: Container[str] | None = None,
     schedulers: Iterable[Any] = (),
-    lr: float | None = None,
-    lr_multiple: float = LR_MULTIPLE,
-    weight_decay: float = 0.0,
+    lr: float | None = GroupOptions.lr,
+    lr_multiple: float = GroupOptions.lr_multiple,
+    weight_decay: float = GroupOptions.weight_decay,
     save_ungrouped: bool = False,
     by_relatives: bool = False,
 ) -> list[str]:
@@ -70,7 +69,7 @@ def own_group(
     Raises:
         ConfigError: if a number is out of range.
     """
-    check_group(lr, lr_multiple, weight_decay)
+    checked = GroupOptions(lr=lr, lr_multiple=lr_multiple, weight_decay=weight_decay)
     plain: list[Optimizer] = [_unwrapped(optimizer) for optimizer in optimizers]
     held = {id(p) for optimizer in plain for group in optimizer.param_groups for p in group["params"]}
     later = () if trained is None else trained
@@ -82,7 +81,7 @@ def own_group(
             continue
         before, mine = len(optimizer.param_groups), _of(optimizer, flat)
         groups = {
-            index: _copied(optimizer.param_groups[index], lr, lr_multiple, weight_decay)
+            index: _copied(optimizer.param_groups[index], checked)
             for index in sorted({index for home, index in homes.values() if home is optimizer})
         }
         if save_ungrouped:
@@ -141,25 +140,6 @@ def _unwrapped(optimizer: Any) -> Any:
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def check_group(lr: float | None, lr_multiple: float, weight_decay: float) -> None:
-    """Checks the options of the group; see own_group.
-
-    Args:
-        lr: learning rate, or None.
-        lr_multiple: multiple of the optimiser's own.
-        weight_decay: of the group.
-
-    Raises:
-        ConfigError: if one is out of range.
-    """
-    if lr is not None:
-        not_negative("lr", lr, "Give 0 or more, or leave it out.")
-    not_negative("lr_multiple", lr_multiple)
-    if lr is not None and lr_multiple != LR_MULTIPLE:
-        raise ConfigError("lr_multiple", lr_multiple, f"given beside lr={lr}", "Give one of the two.")
-    not_negative("weight_decay", weight_decay)
 
 
 def _homes(
@@ -221,9 +201,7 @@ def _remove(group: dict[str, Any], ids: set[int]) -> None:
     group["params"] = [group["params"][i] for i in keep]
 
 
-def _copied(
-    origin: dict[str, Any], lr: float | None, lr_multiple: float, weight_decay: float
-) -> tuple[dict[str, Any], Any]:
+def _copied(origin: dict[str, Any], options: GroupOptions) -> tuple[dict[str, Any], Any]:
     """Options of a new group after those of another.
 
     Returns:
@@ -231,12 +209,14 @@ def _copied(
     """
     group = {key: value for key, value in origin.items() if key not in ("params", "param_names")}
     # a warm-up may already have scaled lr down from initial_lr
-    scale = lr_multiple if lr is None else lr / _positive(origin.get("initial_lr", origin["lr"]))
+    scale = options.lr_multiple
+    if options.lr is not None:
+        scale = options.lr / _positive(origin.get("initial_lr", origin["lr"]))
     for key in _RATES:
         if key in group:
             group[key] = group[key] * scale
     if "weight_decay" in group:
-        group["weight_decay"] = weight_decay
+        group["weight_decay"] = options.weight_decay
     return group, scale
 
 

@@ -24,7 +24,7 @@ class RunLog:
         path: folder of the newest log; None before there was one.
     """
 
-    def __init__(self, dirpath: Path | None, wanted: bool) -> None:
+    def __init__(self, dirpath: str | Path | None, wanted: bool) -> None:
         self.dirpath = dirpath
         self.wanted = wanted
         self.path: Path | None = None

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from eafo_dynamic import EAFOCallback, EAFOController, merge, unwrap
 from eafo_dynamic.apply.surgery import hosted_sites
 from eafo_dynamic.errors import SiteError
+from eafo_dynamic.policy.options import Options
 from eafo_dynamic.policy.schedule import Pace, Schedule
 
 
@@ -85,7 +86,7 @@ def test_every_round_has_samples_where_a_batch_takes_several_steps(critics: int,
     stride = critics + 1
     assert trainer.global_step == 60 * stride
     rounds = sorted({row["step"] for row in callback.history})
-    due = [step for step in range(1, 60 * stride + 1) if Schedule().updates(step)]
+    due = [step for step in range(1, 60 * stride + 1) if Options().schedule.updates(step)]
     assert rounds == sorted({-(-step // stride) * stride for step in due})
     assert all(row["n"] > 0 and row["event"] is None for row in callback.history)
 
@@ -157,7 +158,7 @@ def test_what_is_collected_fits_into_an_epoch(tmp_path: Path) -> None:
 
 
 def test_what_falls_due_between_two_looks_is_made_up_for() -> None:
-    schedule = Schedule(update_every_n_steps=10, update_starting_at_step=3, freeze_at_step=60)
+    schedule = Schedule(10, update_starting_at_step=3, freeze_at_step=60, collect_every_n_steps=None)
     looks = range(0, 90, 7)
     made_up = [step for step in looks if schedule.updates(step, step - 7)]
     due = [step for step in range(90) if schedule.updates(step)]

@@ -209,7 +209,7 @@ def _endless(schedule: Schedule) -> Schedule:
 
 
 def test_the_default_schedule_by_hand() -> None:
-    schedule = Schedule()
+    schedule = Options().schedule
     assert [s for s in range(201) if schedule.updates(s)] == [1, 2, 4, 8, 16, 32, 50, 100, 150, 200]
     assert [s for s in range(1, 101) if schedule.collects(s - 1)] == [
         1,
@@ -239,12 +239,12 @@ def test_the_default_schedule_by_hand() -> None:
 )
 def test_a_schedule_that_cannot_work(option: str, value: int) -> None:
     with pytest.raises(ConfigError) as error:
-        Schedule(**{option: value})
+        Options(**{option: value})
     assert_names(error, option, value)
 
 
 def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
-    assert Schedule(np.int64(7)).updates(14)
+    assert Options(update_every_n_steps=np.int64(7)).schedule.updates(14)
 
 
 # ------------------------------------------------------------------ trust region
@@ -258,12 +258,12 @@ def test_admissible_against_brute_force(tried: int, sites: list[list[float]]) ->
     expected = [
         max((f for f, jump in zip(fractions, site, strict=False) if jump <= 0.1), default=0.0) for site in sites
     ]
-    found = TrustRegion(max_delta=0.1).admissible(jumps, torch.tensor(fractions, dtype=torch.float64))
+    found = TrustRegion(1.0, 0.1).admissible(jumps, torch.tensor(fractions, dtype=torch.float64))
     assert found.tolist() == expected
 
 
 def test_eps_is_brought_back() -> None:
-    region = TrustRegion(max_eps=0.25)
+    region = TrustRegion(0.25, 0.5)
     assert region.clamp(torch.tensor([-9.0, -0.25, 0.1, math.inf])).tolist() == pytest.approx([-0.25, -0.25, 0.1, 0.25])
 
 
@@ -271,25 +271,24 @@ def test_eps_is_brought_back() -> None:
 @pytest.mark.parametrize("value", [0.0, -0.1, math.nan, "0.5", None])
 def test_bounds_that_cannot_work(option: str, value: float) -> None:
     with pytest.raises(ConfigError) as error:
-        TrustRegion(**{option: value})
+        Options(**{option: value})
     assert_names(error, option, value)
 
 
 @pytest.mark.parametrize("eps", [1.01, -1.01, math.nan, "0.1"])
 def test_a_start_outside_the_region(eps: float) -> None:
     with pytest.raises(ConfigError) as error:
-        TrustRegion().check_start(eps)
+        Options(eps_init=eps)
     assert_names(error, "eps_init", eps)
-    TrustRegion().check_start(-1.0)
+    assert Options(eps_init=-1.0).eps_init == -1.0
 
 
 def test_no_bound_at_all_is_a_choice() -> None:
-    free = TrustRegion(math.inf, math.inf)
-    free.check_start(1e6)
+    free = Options(max_eps=math.inf, max_delta=math.inf, eps_init=1e6).trust_region
     eps = torch.tensor([1e6])
     assert torch.equal(free.clamp(eps), eps)
 
 
 def test_tensor_of_no_sites() -> None:
-    empty: Tensor = TrustRegion().admissible(torch.empty(5, 0), torch.ones(5))
+    empty: Tensor = Options().trust_region.admissible(torch.empty(5, 0), torch.ones(5))
     assert empty.shape == (0,)

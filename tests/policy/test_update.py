@@ -481,7 +481,7 @@ def largest_jump(old: Functions, new: Functions) -> Tensor:
 
 
 def assert_bounded(old: Functions, wanted: Functions, max_delta: float) -> Tensor:
-    taken, fraction = bounded_move(old, wanted, TrustRegion(max_delta=max_delta))
+    taken, fraction = bounded_move(old, wanted, TrustRegion(1.0, max_delta))
     assert taken.eps.isfinite().all() and taken.shape.isfinite().all() and taken.tables.isfinite().all()
     assert (taken.shape[:, 1] > 0).all()
     assert (largest_jump(old, taken) <= max_delta * 1.001).all()
@@ -534,7 +534,7 @@ def test_a_small_move_is_taken_whole_and_a_larger_one_as_far_as_allowed() -> Non
     old = make_functions(())
     peak = math.exp(-0.5)  # of u exp(-u^2 / 2)
     steps = torch.tensor([0.0, 0.09, 0.17, 0.33, 2.9], dtype=torch.float64) / peak
-    taken, fraction = bounded_move(old, replace(old, eps=old.eps + steps), TrustRegion(max_delta=0.1))
+    taken, fraction = bounded_move(old, replace(old, eps=old.eps + steps), TrustRegion(1.0, 0.1))
     assert fraction.tolist() == [1.0, 1.0, 0.5, 0.25, 0.0]
     torch.testing.assert_close(taken.eps - old.eps, steps * fraction)
 

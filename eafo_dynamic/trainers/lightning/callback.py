@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,13 +18,10 @@ from eafo_dynamic.apply.manifest import (
     wrap_from_manifest,
 )
 from eafo_dynamic.apply.surgery import is_wrapped, put_back, take_off
-from eafo_dynamic.correction.kernels import Backend
-from eafo_dynamic.density.estimators import Density
-from eafo_dynamic.errors import ConfigError, LogError, SiteError
+from eafo_dynamic.errors import LogError, SiteError
 from eafo_dynamic.find.sites import SiteReport
-from eafo_dynamic.internals.checks import at_least, flag, folder
-from eafo_dynamic.policy.controller import EAFOController, Options
-from eafo_dynamic.policy.policies import Policy, Rule
+from eafo_dynamic.internals.declared import takes
+from eafo_dynamic.policy.controller import EAFOController
 from eafo_dynamic.policy.schedule import Epochs
 from eafo_dynamic.records import CorrectionLog
 from eafo_dynamic.records.notebook import History
@@ -41,7 +35,8 @@ from eafo_dynamic.trainers.lightning.example import (
 )
 from eafo_dynamic.trainers.lightning.listener import LoadListener
 from eafo_dynamic.trainers.lightning.reporter import Reporter, announce
-from eafo_dynamic.trainers.optim import LR_MULTIPLE, check_group, own_group
+from eafo_dynamic.trainers.optim import own_group
+from eafo_dynamic.trainers.options import CallbackOptions
 from eafo_dynamic.trainers.replicas import Replicas, check_strategy, everyones
 from eafo_dynamic.trainers.runlog import RunLog
 
@@ -61,105 +56,25 @@ class EAFOCallback(Callback):
     ``update_every_n_steps`` optimiser steps each site's density, entropy and correction are estimated anew. Aggregates
     go to the trainer's loggers as ``eafo/...``, every site's row to ``<run>/eafo/corrections.jsonl``.
 
-    Args:
-        target_modules: class names (``ReLU``), ends of module names (``mlp.act``) or regular expressions over whole
-            module names; None: every hidden activation.
-        exclude_modules: likewise, the sites to leave alone.
-        filter_fn: called with (module, module name); False leaves the site alone.
-        functional: what to do with activations called as functions (``F.relu(x)``, ``x.relu()``, an attribute
-            ``self.act = F.gelu``): ``"wrap"``, ``"warn"`` (leave them alone and say so) or ``"off"``.
-        policy: ``"static"`` (the paper's CRReLU), ``"learned"``, ``"entropy"``, ``"hybrid"``, ``"frozen"``, a
-            Policy object, or a list of Rules by site of which the first match decides.
-        density: ``"gaussian"``, ``"histogram"`` or a function from samples [sites, n] to a Density.
-        terms: ``"tied"`` (one amplitude eps for both terms of the correction, in the proportion that base and density
-            give), ``"free"`` (an amplitude each: eps and lift), or ``"auto"``: free where that can be, tied with
-            another density than the Gaussian, compounding or the policy ``"static"``.
-        eps_init: starting amplitude of every correction, no unit.
-        max_eps: bound of |eps| and |lift|; slopes stay within 1.16 max_eps of the base's, with one term within max_eps.
-        max_delta: bound of the change of a function at one update, in standard deviations of its pre-activation.
-        update_every_n_steps: optimiser steps between update rounds; the first ones come at steps 1, 2, 4, 8, ...
-        update_every_n_epochs: epochs between update rounds, in place of update_every_n_steps.
-        update_starting_at_step: first step with an update round.
-        freeze_at_step: from this step on every correction stays as it is; None: never.
-        collect_every_n_steps: optimiser steps between sampled steps; None: at most five a round.
-        samples_per_site: pre-activations a site contributes to an update round.
-        momentum: weight of a new round in the running estimate of a density, in (0, 1].
-        lr: learning rate of eps; None: that of the model's own parameters times lr_multiple.
-        lr_multiple: see lr; the paper's is 1.
-        weight_decay: of eps.
-        per_channel: one amplitude a channel in place of one a site; the log then shows their mean.
-        compounding: each round settles the correction so far and corrects the corrected function, in place of
-            refreshing the correction of the base.
-        resolution: r of the resolution-r entropy, in standard deviations of the output.
-        backend: what computes activations: "native", compiled from C on this machine, on a CPU; "triton", on CUDA;
-            "eager", torch's operations; "auto", native and triton where they can be had.
-        rollback_factor: undo a round after which the mean training loss is larger than before it by more than this
-            factor; None: never.
-        log_every_n_steps: optimiser steps between aggregates sent to the loggers; None: at every update round.
-        log_sites: columns of the correction log that go to the loggers for every site, as ``eafo/<column>/<site>``;
-            empty: aggregates only, since thousands of charts freeze a page.
-        log_figures: whether the loggers that take figures get every site's function, whenever a snapshot is kept.
-        dirpath: folder of the correction log; None: ``eafo`` in the run's folder.
-        save_log: whether to write the correction log.
-        verbose: whether to print the table of sites at the start.
+    All options are given by name; see ``__init__``.
 
     Attributes:
         controller: the EAFOController; None before ``setup``.
+        options: what was given, checked.
 
     Raises:
-        ConfigError: if an option cannot work; the message names it, its value and the mend.
+        ConfigError: if options cannot work; the message has each of them with its value and how to fix it.
     """
 
-    def __init__(
-        self,
-        target_modules: str | list[str] | None = None,
-        exclude_modules: str | list[str] | None = None,
-        filter_fn: Callable[[nn.Module, str], bool] | None = None,
-        functional: str = "wrap",
-        policy: str | Policy | list[Rule] = "learned",
-        density: str | Callable[[Tensor], Density] = "gaussian",
-        terms: str = "auto",
-        eps_init: float = 0.01,
-        max_eps: float = 1.0,
-        max_delta: float = 0.5,
-        update_every_n_steps: int = 50,
-        update_every_n_epochs: int | None = None,
-        update_starting_at_step: int = 0,
-        freeze_at_step: int | None = None,
-        collect_every_n_steps: int | None = None,
-        samples_per_site: int = 4096,
-        momentum: float = 0.5,
-        lr: float | None = None,
-        lr_multiple: float = LR_MULTIPLE,
-        weight_decay: float = 0.0,
-        per_channel: bool = False,
-        compounding: bool = False,
-        resolution: float = 0.1,
-        backend: Backend = "auto",
-        rollback_factor: float | None = None,
-        log_every_n_steps: int | None = None,
-        log_sites: list[str] | None = None,
-        log_figures: bool = False,
-        dirpath: str | Path | None = None,
-        save_log: bool = True,
-        verbose: bool = True,
-    ) -> None:
-        given = locals()
-        self._epochs: Epochs | None = None
-        if update_every_n_epochs is not None:
-            self._epochs = Epochs(at_least("update_every_n_epochs", update_every_n_epochs, 1))
-            # until the training begins, and nobody has asked for it
-            given["update_every_n_steps"] = max(update_every_n_steps, collect_every_n_steps or 1)
-        self.update_every_n_epochs = update_every_n_epochs
-        self.options = Options(**{each.name: given[each.name] for each in fields(Options)})
-        check_group(lr, lr_multiple, weight_decay)
-        self.lr, self.lr_multiple, self.weight_decay = lr, lr_multiple, weight_decay
-        if log_figures and not save_log:
-            raise ConfigError("log_figures", log_figures, "figures are drawn from the log", "Leave save_log=True.")
-        self._reporter = Reporter(log_every_n_steps, log_sites or (), log_figures)
-        self.verbose = flag("verbose", verbose)
+    @takes(CallbackOptions)
+    def __init__(self, options: CallbackOptions) -> None:
+        self.options = options
         self.controller: EAFOController | None = None
-        self._log = RunLog(folder("dirpath", dirpath), flag("save_log", save_log))
+        self._epochs: Epochs | None = None
+        if options.update_every_n_epochs is not None:
+            self._epochs = Epochs(options.update_every_n_epochs)
+        self._reporter = Reporter(options.log_every_n_steps, options.log_sites or (), options.log_figures)
+        self._log = RunLog(options.dirpath, options.save_log)
         self._resumed: dict[str, Any] | None = None
         self._awaits_batch = ""  # why the sites are not known before the first training batch; empty once they are
         self._earlier: dict[str, Tensor] = {}  # corrections that a model which awaits its batch had before
@@ -186,7 +101,7 @@ class EAFOCallback(Callback):
         report, self._awaits_batch = first_report(trainer, pl_module, self.options.selection)
         if report is not None:
             self._wrap(trainer, pl_module, report)
-        elif self.verbose and trainer.is_global_zero:
+        elif self.options.verbose and trainer.is_global_zero:
             announce(f"EAFO: sites will be looked for at the first training batch: {self._awaits_batch}.")
         for earlier in averaging(trainer, until=self):
             earlier.setup(trainer, pl_module, stage)  # it has copied the model as it was before
@@ -196,7 +111,7 @@ class EAFOCallback(Callback):
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule, report: SiteReport) -> None:
         self._attach(pl_module, report)
-        if self.verbose and trainer.is_global_zero:
+        if self.options.verbose and trainer.is_global_zero:
             announce(report)
 
     def _attach(self, pl_module: LightningModule, report: SiteReport) -> None:
@@ -242,9 +157,9 @@ class EAFOCallback(Callback):
             pl_module,
             trained=self._controller.trained,
             schedulers=[*(config.scheduler for config in trainer.lr_scheduler_configs), *swa_rates(trainer)],
-            lr=self.lr,
-            lr_multiple=self.lr_multiple,
-            weight_decay=self.weight_decay,
+            lr=self.options.lr,
+            lr_multiple=self.options.lr_multiple,
+            weight_decay=self.options.weight_decay,
             by_relatives=self._late,
         )
         for note in notes:

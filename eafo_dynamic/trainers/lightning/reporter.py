@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
-from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.internals.checks import at_least, flag
 from eafo_dynamic.policy.diagnostics import aggregate
-from eafo_dynamic.records.schema import COLUMNS, Record
+from eafo_dynamic.records.schema import Record
 
 __all__ = ["Reporter", "announce", "log_figure", "site_scalars"]
 
@@ -82,23 +79,11 @@ class Reporter:
         every_n_steps: optimiser steps between aggregates; None: at every round.
         columns: columns of the correction log to send for every site.
         figures: whether to send every site's function when a snapshot is kept.
-
-    Raises:
-        ConfigError: if an option cannot work.
     """
 
     def __init__(self, every_n_steps: int | None, columns: Sequence[str], figures: bool) -> None:
-        if every_n_steps is not None:
-            at_least("log_every_n_steps", every_n_steps, 1)
-        if isinstance(columns, str) or not isinstance(columns, Sequence):
-            raise ConfigError("log_sites", columns, "not a list of columns", f"Give a list of {', '.join(COLUMNS)}.")
-        if flag("log_figures", figures) and find_spec("matplotlib") is None:
-            raise ConfigError("log_figures", figures, "matplotlib is not installed", "pip install matplotlib.")
-        for column in columns:
-            if column not in COLUMNS:
-                raise ConfigError("log_sites", column, "no such column", f"Choose from {', '.join(COLUMNS)}.")
         self.every_n_steps = every_n_steps
-        self.columns = list(columns)
+        self.columns = columns
         self.figures = figures
         self._aggregates: dict[str, float] = {}
 
