@@ -14,10 +14,12 @@ from pathlib import Path
 import pdoc
 
 import eafo_dynamic
+from eafo_dynamic import experiments
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/reference")
-for name in eafo_dynamic.__all__:  # the package loads its names when they are asked for; pdoc reads what is loaded
-    setattr(eafo_dynamic, name, getattr(eafo_dynamic, name))
+for package in (eafo_dynamic, experiments):  # they load their names when they are asked for; pdoc reads what is loaded
+    for name in package.__all__:
+        setattr(package, name, getattr(package, name))
 for module in pkgutil.walk_packages(eafo_dynamic.__path__, "eafo_dynamic."):
     if module.name.endswith("__main__"):
         continue

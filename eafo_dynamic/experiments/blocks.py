@@ -1,54 +1,32 @@
-"""What the example networks share: activations by name and the pre-norm transformer block."""
+"""The pre-norm transformer block that the vision transformers and the GPT are made of."""
 
 from __future__ import annotations
-
-import inspect
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.experiments.activations import make_activation
 
-__all__ = ["ACTIVATIONS", "FeedForward", "SelfAttention", "TransformerBlock", "make_activation"]
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "celu": nn.CELU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "hardswish": nn.Hardswish,
-    "hardtanh": nn.Hardtanh,
-    "leaky_relu": nn.LeakyReLU,
-    "mish": nn.Mish,
-    "prelu": nn.PReLU,
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "selu": nn.SELU,
-    "sigmoid": nn.Sigmoid,
-    "silu": nn.SiLU,
-    "softplus": nn.Softplus,
-    "tanh": nn.Tanh,
-}
+__all__ = ["FeedForward", "SelfAttention", "TransformerBlock", "check_divides"]
 
 
-def make_activation(name: str, *, inplace: bool = False) -> nn.Module:
-    """A new activation module with torch's default hyper-parameters.
+def check_divides(option: str, value: int, whole_option: str, whole: int) -> None:
+    """Raises unless one option divides another.
 
     Args:
-        name: a key of `ACTIVATIONS`.
-        inplace: overwrite the input, where torch has such a form of the activation.
-
-    Returns:
-        The module.
+        option: name of the option that must be a divisor.
+        value: its value.
+        whole_option: name of the option that it must divide.
+        whole: the value of that option.
 
     Raises:
-        ConfigError: for a name that is not in `ACTIVATIONS`.
+        ConfigError: when `value` is below 1 or does not divide `whole`.
     """
-    if name not in ACTIVATIONS:
-        raise ConfigError("activation", name, "no such activation", f"Use one of {', '.join(ACTIVATIONS)}.")
-    cls = ACTIVATIONS[name]
-    if inplace and "inplace" in inspect.signature(cls).parameters:
-        return cls(inplace=True)
-    return cls()
+    if value < 1 or whole % value != 0:
+        raise ConfigError(
+            option, value, f"does not divide {whole_option}={whole}", f"Choose a divisor of {whole_option}."
+        )
 
 
 class SelfAttention(nn.Module):
@@ -57,7 +35,7 @@ class SelfAttention(nn.Module):
     Args:
         dim: features of a token, a multiple of `heads`.
         heads: number of heads.
-        causal: a token sees itself and what stands before it.
+        causal: a token attends to itself and to the tokens before it, not to those after it.
 
     Raises:
         ConfigError: when `heads` does not divide `dim`.
@@ -65,8 +43,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, *, causal: bool = False) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ConfigError("heads", heads, f"does not divide dim={dim}", "Choose a divisor of dim.")
+        check_divides("heads", heads, "dim", dim)
         self.heads = heads
         self.causal = causal
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -85,7 +62,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """fc2(activation(fc1(x))), applied to every token.
+    """fc2(activation(fc1(x))), applied to each token separately.
 
     Args:
         dim: features of a token.
@@ -117,7 +94,7 @@ class TransformerBlock(nn.Module):
         mlp_ratio: hidden features of the feed-forward part, in units of `dim`.
         activation: a key of `ACTIVATIONS`.
         dropout: probability of dropping an entry of a residual update.
-        causal: a token sees itself and what stands before it.
+        causal: a token attends to itself and to the tokens before it, not to those after it.
     """
 
     def __init__(

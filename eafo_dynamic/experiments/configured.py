@@ -19,11 +19,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import eafo_dynamic.experiments  # noqa: F401  # pyright: ignore[reportUnusedImport] (YAML may name its classes without a path)
+from eafo_dynamic import experiments
 from eafo_dynamic.errors import ConfigError, EAFOError, one_line
 from eafo_dynamic.internals.torch_internals import code_of, variable_of
 
 __all__ = ["TRAINING_OPTIONS", "configured", "quieten"]
+
+for _name in experiments.__all__:
+    getattr(experiments, _name)  # jsonargparse finds a class by its name alone once it is imported
 
 _PARSER = {"exit_on_error": False}
 _PLACE = re.compile(r"[ -]*(?:Parser key \"|Problem with given class_path ')")

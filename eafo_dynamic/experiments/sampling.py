@@ -14,25 +14,26 @@ __all__ = ["EpochSampler"]
 class EpochSampler(DistributedSampler[Any]):
     """Indices whose order depends on (seed, epoch) alone.
 
-    The global random state is neither read nor advanced: two runs with equal seeds see equal batches,
-    whatever their models do, and a resumed run sees what the uninterrupted one would have seen. Lightning
-    calls `set_epoch`. torch's `DistributedSampler` seeds with seed + epoch, so that seed 0 in epoch 1
-    repeats seed 1 in epoch 0, which runs over several seeds must not.
+    The global random state is neither read nor advanced. Two runs with equal seeds see equal batches, whatever their
+    models do, and a resumed run sees the batches that the uninterrupted run would have seen. Lightning calls
+    `set_epoch`. torch's own `DistributedSampler` seeds with seed + epoch, so that seed 0 in epoch 1 repeats seed 1 in
+    epoch 0; runs over several seeds must not share batches in this way.
 
     Args:
         population: indices are 0 ... population - 1.
         seed: seed of the order.
-        draws: None visits every index once, in random order; a number draws so many with replacement.
-        replicas: processes that share an epoch.
-        rank: which of them this one is.
+        draws: None visits every index once, in random order; a number draws that many with replacement.
+        replicas: number of processes that share an epoch.
+        rank: which of them this process is.
     """
 
     def __init__(self, population: int, seed: int, draws: int | None = None, replicas: int = 1, rank: int = 0) -> None:
-        # A DistributedSampler by type: Lightning leaves it alone under DDP instead of replacing it.
+        # Lightning replaces other samplers under DDP, but not a DistributedSampler.
         super().__init__(range(population), num_replicas=replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
         self.population = population
         self.draws = draws
-        self.num_samples = (population if draws is None else draws) // replicas
+        length = population if draws is None else draws
+        self.num_samples = length // replicas
         self.total_size = self.num_samples * replicas
 
     def __iter__(self) -> Iterator[int]:

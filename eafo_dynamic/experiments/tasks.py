@@ -1,4 +1,4 @@
-"""LightningModules that train a given network; they know nothing of activations or their correction."""
+"""LightningModules that train a given network. They know nothing of activations or their correction."""
 
 from __future__ import annotations
 
@@ -11,55 +11,17 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import R2Score
 from torchmetrics.classification import MulticlassAccuracy
 
 from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.experiments.schedule import adamw_with_schedule
 from eafo_dynamic.experiments.weights import load_weights
 
-__all__ = ["Autoencoder", "Classifier", "LanguageModel", "Regressor", "Task", "adamw_with_schedule", "warmup_cosine"]
+__all__ = ["Autoencoder", "Classifier", "LanguageModel", "Regressor", "Stage", "Task"]
 
 Stage = Literal["train", "val", "test"]
 Batch = tuple[Tensor, Tensor]
-
-
-def warmup_cosine(step: int, warmup_steps: int, total_steps: float) -> float:
-    """Factor of the learning rate: a line from 0 to 1, then half a cosine from 1 to 0.
-
-    Args:
-        step: optimiser steps done.
-        warmup_steps: length of the line.
-        total_steps: end of the cosine; infinity leaves the factor at 1.
-
-    Returns:
-        A number in [0, 1]; above 0 at the first step.
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def adamw_with_schedule(
-    module: LightningModule, lr: float, weight_decay: float, warmup_steps: int
-) -> OptimizerLRScheduler:
-    """AdamW over all parameters, and `warmup_cosine` over the steps of the module's trainer.
-
-    Args:
-        module: the module to train, attached to a trainer.
-        lr: largest learning rate.
-        weight_decay: of every parameter.
-        warmup_steps: optimiser steps until the learning rate is at its largest.
-
-    Returns:
-        The optimiser and the scheduler, in Lightning's form.
-    """
-    optimizer = AdamW(module.parameters(), lr=lr, weight_decay=weight_decay)
-    total = module.trainer.estimated_stepping_batches
-    scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps, total))
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class Task(LightningModule, ABC):
@@ -71,7 +33,8 @@ class Task(LightningModule, ABC):
         weight_decay: of AdamW, on every parameter.
         warmup_steps: optimiser steps until the learning rate is at its largest.
         weights: file with weights to start from, the checkpoint of another run or a state dict; see `load_weights`.
-        fresh: regular expressions; parts of the network that they match start afresh instead, as a new head does.
+        fresh: regular expressions over names of parameters; parameters that match keep their initial values, as those
+            of a new head must.
 
     Raises:
         ConfigError: for a learning rate, weight decay or warm-up that cannot work, or weights that do not fit.
@@ -87,7 +50,7 @@ class Task(LightningModule, ABC):
         fresh: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        # Where a run started is in its config.yaml; a checkpoint has all its weights and loads without that file.
+        # A checkpoint holds all weights and must load without the file of `weights`, which config.yaml names.
         self.save_hyperparameters(ignore=["model", "weights", "fresh"])
         for option, value in {"weight_decay": weight_decay, "warmup_steps": warmup_steps}.items():
             if value < 0:
@@ -96,8 +59,8 @@ class Task(LightningModule, ABC):
             raise ConfigError("lr", lr, "must be positive", "Choose a number above 0.")
         if fresh and weights is None:
             raise ConfigError("fresh", list(fresh), "no weights to start from", "Set weights, or leave fresh out.")
-        if weights is not None:  # before any callback sees the network
-            load_weights(model, weights, fresh)
+        if weights is not None:
+            load_weights(model, weights, fresh)  # here, before a callback changes the names of the parameters
         self.model = model
         self.lr = lr
         self.weight_decay = weight_decay
@@ -105,7 +68,7 @@ class Task(LightningModule, ABC):
 
     @abstractmethod
     def evaluate(self, batch: Batch, stage: Stage) -> Tensor:
-        """Compute and log what the task measures.
+        """Computes the loss and logs what the task measures.
 
         Args:
             batch: (inputs, targets).
@@ -119,10 +82,10 @@ class Task(LightningModule, ABC):
         """The network's outputs.
 
         Args:
-            inputs: whatever the network takes.
+            inputs: inputs of the network.
 
         Returns:
-            What it gives.
+            Its outputs.
         """
         return self.model(inputs)
 
@@ -135,15 +98,15 @@ class Task(LightningModule, ABC):
         return self.evaluate(batch, "train")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log a validation batch."""
+        """Logs a validation batch."""
         self.evaluate(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log a test batch."""
+        """Logs a test batch."""
         self.evaluate(batch, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Outputs for a batch, its targets unseen.
+        """Outputs for a batch; its targets are not used.
 
         Returns:
             The network's outputs.
@@ -151,7 +114,7 @@ class Task(LightningModule, ABC):
         return self(batch[0])
 
     def log_loss(self, loss: Tensor, stage: Stage, examples: int) -> None:
-        """Log as train_loss, val_loss or test_loss; of training every step, else the mean of the epoch.
+        """Logs train_loss at every step, and val_loss or test_loss as the mean of the epoch.
 
         Args:
             loss: 0-dim.
@@ -173,14 +136,14 @@ class Classifier(Task):
     """Cross-entropy of classes (nats) and accuracy.
 
     Args:
-        model: network from inputs to logits, one row a class of the batch, shape [batch, num_classes].
+        model: network from inputs to logits, shape [batch, num_classes].
         num_classes: number of classes.
         lr: largest learning rate.
         weight_decay: of AdamW, on every parameter.
         warmup_steps: optimiser steps until the learning rate is at its largest.
-        label_smoothing: probability spread evenly over all classes; in training only.
+        label_smoothing: probability that is spread evenly over all classes, in training only.
         weights: file with weights to start from.
-        fresh: parts that start afresh nevertheless.
+        fresh: names of parameters that are not taken from the file.
     """
 
     def __init__(
@@ -201,7 +164,7 @@ class Classifier(Task):
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def evaluate(self, batch: Batch, stage: Stage) -> Tensor:
-        """Log loss and accuracy.
+        """Logs loss and accuracy.
 
         Args:
             batch: (inputs, classes as int64).
@@ -212,8 +175,8 @@ class Classifier(Task):
         """
         inputs, classes = batch
         logits = self(inputs)
-        smoothing = self.label_smoothing if stage == "train" else 0.0
-        loss = F.cross_entropy(logits, classes, label_smoothing=smoothing)
+        label_smoothing = self.label_smoothing if stage == "train" else 0.0
+        loss = F.cross_entropy(logits, classes, label_smoothing=label_smoothing)
         accuracy: MulticlassAccuracy = getattr(self, f"{stage}_accuracy")
         accuracy(logits, classes)
         self.log_loss(loss, stage, len(classes))
@@ -225,12 +188,12 @@ class Regressor(Task):
     """Mean squared error in units of the target's variance, and R^2 in validation and test.
 
     Args:
-        model: network from inputs to one number each, shape [batch] or [batch, 1].
+        model: network from inputs to one number per example, shape [batch] or [batch, 1].
         lr: largest learning rate.
         weight_decay: of AdamW, on every parameter.
         warmup_steps: optimiser steps until the learning rate is at its largest.
         weights: file with weights to start from.
-        fresh: parts that start afresh nevertheless.
+        fresh: names of parameters that are not taken from the file.
     """
 
     def __init__(
@@ -247,7 +210,7 @@ class Regressor(Task):
         self.test_r2 = R2Score()
 
     def evaluate(self, batch: Batch, stage: Stage) -> Tensor:
-        """Log loss and, but for training, R^2.
+        """Logs the loss and, in validation and test, R^2.
 
         Args:
             batch: (inputs, standardised targets of shape [batch]).
@@ -257,14 +220,15 @@ class Regressor(Task):
             Mean squared error.
 
         Raises:
-            ConfigError: when the network gives another number of outputs.
+            ConfigError: when the network does not give one output per target.
         """
         inputs, targets = batch
         predictions = self(inputs)
         if predictions.numel() != targets.numel():
-            outputs, wanted = predictions.numel() // len(inputs), targets.numel() // len(inputs)
+            outputs = predictions.numel() // len(inputs)
+            wanted = targets.numel() // len(inputs)
             raise ConfigError(
-                "model", type(self.model).__name__, f"gives {outputs} numbers an example", f"The task needs {wanted}."
+                "model", type(self.model).__name__, f"gives {outputs} numbers per example", f"The task needs {wanted}."
             )
         predictions = predictions.reshape(targets.shape)
         loss = F.mse_loss(predictions, targets)
@@ -277,21 +241,21 @@ class Regressor(Task):
 
 
 class Autoencoder(Regressor):
-    """The input is the target: mean squared error of an entry, and R^2 over all entries of all inputs.
+    """Regression of the input on itself: mean squared error per entry, and R^2 over all entries of all inputs.
 
-    Targets of the data are not used.
+    The targets of the data are not used.
 
     Args:
-        model: network from inputs to as many numbers, in any shape.
+        model: network from inputs to outputs with as many entries, in any shape.
         lr: largest learning rate.
         weight_decay: of AdamW, on every parameter.
         warmup_steps: optimiser steps until the learning rate is at its largest.
         weights: file with weights to start from.
-        fresh: parts that start afresh nevertheless.
+        fresh: names of parameters that are not taken from the file.
     """
 
     def evaluate(self, batch: Batch, stage: Stage) -> Tensor:
-        """Log loss and, but for training, R^2.
+        """Logs the loss and, in validation and test, R^2.
 
         Args:
             batch: (inputs, ignored).
@@ -305,26 +269,26 @@ class Autoencoder(Regressor):
 
 
 class LanguageModel(Task):
-    """Cross-entropy of the next byte: nats a byte, and the same in bits.
+    """Cross-entropy of the next byte, in nats per byte and in bits per byte.
 
     Args:
-        model: network from tokens [batch, length] to logits [batch, length, vocabulary].
+        model: network from tokens, shape [batch, length], to logits, shape [batch, length, vocabulary].
         lr: largest learning rate.
         weight_decay: of AdamW, on every parameter.
         warmup_steps: optimiser steps until the learning rate is at its largest.
         weights: file with weights to start from.
-        fresh: parts that start afresh nevertheless.
+        fresh: names of parameters that are not taken from the file.
     """
 
     def evaluate(self, batch: Batch, stage: Stage) -> Tensor:
-        """Log loss and, but for training, bits per byte.
+        """Logs the loss and, in validation and test, the loss in bits.
 
         Args:
-            batch: (bytes, the byte after each of them), int64, shape [batch, length] both.
+            batch: (bytes, the byte after each of them), both int64, shape [batch, length].
             stage: prefix of the names.
 
         Returns:
-            Cross-entropy, nats a byte.
+            Cross-entropy, nats per byte.
         """
         tokens, following = batch
         loss = F.cross_entropy(self(tokens).flatten(0, 1), following.flatten())

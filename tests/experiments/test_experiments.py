@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from lightning.pytorch.cli import LightningCLI
 from small_experiments import CONFIGS, DATA, gpt, mlp, resnet, training_configs, vit
 from torch import nn
 
-from eafo_dynamic import EAFOCallback
+from eafo_dynamic import EAFOCallback, experiments
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.experiments import (
     MLP,
@@ -27,7 +28,7 @@ from eafo_dynamic.experiments import (
     TabularData,
     Task,
 )
-from eafo_dynamic.experiments.tasks import warmup_cosine
+from eafo_dynamic.experiments.schedule import warmup_cosine
 
 # Lightning 2.6 with torch 2.13.
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
@@ -63,6 +64,15 @@ def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
 def wine_task(activation: str = "relu", seed: int = 0) -> Classifier:
     seed_everything(seed)
     return Classifier(MLP(13, 3, hidden=[16, 16], activation=activation, dropout=0.1), num_classes=3)
+
+
+def test_public_names_are_loaded_when_they_are_used() -> None:
+    for name in experiments.__all__:
+        assert getattr(experiments, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = experiments.no_such_name
+    code = "import sys, eafo_dynamic.experiments; print({'torch', 'lightning'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 TASKS: dict[str, tuple[Any, Any, set[str]]] = {
@@ -138,9 +148,9 @@ def test_autoencoder_reproduces_its_input_and_ignores_targets() -> None:
 
 def test_a_network_with_another_number_of_outputs_is_named() -> None:
     batch = (torch.zeros(3, 8), torch.zeros(3))
-    with pytest.raises(ConfigError, match=r"model='MLP': gives 5 numbers an example. The task needs 8"):
+    with pytest.raises(ConfigError, match=r"model='MLP': gives 5 numbers per example. The task needs 8"):
         Autoencoder(MLP(8, 5)).evaluate(batch, "train")
-    with pytest.raises(ConfigError, match=r"model='MLP': gives 5 numbers an example. The task needs 1"):
+    with pytest.raises(ConfigError, match=r"model='MLP': gives 5 numbers per example. The task needs 1"):
         Regressor(MLP(8, 5)).evaluate(batch, "train")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from eafo_dynamic.cli import main
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.experiments import CifarData
-from eafo_dynamic.experiments.cifar import Crop, CropSampler
+from eafo_dynamic.experiments.images.cifar import Crop, CropSampler
 from eafo_dynamic.records import CorrectionLog
 
 FILES = {

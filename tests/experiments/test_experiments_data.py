@@ -24,9 +24,10 @@ from eafo_dynamic.experiments import (
     StdlibText,
     TabularData,
 )
-from eafo_dynamic.experiments.data import split_indices, standardise
-from eafo_dynamic.experiments.sources import read_source
-from eafo_dynamic.experiments.text import ByteWindows, source_files
+from eafo_dynamic.experiments.scikit import standardise
+from eafo_dynamic.experiments.splits import split_indices
+from eafo_dynamic.experiments.text.python_source import read_source
+from eafo_dynamic.experiments.text.stdlib import ByteWindows, source_files
 
 
 def parts(data: SplitData) -> tuple[Any, Any, Any]:

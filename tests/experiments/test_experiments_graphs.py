@@ -74,7 +74,7 @@ def test_edges_are_where_the_model_puts_them() -> None:
     ("options", "message"),
     [
         ({"graphs": 0}, "graphs=0: must be at least 1"),
-        ({"between": 1.5}, r"between=1\.5: is no probability"),
+        ({"between": 1.5}, r"between=1\.5: is not a probability"),
         ({"batch_size": 0}, "batch_size=0"),
     ],
 )

@@ -16,7 +16,7 @@ from small_experiments import CONFIGS
 from eafo_dynamic.cli import main
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.experiments import PreferenceData, PreferenceTask, causal_lm
-from eafo_dynamic.experiments.hf_text import dpo_loss, sequence_log_prob
+from eafo_dynamic.experiments.preferences.dpo import dpo_loss, sequence_log_prob
 from eafo_dynamic.records import CorrectionLog
 
 pytest.importorskip("transformers")

@@ -23,7 +23,7 @@ from eafo_dynamic.experiments import (
     make_activation,
 )
 from eafo_dynamic.experiments.blocks import SelfAttention
-from eafo_dynamic.experiments.resnet import BasicBlock
+from eafo_dynamic.experiments.images.resnet import BasicBlock
 
 IMAGE_MODELS = {"vit": vit, "tnt": tnt, "resnet": resnet, "mlp": mlp}
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from eafo_dynamic.experiments.blocks import make_activation
+from eafo_dynamic.experiments.activations import make_activation
 
 __all__ = ["BasicBlock", "ResNet"]
 
@@ -14,13 +14,13 @@ __all__ = ["BasicBlock", "ResNet"]
 class BasicBlock(nn.Module):
     """act(bn(conv(act(bn(conv(x))))) + shortcut(x)).
 
-    As in torchvision, *one* in-place activation module serves both places.
+    As in torchvision, one in-place activation module is called twice.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
         stride: stride of the first convolution and of the shortcut.
-        activation: activation by name; in place where torch has that form.
+        activation: activation by name; in place if torch has an in-place form of it.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, activation: str) -> None:
@@ -78,10 +78,11 @@ class ResNet(nn.Module):
         blocks: list[BasicBlock] = []
         channels = width
         for stage, depth in enumerate(depths):
+            stage_channels = width * 2**stage
             for index in range(depth):
-                stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(BasicBlock(channels, width * 2**stage, stride, activation))
-                channels = width * 2**stage
+                halves = stage > 0 and index == 0
+                blocks.append(BasicBlock(channels, stage_channels, 2 if halves else 1, activation))
+                channels = stage_channels
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(channels, num_classes)
         for module in self.modules():

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.experiments.blocks import TransformerBlock
+from eafo_dynamic.experiments.blocks import TransformerBlock, check_divides
 
 __all__ = ["VisionTransformer"]
 
-
-_TOKENS = {"cls": 1, "mean": 0, "distilled": 2}  # that are no patches, by pooling
+_EXTRA_TOKENS = {"mean": 0, "cls": 1, "distilled": 2}
+"""By pooling: the number of tokens beside the patches."""
 
 
 class VisionTransformer(nn.Module):
@@ -33,8 +33,8 @@ class VisionTransformer(nn.Module):
         mlp_ratio: hidden features of the feed-forward parts, in units of `dim`.
         activation: activation of the feed-forward parts, by name ("gelu", "relu", "silu", ...).
         dropout: probability of dropping an entry of the embedded tokens and of each residual update.
-        pool: "cls" reads the logits from a class token, "mean" from the mean of the patches, "distilled" their mean
-            from a class and a distillation token, with a head each.
+        pool: "cls" computes the logits from a class token, "mean" from the mean of the patches; "distilled" takes the
+            mean of two heads' logits, one on a class token and one on a distillation token.
 
     Raises:
         ConfigError: when `patch_size` does not divide `image_size`, or `heads` does not divide `dim`.
@@ -55,22 +55,24 @@ class VisionTransformer(nn.Module):
         pool: Literal["cls", "mean", "distilled"] = "cls",
     ) -> None:
         super().__init__()
-        if patch_size < 1 or image_size % patch_size:
-            raise ConfigError("patch_size", patch_size, f"does not divide image_size={image_size}", "Choose a divisor.")
-        if pool not in _TOKENS:
+        check_divides("patch_size", patch_size, "image_size", image_size)
+        if pool not in _EXTRA_TOKENS:
             raise ConfigError("pool", pool, "no such pooling", "Use cls, mean or distilled.")
         patches = (image_size // patch_size) ** 2
+        extra_tokens = _EXTRA_TOKENS[pool]
         self.patch_embedding = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-        tokens = _TOKENS[pool]
-        self.class_token = nn.Parameter(torch.zeros(1, tokens, dim)) if tokens else None
-        self.position_embedding = nn.Parameter(torch.zeros(1, patches + tokens, dim))
+        self.class_token: nn.Parameter | None = None  # the class token and, with "distilled", the distillation token
+        if extra_tokens > 0:
+            self.class_token = nn.Parameter(torch.zeros(1, extra_tokens, dim))
+        self.position_embedding = nn.Parameter(torch.zeros(1, extra_tokens + patches, dim))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(
-            *(TransformerBlock(dim, heads, mlp_ratio, activation, dropout) for _ in range(depth))
-        )
+        blocks = [TransformerBlock(dim, heads, mlp_ratio, activation, dropout) for _ in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
-        self.distilled_head = nn.Linear(dim, num_classes) if pool == "distilled" else None
+        self.distilled_head: nn.Linear | None = None
+        if pool == "distilled":
+            self.distilled_head = nn.Linear(dim, num_classes)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -91,6 +93,11 @@ class VisionTransformer(nn.Module):
         tokens = self.patch_embedding(images).flatten(2).transpose(1, 2)  # [batch, patches, dim]
         if self.class_token is not None:
             tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        tokens = self.norm(self.blocks(self.dropout(tokens + self.position_embedding)))
-        logits = self.head(tokens.mean(dim=1) if self.class_token is None else tokens[:, 0])
-        return logits if self.distilled_head is None else (logits + self.distilled_head(tokens[:, 1])) / 2
+        tokens = self.dropout(tokens + self.position_embedding)
+        tokens = self.norm(self.blocks(tokens))
+        if self.class_token is None:
+            return self.head(tokens.mean(dim=1))
+        logits = self.head(tokens[:, 0])
+        if self.distilled_head is not None:
+            logits = (logits + self.distilled_head(tokens[:, 1])) / 2
+        return logits

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) from their binary files, with crops and flips that seeds alone decide."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) from their binary files, with crops and flips that depend on a seed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.experiments.data import SplitData, split_indices
 from eafo_dynamic.experiments.sampling import EpochSampler
+from eafo_dynamic.experiments.splits import SplitData, split_indices
 
 __all__ = ["CifarData", "CifarImages", "Crop", "CropSampler", "read_cifar"]
 
@@ -23,23 +23,39 @@ _PADDING = 4
 
 
 class _Layout(NamedTuple):
+    """How the files of one of the two data sets are named and written."""
+
+    archive: str
     folder: str
     train: tuple[str, ...]
     test: str
-    labels: int  # bytes before the pixels; the last of them is the class
+    label_bytes: int
+    """Bytes before the pixels of an image; the last of them is the class."""
     classes: int
 
 
 _LAYOUTS = {
     "cifar10": _Layout(
-        "cifar-10-batches-bin", tuple(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin", 1, 10
+        archive="cifar-10-binary.tar.gz",
+        folder="cifar-10-batches-bin",
+        train=("data_batch_1.bin", "data_batch_2.bin", "data_batch_3.bin", "data_batch_4.bin", "data_batch_5.bin"),
+        test="test_batch.bin",
+        label_bytes=1,
+        classes=10,
     ),
-    "cifar100": _Layout("cifar-100-binary", ("train.bin",), "test.bin", 2, 100),
+    "cifar100": _Layout(
+        archive="cifar-100-binary.tar.gz",
+        folder="cifar-100-binary",
+        train=("train.bin",),
+        test="test.bin",
+        label_bytes=2,
+        classes=100,
+    ),
 }
 
 
 class Crop(NamedTuple):
-    """An image and how it is shown this time."""
+    """Which image to read, and which part of it, mirrored or not."""
 
     image: int
     top: int
@@ -49,14 +65,15 @@ class Crop(NamedTuple):
 
 
 class CropSampler(EpochSampler):
-    """The order of an epoch, and for each image a crop and a flip: a function of (seed, epoch) as the order is.
+    """The order of an epoch with a crop and a flip for each image, all of them a function of (seed, epoch).
 
-    Drawn here, not where images are read: neither workers nor dropout in the model change what is drawn.
+    They are drawn here, not where images are read, so that neither loader processes nor the model's dropout change
+    them.
     """
 
     def __iter__(self) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch + 500_001)
-        # One draw an image of the data set, whatever rank shows it.
+        # One draw per image of the data set, so that it does not depend on which rank reads the image.
         offsets = torch.randint(2 * _PADDING + 1, (self.population, 2), generator=generator)
         flips = torch.randint(2, (self.population,), generator=generator).bool()
         for index in super().__iter__():
@@ -65,13 +82,13 @@ class CropSampler(EpochSampler):
 
 
 class CifarImages(Dataset[tuple[Tensor, Tensor]]):
-    """Images in memory, normalised by channel when they are read.
+    """Images in memory, normalised channel by channel when they are read.
 
     Args:
         images: uint8, shape [n, 3, 32, 32].
         classes: int64, shape [n].
-        mean: of each channel in units of 1/255, shape [3, 1, 1].
-        deviation: of each channel likewise.
+        mean: mean of each channel, in units of 1/255, shape [3, 1, 1].
+        deviation: standard deviation of each channel, in the same units and shape.
     """
 
     def __init__(self, images: Tensor, classes: Tensor, mean: Tensor, deviation: Tensor) -> None:
@@ -83,18 +100,23 @@ class CifarImages(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, place: int | Crop) -> tuple[Tensor, Tensor]:
-        crop = place if isinstance(place, Crop) else Crop(place, _PADDING, _PADDING, False)
-        image = (self.images[crop.image].float() - self.mean) / self.deviation
-        if crop[1:] != (_PADDING, _PADDING, False):
-            # Zeros around the normalised image: the border has the colour of the mean.
-            image = F.pad(image, [_PADDING] * 4)[:, crop.top : crop.top + 32, crop.left : crop.left + 32]
-            image = image.flip(-1) if crop.flip else image
+    def __getitem__(self, index: int | Crop) -> tuple[Tensor, Tensor]:
+        if not isinstance(index, Crop):
+            return self._normalised(index), self.classes[index]
+        crop = index
+        # The image is padded after it is normalised: a border of zeros has the mean colour.
+        padded = F.pad(self._normalised(crop.image), [_PADDING] * 4)
+        image = padded[:, crop.top : crop.top + 32, crop.left : crop.left + 32]
+        if crop.flip:
+            image = image.flip(-1)
         return image, self.classes[crop.image]
+
+    def _normalised(self, index: int) -> Tensor:
+        return (self.images[index].float() - self.mean) / self.deviation
 
 
 class CifarData(SplitData):
-    """CIFAR-10 or CIFAR-100: images [3, 32, 32], normalised by the channels of the training part.
+    """CIFAR-10 or CIFAR-100: images [3, 32, 32], each channel normalised by mean and deviation of the training part.
 
     Read from the binary version, "CIFAR-10 binary version (suitable for C programs)" of
     https://www.cs.toronto.edu/~kriz/cifar.html, which unlike the Python version needs no unpickling. The test files
@@ -104,11 +126,11 @@ class CifarData(SplitData):
     Args:
         root: the unpacked folder, `cifar-10-batches-bin` or `cifar-100-binary`, or the folder that holds it.
         name: "cifar10" or "cifar100" (its 100 fine classes).
-        batch_size: see `SplitData`, as the others.
+        batch_size: see `SplitData`, as for the other arguments.
         seed: order, crops and flips of the training images.
         split_seed: cut into training and validation part.
-        val_fraction: part of the training files for validation.
-        augment: crops and flips in training.
+        val_fraction: fraction of the training files for validation.
+        augment: whether to crop and flip the images in training.
         num_workers: loader processes.
 
     Raises:
@@ -133,26 +155,26 @@ class CifarData(SplitData):
             raise ConfigError("name", name, "no such data set", f"Use one of {', '.join(get_args(CifarName))}.")
         self.variant = name
         self.augment = augment
-        self.folder = _find(Path(root), _LAYOUTS[name])  # at once: a wrong path is said before anything runs
+        self.folder = _find(Path(root), _LAYOUTS[name])  # here, so that a wrong path is an error before anything runs
 
     def setup(self, stage: str) -> None:
-        """Read, cut and normalise; the same for every stage.
+        """Reads, cuts and normalises the data; the same for every stage.
 
         Args:
             stage: what Lightning is about to do; not used.
         """
         layout = _LAYOUTS[self.variant]
-        images, classes = read_cifar([self.folder / name for name in layout.train], layout.labels, layout.classes)
-        tested = read_cifar([self.folder / layout.test], layout.labels, layout.classes)
-        split = split_indices(classes, self.val_fraction, 0.0, self.split_seed)
-        mean, deviation = _channel_moments(images[split.train])
-        self.train_data, self.val_data = (
-            CifarImages(images[part], classes[part], mean, deviation) for part in (split.train, split.val)
-        )
-        self.test_data = CifarImages(*tested, mean, deviation)
+        train_files = [self.folder / name for name in layout.train]
+        images, classes = read_cifar(train_files, layout.label_bytes, layout.classes)
+        test_images, test_classes = read_cifar([self.folder / layout.test], layout.label_bytes, layout.classes)
+        train, val, _ = split_indices(classes, self.val_fraction, 0.0, self.split_seed)
+        mean, deviation = _channel_moments(images[train])
+        self.train_data = CifarImages(images[train], classes[train], mean, deviation)
+        self.val_data = CifarImages(images[val], classes[val], mean, deviation)
+        self.test_data = CifarImages(test_images, test_classes, mean, deviation)
 
     def sampler(self) -> EpochSampler:
-        """Order and, with `augment`, crops and flips.
+        """The order of the training images and, with `augment`, their crops and flips.
 
         Returns:
             A sampler over the training images, for this process of the trainer.
@@ -160,11 +182,11 @@ class CifarData(SplitData):
         plain = super().sampler()
         if not self.augment:
             return plain
-        return CropSampler(plain.population, self.seed, None, plain.num_replicas, plain.rank)
+        return CropSampler(plain.population, self.seed, replicas=plain.num_replicas, rank=plain.rank)
 
 
 def read_cifar(paths: Sequence[Path], label_bytes: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Records of `label_bytes` labels and 3,072 pixels: rows of the red plane, then the green, then the blue one.
+    """Reads records of `label_bytes` labels and 3,072 pixels: the red plane row by row, then the green, then the blue.
 
     Args:
         paths: binary files, read one after the other.
@@ -179,12 +201,13 @@ def read_cifar(paths: Sequence[Path], label_bytes: int, classes: int) -> tuple[T
     """
     images: list[Tensor] = []
     labels: list[Tensor] = []
+    record_bytes = label_bytes + _PIXELS
     for path in paths:
         content = bytearray(path.read_bytes())
-        if not content or len(content) % (label_bytes + _PIXELS):
-            problem = f"{path.name} has {len(content)} bytes, not a multiple of {label_bytes + _PIXELS}"
+        if not content or len(content) % record_bytes != 0:
+            problem = f"{path.name} has {len(content)} bytes, not a multiple of {record_bytes}"
             raise ConfigError("root", str(path.parent), problem, "Unpack the binary version again.")
-        records = torch.frombuffer(content, dtype=torch.uint8).unflatten(0, (-1, label_bytes + _PIXELS))
+        records = torch.frombuffer(content, dtype=torch.uint8).unflatten(0, (-1, record_bytes))
         images.append(records[:, label_bytes:].reshape(-1, 3, 32, 32))
         labels.append(records[:, label_bytes - 1].long())
         largest = int(labels[-1].max())
@@ -195,24 +218,25 @@ def read_cifar(paths: Sequence[Path], label_bytes: int, classes: int) -> tuple[T
 
 
 def _find(root: Path, layout: _Layout) -> Path:
-    wanted = (*layout.train, layout.test)
+    """The folder with the files: `root` itself or the one that the archive unpacks to inside it."""
     for folder in (root, root / layout.folder):
-        if (folder / layout.test).is_file():
-            missing = [name for name in wanted if not (folder / name).is_file()]
-            if missing:
-                raise ConfigError("root", str(root), f"lacks {', '.join(missing)}", "Unpack the binary version again.")
-            return folder
-    archive = "cifar-10-binary.tar.gz" if layout.classes == 10 else "cifar-100-binary.tar.gz"
+        if not (folder / layout.test).is_file():
+            continue
+        missing = [name for name in layout.train if not (folder / name).is_file()]
+        if missing:
+            raise ConfigError("root", str(root), f"lacks {', '.join(missing)}", "Unpack the binary version again.")
+        return folder
     raise ConfigError(
         "root",
         str(root),
         f"no {layout.test} here, nor in {layout.folder}",
-        f"Unpack https://www.cs.toronto.edu/~kriz/{archive} and name its folder.",
+        f"Unpack https://www.cs.toronto.edu/~kriz/{layout.archive} and name its folder.",
     )
 
 
 def _channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel, in units of 1/255; from 256 counts, exact without a float copy."""
+    """Mean and standard deviation of each channel, in units of 1/255, shape [3, 1, 1]."""
+    # Counting the 256 levels is exact and needs no copy of the images in floating point.
     levels = torch.arange(256, dtype=torch.float64)
     counts = torch.stack([images[:, channel].flatten().bincount(minlength=256) for channel in range(3)]).double()
     total = counts.sum(1)

@@ -1,4 +1,4 @@
-"""Multi-layer perceptron, without normalisation unless asked for."""
+"""Multi-layer perceptron."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.experiments.blocks import make_activation
+from eafo_dynamic.experiments.activations import make_activation
 
 __all__ = ["MLP"]
 
@@ -16,7 +16,9 @@ _NORMALISATIONS: dict[str, type[nn.Module]] = {"batch": nn.BatchNorm1d, "layer":
 
 
 class MLP(nn.Sequential):
-    """Linear layers, each but the last followed by [normalisation,] activation [and dropout].
+    """Linear layers; all but the last are followed by an activation.
+
+    On request, a normalisation comes before each activation, and a dropout after it.
 
     Args:
         in_features: entries of one input, after flattening.
@@ -54,7 +56,7 @@ class MLP(nn.Sequential):
         super().__init__(*layers, nn.Linear(width, out_features))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Inputs, shape [batch, ...] with in_features entries each.
+        """Inputs, shape [batch, ...] with in_features entries per example.
 
         Returns:
             Outputs, shape [batch, out_features].

@@ -1,7 +1,8 @@
-"""The Python standard library as text: bytes, cut into windows, every file in one part only."""
+"""Python's standard library as text: bytes, cut into windows; each file is in one part only."""
 
 from __future__ import annotations
 
+import math
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,19 +13,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.experiments.data import SplitData
-from eafo_dynamic.experiments.sources import Content, read_source
+from eafo_dynamic.experiments.splits import SplitData
+from eafo_dynamic.experiments.text.python_source import Content, read_source
 
 __all__ = ["ByteWindows", "StdlibText", "source_files"]
 
-_EXCLUDED = {
-    *("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"),
-    *("encodings", "pydoc_data"),  # generated tables, not code
-}
+_PACKAGES_AND_TESTS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_GENERATED_TABLES = {"encodings", "pydoc_data"}
 
 
 class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
-    """Windows of a text and, for each place, the byte that follows.
+    """Windows of a text and, for each byte of a window, the byte that follows it.
 
     Args:
         text: bytes, uint8, shape [n] with n > block_size.
@@ -47,27 +46,27 @@ class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
 
 
 class StdlibText(SplitData):
-    """Bytes of the .py files of the running Python's standard library, without tests and packages.
+    """Bytes of the .py files of the running Python's standard library, without tests and installed packages.
 
-    The files, in sorted order, are shuffled by `split_seed`; the first ones are for validation, the next for
-    testing, the next for training, whole files until each part has its share of the cap. Training windows
-    start anywhere, drawn anew each epoch; evaluation windows are fixed and do not overlap. Another Python
-    version is another text: compare losses within one version.
+    The sorted files are shuffled by `split_seed`. The first ones are for validation, the next for testing, the next
+    for training; each part takes whole files until it has its share of `max_megabytes`. Training windows start at any
+    byte and are drawn anew in each epoch; evaluation windows are fixed and do not overlap. Another version of Python
+    has another standard library: compare losses within one version only.
 
     Args:
         block_size: bytes of a window.
-        batch_size: windows of a batch.
-        windows_per_epoch: training windows that make an epoch.
-        eval_windows: at most so many windows for validation, and for testing.
+        batch_size: windows per batch.
+        windows_per_epoch: training windows per epoch.
+        eval_windows: largest number of windows for validation, and for testing.
         max_megabytes: cap on the text, in units of 10^6 bytes.
         seed: seed of the training windows; see `SplitData`.
         split_seed: seed of the choice and the cut of the files.
-        val_fraction: part of the bytes for validation.
-        test_fraction: part of the bytes for testing.
-        root: folder with other .py files to read instead.
+        val_fraction: fraction of the bytes for validation.
+        test_fraction: fraction of the bytes for testing.
+        root: folder whose .py files are read instead of the standard library.
         num_workers: loader processes.
-        content: of each file, "all", the "code" without its docstrings, or the "docstrings" alone: two texts of
-            different kinds from the same files. `max_megabytes` counts whole files.
+        content: what to take of each file: "all", the "code" without its docstrings, or the "docstrings" alone.
+            `max_megabytes` counts whole files in any case.
 
     Raises:
         ConfigError: for an unknown content, a size below 1, or a folder with too little text for three parts.
@@ -104,11 +103,13 @@ class StdlibText(SplitData):
         self.eval_windows = eval_windows
         self.max_megabytes = max_megabytes
         self.content: Content = content
-        self.root = Path(sysconfig.get_path("stdlib") if root is None else root)
+        if root is None:
+            root = sysconfig.get_path("stdlib")
+        self.root = Path(root)
         self.files: dict[str, list[Path]] = {}
 
     def setup(self, stage: str) -> None:
-        """Choose, read and cut; the same for every stage.
+        """Chooses and reads the files and cuts them into windows; the same for every stage.
 
         Args:
             stage: what Lightning is about to do; not used.
@@ -118,7 +119,7 @@ class StdlibText(SplitData):
         """
         self.files = self._choose_files()
         text = {part: _read(files, self.content) for part, files in self.files.items()}
-        shortest = min(len(bytes_) for bytes_ in text.values())
+        shortest = min(len(part) for part in text.values())
         if shortest <= self.block_size:
             raise ConfigError(
                 "root",
@@ -127,28 +128,36 @@ class StdlibText(SplitData):
                 "Name a folder with more Python files, raise max_megabytes or lower block_size.",
             )
         self.train_data = ByteWindows(text["train"], self.block_size, stride=1)
-        self.val_data, self.test_data = (self._spread(text[part]) for part in ("val", "test"))
+        self.val_data = self._evaluation_windows(text["val"])
+        self.test_data = self._evaluation_windows(text["test"])
 
-    def _spread(self, text: Tensor) -> ByteWindows:
-        # Over the whole text, at equal distances, rather than its first files only.
-        stride = max(self.block_size, -(-(len(text) - self.block_size) // self.eval_windows))
-        return ByteWindows(text, self.block_size, stride)
+    def _evaluation_windows(self, text: Tensor) -> ByteWindows:
+        """At most `eval_windows` windows, evenly spread over the whole text rather than over its first files."""
+        stride = math.ceil((len(text) - self.block_size) / self.eval_windows)
+        return ByteWindows(text, self.block_size, max(self.block_size, stride))
 
     def _choose_files(self) -> dict[str, list[Path]]:
         files = source_files(self.root)
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(self.split_seed))
         shuffled = iter([files[index] for index in order.tolist()])
-        budget = min(self.max_megabytes * 1e6, sum(path.stat().st_size for path in files))
+        total_bytes = min(self.max_megabytes * 1e6, sum(path.stat().st_size for path in files))
         train_fraction = 1 - self.val_fraction - self.test_fraction
-        fractions = {"val": self.val_fraction, "test": self.test_fraction, "train": train_fraction}
-        return {part: _take(shuffled, fraction * budget) for part, fraction in fractions.items()}
+        return {
+            "val": _take(shuffled, self.val_fraction * total_bytes),
+            "test": _take(shuffled, self.test_fraction * total_bytes),
+            "train": _take(shuffled, train_fraction * total_bytes),
+        }
 
 
-def _take(files: Iterator[Path], size: float) -> list[Path]:
+def _take(files: Iterator[Path], total_bytes: float) -> list[Path]:
+    """The next files, whole, until together they have at least that many bytes or there are no more."""
     taken: list[Path] = []
-    while size > 0 and (path := next(files, None)) is not None:
+    while total_bytes > 0:
+        path = next(files, None)
+        if path is None:
+            break
         taken.append(path)
-        size -= path.stat().st_size
+        total_bytes -= path.stat().st_size
     return taken
 
 
@@ -161,12 +170,16 @@ def source_files(root: Path) -> list[Path]:
     Returns:
         Paths, in an order that depends on their names below `root` only.
     """
-    relative = (path.relative_to(root) for path in root.rglob("*.py"))
-    kept = (path for path in relative if not _EXCLUDED.intersection(path.parts))
+    skipped = _PACKAGES_AND_TESTS | _GENERATED_TABLES
+    relative = [path.relative_to(root) for path in root.rglob("*.py")]
+    kept = [path for path in relative if skipped.isdisjoint(path.parts)]
     return [root / path for path in sorted(kept, key=lambda path: path.as_posix())]
 
 
-def _read(files: list[Path], kind: Content) -> Tensor:
-    content = bytearray(b"".join(read_source(path, kind) for path in files))
-    # torch.frombuffer refuses an empty buffer, which an empty folder gives.
-    return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+def _read(files: list[Path], content: Content) -> Tensor:
+    text = bytearray()
+    for path in files:
+        text += read_source(path, content)
+    if not text:  # torch.frombuffer refuses an empty buffer
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(text, dtype=torch.uint8)

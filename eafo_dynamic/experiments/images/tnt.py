@@ -6,17 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.experiments.blocks import TransformerBlock
+from eafo_dynamic.experiments.blocks import TransformerBlock, check_divides
 
 __all__ = ["TransformerInTransformer"]
 
 
 class NestedBlock(nn.Module):
-    """One block for the words inside every patch, whose words then join the patch's token, and one for the patches.
+    """A block among the words of each patch, then a block among the patches.
+
+    In between, the words of a patch are projected and added to the token of that patch.
 
     Args:
-        words: words of a patch.
+        words: number of words in a patch.
         word_dim: features of a word.
         word_heads: attention heads among the words of a patch.
         dim: features of a patch.
@@ -50,12 +51,14 @@ class NestedBlock(nn.Module):
             Both, of the same shapes.
         """
         words = self.inner(words)
-        joined = self.join(self.norm(words).view(len(tokens), tokens.shape[1] - 1, -1))
-        return words, self.outer(tokens + F.pad(joined, (0, 0, 1, 0)))  # nothing joins the class token
+        patches = tokens.shape[1] - 1
+        joined = self.join(self.norm(words).view(len(tokens), patches, -1))
+        joined = F.pad(joined, (0, 0, 1, 0))  # zeros for the class token, which has no words
+        return words, self.outer(tokens + joined)
 
 
 class TransformerInTransformer(nn.Module):
-    """An image cut into patches and these into words; words attend inside their patch, patches to one another.
+    """An image cut into patches, and each patch into words. Words attend inside their patch, patches to one another.
 
     TNT-S on 224 pixels is `image_size=224, patch_size=16, word_size=4, dim=384, word_dim=24, heads=6`.
 
@@ -96,14 +99,11 @@ class TransformerInTransformer(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value, of, whole in (
-            ("patch_size", patch_size, "image_size", image_size),
-            ("word_size", word_size, "patch_size", patch_size),
-        ):
-            if value < 1 or whole % value:
-                raise ConfigError(name, value, f"does not divide {of}={whole}", "Choose a divisor.")
-        patches, words = (image_size // patch_size) ** 2, (patch_size // word_size) ** 2
-        self.side = patch_size // word_size  # of a patch, in words
+        check_divides("patch_size", patch_size, "image_size", image_size)
+        check_divides("word_size", word_size, "patch_size", patch_size)
+        self.words_per_side = patch_size // word_size
+        words = self.words_per_side**2
+        patches = (image_size // patch_size) ** 2
         self.word_embedding = nn.Conv2d(in_channels, word_dim, kernel_size=word_size, stride=word_size)
         self.word_position = nn.Parameter(torch.zeros(1, words, word_dim))
         self.patch_embedding = nn.Sequential(
@@ -112,9 +112,10 @@ class TransformerInTransformer(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.position_embedding = nn.Parameter(torch.zeros(1, 1 + patches, dim))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
+        blocks = [
             NestedBlock(words, word_dim, word_heads, dim, heads, mlp_ratio, activation, dropout) for _ in range(depth)
-        )
+        ]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
         self._initialise()
@@ -129,9 +130,11 @@ class TransformerInTransformer(nn.Module):
 
     def _words(self, images: Tensor) -> Tensor:
         """Embedded words of every patch, shape [batch, patches, words, word_dim]."""
-        grid = self.word_embedding(images)  # [batch, word_dim, rows, columns], of words
-        patches = grid.unfold(2, self.side, self.side).unfold(3, self.side, self.side)
-        return patches.permute(0, 2, 3, 4, 5, 1).flatten(3, 4).flatten(1, 2) + self.word_position
+        side = self.words_per_side
+        grid = self.word_embedding(images)  # [batch, word_dim, rows of words, columns of words]
+        patches = grid.unfold(2, side, side).unfold(3, side, side)  # [batch, word_dim, rows, columns, side, side]
+        words = patches.permute(0, 2, 3, 4, 5, 1).flatten(3, 4).flatten(1, 2)
+        return words + self.word_position
 
     def forward(self, images: Tensor) -> Tensor:
         """Images, shape [batch, in_channels, image_size, image_size], to logits.
@@ -142,7 +145,8 @@ class TransformerInTransformer(nn.Module):
         words = self._words(images)
         patches = self.patch_embedding(words.flatten(2))
         tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1)
-        tokens, words = self.dropout(tokens + self.position_embedding), words.flatten(0, 1)
+        tokens = self.dropout(tokens + self.position_embedding)
+        words = words.flatten(0, 1)
         for block in self.blocks:
             words, tokens = block(words, tokens)
         return self.head(self.norm(tokens)[:, 0])

@@ -14,7 +14,7 @@ __all__ = ["GPT"]
 
 
 class GPT(nn.Module):
-    """Bytes to the logits of the byte that follows each of them.
+    """A causal transformer: for each token of a sequence, the logits of the token that follows it.
 
     Args:
         vocabulary: number of tokens; 256 for bytes.
@@ -25,7 +25,7 @@ class GPT(nn.Module):
         mlp_ratio: hidden features of the feed-forward parts, in units of `dim`.
         activation: activation of the feed-forward parts, by name ("gelu", "relu", "silu", ...).
         dropout: probability of dropping an entry of the embedded tokens and of each residual update.
-        tie_weights: the head shares its weight with the token embedding.
+        tie_weights: whether the head shares its weight with the token embedding.
 
     Raises:
         ConfigError: when `heads` does not divide `dim`.
@@ -48,9 +48,8 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(vocabulary, dim)
         self.position_embedding = nn.Embedding(block_size, dim)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(
-            *(TransformerBlock(dim, heads, mlp_ratio, activation, dropout, causal=True) for _ in range(depth))
-        )
+        blocks = [TransformerBlock(dim, heads, mlp_ratio, activation, dropout, causal=True) for _ in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocabulary, bias=False)
         if tie_weights:
@@ -68,10 +67,10 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens, int64, shape [batch, length] with length <= block_size.
+        """Tokens, int64, shape [batch, length] with length <= block_size, to logits.
 
         Returns:
-            Logits of the next token at every place, shape [batch, length, vocabulary].
+            Logits of the next token at every position, shape [batch, length, vocabulary].
 
         Raises:
             ConfigError: for a sequence longer than `block_size`.

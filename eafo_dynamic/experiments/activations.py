@@ -1,0 +1,50 @@
+"""Activation modules by the names that configurations use."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+from eafo_dynamic.errors import ConfigError
+
+__all__ = ["ACTIVATIONS", "make_activation"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "celu": nn.CELU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "hardswish": nn.Hardswish,
+    "hardtanh": nn.Hardtanh,
+    "leaky_relu": nn.LeakyReLU,
+    "mish": nn.Mish,
+    "prelu": nn.PReLU,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "selu": nn.SELU,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+}
+
+
+def make_activation(name: str, *, inplace: bool = False) -> nn.Module:
+    """A new activation module with torch's default hyper-parameters.
+
+    Args:
+        name: a key of `ACTIVATIONS`.
+        inplace: overwrite the input, for activations that have this option in torch; the others ignore it.
+
+    Returns:
+        The module.
+
+    Raises:
+        ConfigError: for a name that is not in `ACTIVATIONS`.
+    """
+    if name not in ACTIVATIONS:
+        raise ConfigError("activation", name, "no such activation", f"Use one of {', '.join(ACTIVATIONS)}.")
+    cls = ACTIVATIONS[name]
+    if inplace and "inplace" in inspect.signature(cls).parameters:
+        return cls(inplace=True)
+    return cls()
