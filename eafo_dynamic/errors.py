@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
+    "CompoundingError",
     "ConfigError",
     "EAFOError",
     "LogError",
@@ -82,6 +83,20 @@ class PatternError(EAFOError, ValueError):
 
 class SiteError(EAFOError, RuntimeError):
     """A model, or one site of it, cannot be handled; the message names the site."""
+
+
+class CompoundingError(SiteError):
+    """A file of version 0.1.0 holds corrections that compound; later versions cannot compute them.
+
+    Args:
+        what: the file, or what was read from it.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} was trained with compounding=True, which eafo-dynamic 0.2.0 no longer has. Use it with version "
+            "0.1.0, or merge it there into a .pt2 or .onnx file, which needs no eafo-dynamic."
+        )
 
 
 class LogError(EAFOError, ValueError):

@@ -90,7 +90,7 @@ class Bank:
         return [*self.eps, *self.lifts]
 
     def _columns(self) -> list[tuple[Tensor | None, ...]]:
-        """Eps, shapes, tables, offsets and lifts of all sites; None where a site has none."""
+        """Eps, shapes, tables and lifts of all sites; None where a site has none."""
         return list(zip(*(site.tensors(host) for host, site in self._hosted), strict=True))
 
     def states(self) -> list[str]:
@@ -119,7 +119,7 @@ class Bank:
         """
         device = self.device
         one: dict[Base, Base] = {}  # equal bases become the same, so that nobody has to compare them again
-        eps, shapes, tables, offsets, lifts = self._columns()
+        eps, shapes, tables, lifts = self._columns()
         with torch.no_grad():
             return Functions(
                 bases=[one.setdefault(base, base) for base in map(as_base, self._plain)],
@@ -130,7 +130,6 @@ class Bank:
                 tabulated=torch.tensor(
                     [row for row, table in enumerate(tables) if table is not None], dtype=torch.long, device=device
                 ),
-                offsets=_stacked(settled, device) if (settled := _present(offsets)) else None,
                 lift=_stacked(_means(free), device) if (free := _present(lifts)) else None,
                 kernel=kernel,
             )
@@ -142,7 +141,7 @@ class Bank:
             old: what ``functions`` gave before.
             new: what to write.
         """
-        eps, shapes, tables, offsets, lifts = map(_present, self._columns())
+        eps, shapes, tables, lifts = map(_present, self._columns())
         with torch.no_grad():
             copy_all_(eps, _moved(eps, old.eps, new.eps))
             copy_all_(shapes, new.shape.unbind())
@@ -150,8 +149,6 @@ class Bank:
                 copy_all_(lifts, _moved(lifts, old.lift, new.lift))
             if tables:
                 copy_all_(tables, new.tables.unbind())
-            if offsets and new.offsets is not None:
-                copy_all_(offsets, new.offsets.unbind())
 
     def drain(self) -> tuple[list[tuple[Tensor, Tensor]], list[str | None]]:
         """Hands out what every site has collected since the last round, and forgets it.

@@ -27,7 +27,7 @@ from eafo_dynamic.apply.frames import (
 )
 from eafo_dynamic.apply.site import Site, describe_state
 from eafo_dynamic.correction.kernels import is_correctable, known_module, prepare
-from eafo_dynamic.errors import SiteError
+from eafo_dynamic.errors import CompoundingError, SiteError
 from eafo_dynamic.find.functional import unbound
 from eafo_dynamic.find.places import Places
 from eafo_dynamic.find.wrapped import ACTIVATION, ENTRY_POINTS, Wrapped, class_before, derived_class, rebased
@@ -82,6 +82,22 @@ class Hosting(Wrapped):
         )  # Python 3.10 has none
         return _rebuild, (self.eafo_class, self.eafo_kind), state
 
+    def __setstate__(self, state: Any) -> None:
+        """Takes a pickled state; refuses one of version 0.1.0 that this version cannot compute.
+
+        Raises:
+            CompoundingError: if its corrections compound.
+        """
+        cast(Any, super()).__setstate__(state)
+        for key in self._offset_keys():
+            if cast(nn.Module, self)._buffers.get(key) is not None:
+                raise CompoundingError("the pickled model")
+            vars(self).pop(key, None)  # which version 0.1.0 had where nothing compounded, too
+
+    def _offset_keys(self) -> list[str]:
+        """Where version 0.1.0 kept what corrections that compound had settled."""
+        return [f"eafo_{site.index}_offset" for site in vars(self).get("eafo_sites", ())]
+
     def __prepare_scriptable__(self) -> Any:
         raise SiteError(
             f"{self.eafo_name or 'the model'}: torch.jit.script cannot read a wrapped model. Take script(merge(model))."
@@ -124,6 +140,8 @@ class Hosting(Wrapped):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # a checkpoint of the plain model lacks the corrections: they stay as they are
         _, _, missing, _, _ = args
+        if any(prefix + key in state_dict for key in self._offset_keys()):  # torch need not be strict
+            raise CompoundingError("the checkpoint")
         cast(Any, super())._load_from_state_dict(state_dict, prefix, *args)
         own = {prefix + key for site in self.eafo_sites for key in site.keys}
         if not own & set(state_dict):

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from eafo_dynamic.apply.kept import CHECKPOINT_KEY, keep_sites
 from eafo_dynamic.apply.surgery import hosted_sites, unwrap, wrap
-from eafo_dynamic.errors import SiteError, legible
+from eafo_dynamic.errors import CompoundingError, SiteError, legible
 from eafo_dynamic.find.functional import WRITTEN, function_base
 from eafo_dynamic.find.sites import MAX_CALLS, FoundSite, SiteReport, find_sites
 
 __all__ = [
     "apply_from_checkpoint",
     "check_form",
+    "check_manifest",
     "check_weights",
     "manifest",
     "report_from_manifest",
@@ -31,7 +32,7 @@ __all__ = [
 
 MANIFEST_VERSION = 2  # 2 adds places
 
-_FORM = ("tabulated", "per_channel", "compounding", "free")
+_FORM = ("tabulated", "per_channel", "free")
 _DAMAGED = "the checkpoint's list of sites is damaged, or of another version"
 _MEND = "Use a checkpoint that eafo-dynamic has written."
 
@@ -62,7 +63,6 @@ def manifest(
     *,
     tabulated: bool = False,
     per_channel: bool = False,
-    compounding: bool = False,
     free: bool = False,
 ) -> dict[str, Any]:
     """What has to be known to wrap the same sites again; primitives only.
@@ -71,17 +71,16 @@ def manifest(
         report: what was wrapped.
         tabulated: see ``wrap``.
         per_channel: see ``wrap``.
-        compounding: see ``wrap``.
         free: see ``wrap``.
 
     Returns:
-        Keys ``manifest_version``, ``sites``, ``tabulated``, ``per_channel``, ``compounding`` and ``free``.
+        Keys ``manifest_version``, ``sites``, ``tabulated``, ``per_channel`` and ``free``.
     """
     sites = [
         {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(found).items()}
         for found in report.wrapped
     ]
-    form = {"tabulated": tabulated, "per_channel": per_channel, "compounding": compounding, "free": free}
+    form = {"tabulated": tabulated, "per_channel": per_channel, "free": free}
     return {"manifest_version": MANIFEST_VERSION, "sites": sites, **form}
 
 
@@ -98,10 +97,11 @@ def check_manifest(saved: object) -> Mapping[str, Any]:
         saved: what stands under ``CHECKPOINT_KEY``; it may be anything.
 
     Returns:
-        The same.
+        The same, without what version 0.1.0 says of corrections that do not compound.
 
     Raises:
         SiteError: if it is damaged, somebody else's, or of a newer schema; the message says which entry.
+        CompoundingError: if it is of a run of version 0.1.0 whose corrections compound.
     """
     if not isinstance(saved, Mapping) or not isinstance(saved.get("sites"), (list, tuple)) or not saved["sites"]:
         raise SiteError(f"{_DAMAGED}: {CHECKPOINT_KEY!r} holds no list of sites. {_MEND}")
@@ -111,12 +111,16 @@ def check_manifest(saved: object) -> Mapping[str, Any]:
             f"the checkpoint's list of sites has manifest_version={version!r}, and this version of eafo-dynamic reads "
             f"up to {MANIFEST_VERSION}. Upgrade eafo-dynamic."
         )
-    for key in _FORM:
-        if not isinstance(saved.get(key), bool):
-            raise SiteError(f"{_DAMAGED}: {key}={saved.get(key)!r} is neither true nor false. {_MEND}")
+    form = {key: saved.get(key) for key in _FORM}
+    form["compounding"] = saved.get("compounding", False)
+    for key, value in form.items():
+        if not isinstance(value, bool):
+            raise SiteError(f"{_DAMAGED}: {key}={value!r} is neither true nor false. {_MEND}")
+    if form["compounding"]:
+        raise CompoundingError("the checkpoint")
     for number, site in enumerate(saved["sites"]):
         _check_site(number, site)
-    return saved
+    return {key: value for key, value in saved.items() if key != "compounding"}
 
 
 def _check_site(number: int, site: object) -> None:
@@ -171,7 +175,7 @@ def check_form(saved: Mapping[str, Any], form: Mapping[str, bool]) -> None:
 
     Args:
         saved: from ``manifest``.
-        form: ``tabulated``, ``per_channel``, ``compounding`` and ``free`` of the run.
+        form: ``tabulated``, ``per_channel`` and ``free`` of the run.
 
     Raises:
         SiteError: if they differ.
@@ -243,6 +247,7 @@ def wrap_from_manifest(model: nn.Module, saved: Mapping[str, Any], present: Site
     Raises:
         SiteError: if it cannot be done; the model is then as it was.
     """
+    saved = check_manifest(saved)
     report = report_from_manifest(model, saved)
     try:
         with legible(_DAMAGED):

@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 _PLAIN = (Tensor, nn.Parameter)
-_Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # of a site, as its keys
+_Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # of a site, as its keys
 
 
 def standard_normal() -> Gaussian:
@@ -98,7 +98,6 @@ class Form:
         eps_init: starting amplitude.
         tabulated: whether every shape is a table, as densities other than the Gaussian need.
         per_channel: whether every channel has an amplitude of its own.
-        compounding: whether each round settles the correction so far and corrects the corrected function.
         free: whether the two terms of the correction have an amplitude each, eps u exp(-u^2/2) + lift exp(-u^2/2), in
             place of one for both in the proportion that the base and the density give.
     """
@@ -106,7 +105,6 @@ class Form:
     eps_init: float = 0.01
     tabulated: bool = False
     per_channel: bool = False
-    compounding: bool = False
     free: bool = False
 
 
@@ -132,8 +130,7 @@ class Site:
 
     Its tensors are registered on its host, so they train, move and are saved with the model: parameter
     ``eafo_<index>_eps`` (0-dim, or one a channel), buffers ``eafo_<index>_shape`` (mu, sigma), ``eafo_<index>_table``
-    (ghat, where it has no closed form) and ``eafo_<index>_offset`` (what earlier rounds have settled, where corrections
-    compound), parameter ``eafo_<index>_lift`` (where the terms are free).
+    (ghat, where it has no closed form), parameter ``eafo_<index>_lift`` (where the terms are free).
 
     Args:
         name: the site's name, as in the report of ``find_sites``.
@@ -154,11 +151,15 @@ class Site:
     enabled: bool = True
     _zero_seen: tuple[tuple[tuple[int, int | None], ...], bool] | None = field(default=None, init=False, repr=False)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # not the keys: a site that was pickled by version 0.1.0 has one more
+        vars(self).update({name: value for name, value in state.items() if name != "keys"})
+
     @functools.cached_property
-    def keys(self) -> tuple[str, str, str, str, str]:
-        """Attribute names of eps, shape, table, offset and lift on the host."""
+    def keys(self) -> tuple[str, str, str, str]:
+        """Attribute names of eps, shape, table and lift on the host."""
         stem = f"eafo_{self.index}_"
-        return f"{stem}eps", f"{stem}shape", f"{stem}table", f"{stem}offset", f"{stem}lift"
+        return f"{stem}eps", f"{stem}shape", f"{stem}table", f"{stem}lift"
 
     def register(
         self, host: nn.Module, base: Base, form: Form, channels: int | None, device: torch.device | None = None
@@ -172,17 +173,14 @@ class Site:
             channels: number of channels, for one amplitude each; None: one for all.
             device: where the host's inputs live.
         """
-        eps_key, shape_key, table_key, offset_key, lift_key = self.keys
+        eps_key, shape_key, table_key, lift_key = self.keys
         size = () if channels is None else (channels,)
         dtype = amplitude_dtype()
         eps = torch.full(size, float(form.eps_init), dtype=dtype, device=device)
         host.register_parameter(eps_key, nn.Parameter(eps))
         host.register_buffer(shape_key, torch.tensor([0.0, 1.0], dtype=dtype, device=device))
-        tabulated = form.tabulated or form.compounding
-        table = None if form.free else shape_table(base, standard_normal(), tabulated)
+        table = None if form.free else shape_table(base, standard_normal(), form.tabulated)
         register(host, table_key, None if table is None else table.to(device))
-        settled = torch.zeros_like(table, device=device) if form.compounding and table is not None else None
-        register(host, offset_key, settled)
         register(host, lift_key, nn.Parameter(torch.zeros(size, dtype=dtype, device=device)) if form.free else None)
 
     def unregister(self, host: nn.Module) -> None:
@@ -201,19 +199,18 @@ class Site:
             host: where they are registered.
 
         Returns:
-            Eps, shape, table, offset and lift; None for those that its function does not have.
+            Eps, shape, table and lift; None for those that its function does not have.
         """
         if is_compiling():
-            eps, shape, table, offset, lift = (getattr(host, key) for key in self.keys)
-            return eps, shape, table, offset, lift
+            eps, shape, table, lift = (getattr(host, key) for key in self.keys)
+            return eps, shape, table, lift
         # a module's own __getattr__ takes ten times as long as a look where it looks; a loop would take twice as long
         parameters, buffers = own_parameters(host), own_buffers(host)
-        eps, shape, table, offset, lift = self.keys
+        eps, shape, table, lift = self.keys
         return (
             parameters[eps] if eps in parameters else getattr(host, eps),
             buffers[shape] if shape in buffers else getattr(host, shape),
             buffers[table] if table in buffers else getattr(host, table),
-            buffers[offset] if offset in buffers else getattr(host, offset),
             parameters[lift] if lift in parameters else getattr(host, lift),
         )  # pyright: ignore[reportReturnType]
 
@@ -225,17 +222,17 @@ class Site:
             z: pre-activations, any shape.
 
         Returns:
-            Eps, shape and tables, where z lives.
+            Eps, shape, table and lift, where z lives.
         """
-        eps, shape, table, offset, lift = self.tensors(host)
+        eps, shape, table, lift = self.tensors(host)
         near = shape.is_cpu and z.is_cpu
         if not near and shape.device != z.device:  # of a model that is spread over several devices
             eps, shape = eps.to(z.device), shape.to(z.device)
-            table, offset, lift = (None if each is None else each.to(z.device) for each in (table, offset, lift))
+            table, lift = (None if each is None else each.to(z.device) for each in (table, lift))
         if eps.dim():
             dim = self.collector.channel_dim
             eps, lift = per_channel(eps, z, dim), None if lift is None else per_channel(lift, z, dim)
-        return Terms(eps, shape, table, offset, table_half_width(), lift)
+        return Terms(eps, shape, table, table_half_width(), lift)
 
     def correction(self, host: nn.Module, z: Tensor) -> Tensor:
         """The site's correction term alone.
@@ -263,9 +260,7 @@ class Site:
             return False
         if not self.enabled:
             return True
-        first, _, _, settled, last = self.keys
-        if settled in own_buffers(host) or getattr(host, settled) is not None:
-            return False
+        first, _, _, last = self.keys
         parameters = own_parameters(host)
         eps: Any = parameters[first] if first in parameters else getattr(host, first)
         lift: Any = parameters[last] if last in parameters else getattr(host, last)

@@ -21,12 +21,13 @@ from eafo_dynamic.correction.bases import as_base
 from eafo_dynamic.correction.kernels import Terms, correction_value, is_correctable, known_module, per_channel, prepare
 from eafo_dynamic.correction.shape import table_half_width
 from eafo_dynamic.density.estimators import Density
+from eafo_dynamic.errors import CompoundingError
 from eafo_dynamic.find.wrapped import CarriesCorrection
 from eafo_dynamic.internals.torch_internals import own_buffers, own_parameters
 
 __all__ = ["CRReLU", "CorrectedActivation"]
 
-_TENSORS = ("eps", "shape", "table", "offset", "lift")
+_TENSORS = ("eps", "shape", "table", "lift")
 
 
 class CorrectedActivation(CarriesCorrection, nn.Module):
@@ -51,7 +52,6 @@ class CorrectedActivation(CarriesCorrection, nn.Module):
         eps: Tensor
         shape: Tensor
         table: Tensor | None
-        offset: Tensor | None
         lift: Tensor | None
         channel_dim: int | None
 
@@ -71,12 +71,19 @@ class CorrectedActivation(CarriesCorrection, nn.Module):
             register(self, name, nn.Parameter(amplitude) if trainable and amplitude is not None else amplitude)
         self.register_buffer("shape", torch.stack([density.mean[0], density.std[0]]).to(torch.float32))
         register(self, "table", None if lift is not None else shape_table(as_base(base), density))
-        register(self, "offset", None)
         self.half_width = table_half_width()
         self.channel_dim = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"channel_dim": None, **state})  # a pickle need not say it
+        if self._buffers.get("offset") is not None:
+            raise CompoundingError("the pickled model")
+        vars(self).pop("offset", None)  # which version 0.1.0 had where nothing compounded, too
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **named: Any) -> None:
+        if f"{prefix}offset" in state_dict:  # torch would pass it over where it is not strict
+            raise CompoundingError("the merged model")
+        super()._load_from_state_dict(state_dict, prefix, *args, **named)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -112,7 +119,7 @@ class CorrectedActivation(CarriesCorrection, nn.Module):
         else:
             lift = per_channel(self.lift, z, self.channel_dim) if self.lift is not None else None
             eps = per_channel(self.eps, z, self.channel_dim)
-            c = correction_value(z, eps, self.shape, self.table, self.offset, self.half_width, lift)
+            c = correction_value(z, eps, self.shape, self.table, self.half_width, lift)
             c = c.masked_fill(c == 0, -0.0)  # which leaves the base bit for bit
             out = z.copy_(self.base(z.clone()) + c) if getattr(self.base, "inplace", False) else self.base(z) + c
         return out
@@ -129,13 +136,13 @@ class CorrectedActivation(CarriesCorrection, nn.Module):
 
     def _terms(self, z: Tensor) -> Terms:
         if is_compiling():
-            eps, shape, table, offset, lift = self.eps, self.shape, self.table, self.offset, self.lift
+            eps, shape, table, lift = self.eps, self.shape, self.table, self.lift
         else:
-            eps, shape, table, offset, lift = map(self._own, _TENSORS)
+            eps, shape, table, lift = map(self._own, _TENSORS)
         if eps.dim():
             dim = self.channel_dim
             eps, lift = per_channel(eps, z, dim), None if lift is None else per_channel(lift, z, dim)
-        return Terms(eps, shape, table, offset, self.half_width, lift)
+        return Terms(eps, shape, table, self.half_width, lift)
 
     def _own(self, name: str) -> Any:
         """A tensor by its name: a look where a module's own __getattr__ looks takes a tenth of its time."""

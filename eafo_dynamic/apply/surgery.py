@@ -86,7 +86,6 @@ def wrap(
     *,
     tabulated: bool = False,
     per_channel: bool = False,
-    compounding: bool = False,
     free: bool = False,
     backend: Backend = "auto",
 ) -> list[tuple[nn.Module, Site]]:
@@ -101,7 +100,6 @@ def wrap(
         eps_init: starting amplitude of every new site.
         tabulated: whether every shape is a table, as densities other than the Gaussian need.
         per_channel: whether every channel has an amplitude of its own.
-        compounding: whether each round settles the correction so far and corrects the corrected function.
         free: whether the two terms of a correction have an amplitude each.
         backend: what computes the functions, see Options; of new models, not of one that is wrapped already.
 
@@ -118,7 +116,7 @@ def wrap(
         raise SiteError(_nothing_to_wrap(model, report))
     existing = hosted_sites(model)
     switch = existing[0][1].switch if existing else Switch(backend=backend)
-    form = Form(eps_init, tabulated, per_channel, compounding, free)
+    form = Form(eps_init, tabulated, per_channel, free)
     if per_channel:
         for found in report.wrapped:
             _channels(found)

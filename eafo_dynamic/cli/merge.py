@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.errors import CompoundingError, ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -158,6 +158,8 @@ def _apply(model: nn.Module, checkpoint: Mapping[str, Any], path: str) -> None:
 
     try:
         apply_from_checkpoint(model, checkpoint)
+    except CompoundingError:
+        raise
     except RuntimeError as error:  # torch's own, and SiteError: the weights or the sites do not fit
         problem = f"is of another model than this {type(model).__name__} ({_line(error)})"
         mend = "Give the configuration or the factory that the checkpoint was trained with."
@@ -200,7 +202,7 @@ def _rows(model: nn.Module, plan: Plan) -> list[dict[str, object]]:
         became = {site: "in the graph" if text.startswith("Corrected") else text for site, text in became.items()}
     rows: list[dict[str, object]] = []
     for host, site in hosted_sites(model):
-        eps, table, lift = (getattr(host, site.keys[k]) for k in (0, 2, 4))
+        eps, table, lift = (getattr(host, site.keys[k]) for k in (0, 2, 3))
         mu, sigma = getattr(host, site.keys[1]).tolist()
         row: dict[str, object] = {"site": site.name, "base": str(as_base(site_source(model, site)))}
         amplitudes = {"eps": eps, "lift": lift}

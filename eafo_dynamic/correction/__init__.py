@@ -8,9 +8,7 @@ from eafo_dynamic.correction.shape import (
     choose_route,
     correction_shape,
     evaluate_table,
-    faded_table,
     is_closed_form,
-    steepest_slope,
     table_half_width,
     tabulate,
 )
@@ -23,9 +21,7 @@ __all__ = [
     "choose_route",
     "correction_shape",
     "evaluate_table",
-    "faded_table",
     "is_closed_form",
-    "steepest_slope",
     "table_half_width",
     "tabulate",
 ]

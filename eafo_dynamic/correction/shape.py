@@ -29,9 +29,7 @@ __all__ = [
     "choose_route",
     "correction_shape",
     "evaluate_table",
-    "faded_table",
     "is_closed_form",
-    "steepest_slope",
     "table_half_width",
     "tabulate",
 ]
@@ -276,7 +274,7 @@ def _normalise(raw: Tensor, size: Tensor, density: Density, width: float, route:
     values = smooth(spectrum, variance, length)[:, :nodes].reshape(raw.shape)
     slopes = smooth(spectrum, variance, length, 1)[:, :nodes].reshape(raw.shape)  # per step
     pieces = _pieces(*_faded(values, slopes, _grid(1, raw), _GRID_HALF_WIDTH, _GRID_STEP))
-    steepest = steepest_slope(pieces) / _GRID_STEP
+    steepest = _steepest_slope(pieces) / _GRID_STEP
     floor = 0.02 + 1.5 * torch.nan_to_num(density.derivative_noise(), nan=math.inf) / 0.376
     ratio = _norm(values) / size.clamp(min=1e-300)
     t = ((ratio / floor - 1) / 2).clamp(0, 1)
@@ -308,28 +306,11 @@ def tabulate(shape: Shape, half_width: float = HALF_WIDTH, knots: int = KNOTS) -
         raise ConfigError("half_width", half_width, "leaves no room for the taper", "The default is 8.")
     step = 2 * half_width / (knots - 1)
     values, slopes = shape.at_nodes(knots) if half_width == _GRID_HALF_WIDTH else (None, None)
+    u = torch.linspace(-half_width, half_width, knots, dtype=torch.float64, device=shape.gain.device)
     if values is None or slopes is None:
-        u = torch.linspace(-half_width, half_width, knots, dtype=torch.float64, device=shape.gain.device)
         values, slopes = shape(u), shape.slope(u)
-    table = faded_table(values, slopes, half_width)
-    return table / (steepest_slope(table) / step).clamp(min=1.0)[..., None, None]
-
-
-def faded_table(values: Tensor, slopes: Tensor, half_width: float = HALF_WIDTH) -> Tensor:
-    """Piecewise cubics with given values and slopes at equally spaced knots, faded to 0 at both ends.
-
-    Args:
-        values: at the knots of [-half_width, half_width], shape [..., K].
-        slopes: per unit of u, same shape.
-        half_width: L, in standard deviations.
-
-    Returns:
-        Coefficients, shape [..., 4, K - 1].
-    """
-    knots = values.shape[-1]
-    u = torch.linspace(-half_width, half_width, knots, dtype=torch.float64, device=values.device)
-    step = 2 * half_width / (knots - 1)
-    return _pieces(*_faded(values, slopes * step, u, half_width, step))
+    table = _pieces(*_faded(values, slopes * step, u, half_width, step))
+    return table / (_steepest_slope(table) / step).clamp(min=1.0)[..., None, None]
 
 
 def _faded(values: Tensor, slopes: Tensor, u: Tensor, half_width: float, step: float) -> tuple[Tensor, Tensor]:
@@ -346,15 +327,8 @@ def _pieces(values: Tensor, slopes: Tensor) -> Tensor:
     return torch.stack([v0, d0, 3 * rise - 2 * d0 - d1, d0 + d1 - 2 * rise], dim=-2)
 
 
-def steepest_slope(table: Tensor) -> Tensor:
-    """Largest |slope| of a table, per interval length.
-
-    Args:
-        table: coefficients, shape [sites, 4, intervals].
-
-    Returns:
-        Slopes, shape [sites].
-    """
+def _steepest_slope(table: Tensor) -> Tensor:
+    """Largest |slope| of tables [sites, 4, intervals], per interval length, shape [sites]."""
     _, a1, a2, a3 = table.unbind(-2)
     # The slope is a parabola in t: its extremes are at the ends and at its vertex. A vertex at infinity is an end.
     vertex = (a2 / (-3 * a3)).clamp_(0, 1).nan_to_num_(nan=0.0)

@@ -40,7 +40,6 @@ class Functions:
         shape: mu and sigma, shape [S, 2].
         tables: ghat of the tabulated sites, shape [T, 4, intervals].
         tabulated: which sites these are, shape [T], int64; all others have the closed form.
-        offsets: what earlier rounds have settled, shape [T, 4, intervals]; None unless corrections compound.
         lift: amplitudes of the bells, shape [S]; None unless terms are free.
         kernel: what computes them for float32 on the CPU; None for torch's operations.
     """
@@ -50,7 +49,6 @@ class Functions:
     shape: Tensor
     tables: Tensor
     tabulated: Tensor
-    offsets: Tensor | None = None
     lift: Tensor | None = None
     kernel: RoundKernel | None = None
 
@@ -176,10 +174,6 @@ class Functions:
     def _combined(self, z: Tensor, directions: Sequence[Tensor]) -> Tensor:
         """c(z) from its directions, by torch's operations."""
         c = self.eps.unsqueeze(-1) * directions[0]
-        if self.offsets is not None:
-            u = (z - self.shape[:, :1]) / self.sigma
-            settled = evaluate_table(self.offsets, u[self.tabulated])
-            c[self.tabulated] += self.sigma[self.tabulated] * settled.to(c.dtype)
         if self.lift is not None:
             c = c + self.lift.unsqueeze(-1) * directions[1]
         return c
@@ -224,7 +218,6 @@ class Functions:
             lift=None if self.lift is None else self.lift.contiguous(),
             shape=self.shape.contiguous(),
             tables=self.tables.contiguous(),
-            offsets=None if self.offsets is None else self.offsets.contiguous(),
             place=place,
             half_width=HALF_WIDTH,
             codes=place.new_tensor(codes, dtype=torch.int32),
@@ -255,15 +248,11 @@ class Functions:
             Functions between.
         """
         share = fraction[self.tabulated].view(-1, 1, 1)
-        settled = self.offsets
-        if self.offsets is not None and other.offsets is not None:
-            settled = _between(self.offsets, other.offsets, share)
         return replace(
             self,
             eps=_between(self.eps, other.eps, fraction),
             shape=_between(self.shape, other.shape, fraction.unsqueeze(-1)),
             tables=_between(self.tables, other.tables, share),
-            offsets=settled,
             lift=self.lift if self.lift is None or other.lift is None else _between(self.lift, other.lift, fraction),
         )
 

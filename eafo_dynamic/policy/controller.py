@@ -15,7 +15,7 @@ from eafo_dynamic.apply.manifest import manifest
 from eafo_dynamic.apply.surgery import put_back, take_off, unwrap, wrap
 from eafo_dynamic.correction.kernels import resolve_backend
 from eafo_dynamic.density.statistics import world_size
-from eafo_dynamic.errors import legible
+from eafo_dynamic.errors import CompoundingError, legible
 from eafo_dynamic.find.sites import SiteReport, find_sites
 from eafo_dynamic.internals.declared import named
 from eafo_dynamic.internals.version import package_versions
@@ -312,7 +312,10 @@ class EAFOController:
 
         Raises:
             SiteError: if it is no such state, or the sites differ; the message lists them.
+            CompoundingError: if it is of a run of version 0.1.0 whose corrections compound.
         """
+        if "offsets" in (state["undo"] or {}):
+            raise CompoundingError("the state of the corrections")
         self.bank.check_names(list(state["sites"]))
         self.pace = Pace(*map(int, (state["last_step"], state.get("stride", 1), state.get("overrun", 0))))
         self._rounds.load_state_dict(state)

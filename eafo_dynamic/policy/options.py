@@ -182,16 +182,6 @@ class Options(Checked):
         unit="1",
         when="`0.0` starts exactly at the plain model, as for fine-tuning",
     )
-    compounding: bool = option(
-        default=False,
-        part=MOVES,
-        text=(
-            "each round settles the correction so far and corrects the corrected function, in place of refreshing "
-            "the correction of the base"
-        ),
-        check=flag,
-        when="research; then eps has half of `max_eps` to move in",
-    )
 
     max_eps: float = option(
         default=1.0,
@@ -213,7 +203,7 @@ class Options(Checked):
         text=(
             '`"tied"`: one amplitude eps for both terms of the correction, in the proportion that base and '
             'density give; `"free"`: an amplitude each, `(eps u + lift) exp(-u^2 / 2)` on every base; `"auto"`: '
-            "free where the density is Gaussian, nothing compounds and no policy is `static`, otherwise tied"
+            "free where the density is Gaussian and no policy is `static`, otherwise tied"
         ),
         check=_terms,
         when=(
@@ -320,17 +310,13 @@ class Options(Checked):
         if not abs(self.eps_init) <= self.max_eps:
             problem = f"outside the trust region |eps| <= max_eps={self.max_eps}"
             yield ConfigError("eps_init", self.eps_init, problem, "Choose a smaller eps_init or a larger max_eps.")
-        elif self.compounding and abs(self.eps_init) > self.max_eps / 2:
-            # what has been settled may take one half of max_eps, the amplitude on top of it the other
-            problem = f"with compounding, eps has half of max_eps={self.max_eps} to move in"
-            yield ConfigError("eps_init", self.eps_init, problem, "Choose a smaller eps_init or a larger max_eps.")
         period, collect = self.schedule.update_every_n_steps, self.collect_every_n_steps
         if collect is not None and collect > period:
             problem = f"larger than update_every_n_steps={period}: rounds would find no sample"
             yield ConfigError("collect_every_n_steps", collect, problem, "Collect at least once per update.")
         if self.terms == "free" and self.tabulated:
-            problem = "an amplitude for each term needs density='gaussian' and no compounding"
-            mend = "Leave those at their defaults, or use terms='auto'."
+            problem = "an amplitude for each term needs density='gaussian'"
+            mend = "Leave the density at its default, or use terms='auto'."
             yield ConfigError("terms", self.terms, problem, mend)
 
     @property
@@ -356,7 +342,7 @@ class Options(Checked):
     @property
     def tabulated(self) -> bool:
         """Whether every shape is a table: only the Gaussian density has a closed form."""
-        return self.density != "gaussian" or self.compounding
+        return self.density != "gaussian"
 
     @property
     def free(self) -> bool:
@@ -369,12 +355,7 @@ class Options(Checked):
     @property
     def form(self) -> dict[str, bool]:
         """The options that say what a site's function is made of, as ``wrap`` takes them."""
-        return {
-            "tabulated": self.tabulated,
-            "per_channel": self.per_channel,
-            "compounding": self.compounding,
-            "free": self.free,
-        }
+        return {"tabulated": self.tabulated, "per_channel": self.per_channel, "free": self.free}
 
     def primitives(self) -> dict[str, object]:
         """The options of the corrections as text and numbers, for the manifest; not what a subclass adds.

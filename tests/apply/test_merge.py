@@ -553,7 +553,7 @@ def merged_channels(layout: str, free: bool = False) -> tuple[nn.Module, Tensor,
 def vary_channels(model: nn.Module) -> None:
     with torch.no_grad():
         for host, site in hosted_sites(model):
-            for key in (site.keys[0], site.keys[4]):
+            for key in (site.keys[0], site.keys[3]):
                 if getattr(host, key) is not None:
                     getattr(host, key).copy_(torch.linspace(-0.5, 0.7, 4))
 

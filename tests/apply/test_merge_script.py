@@ -25,7 +25,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "tied": {},
     "free": {"free": True},
     "tabulated": {"tabulated": True},
-    "compounding": {"compounding": True},
     "per channel": {"per_channel": True},
     "per channel, free": {"per_channel": True, "free": True},
 }
@@ -46,12 +45,10 @@ def merged(base: nn.Module, images: bool, **form: Any) -> tuple[nn.Module, Tenso
     wrap(model, find_sites(model, 3 * x), **form)
     ((host, site),) = hosted_sites(model)
     with torch.no_grad():
-        for key in (site.keys[0], site.keys[4]):
+        for key in (site.keys[0], site.keys[3]):
             if getattr(host, key) is not None:
                 getattr(host, key).uniform_(-0.4, 0.4)
         getattr(host, site.keys[1]).copy_(torch.tensor([0.2, 1.3]))
-        if form.get("compounding"):
-            getattr(host, site.keys[3]).copy_(0.3 * getattr(host, site.keys[2]))
     return merge(model).eval(), 3 * x
 
 

@@ -62,8 +62,11 @@ def test_value_and_gradients_are_those_of_the_formula() -> None:
 
 
 @pytest.mark.parametrize("table", [None, smooth_table()], ids=["closed form", "table"])
-def test_first_and_second_derivatives(table: Tensor | None) -> None:
-    z, eps, shape = inputs(24)
+@pytest.mark.parametrize("channels", [False, True], ids=["one eps", "eps a channel"])
+def test_first_and_second_derivatives(table: Tensor | None, channels: bool) -> None:
+    z, eps, shape = inputs(2, 3, 2, 2)
+    if channels:
+        eps = torch.tensor([0.1, 0.0, -0.4], dtype=torch.float64).view(3, 1, 1).requires_grad_()
 
     def term(z: Tensor, eps: Tensor) -> Tensor:
         return correction(z, eps, shape, table, HALF_WIDTH)
@@ -72,51 +75,13 @@ def test_first_and_second_derivatives(table: Tensor | None) -> None:
     assert gradgradcheck(term, (z, eps))
 
 
-@pytest.mark.parametrize("table", [None, smooth_table()], ids=["closed form", "table"])
-@pytest.mark.parametrize("channels", [False, True], ids=["one eps", "eps a channel"])
-def test_derivatives_with_an_offset(table: Tensor | None, channels: bool) -> None:
-    z, eps, shape = inputs(2, 3, 2, 2)
-    if channels:
-        eps = torch.tensor([0.1, 0.0, -0.4], dtype=torch.float64).view(3, 1, 1).requires_grad_()
-    offset = 0.3 * smooth_table(24).flip(0)
-    offset[0] -= offset[0].mean()
-
-    def term(z: Tensor, eps: Tensor) -> Tensor:
-        return correction(z, eps, shape, table, HALF_WIDTH, offset)
-
-    assert gradcheck(term, (z, eps))
-    assert gradgradcheck(term, (z, eps))
-
-
-@pytest.mark.parametrize("table", [None, smooth_table()], ids=["closed form", "table"])
-def test_an_offset_is_added_as_if_it_were_a_second_correction(table: Tensor | None) -> None:
-    z, eps, shape = inputs(4, 3, 5, 5)
-    eps = torch.tensor([0.1, 0.0, -0.4], dtype=torch.float64).view(3, 1, 1)
-    offset, one = 0.3 * smooth_table(24), torch.ones((), dtype=torch.float64)
-    both = correction(z, eps, shape, table, HALF_WIDTH, offset)
-    parts = [correction(z, eps, shape, table, HALF_WIDTH), correction(z, one, shape, offset, HALF_WIDTH)]
-    torch.testing.assert_close(both, parts[0] + parts[1], rtol=1e-12, atol=1e-14)
-    weights = torch.randn(z.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    slopes = [torch.autograd.grad((c * weights).sum(), z)[0] for c in (both, *parts)]
-    torch.testing.assert_close(slopes[0], slopes[1] + slopes[2], rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_offset_of_zeros_beside_eps_zero_keeps_the_bits_of_the_base(dtype: torch.dtype) -> None:
-    z = torch.tensor([0.0, -0.0, 1e-30, -1e-30, math.inf, -math.inf, 2.5, -2.5]).to(dtype)
-    table = smooth_table().float()
-    for eps in (torch.tensor(0.0), torch.zeros(1, requires_grad=True)):
-        c = correction(z, eps, torch.tensor([0.1, 0.7]), table, HALF_WIDTH, torch.zeros_like(table))
-        assert_same_bits(torch.relu(z) + c, torch.relu(z))
-
-
-def test_an_offset_compiles_and_maps() -> None:
+def test_a_table_compiles_and_maps() -> None:
     z, eps, shape = inputs(6, 5)
-    table, offset = smooth_table(), 0.2 * smooth_table(24)
-    expected = correction(z, eps, shape, table, HALF_WIDTH, offset)
+    table = smooth_table()
+    expected = correction(z, eps, shape, table, HALF_WIDTH)
     compiled = torch.compile(correction, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(z, eps, shape, table, HALF_WIDTH, offset), expected)
-    mapped = torch.func.vmap(lambda row: correction(row, eps, shape, table, HALF_WIDTH, offset))(z)
+    torch.testing.assert_close(compiled(z, eps, shape, table, HALF_WIDTH), expected)
+    mapped = torch.func.vmap(lambda row: correction(row, eps, shape, table, HALF_WIDTH))(z)
     torch.testing.assert_close(mapped, expected)
 
 

@@ -38,7 +38,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 def free_terms(eps: Tensor | float, lift: Tensor | float, dtype: torch.dtype = torch.float32) -> Terms:
     amplitudes = [torch.as_tensor(each, dtype=dtype).requires_grad_() for each in (eps, lift)]
-    return Terms(amplitudes[0], torch.tensor(SHAPE, dtype=dtype), None, None, 8.0, amplitudes[1])
+    return Terms(amplitudes[0], torch.tensor(SHAPE, dtype=dtype), None, 8.0, amplitudes[1])
 
 
 def points(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -156,33 +156,30 @@ def test_units_that_sites_share_are_read_where_they_are(kernel: RoundKernel) -> 
     assert_close(estimates.dead_fractions(z, shared, None, per_unit=1), found, 1e-6)
 
 
-def functions_of(kernel: RoundKernel | None, offsets: bool = False) -> Functions:
+def functions_of(kernel: RoundKernel | None, all_tabulated: bool = False) -> Functions:
     bases = [as_base(name) for name in ("relu", "gelu", "tanh", "relu")]
     tables = [tabulate(correction_shape(base, Gaussian(torch.zeros(1), torch.ones(1)), "score"))[0] for base in bases]
-    tabulated = [0, 1, 2, 3] if offsets else [1, 2]
-    stacked = torch.stack([tables[row] for row in tabulated]).float()
+    tabulated = [0, 1, 2, 3] if all_tabulated else [1, 2]
     return Functions(
         bases=bases,
         eps=torch.tensor([0.1, -0.2, 0.3, 0.0]),
         shape=torch.tensor([[0.0, 1.0], [-0.5, 2.0], [3.0, 0.1], [0.2, 0.7]]),
-        tables=stacked,
+        tables=torch.stack([tables[row] for row in tabulated]).float(),
         tabulated=torch.tensor(tabulated),
-        offsets=-0.4 * stacked if offsets else None,
         kernel=kernel,
     )
 
 
-@pytest.mark.parametrize("offsets", [False, True])
-def test_functions_are_those_of_the_reference(kernel: RoundKernel, offsets: bool) -> None:
+@pytest.mark.parametrize("all_tabulated", [False, True])
+def test_functions_are_those_of_the_reference(kernel: RoundKernel, all_tabulated: bool) -> None:
     u = torch.linspace(-15, 15, 1001)
-    mine, theirs = functions_of(kernel, offsets), functions_of(None, offsets)
+    mine, theirs = functions_of(kernel, all_tabulated), functions_of(None, all_tabulated)
     z = mine.shape[:, :1] + mine.shape[:, 1:] * u
     z[0, 3], z[1, 4], z[2, 5] = math.inf, -math.inf, 1e30
     assert_close(mine.direction(z), theirs.direction(z))
     assert_close(mine.correction(z), theirs.correction(z))
     assert_close(mine.outputs(z), theirs.outputs(z))
-    if not offsets:
-        assert torch.equal(mine.outputs(z)[3], torch.relu(z[3])), "eps = 0 is the base bit for bit"
+    assert torch.equal(mine.outputs(z)[3], torch.relu(z[3])), "eps = 0 is the base bit for bit"
 
 
 INSIDE = ["relu", nn.LeakyReLU(0.3), nn.PReLU(init=-0.2), "gelu", nn.GELU("tanh"), "silu"]
@@ -301,7 +298,7 @@ def test_rounds_do_not_depend_on_threads_or_on_where_samples_lie(kernel: RoundKe
     assert all(np.array_equal(found[0], each, equal_nan=True) for each in found[1:])
 
 
-@pytest.mark.parametrize("options", [{}, {"terms": "free"}, {"compounding": True}, {"density": "histogram"}])
+@pytest.mark.parametrize("options", [{}, {"terms": "free"}, {"density": "histogram"}])
 def test_both_back_ends_write_the_same_log(kernel: RoundKernel, options: dict[str, object]) -> None:
     logs: list[list[dict[str, object]]] = []
     for backend in ("native", "eager"):

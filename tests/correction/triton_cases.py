@@ -19,7 +19,7 @@ BASES: list[nn.Module] = [
     nn.Mish(),  # by torch, and the correction added to it
     nn.Hardtanh(),  # not known: it stays with autograd
 ]
-FORMS = ["closed form", "free terms", "table", "table and offset"]
+FORMS = ["closed form", "free terms", "table"]
 LAYOUTS = {
     "[N, C]": ((37, 13), None),
     "[N, T, C]": ((3, 11, 13), None),
@@ -40,11 +40,10 @@ def points(*size: int, dtype: torch.dtype = torch.float32, device: str = "cpu") 
 def make_terms(
     form: str, eps: Tensor | float = 0.3, lift: Tensor | float = -0.2, intervals: int = 16, device: str = "cpu"
 ) -> Terms:
-    smooth = smooth_table(intervals).to(device, torch.float32)
-    table, offset = smooth if "table" in form else None, -0.7 * smooth if "offset" in form else None
+    table = smooth_table(intervals).to(device, torch.float32) if form == "table" else None
     amplitudes = [torch.as_tensor(each).to(device).clone().requires_grad_() for each in (eps, lift)]
     second = amplitudes[1] if form == "free terms" else None
-    return Terms(amplitudes[0], torch.tensor([0.2, 1.4], device=device), table, offset, HALF_WIDTH, second)
+    return Terms(amplitudes[0], torch.tensor([0.2, 1.4], device=device), table, HALF_WIDTH, second)
 
 
 def one_a_channel(channels: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -63,10 +62,10 @@ def of_layout(layout: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Ten
 
 def in_double(terms: Terms) -> Terms:
     *parts, half_width, lift = terms
-    eps, shape, table, offset = (None if each is None else each.detach().double() for each in parts)
+    eps, shape, table = (None if each is None else each.detach().double() for each in parts)
     assert eps is not None and shape is not None
     wide = None if lift is None else lift.detach().double().requires_grad_()
-    return Terms(eps.requires_grad_(), shape, table, offset, half_width, wide)
+    return Terms(eps.requires_grad_(), shape, table, half_width, wide)
 
 
 def assert_meets_formula(z: Tensor, base: nn.Module, terms: Terms, sums: float = 2e-4) -> None:

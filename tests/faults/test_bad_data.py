@@ -84,7 +84,7 @@ SITUATIONS = {
     "policy": [("static", {}), ("learned", {}), ("hybrid", {}), ("frozen", {})],
     "density": [("learned", {"density": "histogram"}), ("entropy", {"density": "histogram"})],
     "backend": [("learned", {"backend": "eager"}), ("entropy", {"backend": "eager"})],
-    "form": [("entropy", {"compounding": True}), ("learned", {"rollback_factor": 1.5})],
+    "rollback": [("learned", {"rollback_factor": 1.5})],
 }
 
 

@@ -89,7 +89,6 @@ def callback(folder: Path, **options: Any) -> EAFOCallback:
 FORMS = {
     "gaussian": {},
     "histogram": {"density": "histogram", "policy": "hybrid"},
-    "compounding": {"compounding": True},
     "per channel": {"per_channel": True},
 }
 
@@ -423,7 +422,7 @@ class TestChangedModels:
     @staticmethod
     def form(path: Path) -> dict[str, Any]:
         saved = torch.load(path, weights_only=True)["eafo"]
-        options = {key: saved[key] for key in ("per_channel", "compounding")}
+        options = {"per_channel": saved["per_channel"]}
         return {**options, "density": "histogram"} if saved["tabulated"] else options
 
     def test_another_width(self, trained: tuple[Path, Net], tmp_path: Path) -> None:

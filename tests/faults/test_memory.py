@@ -100,11 +100,11 @@ def test_twenty_thousand_steps_and_their_updates(watch: Watch, tally: Tally, mon
 @needs_proc
 @pytest.mark.slow
 def test_an_update_keeps_nothing_of_the_last(watch: Watch, monkeypatch: pytest.MonkeyPatch, tally: Tally) -> None:
-    """An update after every step, with tables, an offset and batches of changing size."""
+    """An update after every step, with tables and batches of changing size."""
     monkeypatch.setattr(EAFOController, "KEPT_RECORDS", 50)
     model = tiny()
     controller = EAFOController.attach(
-        model, policy="entropy", density="histogram", compounding=True, update_every_n_steps=1, samples_per_site=64
+        model, policy="entropy", density="histogram", update_every_n_steps=1, samples_per_site=64
     )
     for step in range(1, 401):
         model(torch.randn(4 + step % 7, 2))

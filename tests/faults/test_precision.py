@@ -115,7 +115,7 @@ def test_eps_zero_trains_as_without_to_the_bit(tmp_path: Path, precision: str) -
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-true"])
-@pytest.mark.parametrize("options", [{"per_channel": True}, {"density": "histogram"}, {"compounding": True}], ids=str)
+@pytest.mark.parametrize("options", [{"per_channel": True}, {"density": "histogram"}], ids=str)
 def test_other_forms_keep_the_dtype_too(tmp_path: Path, precision: str, options: dict[str, Any]) -> None:
     plain, wrapped = made(), made()
     fit(tmp_path, plain, precision=precision)

@@ -46,9 +46,8 @@ BAD: list[tuple[str, Any]] = [
     ("rollback_factor", math.nan),
     ("target_modules", ["ReLU", 3]),
     ("filter_fn", "ReLU"),
-    ("compounding", "no"),
-    ("compounding", None),
     ("per_channel", "yes"),
+    ("per_channel", None),
     ("per_channel", 1),
 ]
 
@@ -73,12 +72,12 @@ class _Nothing:
     """Neither a number nor a text, and not callable."""
 
 
-@pytest.mark.parametrize("option", ["per_channel", "compounding"])
-def test_a_comparison_of_numpy_is_true_or_false(option: str) -> None:
-    options = Options(**{option: numpy.float64(1) > 0})
-    assert options.form[option] is True and options.primitives()[option] is True  # checkpoints load Python's alone
-    assert Options(**{option: numpy.bool_(False)}) == Options()
-    assert flag(option, numpy.bool_(False)) is False
+def test_a_comparison_of_numpy_is_true_or_false() -> None:
+    options = Options(per_channel=numpy.float64(1) > 0)  # pyright: ignore[reportArgumentType]
+    assert options.form["per_channel"] is True  # checkpoints load Python's alone
+    assert options.primitives()["per_channel"] is True
+    assert Options(per_channel=numpy.bool_(False)) == Options()  # pyright: ignore[reportArgumentType]
+    assert flag("per_channel", numpy.bool_(False)) is False
 
 
 WRONG: list[tuple[Callable[[], object], str]] = [
@@ -112,12 +111,6 @@ def test_a_folder_is_a_path_or_none() -> None:
         folder("dirpath", 3)
 
 
-def test_compounding_leaves_eps_one_half_of_its_bound() -> None:
-    Options(compounding=True, eps_init=0.5)
-    with pytest.raises(ConfigError, match=r"eps_init=0\.6: with compounding, eps has half of max_eps=1\.0"):
-        Options(compounding=True, eps_init=0.6)
-
-
 def test_parts_are_made_of_the_options() -> None:
     options = Options(update_every_n_steps=8, update_starting_at_step=3, freeze_at_step=90, collect_every_n_steps=2)
     assert options.schedule == Schedule(8, 3, 90, 2)
@@ -130,16 +123,11 @@ def test_only_the_gaussian_density_goes_without_tables() -> None:
     assert not Options().tabulated
     assert Options(density="histogram").tabulated
     assert Options(density=gaussian).tabulated
-    assert Options(compounding=True).tabulated
-    form = {"tabulated": False, "per_channel": True, "compounding": False, "free": True}
+    form = {"tabulated": False, "per_channel": True, "free": True}
     assert Options(per_channel=True, terms="free").form == form
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"density": "histogram"}, {"density": gaussian}, {"compounding": True}],
-    ids=["histogram", "own density", "compounding"],
-)
+@pytest.mark.parametrize("options", [{"density": "histogram"}, {"density": gaussian}], ids=["histogram", "own density"])
 def test_free_terms_need_the_closed_form(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"terms='free': an amplitude for each term needs density='gaussian'"):
         Options(terms="free", **options)
@@ -149,7 +137,6 @@ FREE: list[tuple[dict[str, Any], bool]] = [
     ({}, True),
     ({"policy": "entropy"}, True),
     ({"density": "histogram"}, False),
-    ({"compounding": True}, False),
     ({"policy": "static"}, False),
     ({"policy": [Rule("a", "learned"), Rule(".*", "static")]}, False),
 ]

@@ -52,13 +52,13 @@ def make_functions(tabulated: Sequence[int] = CURVED, dtype: torch.dtype = torch
     )
 
 
-def make_compounding(seed: int = 0, eps: float = 0.2) -> Functions:
-    """All sites tabulated; something has been settled before."""
+def make_tabulated(seed: int = 0, eps: float = 0.2) -> Functions:
+    """All sites tabulated, with tables of a size of their own."""
     functions = make_functions(range(5))
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand(5, generator=generator, dtype=torch.float64) - 0.5
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
-    return replace(functions, eps=eps * sign, offsets=functions.tables * (0.2 * scale).view(-1, 1, 1))
+    return replace(functions, eps=eps * sign, tables=functions.tables * (1 + 0.2 * scale).view(-1, 1, 1))
 
 
 def spread(functions: Functions, n: int = 501, reach: float = HALF_WIDTH) -> Tensor:
@@ -89,18 +89,9 @@ def reference_direction(functions: Functions, row: int, z: float) -> float:
 def assert_no_site_is_new(new: Functions, old: Functions, rows: Sequence[int]) -> None:
     for row in rows:
         assert new.eps[row] == old.eps[row] and torch.equal(new.shape[row], old.shape[row])
-        for one, two in ((new.tables, old.tables), (new.offsets, old.offsets)):
-            if one is not None and two is not None and row in old.tabulated.tolist():
-                place = old.tabulated.tolist().index(row)
-                assert torch.equal(one[place], two[place])
-
-
-def slope_of(functions: Functions, offset_only: bool = False) -> Tensor:
-    """Largest |dc/dz| of every site, by differences on a grid eight times finer than the knots."""
-    if offset_only:
-        functions = replace(functions, eps=torch.zeros_like(functions.eps))
-    z = spread(functions, 8 * (KNOTS - 1) + 1)
-    return (functions.correction(z).diff() / z.diff()).abs().amax(-1)
+        if row in old.tabulated.tolist():
+            place = old.tabulated.tolist().index(row)
+            assert torch.equal(new.tables[place], old.tables[place])
 
 
 # ------------------------------------------------------------------ Functions
@@ -120,18 +111,10 @@ def test_direction_correction_and_outputs_against_a_loop() -> None:
 
 
 def test_the_update_and_the_forward_compute_the_same_correction() -> None:
-    functions = make_compounding()
-    assert functions.offsets is not None
+    functions = make_tabulated()
     z = spread(functions, 301, 9.0)
     for row in range(5):
-        found = correction(
-            z[row],
-            functions.eps[row],
-            functions.shape[row],
-            functions.tables[row],
-            HALF_WIDTH,
-            functions.offsets[row],
-        )
+        found = correction(z[row], functions.eps[row], functions.shape[row], functions.tables[row], HALF_WIDTH)
         torch.testing.assert_close(found, functions.correction(z)[row], rtol=1e-9, atol=1e-11)
 
 
@@ -152,11 +135,11 @@ def test_sites_with_equal_bases_are_one_group() -> None:
 
 
 def test_part_of_the_way() -> None:
-    old, new = make_compounding(0), make_compounding(1, eps=-0.1)
+    old, new = make_tabulated(0), make_tabulated(1, eps=-0.1)
     new = replace(new, shape=old.shape * 2)
     fraction = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
     between = old.towards(new, fraction)
-    for name in ("eps", "shape", "tables", "offsets"):
+    for name in ("eps", "shape", "tables"):
         a, b, c = (getattr(each, name) for each in (old, new, between))
         share = fraction.view(-1, *[1] * (a.dim() - 1))
         torch.testing.assert_close(c, (1 - share) * a + share * b)
@@ -164,14 +147,8 @@ def test_part_of_the_way() -> None:
 
 
 def test_a_move_that_is_refused_leaves_no_trace_even_of_nan() -> None:
-    old = make_compounding()
-    poison = replace(
-        old,
-        eps=old.eps * math.nan,
-        shape=old.shape * math.inf,
-        tables=old.tables * math.nan,
-        offsets=old.tables * math.nan,
-    )
+    old = make_tabulated()
+    poison = replace(old, eps=old.eps * math.nan, shape=old.shape * math.inf, tables=old.tables * math.nan)
     assert_no_site_is_new(old.towards(poison, torch.zeros(5, dtype=torch.float64)), old, range(5))
 
 
@@ -383,93 +360,6 @@ def test_a_vanishing_spread_keeps_a_scale_that_half_precision_can_divide_by() ->
     assert half.isfinite().all()
 
 
-# ------------------------------------------------------------------ compounding
-
-
-def density_of(functions: Functions, shift: float = 0.0, scale: float = 1.0) -> Gaussian:
-    mu, sigma = functions.shape.unbind(-1)
-    return Gaussian(mu + shift * sigma, scale * sigma)
-
-
-ALL = torch.ones(5, dtype=torch.bool)
-
-
-def test_settling_changes_no_function_while_the_density_stays() -> None:
-    old = make_compounding()
-    z = spread(old, 4001)
-    new = compounded(old, density_of(old), ALL, 0.1, max_slope=0.5)
-    assert (new.eps == 0).all()
-    worst = (new.correction(z) - old.correction(z)).abs().amax(-1) / old.shape[:, 1]
-    assert worst.max() < 1e-6, worst
-    assert old.correction(z).abs().amax(-1).div(old.shape[:, 1]).min() > 0.01, "there was something to settle"
-
-
-@pytest.mark.parametrize("shift, scale", [(0.3, 1.0), (0.0, 1.3), (-0.5, 1.6), (0.2, 0.8)])
-def test_settling_in_new_coordinates_keeps_the_function_to_interpolation_error(shift: float, scale: float) -> None:
-    old = make_compounding()
-    new = compounded(old, density_of(old, shift, scale), ALL, 0.1, max_slope=0.5)
-    # inside of both tables, short of where the new one fades out
-    z = spread(old, 4001, 4.0)
-    worst = (new.correction(z) - old.correction(z)).abs().amax(-1) / old.shape[:, 1]
-    assert worst.max() < 2e-3, worst
-
-
-def test_thirty_settlings_do_not_drift() -> None:
-    first = functions = make_compounding()
-    for _ in range(30):
-        functions = compounded(functions, density_of(functions), ALL, 0.1, max_slope=0.5)
-    z = spread(first, 2001)
-    worst = (functions.correction(z) - first.correction(z)).abs().amax(-1) / first.shape[:, 1]
-    assert worst.max() < 1e-5, worst
-
-
-def test_thirty_settlings_of_a_wandering_density_keep_the_bound() -> None:
-    functions = make_compounding()
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(30):
-        shift, scale = torch.randn(2, generator=generator).mul(0.3).tolist()
-        functions = compounded(functions, density_of(functions, shift, math.exp(scale)), ALL, 0.1, max_slope=0.25)
-        assert slope_of(functions, offset_only=True).max() <= 0.25 * (1 + 1e-6)
-        functions = replace(functions, eps=torch.full_like(functions.eps, 0.25))
-        assert slope_of(functions).max() <= 0.5 * (1 + 1e-6)
-
-
-@pytest.mark.parametrize("scale", [0.02, 0.1, 0.4, 1.0, 10.0, 500.0])
-@pytest.mark.parametrize("bound", [0.05, 0.25, math.inf])
-def test_the_settled_slope_is_bounded_however_the_scale_moves(scale: float, bound: float) -> None:
-    old = make_compounding(eps=0.25)
-    new = compounded(old, density_of(old, 0.5, scale), ALL, 0.1, max_slope=bound)
-    assert new.offsets is not None and new.offsets.isfinite().all()
-    assert slope_of(new, offset_only=True).max() <= min(bound, 50.0) * (1 + 1e-6)
-    ends = torch.stack([new.shape[:, 0] - HALF_WIDTH * new.shape[:, 1], new.shape[:, 0] + HALF_WIDTH * new.shape[:, 1]])
-    assert new.correction(ends.T).abs().max() < 1e-5 * float(new.shape[:, 1].max())
-
-
-def test_only_usable_sites_are_settled() -> None:
-    old = make_compounding()
-    usable = torch.tensor([True, False, True, False, False])
-    new = compounded(old, density_of(old, 0.1, 1.1), usable, 0.1, max_slope=0.5)
-    assert_no_site_is_new(new, old, [1, 3, 4])
-    assert (new.eps[[0, 2]] == 0).all() and not torch.equal(new.shape[0], old.shape[0])
-
-
-def test_the_next_shape_is_the_corrected_functions() -> None:
-    """Against the shape of the same function written by hand as a base of its own."""
-    old = make_compounding()
-    density = density_of(old)
-    new = compounded(old, density, ALL, 0.1, max_slope=0.5)
-    assert new.offsets is not None
-    row = 1
-    offset = new.offsets[row]
-
-    def corrected(z: Tensor) -> Tensor:
-        one = torch.ones((), dtype=torch.float64)
-        return torch.nn.functional.gelu(z) + correction(z.double(), one, new.shape[row], offset, HALF_WIDTH)
-
-    expected = tabulate(correction_shape(as_base(corrected), density.select([row]), route="score"))[0]
-    torch.testing.assert_close(new.tables[row], expected, rtol=1e-4, atol=1e-5)
-
-
 # ------------------------------------------------------------------ the bounded move
 
 
@@ -512,10 +402,10 @@ def test_hostile_moves_stay_within_the_bound(
 
 
 def test_another_table_counts_too() -> None:
-    old = make_compounding()
+    old = make_tabulated()
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(5, 1, 1, generator=generator, dtype=torch.float64) * 4
-    wanted = replace(old, tables=old.tables.flip(0) * noise, offsets=old.tables * noise)
+    wanted = replace(old, tables=old.tables.flip(0) * noise)
     fraction = assert_bounded(old, wanted, 0.05)
     assert (fraction < 1).any() and (fraction > 0).any()
 

@@ -192,9 +192,8 @@ class _Interrupt(Callback):
         {"update_every_n_steps": 4, "density": "histogram", "policy": "hybrid"},
         {"update_every_n_steps": 7, "collect_every_n_steps": 2},  # the checkpoint lies between two rounds
         {"update_every_n_steps": 5, "rollback_factor": 1.01, "policy": "entropy", "collect_every_n_steps": 1},
-        {"update_every_n_steps": 4, "compounding": True},
     ],
-    ids=["default", "histogram", "between rounds", "rollback", "compounding"],
+    ids=["default", "histogram", "between rounds", "rollback"],
 )
 def test_resume_equals_an_uninterrupted_run(tmp_path: Path, options: dict[str, Any]) -> None:
     def run(folder: Path, ckpt: str | None, epochs: int) -> tuple[Net, EAFOCallback]:

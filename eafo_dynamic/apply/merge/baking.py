@@ -29,7 +29,6 @@ class State(NamedTuple):
     eps: Tensor
     shape: Tensor
     table: Tensor | None
-    offset: Tensor | None
     lift: Tensor | None = None
     channel_dim: int | None = None
 
@@ -129,7 +128,7 @@ def _holds_function(layer: Hosting, function: str) -> bool:
 
 
 def _is_zero(state: State) -> bool:
-    return state.offset is None and not bool(state.eps.any()) and (state.lift is None or not bool(state.lift.any()))
+    return not bool(state.eps.any()) and (state.lift is None or not bool(state.lift.any()))
 
 
 def _baked(place: str, key: str, served: Sequence[_Served], names: Mapping[int, str]) -> Baked:

@@ -16,7 +16,7 @@ from eafo_dynamic.apply.merge.baking import Baked, Plan, State, apply_plan
 from eafo_dynamic.apply.merge.calls import CallCounter, CorrectedCalls
 from eafo_dynamic.apply.merge.graph import MergedGraph, export
 from eafo_dynamic.apply.standalone import CorrectedActivation
-from eafo_dynamic.errors import ConfigError, SiteError
+from eafo_dynamic.errors import CompoundingError, ConfigError, SiteError
 from eafo_dynamic.internals.torch_internals import forward_pre_hooks
 
 __all__ = ["FORMATS", "GRAPH_FORMATS", "check_output", "load_merged", "save_merged"]
@@ -138,8 +138,11 @@ def load_merged(model: nn.Module, path: str | Path) -> nn.Module:
 
     Raises:
         SiteError: if the file is not one of these, or of another model; the model is not changed then.
+        CompoundingError: if it is of a run of version 0.1.0 whose corrections compound; likewise.
     """
     state, places = _read(Path(path))
+    if any(f"{stem}offset" in state for place in places for stem in _stems(place)):
+        raise CompoundingError(str(path))
     modules = dict(model.named_modules())
     names = {name for place in places for name in (place["module"], *place["orders"])}
     held = {f"{name}.activation".lstrip(".") for name, each in modules.items() if "activation" in vars(each)}
@@ -197,17 +200,20 @@ def _read(file: Path) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     raise SiteError(f"{file} {problem}. Write one with save_merged, or eafo-dynamic merge.")
 
 
-def _baked(place: Mapping[str, Any], state: Mapping[str, Tensor]) -> Baked:
+def _stems(place: Mapping[str, Any]) -> list[str]:
+    """What the names of the tensors of every corrected function begin with."""
     name, count = place["module"], place["functions"]
-    stems = [f"{name}.functions.{k}." for k in range(count)] if place["orders"] else [f"{name}."]
+    return [f"{name}.functions.{k}." for k in range(count)] if place["orders"] else [f"{name}."]
+
+
+def _baked(place: Mapping[str, Any], state: Mapping[str, Tensor]) -> Baked:
     functions = tuple(
         State(
             state[f"{stem}eps"],
             state[f"{stem}shape"],
             state.get(f"{stem}table"),
-            state.get(f"{stem}offset"),
             state.get(f"{stem}lift"),
         )
-        for stem in stems
+        for stem in _stems(place)
     )
-    return Baked(name, (), functions, {owner: tuple(order) for owner, order in place["orders"].items()})
+    return Baked(place["module"], (), functions, {owner: tuple(order) for owner, order in place["orders"].items()})

@@ -60,12 +60,11 @@ class EagerKernel:
             inside: not used: the base's output is there.
         """
         eps, lift, size = float(terms.eps), _lift(terms), _size(z)
-        shape, offset = _shape(terms, z, size), _offset(terms, z, size)
+        if eps == 0.0 and not lift:
+            return  # every bit of the base stays
+        shape = _shape(terms, z, size)
         for into, chunk in zip(flat(out).split(size), flat(z).split(size), strict=True):
-            if eps != 0.0 or lift:  # otherwise every bit of the base stays
-                shape.add_value(into, chunk, eps, lift)
-            if offset is not None:
-                offset.add_value(into, chunk, 1.0)
+            shape.add_value(into, chunk, eps, lift)
 
     @staticmethod
     def add_gradient(
@@ -84,12 +83,10 @@ class EagerKernel:
             Gradients by eps and lift, 0-dim; None for a lift that is none.
         """
         eps, lift, size = float(terms.eps), _lift(terms), _size(z)
-        shape, offset = _shape(terms, z, size), _offset(terms, z, size)
+        shape = _shape(terms, z, size)
         total = z.new_zeros(2, dtype=torch.float64)
         for into, g, chunk in zip(*(flat(each).split(size) for each in (out, grad, z)), strict=True):
             total += shape.add_slope(into, g, chunk, eps, lift)
-            if offset is not None:
-                offset.add_slope(into, g, chunk, 1.0)
         by_eps, by_lift = total.to(terms.eps.dtype).unbind()
         return by_eps, None if terms.lift is None else by_lift
 
@@ -107,13 +104,6 @@ def _shape(terms: Terms, z: Tensor, size: int) -> _Bell | _Table:
     if terms.table is None:
         return _Bell(mu, sigma, z, size)
     return _Table(terms.table, terms.half_width, mu, sigma, z, size)
-
-
-def _offset(terms: Terms, z: Tensor, size: int) -> _Table | None:
-    if terms.offset is None:
-        return None
-    mu, sigma = terms.shape.tolist()
-    return _Table(terms.offset, terms.half_width, mu, sigma, z, size, careful=True)
 
 
 class _Bell:
@@ -164,23 +154,10 @@ class _Bell:
 
 
 class _Table:
-    """Sigma times piecewise cubics, with room for the intermediate results of one part.
+    """Sigma times piecewise cubics, with room for the intermediate results of one part."""
 
-    A careful one leaves what it adds nothing to bit for bit, -0.0 included; an offset may be all zeros.
-    """
-
-    def __init__(
-        self,
-        table: Tensor,
-        half_width: float,
-        mu: float,
-        sigma: float,
-        z: Tensor,
-        size: int,
-        *,
-        careful: bool = False,
-    ) -> None:
-        self.mu, self.sigma, self.half_width, self.careful = mu, sigma, half_width, careful
+    def __init__(self, table: Tensor, half_width: float, mu: float, sigma: float, z: Tensor, size: int) -> None:
+        self.mu, self.sigma, self.half_width = mu, sigma, half_width
         self.intervals = table.shape[-1]
         self.per_sd = self.intervals / (2.0 * half_width)
         table = table.to(z.dtype)
@@ -213,10 +190,7 @@ class _Table:
 
     def add_value(self, into: Tensor, z: Tensor, amplitude: float, lift: float | None = None) -> None:
         """Adds the correction to the outputs; a table has no lift."""
-        value = self._read(self.rows, *self._places(z))
-        if self.careful:
-            value.masked_fill_(value == 0, -0.0)
-        into.add_(value, alpha=amplitude * self.sigma)
+        into.add_(self._read(self.rows, *self._places(z)), alpha=amplitude * self.sigma)
 
     def add_slope(self, into: Tensor, grad: Tensor, z: Tensor, amplitude: float, lift: float | None = None) -> Tensor:
         """Adds the gradient by z, and returns those by the amplitude and the lift, which is 0; shape [2]."""
@@ -224,9 +198,5 @@ class _Table:
         by_amplitude = torch.dot(grad, self._read(self.rows, index, t)) * self.sigma
         if amplitude != 0.0:
             slope = self._read(self.slopes, index, t)
-            if self.careful:
-                slope.mul_(grad)
-                into.add_(slope.masked_fill_(slope == 0, -0.0), alpha=amplitude * self.per_sd)
-            else:
-                into.addcmul_(grad, slope, value=amplitude * self.per_sd)
+            into.addcmul_(grad, slope, value=amplitude * self.per_sd)
         return torch.stack([by_amplitude, torch.zeros_like(by_amplitude)])

@@ -40,8 +40,8 @@ def correction_of(z: Tensor, terms: Terms) -> Tensor:
     Returns:
         c(z), of the shape and dtype of z; differentiable in z, eps and lift, also twice.
     """
-    eps, shape, table, offset, half_width, lift = terms
-    return correction(z, eps, shape, table, half_width, offset, lift)
+    eps, shape, table, half_width, lift = terms
+    return correction(z, eps, shape, table, half_width, lift)
 
 
 def _cut(u: Tensor) -> Tensor:
@@ -131,7 +131,6 @@ def correction_value(
     eps: Tensor,
     shape: Tensor,
     table: Tensor | None,
-    offset: Tensor | None,
     half_width: float,
     lift: Tensor | None,
 ) -> Tensor:
@@ -142,7 +141,6 @@ def correction_value(
         eps: see ``correction``.
         shape: see ``correction``.
         table: see ``correction``.
-        offset: see ``correction``.
         half_width: see ``correction``.
         lift: see ``correction``.
 
@@ -152,9 +150,6 @@ def correction_value(
     sigma = shape[1].to(z.dtype)
     value, _ = _ghat(z, shape, table, half_width)
     c = value * (eps.to(z.dtype) * sigma)
-    if offset is not None:
-        settled, _ = _ghat(z, shape, offset, half_width)
-        c = c + settled * sigma
     if lift is not None:
         c = c + _bell(z, shape)[0] * (lift.to(z.dtype) * sigma)
     return c
@@ -196,36 +191,33 @@ class _Correction(torch.autograd.Function):
         eps: Tensor,
         shape: Tensor,
         table: Tensor | None,
-        offset: Tensor | None,
         half_width: float,
         lift: Tensor | None,
     ) -> Tensor:
-        return _neutral_zeros(correction_value(z, eps, shape, table, offset, half_width, lift), eps)
+        return _neutral_zeros(correction_value(z, eps, shape, table, half_width, lift), eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, eps, shape, table, offset, ctx.half_width, lift = inputs
-        ctx.save_for_backward(z, eps, shape, table, offset, lift)
+        z, eps, shape, table, ctx.half_width, lift = inputs
+        ctx.save_for_backward(z, eps, shape, table, lift)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        z, eps, shape, table, offset, lift = ctx.saved_tensors
+        z, eps, shape, table, lift = ctx.saved_tensors
         value, slope = _ghat(z, shape, table, ctx.half_width)
         peak, fall = (None, None) if lift is None else _bell(z, shape)
         grad_z = grad_eps = grad_lift = None
         if ctx.needs_input_grad[0]:
             total = slope * eps.to(z.dtype)
-            if offset is not None:
-                total = total + _ghat(z, shape, offset, ctx.half_width)[1]
             if lift is not None and fall is not None:
                 total = total + fall * lift.to(z.dtype)
             grad_z = _neutral_zeros(grad * total, eps)
         if ctx.needs_input_grad[1]:
             grad_eps = _summed(grad, value, eps, shape)
-        if ctx.needs_input_grad[6] and lift is not None and peak is not None:
+        if ctx.needs_input_grad[5] and lift is not None and peak is not None:
             grad_lift = _summed(grad, peak, lift, shape)
-        return grad_z, grad_eps, None, None, None, None, grad_lift
+        return grad_z, grad_eps, None, None, None, grad_lift
 
 
 class _CorrectionInBothModes(_Correction):
@@ -234,7 +226,7 @@ class _CorrectionInBothModes(_Correction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _Correction.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:5], inputs[6])
+        ctx.save_for_forward(*inputs[:4], inputs[5])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -254,7 +246,6 @@ def _along(
     eps: Tensor,
     shape: Tensor,
     table: Tensor | None,
-    offset: Tensor | None,
     lift: Tensor | None,
 ) -> Tensor:
     """Derivative of c(z) along tangents of the operands of ``_Correction``."""
@@ -263,8 +254,6 @@ def _along(
     total = torch.zeros_like(z)
     if along_z is not None:
         slope = slope * eps.to(z.dtype)
-        if offset is not None:
-            slope = slope + _ghat(z, shape, offset, half_width)[1]
         if lift is not None:
             slope = slope + _bell(z, shape)[1] * lift.to(z.dtype)
         total = slope * along_z
@@ -281,21 +270,18 @@ def correction(
     shape: Tensor,
     table: Tensor | None = None,
     half_width: float = 0.0,
-    offset: Tensor | None = None,
     lift: Tensor | None = None,
 ) -> Tensor:
-    """Correction term c(z) = sigma * (eps * ghat(u) + offset(u) + lift * exp(-u^2 / 2)), u = (z - mu) / sigma.
+    """Correction term c(z) = sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)), u = (z - mu) / sigma.
 
-    With eps and lift 0 and no offset, ``base(z) + correction(z, ...)`` equals ``base(z)`` bit for bit, gradient
-    included.
+    With eps and lift 0, ``base(z) + correction(z, ...)`` equals ``base(z)`` bit for bit, gradient included.
 
     Args:
         z: pre-activations, any shape, floating point.
         eps: amplitude, no unit; 0-dim, or of a shape that broadcasts to z (one amplitude a channel).
         shape: mu and sigma of the pre-activations, shape [2], in the units of z.
         table: coefficients of ghat, shape [4, intervals]; None means the closed form u exp(-u^2/2).
-        half_width: end of the tables in standard deviations; needed with a table only.
-        offset: coefficients of what earlier rounds have settled, shape [4, intervals]; None for nothing.
+        half_width: end of the table in standard deviations; needed with a table only.
         lift: amplitude of the bell, no unit, of the shape of eps; None for none.
 
     Returns:
@@ -303,7 +289,7 @@ def correction(
     """
     compiling = torch.compiler.is_compiling()
     if not CAN_SWITCH_FORWARD_MODE and not compiling and (forward_mode_active() or transforms_active()):
-        return _neutral_zeros(correction_value(z, eps, shape, table, offset, half_width, lift), eps)
+        return _neutral_zeros(correction_value(z, eps, shape, table, half_width, lift), eps)
     function = _Correction if compiling else _CorrectionInBothModes
-    result: Tensor = function.apply(z, eps, shape, table, offset, half_width, lift)  # pyright: ignore[reportAssignmentType]
+    result: Tensor = function.apply(z, eps, shape, table, half_width, lift)  # pyright: ignore[reportAssignmentType]
     return result

@@ -57,10 +57,10 @@ def corrected(
     known: Known | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """f(z) = base(z) + sigma * (eps * ghat(u) + offset(u) + lift * exp(-u^2 / 2)), u = (z - mu) / sigma.
+    """f(z) = base(z) + sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)), u = (z - mu) / sigma.
 
-    With eps and lift 0 and no offset it equals ``base(z)`` bit for bit, gradient included. Compilers, transforms and
-    other devices see plain operations.
+    With eps and lift 0 it equals ``base(z)`` bit for bit, gradient included. Compilers, transforms and other
+    devices see plain operations.
 
     Args:
         z: pre-activations, any shape, floating point.
@@ -209,16 +209,16 @@ class _Corrected(torch.autograd.Function):
 def _keep(ctx: Any, z: Tensor, eps: Tensor, lift: Tensor | None, terms: Terms, known: Known, kernel: _Kernel) -> None:
     """Keeps what the backward needs; eps and lift as the function got them, so that torch knows them again."""
     ctx.half_width, ctx.known, ctx.kernel = terms.half_width, known, kernel
-    ctx.save_for_backward(z, eps, lift, terms.shape, terms.table, terms.offset)
+    ctx.save_for_backward(z, eps, lift, terms.shape, terms.table)
 
 
 def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Gradients:
-    z, eps, lift, shape, table, offset = ctx.saved_tensors
-    terms = Terms(eps, shape, table, offset, ctx.half_width, lift)
+    z, eps, lift, shape, table = ctx.saved_tensors
+    terms = Terms(eps, shape, table, ctx.half_width, lift)
     if torch.is_grad_enabled() or not _is_plain(grad, z):
         return _traceable(z, terms, ctx.known, grad, needed)
     # only where a look at the amplitudes costs nothing
-    quiet = ctx.known is NOTHING and offset is None and z.is_cpu
+    quiet = ctx.known is NOTHING and z.is_cpu
     if quiet and not eps.any().item() and not (lift is not None and lift.any()):
         needed = (False, *needed[1:])  # nothing to add, not even zeros in another order of memory
     inside = ctx.kernel.inside(z, terms, ctx.known) if is_dense(z) else None

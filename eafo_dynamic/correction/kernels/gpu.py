@@ -157,7 +157,6 @@ class TritonKernel:
         return {
             "BASE": 0 if inside is None else code_of(inside),
             "INTERVALS": 0 if terms.table is None else terms.table.shape[-1],
-            "OFFSET": terms.offset is not None,
             "LIFT": terms.lift is not None,
             "AXIS": cut.axis,
             "PRECISE": not self._code.INTERPRETED,
@@ -195,9 +194,9 @@ def _cut(z: Tensor, terms: Terms) -> _Cut:
 
 
 def _operands(terms: Terms) -> tuple[Tensor, ...]:
-    eps, shape, table, offset, _, lift = terms
+    eps, shape, table, _, lift = terms
     # what is not there is not read
-    return eps, *(eps if each is None else each for each in (lift, shape, table, offset))
+    return eps, *(eps if each is None else each for each in (lift, shape, table))
 
 
 def _numbers(terms: Terms, inside: Known | None) -> tuple[float, float, float]:

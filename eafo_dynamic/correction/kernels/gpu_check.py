@@ -125,14 +125,14 @@ def _cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Known
     knots = torch.cos(torch.arange(17, dtype=z.dtype, device=device))
     table = torch.stack([knots[:-1], knots.diff(), knots[1:], -knots[1:]])  # continuous, as in the check of native
     shape, eps, lift = z.new_tensor(_SHAPE), z.new_tensor(_EPS), z.new_tensor(_LIFT)
-    free = Terms(eps, shape, None, None, _HALF_WIDTH, lift)
-    settled = Terms(eps, shape, table, -0.7 * table, _HALF_WIDTH)
+    free = Terms(eps, shape, None, _HALF_WIDTH, lift)
+    tabulated = Terms(eps, shape, table, _HALF_WIDTH)
     cases = [(z, known, free) for known in INSIDE]
     if dtype == torch.float32:
         five = torch.linspace(-0.4, 0.4, 5, dtype=z.dtype, device=device)
         rows, images = (free._replace(eps=each, lift=-each) for each in (five, five.view(5, 1)))
-        cases += [(z, NOTHING, free._replace(lift=None)), (z, NOTHING, settled._replace(offset=None))]
-        cases += [(z, NOTHING, settled), (z.view(-1, 5), NOTHING, rows), (z.view(-1, 5, 16), NOTHING, images)]
+        cases += [(z, NOTHING, free._replace(lift=None)), (z, NOTHING, tabulated)]
+        cases += [(z.view(-1, 5), NOTHING, rows), (z.view(-1, 5, 16), NOTHING, images)]
     return [(each.to(dtype), known, terms) for each, known, terms in cases]
 
 
@@ -142,8 +142,8 @@ def _agrees(kernel: TritonKernel, z: Tensor, known: Known, terms: Terms) -> bool
     with torch.enable_grad():
         wide = z.double().requires_grad_()
         eps, lift = (None if each is None else each.double().requires_grad_() for each in (terms.eps, terms.lift))
-        shape, table, offset = (None if each is None else each.double() for each in terms[1:4])
-        exact = correction_of(wide, Terms(eps, shape, table, offset, terms.half_width, lift))  # pyright: ignore[reportArgumentType]
+        shape, table = (None if each is None else each.double() for each in (terms.shape, terms.table))
+        exact = correction_of(wide, Terms(eps, shape, table, terms.half_width, lift))  # pyright: ignore[reportArgumentType]
         exact = exact if known is NOTHING else exact + known.value(wide)
         wanted = [each for each in (wide, eps, lift) if each is not None]
         exact_z, *exact_sums = torch.autograd.grad(exact, wanted, grad.double())
@@ -175,7 +175,7 @@ def _special_points(device: torch.device, dtype: torch.dtype) -> Tensor:
 def _is_exact(kernel: TritonKernel, z: Tensor, known: Known) -> bool:
     """Whether amplitudes of 0 give what torch gives, to the bit."""
     zero = torch.zeros((), dtype=torch.float32, device=z.device)
-    terms = Terms(zero, torch.tensor(_SHAPE, dtype=torch.float32, device=z.device), None, None, _HALF_WIDTH, zero)
+    terms = Terms(zero, torch.tensor(_SHAPE, dtype=torch.float32, device=z.device), None, _HALF_WIDTH, zero)
     grad = torch.linspace(-2.0, 2.0, len(z), dtype=torch.float32, device=z.device).to(z.dtype)
     out, by_z = torch.full_like(z, torch.nan), torch.full_like(z, torch.nan)
     kernel.add(out, z, terms, known)

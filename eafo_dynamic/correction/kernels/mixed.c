@@ -87,9 +87,9 @@ static void add_up(const struct channels *c, int64_t at, int m, const float *gra
     }
 }
 
-/* ghat, its slope per interval, and the offset's or the bell's value and slope, of one part. */
-static void shapes(const float *z, int m, const struct terms *s, const float *rows, const float *settled, float *value,
-                   float *slope, float *more, float *more_slope) {
+/* ghat, its slope per interval, and beside the closed form the bell's value and slope, of one part. */
+static void shapes(const float *z, int m, const struct terms *s, const float *rows, float *value, float *slope,
+                   float *bell, float *bell_slope) {
     int32_t row[PART];
     float t[PART];
     if (!rows) {
@@ -97,31 +97,29 @@ static void shapes(const float *z, int m, const struct terms *s, const float *ro
         for (int i = 0; i < m; i++) {
             float u = clamped((z[i] - s->mu) * s->inverse, s->clamp), e = bell_of(BELL_SCALE * u);
             value[i] = u * e;
-            more[i] = e;
-            if (slope) slope[i] = (1.0f - u * u) * e, more_slope[i] = -u * e;
+            bell[i] = e;
+            if (slope) slope[i] = (1.0f - u * u) * e, bell_slope[i] = -u * e;
         }
         return;
     }
     places(z, m, s, row, t);
     read_rows(rows, row, t, m, value, slope);
-    if (settled) read_rows(settled, row, t, m, more, more_slope);
 }
 
 /* As the functions above, with type: of z, grad and out; eps and lift: one a channel, count of them, as `channels` has
    it. */
 void eafo_mixed_forward(const void *z, void *out, int64_t n, int type, int64_t count, int64_t inner, const float *eps,
-                        const float *lift, const float *shape, const float *table, const float *offset, int intervals,
-                        float half_width, float clamp, int base, float below, int threads) {
-    float rows[4 * (MOST_INTERVALS + 1)], settled[4 * (MOST_INTERVALS + 1)];
+                        const float *lift, const float *shape, const float *table, int intervals, float half_width,
+                        float clamp, int base, float below, int threads) {
+    float rows[4 * (MOST_INTERVALS + 1)];
     struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
     struct channels c = {count, inner};
     int single = count == 1;
-    if (table && single) to_folded_rows(table, offset, &s, rows);
+    if (table && single) to_folded_rows(table, &s, rows);
     if (table && !single) to_rows(table, intervals, rows);
-    if (offset && !single) to_rows(offset, intervals, settled);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t at = 0; at < n; at += PART) {
-        float room[2][PART], e[PART], l[PART], value[PART], more[PART];
+        float room[2][PART], e[PART], l[PART], value[PART], bell[PART];
         int m = n - at < PART ? (int)(n - at) : PART;
         const float *x = load((enum type)type, z, at, room[0], m);
         float *y = load_given((enum type)type, s.base, out, at, room[1], m);
@@ -132,10 +130,10 @@ void eafo_mixed_forward(const void *z, void *out, int64_t n, int type, int64_t c
         }
         spread(&c, eps, at, m, e);
         if (lift) spread(&c, lift, at, m, l);
-        shapes(x, m, &s, table ? rows : 0, offset ? settled : 0, value, 0, more, 0);
+        shapes(x, m, &s, table ? rows : 0, value, 0, bell, 0);
         for (int i = 0; i < m; i++) {   /* nothing is added where there is nothing: -0 + 0 is no -0 */
             float c = e[i] * value[i];
-            value[i] = s.sigma * (offset ? c + more[i] : lift ? c + l[i] * more[i] : c);
+            value[i] = s.sigma * (lift ? c + l[i] * bell[i] : c);
         }
         finish_values(s.base, s.below, x, value, y, m);
         store((enum type)type, y, out, at, m);
@@ -145,41 +143,40 @@ void eafo_mixed_forward(const void *z, void *out, int64_t n, int type, int64_t c
 /* partial: room for 2 `count` zeros a piece; there are `pieces` of them, which are added up in their order. grad_eps:
    those by eps, one a channel; grad_lift, unless null: likewise. */
 void eafo_mixed_backward(const void *z, const void *grad, void *out, int64_t n, int type, int64_t count, int64_t inner,
-                         const float *eps, const float *lift, const float *shape, const float *table,
-                         const float *offset, int intervals, float half_width, float clamp, int base, float below,
-                         int threads, int pieces, double *partial, float *grad_eps, float *grad_lift) {
-    float rows[4 * (MOST_INTERVALS + 1)], settled[4 * (MOST_INTERVALS + 1)];
+                         const float *eps, const float *lift, const float *shape, const float *table, int intervals,
+                         float half_width, float clamp, int base, float below, int threads, int pieces,
+                         double *partial, float *grad_eps, float *grad_lift) {
+    float rows[4 * (MOST_INTERVALS + 1)];
     struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
     struct channels c = {count, inner};
     int64_t parts = (n + PART - 1) / PART;
     if (table) to_rows(table, intervals, rows);
-    if (offset) to_rows(offset, intervals, settled);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int piece = 0; piece < pieces; piece++) {
         int64_t end = PART * (parts * (piece + 1) / pieces);
         double *sums = partial + 2 * count * piece;
         for (int64_t at = PART * (parts * piece / pieces); at < n && at < end; at += PART) {
-            float room[3][PART], e[PART], l[PART], value[PART], slope[PART], bell[PART], more[PART];
+            float room[3][PART], e[PART], l[PART], value[PART], slope[PART], bell[PART], bell_slope[PART];
             int m = n - at < PART ? (int)(n - at) : PART;
             const float *x = load((enum type)type, z, at, room[0], m), *g = load((enum type)type, grad, at, room[1], m);
             float *y = load_given((enum type)type, s.base, out, at, room[2], m);
             if (count == 1) {
                 double of_part[2];
-                backward(x, g, y, m, s, table ? rows : 0, offset ? settled : 0, of_part);
+                backward(x, g, y, m, s, table ? rows : 0, of_part);
                 sums[0] += of_part[0];
                 sums[1] += of_part[1];
                 store((enum type)type, y, out, at, m);
                 continue;
             }
             spread(&c, eps, at, m, e);
-            shapes(x, m, &s, table ? rows : 0, offset ? settled : 0, value, slope, bell, more);
+            shapes(x, m, &s, table ? rows : 0, value, slope, bell, bell_slope);
             add_up(&c, at, m, g, value, sums);
             if (lift) {
                 spread(&c, lift, at, m, l);
                 add_up(&c, at, m, g, bell, sums + count);
             }
             for (int i = 0; i < m; i++)
-                slope[i] = s.per_sd * (e[i] * slope[i] + (offset ? more[i] : lift ? l[i] * more[i] : 0.0f));
+                slope[i] = s.per_sd * (e[i] * slope[i] + (lift ? l[i] * bell_slope[i] : 0.0f));
             finish_slopes(s.base, s.below, x, g, slope, y, m);
             store((enum type)type, y, out, at, m);
         }

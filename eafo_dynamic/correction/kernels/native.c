@@ -1,9 +1,8 @@
 /* The correction term on float32 arrays: one pass forward, one pass backward; mixed.c has those for other arrays.
 
-       c(z) = sigma * (eps * ghat(u) + offset(u)),   u = (z - mu) / sigma
+       c(z) = sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)),   u = (z - mu) / sigma
 
-   ghat is u exp(-u^2 / 2), or piecewise cubics read from a table, as in formula.py; the offset is always a table.
-   Beside the closed form there may be lift * exp(-u^2 / 2) in place of the offset.
+   ghat is u exp(-u^2 / 2), or piecewise cubics read from a table, as in formula.py; beside a table there is no lift.
    Results do not depend on the number of threads: sums are taken over blocks of fixed size, then in their order. */
 
 #include "native.h"
@@ -187,13 +186,10 @@ static void to_rows(const float *table, int intervals, float *rows) {
     beyond[2] = beyond[3] = 0.0f;
 }
 
-/* Rows of the whole correction, sigma * (eps * ghat + offset), for one amplitude. */
-static void to_folded_rows(const float *table, const float *offset, const struct terms *s, float *rows) {
-    float settled[4 * (MOST_INTERVALS + 1)];
+/* Rows of the whole correction, sigma * eps * ghat, for one amplitude. */
+static void to_folded_rows(const float *table, const struct terms *s, float *rows) {
     to_rows(table, s->intervals, rows);
-    if (offset) to_rows(offset, s->intervals, settled);
-    for (int k = 0; k < 4 * (s->intervals + 1); k++)
-        rows[k] = s->sigma * (s->eps * rows[k] + (offset ? settled[k] : 0.0f));
+    for (int k = 0; k < 4 * (s->intervals + 1); k++) rows[k] = s->sigma * (s->eps * rows[k]);
 }
 
 static inline void places(const float *z, int m, const struct terms *s, int32_t *row, float *t) {
@@ -291,15 +287,15 @@ static void forward(const float *z, float *out, int64_t n, struct terms s, const
     for (int64_t start = 0; start < n; start += PART) {
         int m = n - start < PART ? (int)(n - start) : PART;
         places(z + start, m, &s, row, t);
-        read_rows(rows, row, t, m, value, 0);   /* these are sigma * (eps * ghat + offset) */
+        read_rows(rows, row, t, m, value, 0);   /* these are sigma * eps * ghat */
         finish_values(s.base, s.below, z + start, value, out + start, m);
     }
 }
 
 static void backward(const float *z, const float *grad, float *out, int64_t n, struct terms s, const float *rows,
-                     const float *settled, double *sums) {
+                     double *sums) {
     int32_t row[PART];
-    float t[PART], slope[PART], more[PART];
+    float t[PART], slope[PART];
     sums[0] = sums[1] = 0.0;
     if (!rows) {
 #define CALL(which) bell_slopes(which, z, grad, out, n, &s, sums)
@@ -311,11 +307,7 @@ static void backward(const float *z, const float *grad, float *out, int64_t n, s
         int m = n - start < PART ? (int)(n - start) : PART;
         places(z + start, m, &s, row, t);
         sums[0] += read_slopes(rows, row, t, grad + start, m, s.eps * s.per_sd, slope);
-        if (settled) {
-            read_rows(settled, row, t, m, 0, more);
-            for (int i = 0; i < m; i++) slope[i] += s.per_sd * more[i];
-        }
-        if (s.eps != 0.0f || settled || s.base != GIVEN)   /* 0 * inf is no 0 */
+        if (s.eps != 0.0f || s.base != GIVEN)   /* 0 * inf is no 0 */
             finish_slopes(s.base, s.below, z + start, grad + start, slope, out + start, m);
     }
 }
@@ -329,12 +321,12 @@ static struct terms read_terms(const float *eps, const float *lift, const float 
 }
 
 void eafo_forward(const float *z, float *out, float *kept, int64_t n, const float *eps, const float *lift,
-                  const float *shape, const float *table, const float *offset, int intervals, float half_width,
-                  float clamp, int base, float below, int threads) {
+                  const float *shape, const float *table, int intervals, float half_width, float clamp, int base,
+                  float below, int threads) {
     float rows[4 * (MOST_INTERVALS + 1)];
     struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
-    if (s.eps == 0.0f && s.lift == 0.0f && !offset && base == GIVEN) return;   /* every bit of the base stays */
-    if (table) to_folded_rows(table, offset, &s, rows);
+    if (s.eps == 0.0f && s.lift == 0.0f && base == GIVEN) return;   /* every bit of the base stays */
+    if (table) to_folded_rows(table, &s, rows);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t start = 0; start < n; start += BLOCK) {
         int64_t m = n - start < BLOCK ? n - start : BLOCK;
@@ -348,19 +340,16 @@ void eafo_forward(const float *z, float *out, float *kept, int64_t n, const floa
 
    partial: room for two numbers a block of 4096, or null where there are no more than FEW_BLOCKS. */
 void eafo_backward(const float *z, const float *grad, float *out, int64_t n, const float *eps, const float *lift,
-                   const float *shape, const float *table, const float *offset, int intervals, float half_width,
-                   float clamp, int base, float below, int threads, double *partial, float *grad_eps,
-                   float *grad_lift) {
-    float rows[4 * (MOST_INTERVALS + 1)], settled[4 * (MOST_INTERVALS + 1)];
+                   const float *shape, const float *table, int intervals, float half_width, float clamp, int base,
+                   float below, int threads, double *partial, float *grad_eps, float *grad_lift) {
+    float rows[4 * (MOST_INTERVALS + 1)];
     struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
     double by_eps = 0.0, by_lift = 0.0, few[2 * FEW_BLOCKS], *sums = partial ? partial : few;
     if (table) to_rows(table, intervals, rows);
-    if (offset) to_rows(offset, intervals, settled);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t start = 0; start < n; start += BLOCK) {
         int64_t m = n - start < BLOCK ? n - start : BLOCK;
-        backward(z + start, grad + start, out + start, m, s, table ? rows : 0, offset ? settled : 0,
-                 sums + 2 * (start / BLOCK));
+        backward(z + start, grad + start, out + start, m, s, table ? rows : 0, sums + 2 * (start / BLOCK));
     }
     for (int64_t b = 0; b < (n + BLOCK - 1) / BLOCK; b++) by_eps += sums[2 * b], by_lift += sums[2 * b + 1];
     *grad_eps = (float)(by_eps * s.sigma);

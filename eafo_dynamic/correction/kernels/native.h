@@ -16,9 +16,9 @@ enum base { GIVEN, KINK, SILU, GELU, GELU_TANH };
 /* out = base(z) + c(z), where out holds base(z) already if the base is GIVEN.
 
    kept: room for a copy of z where out is z itself, else null; eps [1], lift [1] or null, shape [2] = mu, sigma; table
-   and offset [4, intervals] or null, as lift or table are; below: slope of a KINK for z < 0. */
+   [4, intervals] or null; below: slope of a KINK for z < 0. */
 void eafo_forward(const float *z, float *out, float *kept, int64_t n, const float *eps, const float *lift,
-                  const float *shape, const float *table, const float *offset, int intervals, float half_width,
-                  float clamp, int base, float below, int threads);
+                  const float *shape, const float *table, int intervals, float half_width, float clamp, int base,
+                  float below, int threads);
 
 #endif

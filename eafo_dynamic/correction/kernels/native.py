@@ -67,7 +67,7 @@ class NativeKernel:
         loaded = ctypes.CDLL(str(library))
         self.rounds = RoundKernel(loaded)
         pointer, real, integer = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
-        term = [*[pointer] * 5, integer, real, real, integer, real, integer]  # as in the source
+        term = [*[pointer] * 4, integer, real, real, integer, real, integer]  # as in the source
         size = ctypes.c_int64
         layout = [integer, size, size]
         self._forward, self._backward = loaded.eafo_forward, loaded.eafo_backward
@@ -86,14 +86,12 @@ class NativeKernel:
             terms: the other operands, on the CPU.
 
         Returns:
-            Whether z is float32, bfloat16 or float16, amplitudes are one for all or one a channel, the tables are of
-            one length, which is not too long, and there is no lift beside a table.
+            Whether z is float32, bfloat16 or float16, amplitudes are one for all or one a channel, the table is not
+            too long, and there is no lift beside a table.
         """
         if terms.lift is not None and (terms.table is not None or terms.lift.shape != terms.eps.shape):
             return False
         if z.dtype not in _TYPES or (terms.eps.dim() and channels_of(z, terms.eps) is None):
-            return False
-        if terms.offset is not None and (terms.table is None or terms.table.shape != terms.offset.shape):
             return False
         return terms.table is None or terms.table.shape[-1] <= _MOST_INTERVALS
 
@@ -217,13 +215,13 @@ def _is_simple(z: Tensor, terms: Terms) -> bool:
 
 def _float32(terms: Terms) -> Terms:
     """The terms in float32; themselves where they are."""
-    eps, shape, table, offset, half_width, lift = terms
+    eps, shape, table, half_width, lift = terms
     # spelled out: every call of every site comes by here, and a generator takes as long as the rest of it
     fits = eps.dtype == shape.dtype == torch.float32 and (lift is None or lift.dtype == torch.float32)
-    if fits and (table is None or (table.dtype == torch.float32 and (offset is None or offset.dtype == torch.float32))):
+    if fits and (table is None or table.dtype == torch.float32):
         return terms
-    table, offset, lift = (None if each is None else each.to(torch.float32) for each in (table, offset, lift))
-    return Terms(eps.to(torch.float32), shape.to(torch.float32), table, offset, half_width, lift)
+    table, lift = (None if each is None else each.to(torch.float32) for each in (table, lift))
+    return Terms(eps.to(torch.float32), shape.to(torch.float32), table, half_width, lift)
 
 
 def _layout(z: Tensor, terms: Terms) -> tuple[int, int, int]:
@@ -234,13 +232,12 @@ def _layout(z: Tensor, terms: Terms) -> tuple[int, int, int]:
 
 
 def _arguments(terms: Terms, inside: Known | None, n: int) -> tuple[object, ...]:
-    eps, shape, table, offset, half_width, lift = terms
+    eps, shape, table, half_width, lift = terms
     return (
         eps.data_ptr(),
         None if lift is None else lift.data_ptr(),
         shape.data_ptr(),
         None if table is None else table.data_ptr(),
-        None if offset is None else offset.data_ptr(),
         0 if table is None else table.shape[-1],
         half_width,
         MAX_U,
@@ -358,13 +355,8 @@ def _checked(library: Path | None) -> NativeKernel | None:
     # t^2 - t^3 vanishes at both ends: the table is continuous, and a place rounded across a knot does not matter
     table = torch.stack([knots[:-1], knots.diff(), knots[1:], -knots[1:]])
     shape, lift = z.new_tensor([0.2, 1.4]), z.new_tensor(-0.2)
-    for each, offset, bell in (
-        (None, None, None),
-        (None, None, lift),
-        (table, None, None),
-        (table, -0.7 * table, None),
-    ):
-        terms = Terms(z.new_tensor(0.3), shape, each, offset, 4.0, bell)
+    for each, bell in ((None, None), (None, lift), (table, None)):
+        terms = Terms(z.new_tensor(0.3), shape, each, 4.0, bell)
         out = torch.zeros_like(z)
         kernel.add(out, z, terms)
         c = correction_of(z, terms)

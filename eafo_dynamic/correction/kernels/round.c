@@ -11,28 +11,26 @@
 static void unit_direction(const float *z, float *out, int64_t n, float eps, float lift, const float *shape,
                            const float *table, int intervals, float half_width, float clamp) {
     memset(out, 0, sizeof(float) * (size_t)n);
-    eafo_forward(z, out, 0, n, &eps, &lift, shape, table, 0, intervals, half_width, clamp, GIVEN, 0.0f, 1);
+    eafo_forward(z, out, 0, n, &eps, &lift, shape, table, intervals, half_width, clamp, GIVEN, 0.0f, 1);
 }
 
 /* Functions of every site on [sites, n], each wanted unless null: out = base(z) + c(z), by_eps and by_lift = what one
    unit of each amplitude adds. eps and lift [sites], the latter or null; shape [sites, 2] = mu, sigma; place [sites]:
-   which of the tables [.., 4, intervals] is the site's, -1 for the closed form; offsets: likewise, or null; base and
-   below [sites] as of eafo_forward, out holding base(z) where it is GIVEN; with null for base, out = c(z). */
+   which of the tables [.., 4, intervals] is the site's, -1 for the closed form; base and below [sites] as of
+   eafo_forward, out holding base(z) where it is GIVEN; with null for base, out = c(z). */
 void eafo_functions(const float *z, int64_t sites, int64_t n, const float *eps, const float *lift, const float *shape,
-                    const float *tables, const float *offsets, const int64_t *place, int intervals, float half_width,
-                    float clamp, const int32_t *base, const float *below, float *out, float *by_eps, float *by_lift,
-                    int threads) {
+                    const float *tables, const int64_t *place, int intervals, float half_width, float clamp,
+                    const int32_t *base, const float *below, float *out, float *by_eps, float *by_lift, int threads) {
     ROUND_PARALLEL
     for (int64_t s = 0; s < sites; s++) {
         int64_t at = s * n, from = 4 * place[s] * intervals;
         int known = place[s] >= 0, wide = known ? intervals : 0;
         const float *form = shape + 2 * s, *table = known ? tables + from : 0;
-        const float *offset = known && offsets ? offsets + from : 0;
         if (by_eps) unit_direction(z + at, by_eps + at, n, 1.0f, 0.0f, form, table, wide, half_width, clamp);
         if (by_lift) unit_direction(z + at, by_lift + at, n, 0.0f, 1.0f, form, 0, 0, half_width, clamp);
         if (!out) continue;
         if (!base) memset(out + at, 0, sizeof(float) * (size_t)n);
-        eafo_forward(z + at, out + at, 0, n, eps + s, lift ? lift + s : 0, form, table, offset, wide, half_width, clamp,
+        eafo_forward(z + at, out + at, 0, n, eps + s, lift ? lift + s : 0, form, table, wide, half_width, clamp,
                      base ? base[s] : GIVEN, base ? below[s] : 0.0f, 1);
     }
 }

@@ -61,7 +61,6 @@ class RoundOperands(NamedTuple):
         lift: amplitudes of the bells, shape [S], none of a site with a table; None for none.
         shape: mu and sigma, shape [S, 2].
         tables: coefficients, shape [T, 4, intervals].
-        offsets: coefficients of what has been settled, as the tables; None for nothing.
         place: which table is a site's, -1 for the closed form, int64, shape [S].
         half_width: end of the tables in standard deviations.
         codes: ``Known.code`` of each site's base, 0 for one that is computed elsewhere, int32, shape [S].
@@ -72,7 +71,6 @@ class RoundOperands(NamedTuple):
     lift: Tensor | None
     shape: Tensor
     tables: Tensor
-    offsets: Tensor | None
     place: Tensor
     half_width: float
     codes: Tensor
@@ -112,7 +110,7 @@ class RoundKernel:
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, size, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
         self._functions = _typed(
-            *(library.eafo_functions, None, pointer, size, size, *[pointer] * 6, integer),
+            *(library.eafo_functions, None, pointer, size, size, *[pointer] * 5, integer),
             *(ctypes.c_float, ctypes.c_float, *[pointer] * 5, integer),
         )
         self._smooth = _typed(
@@ -174,7 +172,7 @@ class RoundKernel:
             by_lift: likewise of the lifts; of the closed form only.
             bases: False for c(z) alone in ``out``.
         """
-        given = of.eps, of.lift, of.shape, of.tables, of.offsets, of.place
+        given = of.eps, of.lift, of.shape, of.tables, of.place
         ends = of.codes if bases else None, of.below if bases else None, out, by_eps, by_lift
         scalars = of.tables.shape[-1], of.half_width, MAX_U
         self._functions(_address(z), *z.shape, *map(_address, given), *scalars, *map(_address, ends), _threads(z))
@@ -293,7 +291,7 @@ class RoundKernel:
         place, tables = pair.new_tensor([-1], dtype=torch.long), pair.new_empty(0, 4, 1)
         eps, shape, out = pair.new_tensor([0.3]), pair.new_tensor([[0.2, 1.4]]), torch.empty_like(z)
         relu = pair.new_tensor([1], dtype=torch.int32), pair.new_zeros(1)
-        self.functions(RoundOperands(eps, None, shape, tables, None, place, 8.0, *relu), z, out)
+        self.functions(RoundOperands(eps, None, shape, tables, place, 8.0, *relu), z, out)
         dead = self.dead_fractions(pair, (pair > 0).float(), 8)
         expected = pair.new_tensor([n, 0.0, 1.0, 0.0, -2.0], dtype=torch.float64)
         return (

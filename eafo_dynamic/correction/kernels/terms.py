@@ -15,21 +15,19 @@ _DETERMINISTIC: Any = deterministic  # torch's type hints do not have its one op
 
 
 class Terms(NamedTuple):
-    """The operands of c(z) = sigma * (eps * ghat(u) + offset(u) + lift * exp(-u^2 / 2)), u = (z - mu) / sigma.
+    """The operands of c(z) = sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)), u = (z - mu) / sigma.
 
     Args:
         eps: amplitude, 0-dim, or of a shape that broadcasts to z.
         shape: mu and sigma, shape [2].
         table: coefficients of ghat, shape [4, intervals]; None for the closed form.
-        offset: coefficients of what earlier rounds have settled, of the table's shape; None for nothing.
-        half_width: end of the tables in standard deviations.
+        half_width: end of the table in standard deviations.
         lift: amplitude of the bell, of the shape of eps; None for none.
     """
 
     eps: Tensor
     shape: Tensor
     table: Tensor | None
-    offset: Tensor | None
     half_width: float
     lift: Tensor | None = None
 

@@ -1,6 +1,6 @@
 """Base plus correction in Triton: one pass forward, one pass backward. Imported where Triton is installed, by ``gpu``.
 
-    c(z) = sigma * (eps * ghat(u) + offset(u) + lift * exp(-u^2 / 2)),   u = (z - mu) / sigma
+    c(z) = sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)),   u = (z - mu) / sigma
 
 as in native.c, in float32 whatever z is. A tensor is seen as a matrix [rows, columns], and a program works on a tile:
 
@@ -132,16 +132,12 @@ def _amplitude(pointer, row, column, row_ok, column_ok, channels, AXIS: tl.const
 
 
 @triton.jit
-def _table_slope(z, mu, inverse, e, table, offset, half_width, per_sd, INTERVALS: tl.constexpr, OFFSET: tl.constexpr):
+def _table_slope(z, mu, inverse, e, table, half_width, per_sd, INTERVALS: tl.constexpr):
     """Slope of c(z) where ghat is a table, and ghat."""
     # called from Python, the first of these would raise, which is all that a type checker knows of them
     interval, t = _place(z, mu, inverse, half_width, per_sd, INTERVALS)  # pyright: ignore[reportGeneralTypeIssues]
     value, slope = _cubic(table, interval, t, INTERVALS)
-    c = e * slope
-    if OFFSET:
-        _, settled = _cubic(offset, interval, t, INTERVALS)
-        c += settled
-    return c * per_sd, value
+    return e * slope * per_sd, value
 
 
 @triton.jit
@@ -164,7 +160,6 @@ def forward(
     lift_pointer,
     shape_pointer,
     table_pointer,
-    offset_pointer,
     rows,
     columns,
     channels,
@@ -173,7 +168,6 @@ def forward(
     below,
     BASE: tl.constexpr,
     INTERVALS: tl.constexpr,
-    OFFSET: tl.constexpr,
     LIFT: tl.constexpr,
     AXIS: tl.constexpr,
     PRECISE: tl.constexpr,
@@ -196,11 +190,7 @@ def forward(
     if INTERVALS:
         interval, t = _place(z, mu, inverse, half_width, per_sd, INTERVALS)
         value, _ = _cubic(table_pointer, interval, t, INTERVALS)
-        c = e * value
-        if OFFSET:
-            settled, _ = _cubic(offset_pointer, interval, t, INTERVALS)
-            c += settled
-        c *= sigma
+        c = e * value * sigma
     else:
         u, peak = _bell(z, mu, inverse)
         c = e * sigma * u
@@ -224,7 +214,6 @@ def backward(
     lift_pointer,
     shape_pointer,
     table_pointer,
-    offset_pointer,
     rows,
     columns,
     channels,
@@ -234,7 +223,6 @@ def backward(
     below,
     BASE: tl.constexpr,
     INTERVALS: tl.constexpr,
-    OFFSET: tl.constexpr,
     LIFT: tl.constexpr,
     AXIS: tl.constexpr,
     PRECISE: tl.constexpr,
@@ -272,9 +260,7 @@ def backward(
         z = tl.load(z_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
         grad = tl.load(grad_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
         if INTERVALS:
-            c, value = _table_slope(
-                z, mu, inverse, e, table_pointer, offset_pointer, half_width, per_sd, INTERVALS, OFFSET
-            )
+            c, value = _table_slope(z, mu, inverse, e, table_pointer, half_width, per_sd, INTERVALS)
             by_eps += grad * value
         else:
             u, peak = _bell(z, mu, inverse)

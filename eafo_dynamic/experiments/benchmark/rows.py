@@ -120,5 +120,5 @@ class Eager(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """f(z), by torch's operations."""
         inner = self.inner
-        terms = Terms(inner.eps, inner.shape, inner.table, None, 8.0)
+        terms = Terms(inner.eps, inner.shape, inner.table, 8.0)
         return corrected(z, inner.base, terms, known_module(inner.base), "eager")

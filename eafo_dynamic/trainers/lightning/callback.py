@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from eafo_dynamic.apply.kept import CHECKPOINT_KEY, keep_sites
 from eafo_dynamic.apply.manifest import (
     check_form,
+    check_manifest,
     check_weights,
     manifest,
     report_from_manifest,
@@ -132,6 +133,7 @@ class EAFOCallback(Callback):
         Raises:
             SiteError: if the model or the options do not fit the checkpoint.
         """
+        saved = dict(check_manifest(saved))
         if not self._knows(pl_module) and not self._awaits_batch:
             if not is_wrapped(pl_module):
                 wrap_from_manifest(pl_module, saved, report_now(pl_module.trainer, pl_module))
