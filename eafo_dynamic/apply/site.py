@@ -27,8 +27,8 @@ from eafo_dynamic.correction.kernels import (
     values_of,
 )
 from eafo_dynamic.correction.shape import correction_shape, is_closed_form, table_half_width, tabulate
+from eafo_dynamic.density.collector import Collector
 from eafo_dynamic.density.estimators import Density, Gaussian
-from eafo_dynamic.density.statistics import Collector
 from eafo_dynamic.internals.torch_internals import (
     forget,
     own_buffers,

@@ -19,7 +19,7 @@ from eafo_dynamic.apply.kept import forget_sites
 from eafo_dynamic.apply.site import Form, Site, Switch
 from eafo_dynamic.correction.bases import Base, as_base
 from eafo_dynamic.correction.kernels import Backend, prepare
-from eafo_dynamic.density.statistics import Collector
+from eafo_dynamic.density.collector import Collector
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.find.functional import function_base
 from eafo_dynamic.find.places import Places

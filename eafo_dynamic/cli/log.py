@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 
 from eafo_dynamic.cli import log_views
 from eafo_dynamic.cli.helptext import examples
-from eafo_dynamic.cli.log_columns import FIGURE_NAMES, TABLE_ROWS
+from eafo_dynamic.cli.log_columns import TABLE_ROWS
 from eafo_dynamic.cli.output import add_format_option
 from eafo_dynamic.records import COLUMNS
+from eafo_dynamic.records.figures.names import FIGURE_NAMES
 
 __all__ = ["columns_help", "register"]
 

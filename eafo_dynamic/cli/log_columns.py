@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = [
     "COMPARE_OPTIONAL",
-    "FIGURE_NAMES",
     "LABELS",
     "LAYERS",
     "LAYERS_OPTIONAL",
@@ -15,7 +14,6 @@ __all__ = [
 ]
 
 TABLE_ROWS = 40
-FIGURE_NAMES = ("heatmap", "trajectories", "functions", "densities", "prediction", "ranking")
 
 LABELS = {
     "eps_trend": "",

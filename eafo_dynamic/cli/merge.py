@@ -14,7 +14,7 @@ from eafo_dynamic.errors import CompoundingError, ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from eafo_dynamic.apply.merge import Plan
+    from eafo_dynamic.apply.merge import MergePlan
 
 __all__ = ["register"]
 
@@ -187,7 +187,7 @@ def _example(args: argparse.Namespace, model: nn.Module, data: Any) -> tuple[Any
     return ((batch[0] if isinstance(batch, (list, tuple)) else batch)[:2],)
 
 
-def _rows(model: nn.Module, plan: Plan) -> list[dict[str, object]]:
+def _rows(model: nn.Module, plan: MergePlan) -> list[dict[str, object]]:
     """One row a site: its correction, and what it becomes."""
     from eafo_dynamic.apply.surgery import hosted_sites, site_source
     from eafo_dynamic.correction.bases import as_base

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eafo_dynamic.density.estimators import Density, Gaussian, Histogram, gaussian, histogram
-from eafo_dynamic.density.statistics import Moments
+from eafo_dynamic.density.sample_moments import SampleMoments
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.internals.checks import fitting
 
@@ -58,7 +58,7 @@ class RunningDensity:
         self.density: Density | None = None
         self.rounds: Tensor | None = None
 
-    def follow(self, samples: Tensor, usable: Tensor, stats: Moments | None = None) -> Density:
+    def follow(self, samples: Tensor, usable: Tensor, stats: SampleMoments | None = None) -> Density:
         """Takes in the samples of one round.
 
         Args:

@@ -14,7 +14,7 @@ from eafo_dynamic.apply.bank import Bank
 from eafo_dynamic.apply.manifest import manifest
 from eafo_dynamic.apply.surgery import put_back, take_off, unwrap, wrap
 from eafo_dynamic.correction.kernels import resolve_backend
-from eafo_dynamic.density.statistics import world_size
+from eafo_dynamic.density.ranks import world_size
 from eafo_dynamic.errors import CompoundingError, legible
 from eafo_dynamic.find.sites import SiteReport, find_sites
 from eafo_dynamic.internals.declared import named

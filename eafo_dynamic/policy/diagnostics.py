@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eafo_dynamic.correction.stacked import AmplitudeValues, Functions
 from eafo_dynamic.density.estimators import Density
-from eafo_dynamic.density.statistics import Moments
+from eafo_dynamic.density.sample_moments import SampleMoments
 from eafo_dynamic.policy.estimates import OutputEntropy, entropies
 from eafo_dynamic.records.schema import Record
 
@@ -19,7 +19,7 @@ __all__ = ["aggregate", "describe_events", "diagnostics", "snapshot", "to_rows"]
 
 def diagnostics(
     samples: Tensor,
-    moments: Moments,
+    moments: SampleMoments,
     entropy: OutputEntropy,
     old: Functions,
     new: Functions,

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from eafo_dynamic.correction.kernels import RoundKernel, Smoothed, Workspace
-from eafo_dynamic.density import statistics
-from eafo_dynamic.density.statistics import Moments, pool_ranks, stack_samples, world_size
+from eafo_dynamic.density.ranks import pool_ranks, stack_samples, world_size
+from eafo_dynamic.density.sample_moments import SampleMoments, dead_fractions, sample_moments
 from eafo_dynamic.entropy.output import MixedEntropy, SmoothedOutput
 from eafo_dynamic.entropy.spacings import sort_rows
 
-__all__ = ["OutputEntropy", "Pooled", "dead_fractions", "entropies", "moments", "pooled"]
+__all__ = ["OutputEntropy", "Pooled", "dead_fractions_of_sites", "entropies", "moments_of_sites", "pooled"]
 
 _LETTERS = 32  # of the name of a kind of value; a longer one is cut off
 
@@ -34,7 +34,7 @@ class Pooled(NamedTuple):
     """
 
     samples: Tensor
-    stats: Moments
+    stats: SampleMoments
     dead: Tensor
     nonfinite: Tensor
     losses: Tensor
@@ -64,17 +64,17 @@ def pooled(
     values = [sample if sample.device == device else sample.to(device) for sample, _ in drained]
     lengths = [sample.numel() for sample in values]
     padded = stack_samples(values, max(lengths))
-    own = moments(padded, kernel)
+    own = moments_of_sites(padded, kernel)
     width = math.ceil(limit / world_size())
     stacked = padded if max(lengths) <= width else stack_samples(values, width)
     units = stack_samples(_as_floats([each for _, each in drained], device), width)
     nonfinite = torch.tensor(lengths, device=device) - own.n
     beside = torch.cat([nonfinite.unsqueeze(1), losses.expand(len(values), 2), _as_codes(passed_over, device)], dim=1)
     (samples, owners), beside = pool_ranks((stacked, units), width, beside)
-    stats = own if samples is padded else moments(samples, kernel)
+    stats = own if samples is padded else moments_of_sites(samples, kernel)
     numbers, codes = beside.split([3, _LETTERS], dim=-1)
     sums = numbers.sum(1)
-    dead = dead_fractions(samples, owners, kernel)
+    dead = dead_fractions_of_sites(samples, owners, kernel)
     return Pooled(samples, stats, dead, sums[:, 0].long(), sums[0, 1:], _as_texts(codes))
 
 
@@ -98,8 +98,8 @@ def _as_floats(units: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return [made[id(each)] for each in units]
 
 
-def moments(samples: Tensor, kernel: RoundKernel | None = None) -> Moments:
-    """Number, mean, standard deviation, skewness and excess kurtosis; see :func:`statistics.moments`.
+def moments_of_sites(samples: Tensor, kernel: RoundKernel | None = None) -> SampleMoments:
+    """Number, mean, standard deviation, skewness and excess kurtosis; see ``sample_moments``.
 
     Args:
         samples: shape [S, n]; non-finite entries count as missing.
@@ -109,13 +109,15 @@ def moments(samples: Tensor, kernel: RoundKernel | None = None) -> Moments:
         The moments, shape [S].
     """
     if kernel is None or not kernel.takes(samples):
-        return statistics.moments(samples)
+        return sample_moments(samples)
     n, *others = kernel.moments(samples).unbind(1)
-    return Moments(n.long(), *others)
+    return SampleMoments(n.long(), *others)
 
 
-def dead_fractions(samples: Tensor, units: Tensor, kernel: RoundKernel | None = None, per_unit: int = 8) -> Tensor:
-    """Fraction of units that never fired; see :func:`statistics.dead_fractions`.
+def dead_fractions_of_sites(
+    samples: Tensor, units: Tensor, kernel: RoundKernel | None = None, per_unit: int = 8
+) -> Tensor:
+    """Fraction of units that never fired; see ``dead_fractions``.
 
     Args:
         samples: shape [S, n]; NaN ones are left out.
@@ -131,7 +133,7 @@ def dead_fractions(samples: Tensor, units: Tensor, kernel: RoundKernel | None = 
         dead = kernel.dead_fractions(samples, rows, per_unit)
         if dead is not None:
             return dead
-    return statistics.dead_fractions(samples, units.nan_to_num().long(), per_unit)
+    return dead_fractions(samples, units.nan_to_num().long(), per_unit)
 
 
 class OutputEntropy:

@@ -13,7 +13,7 @@ from eafo_dynamic.apply.bank import Bank
 from eafo_dynamic.correction.kernels import Workspace, round_kernel
 from eafo_dynamic.correction.stacked import AmplitudeValues, Functions
 from eafo_dynamic.density.running import RunningDensity, make_estimator
-from eafo_dynamic.density.statistics import Moments
+from eafo_dynamic.density.sample_moments import SampleMoments
 from eafo_dynamic.internals.checks import fitting
 from eafo_dynamic.policy.amplitudes import Amplitudes
 from eafo_dynamic.policy.diagnostics import describe_events, diagnostics, to_rows
@@ -128,7 +128,7 @@ class Rounds:
         return torch.where(usable, moved, amplitudes)
 
     def _with_followed_shapes(
-        self, functions: Functions, samples: Tensor, moments: Moments, usable: Tensor
+        self, functions: Functions, samples: Tensor, moments: SampleMoments, usable: Tensor
     ) -> Functions:
         """The functions with shapes that fit the running density, where the policy follows the data."""
         follows = self.amplitudes.follows.to(usable.device)
@@ -194,7 +194,7 @@ class Rounds:
         self.losses.load_state_dict(state["losses"])
 
 
-def _has_spread(moments: Moments) -> Tensor:
+def _has_spread(moments: SampleMoments) -> Tensor:
     """Sites whose samples suffice for an estimate, shape [S], bool."""
     finite = moments.std.isfinite() & moments.mean.isfinite()
     return finite & (moments.n >= 2) & (moments.std > 0)

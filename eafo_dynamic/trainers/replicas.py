@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.apply.hosting import Hosting
-from eafo_dynamic.density.statistics import world_size
+from eafo_dynamic.density.ranks import world_size
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.internals.torch_internals import DDP_IGNORED, own_buffers, tree_map_only
 

@@ -22,7 +22,8 @@ from eafo_dynamic.apply.manifest import manifest, wrap_from_manifest
 from eafo_dynamic.apply.site import Site
 from eafo_dynamic.apply.surgery import disabled, hosted_sites, is_wrapped, unwrap, wrap
 from eafo_dynamic.correction.kernels import correction, resolve_backend
-from eafo_dynamic.density.statistics import Collector, dead_fraction
+from eafo_dynamic.density.collector import Collector
+from eafo_dynamic.density.sample_moments import dead_fraction
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.find.sites import Selection, find_sites
 from tests.zoo import awkward

@@ -19,7 +19,9 @@ from eafo_dynamic.correction import correction_shape, tabulate
 from eafo_dynamic.correction.bases import as_base
 from eafo_dynamic.correction.kernels import RoundKernel, Workspace, known_pointwise, native, round_kernel
 from eafo_dynamic.correction.stacked import Functions
-from eafo_dynamic.density import Gaussian, statistics
+from eafo_dynamic.density import Gaussian
+from eafo_dynamic.density.ranks import stack_samples
+from eafo_dynamic.density.sample_moments import sample_moments
 from eafo_dynamic.entropy import SmoothedOutput, mixed_entropy
 from eafo_dynamic.policy import estimates
 from eafo_dynamic.policy.controller import EAFOController
@@ -122,8 +124,8 @@ def test_numbers_too_far_apart_are_left_to_the_reference(kernel: RoundKernel) ->
 @pytest.mark.parametrize("n", [1, 2, 15, 1000])
 def test_moments_are_scipys(kernel: RoundKernel, n: int) -> None:
     z = hostile(max(n, 3))[:, :n].contiguous()
-    found = estimates.moments(z, kernel)
-    for mine, theirs in zip(found, statistics.moments(z), strict=True):
+    found = estimates.moments_of_sites(z, kernel)
+    for mine, theirs in zip(found, sample_moments(z), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9, equal_nan=True)
     row = z[0].double().numpy()
     assert found.mean[0].item() == pytest.approx(row.mean(), abs=1e-12)
@@ -136,24 +138,24 @@ def test_moments_are_scipys(kernel: RoundKernel, n: int) -> None:
 def test_dead_units_are_counted(kernel: RoundKernel) -> None:
     z = torch.tensor([[-1.0, -2.0, 0.5, 0.0, math.nan, -0.1], [math.nan] * 6, [-1.0, 3.0, -1.0, 3.0, 3.0, -1.0]])
     units = torch.tensor([[0.0, 0, 1, 2, math.nan, 2], [math.nan] * 6, [900.0, 7, 900, 7, 7, 7]])
-    found = estimates.dead_fractions(z, units, kernel, per_unit=1)
+    found = estimates.dead_fractions_of_sites(z, units, kernel, per_unit=1)
     assert_close(found, torch.tensor([2 / 3, math.nan, 1 / 2]), 1e-7)
-    assert estimates.dead_fractions(z, units, kernel, per_unit=2).isnan().tolist() == [True, True, False]
+    assert estimates.dead_fractions_of_sites(z, units, kernel, per_unit=2).isnan().tolist() == [True, True, False]
     far = units * 100_000  # too many to mark them one by one
     assert kernel.dead_fractions(z, far, 1) is None
-    assert_close(estimates.dead_fractions(z, far, kernel, per_unit=1), found, 1e-7)
+    assert_close(estimates.dead_fractions_of_sites(z, far, kernel, per_unit=1), found, 1e-7)
 
 
 def test_units_that_sites_share_are_read_where_they_are(kernel: RoundKernel) -> None:
     torch.manual_seed(0)
     z, row = torch.randn(3, 40) - 1.5, torch.arange(40.0) % 20
-    shared = statistics.stack_samples([row, row, row], 40)
+    shared = stack_samples([row, row, row], 40)
     assert shared.untyped_storage().data_ptr() == row.untyped_storage().data_ptr()
-    found = estimates.dead_fractions(z, shared, kernel, per_unit=1)
+    found = estimates.dead_fractions_of_sites(z, shared, kernel, per_unit=1)
     fired = torch.stack([z[:, row == unit].gt(0).any(1) for unit in range(20)]).float().mean(0)
     assert fired.min() > 0 and fired.max() < 1
     assert_close(found, 1 - fired, 1e-6)
-    assert_close(estimates.dead_fractions(z, shared, None, per_unit=1), found, 1e-6)
+    assert_close(estimates.dead_fractions_of_sites(z, shared, None, per_unit=1), found, 1e-6)
 
 
 def functions_of(kernel: RoundKernel | None, all_tabulated: bool = False) -> Functions:

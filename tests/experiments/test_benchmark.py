@@ -14,7 +14,7 @@ from torch import nn
 
 from eafo_dynamic.cli import main
 from eafo_dynamic.cli.bench import GROUPS as NAMES
-from eafo_dynamic.experiments.benchmark import GROUPS, limits, paired, run_benchmark
+from eafo_dynamic.experiments.benchmark import GROUPS, limits, run_benchmark, time_in_pairs
 from eafo_dynamic.experiments.benchmark.peers import Pade, ThreeLineCRReLU, hook_statistics, observer
 from eafo_dynamic.experiments.benchmark.steps import refill
 from eafo_dynamic.experiments.benchmark.timing import kept_bytes, milliseconds, peak_bytes
@@ -50,7 +50,7 @@ def test_paired_alternates_and_takes_medians_of_ratios(clock: Callable[[float], 
         calls.append("b")
         clock(0.1)
 
-    found = paired(first, second, 4, cpu=cpu)
+    found = time_in_pairs(first, second, 4, cpu=cpu)
     assert found.ratio == pytest.approx(3.0) and found.low == pytest.approx(3.0)
     assert found.ms == pytest.approx(300.0) and found.beside_ms == pytest.approx(100.0)
     order = "".join(calls[4:])  # after the two runs that find how often to repeat
@@ -64,7 +64,7 @@ def test_what_is_short_is_repeated(clock: Callable[[float], None]) -> None:
         count[0] += 1
         clock(1e-4)
 
-    found = paired(short, lambda: clock(1.0), 2)
+    found = time_in_pairs(short, lambda: clock(1.0), 2)
     assert found.ms == pytest.approx(0.1)
     assert count[0] == 2 + 2 * (1 + 20)
     assert milliseconds(lambda: clock(0.5), 3) == pytest.approx(500.0)

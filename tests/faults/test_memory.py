@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from eafo_dynamic import EAFOCallback
-from eafo_dynamic.density.statistics import Collector
+from eafo_dynamic.density.collector import Collector
 from eafo_dynamic.policy.controller import EAFOController
 from eafo_dynamic.records import CorrectionLog, LogWriter
 

@@ -16,7 +16,7 @@ from eafo_dynamic.correction import correction_shape, tabulate
 from eafo_dynamic.correction.bases import as_base
 from eafo_dynamic.correction.stacked import Functions
 from eafo_dynamic.density import Gaussian
-from eafo_dynamic.density.statistics import moments
+from eafo_dynamic.density.sample_moments import sample_moments
 from eafo_dynamic.entropy import mixed_entropy
 from eafo_dynamic.policy.diagnostics import describe_events, diagnostics, to_rows
 from eafo_dynamic.policy.estimates import OutputEntropy
@@ -49,7 +49,7 @@ def quantiles(n: int = 20_001) -> Tensor:
 def describe(old: Functions, new: Functions, samples: Tensor) -> dict[str, Tensor]:
     before = OutputEntropy(old.outputs(samples), R)
     gradient = torch.stack([before.gradient(direction) for direction in old.directions(samples)])
-    return diagnostics(samples, moments(samples), before, old, new, old.amplitudes, gradient)
+    return diagnostics(samples, sample_moments(samples), before, old, new, old.amplitudes, gradient)
 
 
 def move(size: float) -> dict[str, Tensor]:

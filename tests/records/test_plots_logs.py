@@ -17,10 +17,10 @@ from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from eafo_dynamic.cli.log_columns import FIGURE_NAMES
 from eafo_dynamic.errors import ConfigError, LogError
 from eafo_dynamic.records import CorrectionLog, LogWriter
 from eafo_dynamic.records.figures.logs import FIGURES, plot
+from eafo_dynamic.records.figures.names import FIGURE_NAMES
 from eafo_dynamic.records.figures.style import DARK, LIGHT, Style, save
 from eafo_dynamic.records.summary import entropy_changes
 

@@ -7,7 +7,7 @@
 - ``files``: merged models on disk.
 """
 
-from eafo_dynamic.apply.merge.baking import Baked, Plan, plan_of
+from eafo_dynamic.apply.merge.baking import Baked, MergePlan, plan_of
 from eafo_dynamic.apply.merge.calls import CallCounter, CorrectedCalls
 from eafo_dynamic.apply.merge.files import load_merged, save_merged
 from eafo_dynamic.apply.merge.graph import MergedGraph
@@ -17,8 +17,8 @@ __all__ = [
     "Baked",
     "CallCounter",
     "CorrectedCalls",
+    "MergePlan",
     "MergedGraph",
-    "Plan",
     "load_merged",
     "merge",
     "plan_of",

@@ -17,7 +17,7 @@ from eafo_dynamic.apply.surgery import hosted_sites
 from eafo_dynamic.find.functional import function_name
 from eafo_dynamic.internals.torch_internals import forget, hook_tables
 
-__all__ = ["Baked", "Plan", "State", "apply_plan", "plan_of"]
+__all__ = ["Baked", "MergePlan", "State", "apply_plan", "plan_of"]
 
 _TRANSFORMER = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _MODULES: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
@@ -52,7 +52,7 @@ class Baked:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """What merging does to a model.
 
     Args:
@@ -64,7 +64,7 @@ class Plan:
     calls: tuple[str, ...]
 
 
-def plan_of(model: nn.Module) -> Plan:
+def plan_of(model: nn.Module) -> MergePlan:
     """What merging a wrapped model comes to; the model is not changed.
 
     Args:
@@ -85,7 +85,7 @@ def plan_of(model: nn.Module) -> Plan:
             groups.setdefault((place, key or ""), []).append(_Served(host, site, state))
         elif not _is_zero(state):
             calls.append(site.name)
-    return Plan(tuple(_baked(place, key, served, names) for (place, key), served in groups.items()), tuple(calls))
+    return MergePlan(tuple(_baked(place, key, served, names) for (place, key), served in groups.items()), tuple(calls))
 
 
 class _Served(NamedTuple):
@@ -158,7 +158,7 @@ def _equal(one: State, other: State) -> bool:
     )
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> None:
+def apply_plan(model: nn.Module, plan: MergePlan) -> None:
     """Puts the corrected functions into a plain model.
 
     Args:

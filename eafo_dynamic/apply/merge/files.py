@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from eafo_dynamic.apply.merge.baking import Baked, Plan, State, apply_plan
+from eafo_dynamic.apply.merge.baking import Baked, MergePlan, State, apply_plan
 from eafo_dynamic.apply.merge.calls import CallCounter, CorrectedCalls
 from eafo_dynamic.apply.merge.graph import MergedGraph, export
 from eafo_dynamic.apply.standalone import CorrectedActivation
@@ -156,7 +156,7 @@ def load_merged(model: nn.Module, path: str | Path) -> nn.Module:
         differ = ", ".join(sorted(mine ^ theirs)[:6])
         raise SiteError(f"{path} is of another model: the names of the weights differ ({differ}).")
     baked = [_baked(place, state) for place in places if not isinstance(modules.get(place["module"]), _DONE)]
-    apply_plan(model, Plan(tuple(baked), ()))
+    apply_plan(model, MergePlan(tuple(baked), ()))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

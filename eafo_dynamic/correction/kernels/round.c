@@ -35,7 +35,7 @@ void eafo_functions(const float *z, int64_t sites, int64_t n, const float *eps, 
     }
 }
 
-/* Samples, mean, standard deviation, skewness and excess kurtosis of every site: out [sites, 5]; statistics.moments. */
+/* Samples, mean, standard deviation, skewness and excess kurtosis of every site: out [sites, 5]; sample_moments. */
 void eafo_moments(const float *x, int64_t sites, int64_t n, int threads, double *out) {
     ROUND_PARALLEL
     for (int64_t s = 0; s < sites; s++) {
@@ -72,7 +72,7 @@ static int dead_share(const float *x, const float *unit, int64_t n, int per_unit
 }
 
 /* Share of the units that never fired: out [sites]. unit [sites, n], or [n] where it is shared: numbers as floats, NaN
-   only where x is; see statistics.dead_fractions. Returns how many sites have too many units. */
+   only where x is; see sample_moments.dead_fractions. Returns how many sites have too many units. */
 int eafo_dead(const float *x, const float *unit, int shared, int64_t sites, int64_t n, int per_unit, int threads,
               float *out) {
     int refused = 0;

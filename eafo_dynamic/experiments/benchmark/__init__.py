@@ -5,6 +5,6 @@ else the machine does meets both alike.
 """
 
 from eafo_dynamic.experiments.benchmark.cases import GROUPS, run_benchmark
-from eafo_dynamic.experiments.benchmark.timing import Paired, paired
+from eafo_dynamic.experiments.benchmark.timing import TimeRatio, time_in_pairs
 
-__all__ = ["GROUPS", "Paired", "paired", "run_benchmark"]
+__all__ = ["GROUPS", "TimeRatio", "run_benchmark", "time_in_pairs"]

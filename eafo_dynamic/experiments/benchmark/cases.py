@@ -14,13 +14,13 @@ from eafo_dynamic.apply.standalone import CorrectedActivation as Corrected
 from eafo_dynamic.apply.standalone import CRReLU
 from eafo_dynamic.apply.surgery import unwrap, wrap
 from eafo_dynamic.correction.kernels import native, resolve_backend
-from eafo_dynamic.density.statistics import Collector
+from eafo_dynamic.density.collector import Collector
 from eafo_dynamic.experiments.benchmark.gpu import gpu_cases
 from eafo_dynamic.experiments.benchmark.limits import floor_cases, memory_cases
 from eafo_dynamic.experiments.benchmark.peers import Pade, ThreeLineCRReLU, hook_statistics, observer
 from eafo_dynamic.experiments.benchmark.rows import Eager, Row, both_ways, compare, row
 from eafo_dynamic.experiments.benchmark.steps import refill, step_cases
-from eafo_dynamic.experiments.benchmark.timing import milliseconds, paired, settle_allocator
+from eafo_dynamic.experiments.benchmark.timing import milliseconds, settle_allocator, time_in_pairs
 from eafo_dynamic.find.sites import find_sites
 from eafo_dynamic.policy.controller import EAFOController
 
@@ -149,7 +149,7 @@ def growth_cases(quick: bool) -> Iterator[Row]:
         plain, ours = _chain(sites, width), _chain(sites, width)
         EAFOController.attach(ours).collecting = False
         x = torch.randn(batch, width)
-        found = paired(_training_step(ours, x), _training_step(plain, x), 5 if quick else 11, cpu=True)
+        found = time_in_pairs(_training_step(ours, x), _training_step(plain, x), 5 if quick else 11, cpu=True)
         more = {"low": found.low, "high": found.high, "ms": found.ms, "beside_ms": found.beside_ms}
         extra = 1e3 * (found.ms - found.beside_ms) / sites
         yield {**row(f"{over} {value}", "plain", extra, None, "us/site", **more), "over": over, "at": value}

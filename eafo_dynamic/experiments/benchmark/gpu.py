@@ -12,7 +12,7 @@ from eafo_dynamic.apply.standalone import CRReLU
 from eafo_dynamic.correction.kernels import resolve_backend
 from eafo_dynamic.experiments.benchmark.peers import ThreeLineCRReLU
 from eafo_dynamic.experiments.benchmark.rows import Eager, Row, above_floor, both_ways, row
-from eafo_dynamic.experiments.benchmark.timing import paired
+from eafo_dynamic.experiments.benchmark.timing import time_in_pairs
 
 __all__ = ["gpu_cases"]
 
@@ -54,7 +54,7 @@ def gpu_cases(quick: bool) -> Iterator[Row]:
         for case, unit in units.items():
             graph = _captured(both_ways(unit.to(device), source.detach().requires_grad_(), grad))
             yield above_floor(f"{case}, {name}", _waited_for(graph.replay), copy, pairs, _REPLAYS)
-        found = paired(copy, copy, pairs)
+        found = time_in_pairs(copy, copy, pairs)
         moved = 2 * source.nbytes * _REPLAYS
         yield row(f"copy of {source.nbytes >> 20} MB, {name}", "", 1e-6 * moved / found.beside_ms, None, "GB/s")
 

@@ -12,7 +12,7 @@ from eafo_dynamic.apply.standalone import CRReLU
 from eafo_dynamic.correction.kernels import resolve_backend
 from eafo_dynamic.experiments.benchmark.peers import Pade, ThreeLineCRReLU
 from eafo_dynamic.experiments.benchmark.rows import Eager, Row, above_floor, both_ways, row
-from eafo_dynamic.experiments.benchmark.timing import kept_bytes, paired, peak_bytes
+from eafo_dynamic.experiments.benchmark.timing import kept_bytes, peak_bytes, time_in_pairs
 
 __all__ = ["floor_cases", "memory_cases"]
 
@@ -87,5 +87,5 @@ def _bandwidths(quick: bool) -> Iterator[Row]:
     for megabytes in (1, 8) if quick else (1, 8, 64):
         source = torch.zeros(megabytes << 18)
         target = torch.empty_like(source)
-        found = paired(lambda a=target, b=source: a.copy_(b), lambda a=target, b=source: a.copy_(b), 7)
+        found = time_in_pairs(lambda a=target, b=source: a.copy_(b), lambda a=target, b=source: a.copy_(b), 7)
         yield row(f"copy of {megabytes} MB", "", 2e-6 * (megabytes << 20) / found.beside_ms, None, "GB/s")

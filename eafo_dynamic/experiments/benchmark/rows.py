@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eafo_dynamic.apply.standalone import CorrectedActivation
 from eafo_dynamic.correction.kernels import Terms, corrected, known_module
-from eafo_dynamic.experiments.benchmark.timing import paired
+from eafo_dynamic.experiments.benchmark.timing import time_in_pairs
 
 __all__ = ["Eager", "Row", "above_floor", "both_ways", "compare", "row"]
 
@@ -48,7 +48,7 @@ def compare(
     *,
     cpu: bool = False,
 ) -> Row:
-    """The ratio of two times, measured in alternation; see :func:`paired`.
+    """The ratio of two times, measured in alternation; see :func:`time_in_pairs`.
 
     Args:
         case: name of the first.
@@ -57,18 +57,18 @@ def compare(
         second: what it is held against.
         pairs: number of pairs.
         target: what the ratio should not exceed.
-        cpu: see :func:`paired`.
+        cpu: see :func:`time_in_pairs`.
 
     Returns:
         The row.
     """
-    found = paired(first, second, pairs, cpu=cpu)
+    found = time_in_pairs(first, second, pairs, cpu=cpu)
     more = {"low": found.low, "high": found.high, "ms": found.ms, "beside_ms": found.beside_ms}
     return row(case, beside, found.ratio, target, "x", **more)
 
 
 def above_floor(case: str, run: Callable[[], object], copy: Callable[[], object], pairs: int, repeats: int = 1) -> Row:
-    """The time of a forward and a backward over that of copies which move as many bytes; see :func:`paired`.
+    """The time of a forward and a backward over that of copies which move as many bytes; see :func:`time_in_pairs`.
 
     Args:
         case: name of what is measured.
@@ -80,7 +80,7 @@ def above_floor(case: str, run: Callable[[], object], copy: Callable[[], object]
     Returns:
         The row, times those of one.
     """
-    found = paired(run, copy, pairs)
+    found = time_in_pairs(run, copy, pairs)
     floor = _MOVED / 2  # a copy moves two numbers an element
     times = {"ms": found.ms / repeats, "beside_ms": floor * found.beside_ms / repeats}
     more = {"low": found.low / floor, "high": found.high / floor, **times}

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from eafo_dynamic.apply.merge import merge
 from eafo_dynamic.experiments import GPT, ResNet, VisionTransformer
 from eafo_dynamic.experiments.benchmark.rows import Row, compare, row
-from eafo_dynamic.experiments.benchmark.timing import milliseconds, paired
+from eafo_dynamic.experiments.benchmark.timing import milliseconds, time_in_pairs
 from eafo_dynamic.policy.controller import EAFOController
 
 __all__ = ["refill", "step_cases"]
@@ -68,7 +68,7 @@ def step_cases(quick: bool) -> Iterator[Row]:
         ours = copy.deepcopy(model)
         controller = EAFOController.attach(ours)
         step, count = _step(ours, x, y, controller)
-        found = paired(step, plain, pairs, cpu=True)
+        found = time_in_pairs(step, plain, pairs, cpu=True)
         for site in controller.sites:
             site.collector.drain()
         period = controller.options.update_every_n_steps

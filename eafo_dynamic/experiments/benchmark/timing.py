@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Paired", "kept_bytes", "milliseconds", "paired", "peak_bytes", "settle_allocator"]
+__all__ = ["TimeRatio", "kept_bytes", "milliseconds", "peak_bytes", "settle_allocator", "time_in_pairs"]
 
 _LEAST = 2e-3  # seconds: what is shorter is repeated within one measurement
 
 
-class Paired(NamedTuple):
+class TimeRatio(NamedTuple):
     """Two things measured in alternation.
 
     Args:
@@ -34,7 +34,9 @@ class Paired(NamedTuple):
     high: float
 
 
-def paired(first: Callable[[], object], second: Callable[[], object], pairs: int, *, cpu: bool = False) -> Paired:
+def time_in_pairs(
+    first: Callable[[], object], second: Callable[[], object], pairs: int, *, cpu: bool = False
+) -> TimeRatio:
     """Times two functions in alternation, the order changing from pair to pair.
 
     Each is run once untimed before it is timed, so that neither pays for what the other has left in the caches.
@@ -64,7 +66,7 @@ def paired(first: Callable[[], object], second: Callable[[], object], pairs: int
     ratios = [one / two for one, two in zip(*times, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     mine, other = (1e3 * statistics.median(each) for each in times)
-    return Paired(mine, other, middle, low, high)
+    return TimeRatio(mine, other, middle, low, high)
 
 
 def _repeats(function: Callable[[], object]) -> int:

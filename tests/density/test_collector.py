@@ -21,15 +21,9 @@ from scipy import stats as scipy_stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eafo_dynamic.density.statistics import (
-    Collector,
-    Moments,
-    dead_fraction,
-    dead_fractions,
-    gather_ranks,
-    moments,
-    stack_samples,
-)
+from eafo_dynamic.density.collector import Collector
+from eafo_dynamic.density.ranks import gather_ranks, stack_samples
+from eafo_dynamic.density.sample_moments import SampleMoments, dead_fraction, dead_fractions, sample_moments
 
 
 def sample(z: Tensor, quota: int = 1024) -> tuple[Tensor, Tensor]:
@@ -437,7 +431,7 @@ def test_dead_fraction_does_not_count_what_is_no_number() -> None:
 # ------------------------------------------------------------------ moments
 
 
-def assert_moments(found: Moments, row: int, clean: np.ndarray[Any, Any], rtol: float = 1e-9) -> None:
+def assert_moments(found: SampleMoments, row: int, clean: np.ndarray[Any, Any], rtol: float = 1e-9) -> None:
     assert int(found.n[row]) == clean.size
     expected = [clean.mean(), clean.std(), scipy_stats.skew(clean), scipy_stats.kurtosis(clean)]
     actual = [float(column[row]) for column in found[1:]]
@@ -450,7 +444,7 @@ def test_moments_against_scipy(dtype: torch.dtype) -> None:
     rows = torch.from_numpy(
         np.stack([rng.normal(2, 3, 500), rng.exponential(1, 500), rng.standard_t(5, 500), rng.uniform(-1, 1, 500)])
     ).to(dtype)
-    found = moments(rows)
+    found = sample_moments(rows)
     for row, values in enumerate(rows.double().numpy()):
         assert_moments(found, row, values)
 
@@ -460,7 +454,7 @@ def test_moments_leave_out_what_is_not_finite() -> None:
     rows[0, ::3] = math.nan
     rows[1, 5], rows[1, 6] = math.inf, -math.inf
     rows[2] = math.nan
-    found = moments(rows)
+    found = sample_moments(rows)
     for row in (0, 1):
         assert_moments(found, row, rows[row][rows[row].isfinite()].numpy())
     assert found.n[2] == 0 and all(column[2].isnan() for column in found[1:])
@@ -469,7 +463,7 @@ def test_moments_leave_out_what_is_not_finite() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e30, 1e6 + 0.1])
 def test_a_constant_has_no_spread_at_all(value: float) -> None:
     for n in (1, 2, 3, 1000):
-        found = moments(torch.full((1, n), value, dtype=torch.float64))
+        found = sample_moments(torch.full((1, n), value, dtype=torch.float64))
         assert found.mean.item() == value
         assert (found.std.item(), found.skew.item(), found.kurtosis.item()) == (0.0, 0.0, 0.0)
 
@@ -477,13 +471,13 @@ def test_a_constant_has_no_spread_at_all(value: float) -> None:
 def test_a_small_spread_beside_a_huge_offset() -> None:
     rng = np.random.default_rng(0)
     values = 1e6 + 1e-3 * rng.gamma(2.0, size=2000)
-    assert_moments(moments(torch.from_numpy(values)[None]), 0, values, rtol=1e-6)
+    assert_moments(sample_moments(torch.from_numpy(values)[None]), 0, values, rtol=1e-6)
 
 
 def test_huge_values_do_not_overflow_and_no_samples_are_no_error() -> None:
-    found = moments(torch.tensor([[3e38, -3e38, 0.0, 1e38]], dtype=torch.float32))
+    found = sample_moments(torch.tensor([[3e38, -3e38, 0.0, 1e38]], dtype=torch.float32))
     assert all(column.isfinite().all() for column in found)
-    empty = moments(torch.empty(2, 0))
+    empty = sample_moments(torch.empty(2, 0))
     assert empty.n.tolist() == [0, 0] and all(column.isnan().all() for column in empty[1:])
 
 
@@ -494,5 +488,8 @@ def test_moments_do_not_depend_on_how_the_samples_came(values: list[float], cut:
     parts = [whole[:cut], whole[cut:]]
     merged = stack_samples([torch.cat(parts[::-1])], len(values))
     np.testing.assert_allclose(
-        np.array(moments(merged)[:3])[:, 0], np.array(moments(whole[None])[:3])[:, 0], rtol=1e-9, atol=1e-9
+        np.array(sample_moments(merged)[:3])[:, 0],
+        np.array(sample_moments(whole[None])[:3])[:, 0],
+        rtol=1e-9,
+        atol=1e-9,
     )

@@ -1,0 +1,95 @@
+"""Samples of all sites stacked, and those of all processes side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eafo_dynamic.density.collector import spread_places
+
+__all__ = ["gather_ranks", "pool_ranks", "stack_samples", "world_size"]
+
+
+def stack_samples(samples: Sequence[Tensor], limit: int) -> Tensor:
+    """Stacks samples of unequal length, the shorter ones filled with NaN.
+
+    Args:
+        samples: one tensor [n_s] a site.
+        limit: number of samples kept of each, at most; a longer one is thinned, all stretches of it alike.
+
+    Returns:
+        Shape [sites, n]; of one tensor for all sites a view.
+    """
+    thinned = [_thin(values, limit) for values in samples]
+    if len(thinned) > 1 and all(values is thinned[0] for values in thinned):  # as units of equal sites are
+        return thinned[0].expand(len(thinned), -1)
+    if len({values.numel() for values in thinned}) == 1:
+        return torch.stack(thinned)
+    width = max((values.numel() for values in thinned), default=0)
+    dtype = max((values.dtype for values in thinned), key=lambda d: torch.finfo(d).bits)
+    stacked = torch.full((len(thinned), width), math.nan, dtype=dtype, device=thinned[0].device)
+    for row, values in zip(stacked, thinned, strict=True):
+        row[: values.numel()] = values
+    return stacked
+
+
+def _thin(values: Tensor, limit: int) -> Tensor:
+    if values.numel() <= limit:
+        return values
+    return values[spread_places(values.numel(), limit, values)]
+
+
+def world_size() -> int:
+    """Number of processes that train together.
+
+    Returns:
+        1 where there is no process group.
+    """
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def gather_ranks(samples: Tensor, width: int) -> Tensor:
+    """Samples of all ranks side by side, by one collective; every rank gets the same tensor.
+
+    Args:
+        samples: this rank's, shape [sites, n] with n <= width, NaN where missing.
+        width: columns a rank contributes, equal on all ranks.
+
+    Returns:
+        Shape [sites, ranks * width]; samples itself where there is one process.
+    """
+    ranks = world_size()
+    if ranks == 1:
+        return samples
+    mine = samples.new_full((samples.shape[0], width), math.nan)
+    mine[:, : samples.shape[1]] = samples
+    everyone = [torch.empty_like(mine) for _ in range(ranks)]
+    torch.distributed.all_gather(everyone, mine)
+    return torch.cat(everyone, dim=-1)
+
+
+def pool_ranks(samples: Sequence[Tensor], width: int, beside: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+    """Samples of all ranks side by side, and what else they have to say, by one collective.
+
+    Args:
+        samples: this rank's, each of shape [sites, n] with n <= width, NaN where missing; of any dtype on any rank.
+        width: columns a rank contributes, equal on all ranks.
+        beside: further numbers of this rank, shape [sites, k].
+
+    Returns:
+        Samples, each [sites, ranks * width], and numbers, [sites, ranks, k]; float32, or what was given with one
+        process.
+    """
+    ranks, extra = world_size(), beside.shape[1]
+    if ranks == 1:
+        return samples, beside.unsqueeze(1)
+    # a rank without a sample does not know the dtype of the others'
+    rows = torch.cat([each.to(torch.float32) for each in samples])
+    mine = torch.cat([beside.to(torch.float32).repeat(len(samples), 1), rows], dim=1)
+    everyone = gather_ranks(mine, extra + width).unflatten(1, (ranks, extra + width))
+    numbers, kept = everyone.split([extra, width], dim=-1)
+    return kept.flatten(1).chunk(len(samples)), numbers[: len(beside)]

@@ -1,0 +1,112 @@
+"""What the samples of all sites say directly: their moments, and the units that never fired."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["SampleMoments", "dead_fraction", "dead_fractions", "sample_moments"]
+
+
+class SampleMoments(NamedTuple):
+    """Moments of samples, each of shape [sites]; NaN where a site has no finite sample."""
+
+    n: Tensor
+    mean: Tensor
+    std: Tensor
+    skew: Tensor
+    kurtosis: Tensor
+
+
+def sample_moments(samples: Tensor) -> SampleMoments:
+    """Number, mean, standard deviation, skewness and excess kurtosis of the finite samples.
+
+    Population formulas (divided by n): std = sqrt(m2), skew = m3 / m2^(3/2), kurtosis = m4 / m2^2 - 3.
+
+    Args:
+        samples: shape [sites, n]; non-finite entries count as missing.
+
+    Returns:
+        The moments, float64; skew and kurtosis are 0 where the standard deviation is 0.
+    """
+    if not samples.shape[-1]:
+        n = torch.zeros(samples.shape[:-1], dtype=torch.long, device=samples.device)
+        nothing = torch.full(n.shape, math.nan, dtype=torch.float64, device=samples.device)
+        return SampleMoments(n, nothing, nothing, nothing, nothing)
+    low, finite = samples.amin(-1, keepdim=True), None
+    if not bool((low - samples.amax(-1, keepdim=True)).isfinite().all()):  # the few passes more where one is missing
+        finite = samples.isfinite()
+        low = samples.where(finite, math.inf).amin(-1, keepdim=True)
+        low = low.where(low.isfinite(), 0.0)
+    low = low.double()
+    n = torch.full_like(low[..., 0], samples.shape[-1], dtype=torch.long) if finite is None else finite.sum(-1)
+    values = _only(samples.double() - low, finite)
+    mean = values.sum(-1) / n
+    centred = _only(values.sub_(mean.unsqueeze(-1)), finite)
+    square = centred.square()
+    m2 = square.sum(-1) / n
+    m3 = centred.mul_(square).sum(-1) / n
+    m4 = square.square_().sum(-1) / n
+    positive = m2 > 0
+    safe = m2.where(positive, 1.0)
+    nan = torch.full_like(m2, math.nan)
+    skew = (m3 / safe.pow(1.5)).where(positive, nan.where(n == 0, 0.0))
+    kurtosis = (m4 / safe.square() - 3.0).where(positive, nan.where(n == 0, 0.0))
+    return SampleMoments(n, low.squeeze(-1) + mean, m2.sqrt(), skew, kurtosis)
+
+
+def _only(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else values.where(mask, 0.0)
+
+
+def dead_fraction(values: Tensor, units: Tensor, per_unit: int = 8) -> float:
+    """Fraction of units that never fired: no sampled pre-activation above zero.
+
+    Args:
+        values: pre-activations, shape [n]; NaN ones are left out.
+        units: unit of each, shape [n].
+        per_unit: samples a unit needs on average for the answer to mean something.
+
+    Returns:
+        The fraction, in [0, 1]; NaN with fewer than ``per_unit`` samples a unit.
+    """
+    return float(dead_fractions(values.unsqueeze(0), units.unsqueeze(0), per_unit))
+
+
+_MOST_CELLS = 1 << 24  # sites times units that are counted in one table
+
+
+def dead_fractions(values: Tensor, units: Tensor, per_unit: int = 8) -> Tensor:
+    """Fraction of units that never fired, of all sites at once; see :func:`dead_fraction`.
+
+    Args:
+        values: pre-activations, shape [S, n]; NaN ones are left out.
+        units: unit of each, shape [S, n], int64.
+        per_unit: samples a unit needs on average for the answer to mean something.
+
+    Returns:
+        The fractions, float32, shape [S]; NaN with fewer than ``per_unit`` samples a unit.
+    """
+    sites, n = values.shape
+    if not n:
+        return torch.full((sites,), math.nan, dtype=torch.float32, device=values.device)
+    width = int(units.max()) + 1
+    if sites * width > _MOST_CELLS and sites > 1:
+        return torch.cat([dead_fractions(v, u, per_unit) for v, u in zip(values.split(1), units.split(1), strict=True)])
+    if sites * width > _MOST_CELLS:  # units of a site that are few among many numbers
+        present, units = units.unique(return_inverse=True)
+        width = len(present)
+    known = (values == values).to(values.dtype)
+    # sums of what is not negative are above zero where one term is, in any order
+    positive = values.nan_to_num(0.0).clamp(min=0.0)
+    present, fired = ((_sums(part, units, width) > 0).sum(1) for part in (known, positive))
+    dead = (present - fired) / present
+    return torch.where(known.sum(1) < per_unit * present, math.nan, dead)
+
+
+def _sums(values: Tensor, units: Tensor, width: int) -> Tensor:
+    """Sums of the values of each of ``width`` units, shape [S, width]."""
+    return values.new_zeros(len(values), width).scatter_add_(1, units, values)
