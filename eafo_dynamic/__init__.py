@@ -16,6 +16,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from eafo_dynamic.internals import renamed
+
 if TYPE_CHECKING:
     from eafo_dynamic.apply.manifest import apply_from_checkpoint as apply_from_checkpoint
     from eafo_dynamic.apply.merge import load_merged as load_merged
@@ -61,6 +63,9 @@ _HOMES = {
 
 # not the one that needs transformers, so that `from eafo_dynamic import *` works without it
 __all__ = [name for name in _HOMES if name != "EAFOTrainerCallback"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+renamed.install()
 
 
 def __getattr__(name: str) -> Any:
