@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eafo_dynamic.errors import LogError
-from eafo_dynamic.records.cache import WORTHWHILE, read_cache, write_cache
 from eafo_dynamic.records.files import find_log, read_lines, read_manifest
 from eafo_dynamic.records.schema import COLUMNS, CORRECTIONS, MANIFEST, SHAPES
 from eafo_dynamic.records.select import matching_sites
@@ -62,12 +61,7 @@ class CorrectionLog:
         """
         path = find_log(Path(run))
         log = cls(path, read_manifest(path / MANIFEST), Table())
-        file = path / CORRECTIONS
-        if (cached := read_cache(file)) is not None:
-            log._table, log._offset, log._line = cached
-            log._inode = file.stat().st_ino
-        if log.refresh() >= WORTHWHILE:
-            write_cache(file, log._table, log._offset, log._line)
+        log.refresh()
         return log
 
     def refresh(self) -> int:

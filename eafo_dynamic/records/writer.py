@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eafo_dynamic.records.cache import CACHE
 from eafo_dynamic.records.schema import CORRECTIONS, FORMAT, MANIFEST, SCHEMA_VERSION, SHAPES
 
 __all__ = ["LogWriter"]
@@ -142,7 +141,6 @@ class LogWriter:
             self.manifest["created"] = created
         known = [each for each in steps if isinstance(each, int)] if isinstance(steps, list) else []
         self.manifest["resumed_at_steps"] = [*known, step]
-        (self.path / CACHE).unlink(missing_ok=True)
         past = _keep_until(origin / CORRECTIONS, self.path / CORRECTIONS, step)
         _keep_until(origin / SHAPES, self.path / SHAPES, step)
         return past
@@ -270,7 +268,6 @@ def _put_aside(folder: Path) -> None:
         number += 1
     aside = folder / f"earlier-{number}"
     aside.mkdir()
-    (folder / CACHE).unlink(missing_ok=True)
     for name in (MANIFEST, SHAPES, CORRECTIONS):
         if (folder / name).exists():
             os.replace(folder / name, aside / name)

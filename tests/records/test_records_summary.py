@@ -1,4 +1,4 @@
-"""What a log says in a few rows, and the columnar twin of long ones."""
+"""What a log says in a few rows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from fabricate import fabricate_run
-from small_logs import MANIFEST, oracle_rows, row, write_run
+from small_logs import oracle_rows, row, write_run
 
-from eafo_dynamic.records import CorrectionLog, LogWriter, cache
+from eafo_dynamic.records import CorrectionLog, LogWriter
 from eafo_dynamic.records.summary import (
     compare_runs,
     compare_sites,
@@ -19,84 +19,6 @@ from eafo_dynamic.records.summary import (
     run_labels,
     summarise,
 )
-
-# --- the columnar twin of long logs
-
-
-@pytest.fixture
-def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eafo_dynamic.records.reader.WORTHWHILE", 10)
-
-
-def test_short_log_has_no_twin(tmp_path: Path) -> None:
-    fabricate_run(tmp_path)
-    CorrectionLog.load(tmp_path)
-    assert not (tmp_path / "eafo" / cache.CACHE).exists()
-
-
-@pytest.mark.usefixtures("small_cache")
-def test_twin_gives_the_same_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fabricate_run(tmp_path)
-    first = CorrectionLog.load(tmp_path)
-    parsed: list[int] = []
-    monkeypatch.setattr("eafo_dynamic.records.table.Table.extend", lambda *_: parsed.append(1))
-    second = CorrectionLog.load(tmp_path)
-    assert not parsed, "nothing had to be parsed"
-    assert (
-        second.rows
-        == first.rows
-        == [{name: entry.get(name) for name in first.columns} for entry in oracle_rows(tmp_path)]
-    )
-
-
-@pytest.mark.usefixtures("small_cache")
-def test_twin_and_the_rows_since(tmp_path: Path) -> None:
-    writer = write_run(tmp_path)
-    CorrectionLog.load(tmp_path)
-    writer.write([row(60, "new.site", eps=0.25, novel="text")])
-    assert CorrectionLog.load(tmp_path).rows == [
-        {"step": 0, "site": "", "eps": None, "novel": None} | entry for entry in oracle_rows(tmp_path)
-    ]
-
-
-@pytest.mark.usefixtures("small_cache")
-@pytest.mark.parametrize("keep", [0, 1, 10, 200, -1])
-def test_damaged_twin_is_passed_over(tmp_path: Path, keep: int) -> None:
-    write_run(tmp_path)
-    CorrectionLog.load(tmp_path)
-    twin = tmp_path / "eafo" / cache.CACHE
-    twin.write_bytes(twin.read_bytes()[:keep])
-    assert CorrectionLog.load(tmp_path).rows == oracle_rows(tmp_path)
-
-
-@pytest.mark.usefixtures("small_cache")
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"[" * 100_000,
-        b'{"mark":"eafo-columns-1","tail":[],"offset":1' + b"0" * 40 + b"}",
-        b'{"mark":"eafo-columns-1","tail":[],"offset":"all"}',
-        b"{}",
-    ],
-)
-def test_twin_with_a_hostile_header_is_passed_over(tmp_path: Path, header: bytes) -> None:
-    write_run(tmp_path)
-    (tmp_path / "eafo" / cache.CACHE).write_bytes(header + b"\n")
-    assert CorrectionLog.load(tmp_path).rows == oracle_rows(tmp_path)
-
-
-@pytest.mark.usefixtures("small_cache")
-def test_twin_of_another_file_is_passed_over(tmp_path: Path) -> None:
-    write_run(tmp_path)
-    CorrectionLog.load(tmp_path)
-    twin = (tmp_path / "eafo" / cache.CACHE).read_bytes()
-    LogWriter(tmp_path / "eafo", MANIFEST).resume(20)
-    assert not (tmp_path / "eafo" / cache.CACHE).exists()
-    (tmp_path / "eafo" / cache.CACHE).write_bytes(twin)
-    assert CorrectionLog.load(tmp_path).steps == [10, 20]
-
-
-# --- summaries
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import sys
+import zlib
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from small_logs import oracle_rows, write_run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,6 +33,7 @@ from eafo_dynamic.apply.surgery import hosted_sites, is_wrapped, wrap
 from eafo_dynamic.cli import main
 from eafo_dynamic.errors import CompoundingError
 from eafo_dynamic.find.sites import find_sites
+from eafo_dynamic.records import CorrectionLog
 
 FORM = {"tabulated": True, "per_channel": False, "free": False}
 
@@ -212,3 +218,25 @@ def test_the_command_refuses_a_checkpoint_that_compounds(tmp_path: Path, capsys:
     message = capsys.readouterr().err.strip()
     assert "\n" not in message
     assert "the checkpoint was trained with compounding=True" in message and "another model" not in message
+
+
+# --- logs
+
+
+def test_the_columnar_file_beside_a_long_log_is_ignored(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    file = tmp_path / "eafo" / "corrections.jsonl"
+    rows = file.read_bytes()
+    # sound, as version 0.1.0 would read it, and without any row
+    header = {
+        "mark": "eafo-columns-1",
+        "offset": len(rows),
+        "line": rows.count(b"\n"),
+        "tail": [zlib.crc32(rows[-4096:]), sys.byteorder, array("I").itemsize],
+        "rows": 0,
+        "columns": [{"name": "step", "values": None}, {"name": "site", "values": [None]}],
+    }
+    file.with_name(".corrections.cache").write_bytes(json.dumps(header).encode() + b"\n")
+    log = CorrectionLog.load(tmp_path)
+    assert len(log) > 0 and log.rows == oracle_rows(tmp_path)
+    assert not log.notes
