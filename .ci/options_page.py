@@ -19,7 +19,7 @@ CLASSES = (CallbackOptions, TrainerCallbackOptions)
 def filled(page: str, options: Iterable[type] = CLASSES) -> str:
     """The page with its tables as the definitions have them."""
     options = tuple(options)
-    parts = [described.part for each in options for _, described in Described.of(each).values()]
+    parts = [described.part for each in options for described in Described.of(each).values()]
     for part in dict.fromkeys(parts):
         before, heading, after = page.partition(f"## {part}\n")
         if not heading:

@@ -294,7 +294,9 @@ def test_hugging_face_checkpoint(saved: Path) -> None:
             disable_tqdm=True,
         )
         example = {"x": inputs(), "labels": labels()}
-        callback = EAFOTrainerCallback(example=example, backend="eager", update_every_n_steps=3, collect_every_n_steps=1)
+        callback = EAFOTrainerCallback(
+            example=example, backend="eager", update_every_n_steps=3, collect_every_n_steps=1
+        )
         made = transformers.Trainer(Classifier(), args, train_dataset=Examples(), callbacks=[callback, *others])
         return made, callback
 

@@ -18,14 +18,14 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast, get_type_hints
 
 from typing_extensions import dataclass_transform
 
 from eafo_dynamic.errors import ConfigError
 
-__all__ = ["Checked", "Described", "named", "option", "options_class", "table", "takes"]
+__all__ = ["Check", "Checked", "Described", "named", "option", "options_class", "table", "takes"]
 
 Check = Callable[[str, Any], object]
 P = ParamSpec("P")
@@ -39,8 +39,9 @@ _HEADS = ("option", "default", "unit", "what it does", "when to change it")
 
 @dataclass(frozen=True)
 class Described:
-    """What a field of an options class carries beside name, type and default; see ``option``."""
+    """What a field of an options class carries beside its name and type; see ``option``."""
 
+    default: object
     part: str
     text: str
     unit: str
@@ -48,16 +49,16 @@ class Described:
     check: Check
 
     @classmethod
-    def of(cls, options: type) -> dict[str, tuple[Field[Any], Described]]:
-        """The fields of an options class with their descriptions.
+    def of(cls, options: type) -> dict[str, Described]:
+        """What the fields of an options class carry.
 
         Args:
-            options: a dataclass; fields that were not made by ``option`` are left out.
+            options: the class; fields that were not made by ``option`` are left out.
 
         Returns:
-            Field and description by name.
+            Descriptions by name.
         """
-        return {each.name: (each, each.metadata[_KEY]) for each in fields(options) if _KEY in each.metadata}
+        return {each.name: each.metadata[_KEY] for each in fields(options) if _KEY in each.metadata}
 
 
 def option(*, default: T, part: str, text: str, check: Check, unit: str = "", when: str = "") -> T:
@@ -74,7 +75,7 @@ def option(*, default: T, part: str, text: str, check: Check, unit: str = "", wh
     Returns:
         The field; for type checkers, the default.
     """
-    return field(default=default, metadata={_KEY: Described(part, text, unit, when, check)})
+    return field(default=default, metadata={_KEY: Described(default, part, text, unit, when, check)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +88,9 @@ class Checked:
 
     def __post_init__(self) -> None:
         errors: list[ConfigError] = []
-        for name, (each, described) in Described.of(type(self)).items():
+        for name, described in Described.of(type(self)).items():
             value = getattr(self, name)
-            if value is None and each.default is None:
+            if value is None and described.default is None:
                 continue
             try:
                 object.__setattr__(self, name, described.check(name, value))
@@ -119,6 +120,8 @@ def options_class(options: type[T]) -> type[T]:
         The dataclass.
     """
     made = dataclass(frozen=True, kw_only=True)(options)
+    types = get_type_hints(made)  # in place of texts, which could not be read in the module of a subclass
+    made.__init__.__annotations__ = {name: types[name] for name in inspect.signature(made).parameters}
     made.__init__.__doc__ = _arguments(made)
     return made
 
@@ -143,10 +146,11 @@ def takes(options: Callable[P, T]) -> Callable[[Callable[[S, T], None]], Callabl
                 raise TypeError(f"{kind} takes its options by name. Write {kind}({first}=...), with the option's name.")
             initialise(self, options(*positional, **by_name))
 
-        parameters = _parameters(options)
+        parameters = inspect.signature(options).parameters
         functools.update_wrapper(initialised, initialise)
+        del cast(Any, initialised).__wrapped__  # pdoc would show its signature
         initialised.__doc__ = _arguments(options)
-        initialised.__annotations__ = {name: each.annotation for name, each in parameters.items()} | {"return": None}
+        initialised.__annotations__ = cast(Any, options).__init__.__annotations__
         itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         _sign(initialised, inspect.Signature([itself, *parameters.values()], return_annotation=None))
         return initialised
@@ -167,17 +171,10 @@ def named(options: type) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
         others = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-        _sign(function, signature.replace(parameters=[*others, *_parameters(options).values()]))
+        _sign(function, signature.replace(parameters=[*others, *inspect.signature(options).parameters.values()]))
         return function
 
     return decorate
-
-
-def _parameters(options: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters of an options class, with types in place of the texts that its annotations are."""
-    types = get_type_hints(options)
-    signature = inspect.signature(options)
-    return {name: each.replace(annotation=types[name]) for name, each in signature.parameters.items()}
 
 
 def _sign(function: Callable[..., Any], signature: inspect.Signature) -> None:
@@ -187,7 +184,7 @@ def _sign(function: Callable[..., Any], signature: inspect.Signature) -> None:
 def _arguments(options: Callable[..., Any]) -> str:
     """A docstring with an Args section."""
     lines = ["All options are given by name.", "", "Args:"]
-    for name, (_, described) in Described.of(cast(type, options)).items():
+    for name, described in Described.of(cast(type, options)).items():
         entry = f"{name}: {described.text}. {_unit(described.unit)}".rstrip()
         lines.append(textwrap.fill(entry, 110, initial_indent="    ", subsequent_indent="        "))
     return "\n".join(lines)
@@ -211,9 +208,9 @@ def table(part: str, options: Iterable[type]) -> str:
     """
     known = {name: each for kind in options for name, each in Described.of(kind).items()}
     lines = [_row(_HEADS), "|---" * len(_HEADS) + "|\n"]
-    for name, (each, described) in known.items():
+    for name, described in known.items():
         if described.part == part:
-            default = repr(each.default).replace("'", '"')
+            default = repr(described.default).replace("'", '"')
             lines.append(_row((f"`{name}`", f"`{default}`", described.unit, described.text, described.when)))
     return "".join(lines)
 

@@ -16,7 +16,7 @@ from eafo_dynamic.density.running import make_estimator
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.find.sites import Selection
 from eafo_dynamic.internals.checks import at_least, flag, number
-from eafo_dynamic.internals.declared import Checked, option, options_class
+from eafo_dynamic.internals.declared import Check, Checked, option, options_class
 from eafo_dynamic.policy.policies import Policy, Rule, Static, make_rules
 from eafo_dynamic.policy.schedule import Schedule
 from eafo_dynamic.policy.trust_region import TrustRegion
@@ -46,14 +46,14 @@ def _function(name: str, value: object) -> object:
     return value
 
 
-def _policy(name: str, value: Any) -> object:
-    make_rules(value)
-    return value
+def _made_by(make: Callable[[Any], object]) -> Check:
+    """A check by what will be made of the value."""
 
+    def check(name: str, value: object) -> object:
+        make(value)
+        return value
 
-def _density(name: str, value: Any) -> object:
-    make_estimator(value)
-    return value
+    return check
 
 
 def _terms(name: str, value: object) -> object:
@@ -62,32 +62,17 @@ def _terms(name: str, value: object) -> object:
     return value
 
 
-def _bound(name: str, value: object) -> float:
-    bound = number(name, value)
-    if not bound > 0:
-        raise ConfigError(name, value, "a bound must be positive", "Leave it out for the default.")
-    return bound
+def _number(fits: Callable[[float], bool], problem: str, mend: str) -> Check:
+    def check(name: str, value: object) -> float:
+        given = number(name, value)
+        if not fits(given):
+            raise ConfigError(name, value, problem, mend)
+        return given
+
+    return check
 
 
-def _weight(name: str, value: object) -> float:
-    weight = number(name, value)
-    if not 0.0 < weight <= 1.0:
-        raise ConfigError(name, value, "must lie in (0, 1]", "1 forgets all earlier rounds.")
-    return weight
-
-
-def _resolution(name: str, value: object) -> float:
-    resolution = number(name, value)
-    if not 0.001 <= resolution <= 1.0:
-        raise ConfigError(name, value, "must lie in [0.001, 1]", "The default is 0.1.")
-    return resolution
-
-
-def _factor(name: str, value: object) -> float:
-    factor = number(name, value)
-    if not factor > 1.0:
-        raise ConfigError(name, value, "must be above 1", "Try 1.5.")
-    return factor
+_BOUND = _number(lambda bound: bound > 0, "a bound must be positive", "Leave it out for the default.")
 
 
 def _backend(name: str, value: Any) -> Backend:
@@ -158,7 +143,7 @@ class Options(Checked):
             'who moves eps: `"static"` (the paper\'s CRReLU), `"learned"`, `"entropy"`, `"hybrid"`, `"frozen"`, a '
             "Policy object, or a list of Rules by site, of which the first that matches decides"
         ),
-        check=_policy,
+        check=_made_by(make_rules),
         when=(
             'see [Concepts](concepts.md#who-moves-eps-policies); `"static"` is the baseline, `"entropy"` ignores '
             "the loss; rules for mixtures"
@@ -171,7 +156,7 @@ class Options(Checked):
             'estimate of the density of the pre-activations: `"gaussian"`, `"histogram"`, or a function from '
             "samples of shape (sites, n) to a Density"
         ),
-        check=_density,
+        check=_made_by(make_estimator),
         when='`"histogram"` where the log\'s `negentropy` is large: heavy tails, skew, several modes',
     )
     eps_init: float = option(
@@ -190,7 +175,7 @@ class Options(Checked):
             "bound of |eps| and |lift|: the slope of f stays within this of the base's with tied terms, within "
             "1.16 times this with free ones"
         ),
-        check=_bound,
+        check=_BOUND,
         unit="1",
         when=(
             "0.2 for models that diverge easily; 2 where the log says that eps ends at the bound: see "
@@ -215,7 +200,7 @@ class Options(Checked):
         default=0.5,
         part=HOW_FAR,
         text="bound of the change of a function at one update round, max |c_new - c_old|",
-        check=_bound,
+        check=_BOUND,
         unit="standard deviations of the pre-activation",
         when="smaller if the loss jumps at updates; larger if the log says `bounded` all the time",
     )
@@ -226,7 +211,7 @@ class Options(Checked):
             "undo a round after which the mean training loss is larger than before it by more than this factor; "
             "`None`: never. Needs the losses: in a loop of your own call `EAFOController.observe_loss`"
         ),
-        check=_factor,
+        check=_number(lambda factor: factor > 1, "must be above 1", "Try 1.5."),
         unit="1",
         when="1.5 as a safety net",
     )
@@ -275,7 +260,7 @@ class Options(Checked):
         default=0.5,
         part=WHEN,
         text="weight of a new round in the running estimate of the density, in (0, 1]",
-        check=_weight,
+        check=_number(lambda weight: 0 < weight <= 1, "must lie in (0, 1]", "1 forgets all earlier rounds."),
         unit="1",
         when="smaller for small batches; 1 forgets all earlier rounds",
     )
@@ -284,7 +269,7 @@ class Options(Checked):
         default=0.1,
         part=HOW,
         text="r of the resolution-r entropy, in [0.001, 1]",
-        check=_resolution,
+        check=_number(lambda r: 0.001 <= r <= 1, "must lie in [0.001, 1]", "The default is 0.1."),
         unit="standard deviations of the output",
         when="to see finer structure, with more samples",
     )

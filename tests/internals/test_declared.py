@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import pickle
 import runpy
 import subprocess
@@ -106,7 +107,7 @@ def test_the_help_of_fit_has_every_option(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "eafo_dynamic", "fit", "--trainer.callbacks.help=eafo_dynamic.EAFOCallback"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     said = " ".join(done.stdout.split())
-    for name, (_, described) in Described.of(CallbackOptions).items():
+    for name, described in Described.of(CallbackOptions).items():
         assert f"--trainer.callbacks.{name} " in said or f"--trainer.callbacks.init_args.{name} " in said, name
         assert " ".join(described.text.split()) in said, name
 
@@ -118,10 +119,10 @@ def test_the_help_of_fit_has_every_option(tmp_path: Path) -> None:
 def test_every_field_is_described(options: type) -> None:
     described = Described.of(options)
     assert list(described) == list(inspect.signature(options).parameters)
-    for name, (each, about) in described.items():
-        assert about.text and about.part, name
-        assert not about.text.endswith("."), name
-        assert each.default is None or about.check(name, each.default) == each.default, f"{name}: a default is fine"
+    for name, each in described.items():
+        assert each.text and each.part, name
+        assert not each.text.endswith("."), name
+        assert each.default is None or each.check(name, each.default) == each.default, f"{name}: a default is fine"
 
 
 def test_callbacks_have_the_options_of_the_corrections_and_the_controller_too() -> None:
@@ -200,3 +201,26 @@ def test_epochs_leave_room_for_the_samples() -> None:
     schedule = CallbackOptions(update_every_n_epochs=2, collect_every_n_steps=80).schedule
     assert (schedule.update_every_n_steps, schedule.collect_every_n_steps) == (80, 80)
     assert CallbackOptions(update_every_n_epochs=2).schedule == Options().schedule
+
+
+USE = """
+from eafo_dynamic import EAFOCallback
+from eafo_dynamic.policy import Rule
+
+EAFOCallback(max_eps=0.5, target_modules=["ReLU"], policy=[Rule("a", "static")], lr=None, backend="eager")
+EAFOCallback(max_epz=0.5)
+EAFOCallback(max_eps="large")
+EAFOCallback("ReLU")
+"""
+
+
+@pytest.mark.slow
+def test_type_checkers_know_names_and_types_of_options(tmp_path: Path) -> None:
+    pytest.importorskip("pyright")
+    (tmp_path / "use.py").write_text(USE)
+    settings = {"extraPaths": [str(ROOT)], "typeCheckingMode": "strict"}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "use.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    found = {(each["range"]["start"]["line"], each["rule"]) for each in json.loads(done.stdout)["generalDiagnostics"]}
+    assert found == {(5, "reportCallIssue"), (6, "reportArgumentType"), (7, "reportCallIssue")}
