@@ -1,4 +1,4 @@
-"""The networks and data on board, as small as tests want them."""
+"""The included networks and data, as small as tests want them."""
 
 from __future__ import annotations
 

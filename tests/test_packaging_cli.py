@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -65,27 +66,38 @@ def test_main_help_names_every_command_and_exit_code(capsys: pytest.CaptureFixtu
         assert f"  {code:<5}{meaning}" in shown
 
 
-def test_exit_codes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["rank", "--activations", "relu"], 0),
+        (["rank", "--activations", "relux"], 2),
+        (["no-such-command"], 2),
+        (["log", "summary", "nowhere"], 2),
+        (["fit", "--model", "lightning.pytorch.demos.boring_classes.Falling"], 2),
+    ],
+    ids=str,
+)
+def test_exit_codes(words: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eafo-dynamic", *words])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("eafo_dynamic", run_name="__main__")
+    assert stop.value.code == code
+
+
+def test_exit_code_of_a_training_that_fails(tmp_path: Path) -> None:
     (tmp_path / "failing.py").write_text(
         "from lightning.pytorch.demos.boring_classes import BoringModel\n"
         "class Failing(BoringModel):\n"
         "    def training_step(self, *_):\n"
         "        raise KeyError('mine')\n"
     )
-
-    def code(*words: str) -> int:
-        return subprocess.run(
-            [sys.executable, "-m", "eafo_dynamic", *words], cwd=tmp_path, capture_output=True
-        ).returncode
-
-    assert code("rank", "--activations", "relu") == 0
-    assert code("rank", "--activations", "relux") == 2
-    assert code("no-such-command") == 2
-    assert code("log", "summary", "nowhere") == 2
     data = "lightning.pytorch.demos.boring_classes.BoringDataModule"
     quiet = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.max_steps", "1"]
-    assert code("fit", "--model", "failing.Failing", "--data", data, *quiet) == 1
-    assert code("fit", "--model", "failing.Falling", "--data", data, *quiet) == 2
+    command = [sys.executable, "-m", "eafo_dynamic", "fit", "--model", "failing.Failing", "--data", data, *quiet]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "KeyError: 'mine'" in done.stderr
 
 
 def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:

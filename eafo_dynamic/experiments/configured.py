@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
-import importlib
 import inspect
-import itertools
 import logging
-import re
+import sys
 import traceback
 import warnings
 from collections.abc import Generator
@@ -20,17 +17,16 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from eafo_dynamic import experiments
-from eafo_dynamic.errors import ConfigError, EAFOError, one_line
-from eafo_dynamic.internals.torch_internals import code_of, variable_of
+from eafo_dynamic.errors import EAFOError, one_line
+from eafo_dynamic.experiments.mistakes import find_mistake
+from eafo_dynamic.internals.torch_internals import code_of
 
 __all__ = ["TRAINING_OPTIONS", "configured", "quieten"]
 
+# jsonargparse finds a class by its name without a path if it has been imported.
 for _name in experiments.__all__:
-    getattr(experiments, _name)  # jsonargparse finds a class by its name alone once it is imported
+    getattr(experiments, _name)
 
-_PARSER = {"exit_on_error": False}
-_PLACE = re.compile(r"[ -]*(?:Parser key \"|Problem with given class_path ')")
-_KINDS = {"<class 'NoneType'>": "null", "dot import path string": "a class (package.module.Class)"}
 _COMMANDS = {
     "fit": "Train a model as a YAML configuration says: any LightningModule, any LightningDataModule. Every value can "
     "be changed on the command line, as in --trainer.max_epochs 3 --model.init_args.lr 1e-3; --print_config shows all "
@@ -41,10 +37,19 @@ _COMMANDS = {
     "predict": "Run the prediction loop as a YAML configuration says, on the checkpoint of --ckpt_path.",
 }
 TRAINING_OPTIONS = (
-    *("--config", "--print_config", "--seed_everything", "--ckpt_path", "--model", "--model.help"),
-    *("--data", "--data.help", "--optimizer", "--lr_scheduler"),
+    "--config",
+    "--print_config",
+    "--seed_everything",
+    "--ckpt_path",
+    "--model",
+    "--model.help",
+    "--data",
+    "--data.help",
+    "--optimizer",
+    "--lr_scheduler",
     *(f"--trainer.{name}" for name in inspect.signature(Trainer).parameters),
 )
+"""Options of the training commands, for the completion of shells."""
 
 
 def configured(args: Any, *, run: bool, **options: Any) -> LightningCLI:
@@ -53,7 +58,7 @@ def configured(args: Any, *, run: bool, **options: Any) -> LightningCLI:
     Args:
         args: command line (None: that of the process), or a configuration as nested mappings.
         run: whether the arguments begin with a command, which is run.
-        options: of LightningCLI.
+        options: options of LightningCLI.
 
     Returns:
         The LightningCLI, with ``trainer``, ``model`` and ``datamodule``.
@@ -62,46 +67,64 @@ def configured(args: Any, *, run: bool, **options: Any) -> LightningCLI:
         EAFOError: for a user's mistake, whatever layers it has come through.
         Exception: whatever else training raised.
     """
-    commands = {name: {**_PARSER, "description": text} for name, text in _COMMANDS.items()} if run else {}
-    with _plain_errors():
-        return LightningCLI(
+    parser_options: dict[str, Any] = {"exit_on_error": False}
+    if run:
+        for command, text in _COMMANDS.items():
+            parser_options[command] = {"exit_on_error": False, "description": text}
+    with _one_line_for_mistakes():
+        return _PlainCLI(
             subclass_mode_model=True,
             subclass_mode_data=True,
-            parser_kwargs={**_PARSER, **commands},
+            parser_kwargs=parser_options,
             args=args,
             run=run,
             **options,
         )
 
 
+class _PlainCLI(LightningCLI):
+    """Says what is wrong with its arguments, or with the trainer's options, in one line."""
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            mistake = find_mistake(sys.argv[1:] if args is None else args)
+            raise EAFOError(mistake or " ".join(str(error).split())) from None
+        except RecursionError as error:
+            *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+            if "jsonargparse" in code_of(innermost).co_filename:
+                raise EAFOError(
+                    "the configuration holds a part that contains itself, by an anchor of YAML. Remove the anchor."
+                ) from None
+            raise
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except MisconfigurationException:
+            raise
+        except Exception as error:  # an option has a value that the Trainer does not know
+            raise _wrapped(error) or EAFOError(f"trainer: {one_line(error)}") from error
+
+
 @contextlib.contextmanager
-def _plain_errors() -> Generator[None]:
+def _one_line_for_mistakes() -> Generator[None]:
     try:
         yield
-    except argparse.ArgumentError as error:
-        raise _inner(error) or EAFOError(_condensed(str(error))) from None
+    except EAFOError:
+        raise
     except (MisconfigurationException, FileNotFoundError) as error:
         raise EAFOError(str(error)) from None
-    except RecursionError as error:
-        *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-        if "jsonargparse" in code_of(innermost).co_filename:
-            raise EAFOError("the configuration holds a part that contains itself, by an anchor of YAML") from None
-        raise
     except Exception as error:
-        raise _inner(error) or _of_trainer(error) or _of_checkpoint(error) or error from None
+        mistake = _wrapped(error) or _of_checkpoint(error)
+        if mistake is None:
+            raise
+        raise mistake from None
 
 
-def quieten() -> None:
-    """Leaves out what third parties say about themselves: their advertisements and their own deprecations."""
-    speaker = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    speaker.addFilter(lambda record: "Tip: For" not in str(record.msg))
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the data on board is in memory
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse|lightning")
-
-
-def _inner(error: BaseException | None) -> EAFOError | None:
-    """The EAFOError that lies under layers of other exceptions."""
+def _wrapped(error: BaseException | None) -> EAFOError | None:
+    """The EAFOError that other exceptions have been raised on top of."""
     while error is not None:
         if isinstance(error, EAFOError):
             return error
@@ -109,81 +132,26 @@ def _inner(error: BaseException | None) -> EAFOError | None:
     return None
 
 
-def _of_trainer(error: Exception) -> EAFOError | None:
-    """What the Trainer says when it is made: that one of its options has a value that it does not know."""
-    calls = [code_of(frame).co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return EAFOError(f"trainer: {one_line(error)}") if "instantiate_trainer" in calls else None
-
-
 def _of_checkpoint(error: Exception) -> EAFOError | None:
-    """What went wrong while Lightning restored a checkpoint: the file's fault or its model's, not the training's."""
+    """A line for what went wrong while Lightning restored a checkpoint: the file or its model is at fault."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        code = code_of(frame)
-        connector = code.co_filename.endswith("checkpoint_connector.py")
-        if (connector and re.match("_?(resume|restore)", code.co_name)) or code.co_name == "_parse_ckpt_path":
-            path = variable_of(frame, "checkpoint_path") or variable_of(frame, "ckpt_path")
-            where = "" if path is None else f"={str(path)!r}"
-            return EAFOError(f"ckpt_path{where}: cannot be read, or does not fit this model ({one_line(error)})")
+        code = frame.f_code
+        restores = code.co_filename.endswith("checkpoint_connector.py") and code.co_name.lstrip("_").startswith(
+            ("resume", "restore")
+        )
+        if restores or code.co_name == "_parse_ckpt_path":
+            path = frame.f_locals.get("checkpoint_path") or frame.f_locals.get("ckpt_path")
+            where = "ckpt_path"
+            if path is not None:
+                where = f"ckpt_path={str(path)!r}"
+            return EAFOError(f"{where}: cannot be read, or does not fit this model ({one_line(error)})")
     return None
 
 
-def _condensed(text: str) -> str:
-    """The part of jsonargparse's message that names the mistake, on one line.
-
-    It lists every reading of a value that failed; the reading that the user meant is the one that got furthest.
-
-    Args:
-        text: the whole message.
-
-    Returns:
-        One line.
-    """
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    if missing := re.match(rf"the following arguments are required: (?:{'|'.join(_COMMANDS)})\.(.+)", text):
-        return f"no {missing[1]} is given. Name a configuration that has one: --config FILE."
-    places = [place for place, line in enumerate(lines) if _PLACE.match(line)]
-    if not places:
-        return " ".join(line.strip() for line in lines)
-    deepest = max(places, key=lambda place: _indent(lines[place]))  # of several: the first
-    owners = [found[1] for line in lines[: deepest + 1] if (found := re.search(r"given class_path '([^']+)'", line))]
-    owner = owners[-1] if owners else None
-    inner = itertools.takewhile(lambda line: _indent(line) > _indent(lines[deepest]), lines[deepest + 1 :])
-    said = [line.strip(" -") for line in inner] or [lines[deepest].partition('":')[2].strip()]
-    where = f"{owner}: " if owner else ""
-    option = next((found[1] for line in said if (found := re.match(r"Option '([^']+)' is not accepted", line))), None)
-    if option is not None:
-        return f"{where}unknown option {option!r}. {_nearest(owner, option)}"
-    key = re.search(r'Parser key "([^"]+)"', lines[deepest])
-    return where + (_refused(key[1], said) if key else said[0])
-
-
-def _indent(line: str) -> int:
-    """How deep in the message a line lies: of its words, behind the dash of a list."""
-    return len(line) - len(line.lstrip(" -"))
-
-
-def _refused(option: str, said: list[str]) -> str:
-    """A value of another type than its option's: what was given, and what could have been."""
-    given = next((found[1] for line in said if (found := re.search(r"(?:Given|Got) value: (.*)", line))), None)
-    expected = [found[1] for line in said if (found := re.match(r"Expected an? (.+?)(?:\. Got value: .*)?$", line))]
-    kinds = list(
-        dict.fromkeys(_KINDS.get(kind.split(":")[0], _bare(kind)) for kind in expected if "path but" not in kind)
-    )
-    if given is None or not kinds:
-        return f"{option}: {said[0]}"
-    return str(ConfigError(option, given, "does not fit", f"It takes {' or '.join(kinds)}."))
-
-
-def _bare(kind: str) -> str:
-    """The name of a type as jsonargparse writes it: ``<class 'int'>``, ``typing.Literal['a', 'b']``."""
-    return re.sub(r"^<class '(?:[\w.]*\.)?(\w+)'>$|^typing\.Literal\[(.*)\]$", r"\1\2", kind)
-
-
-def _nearest(owner: str | None, option: str) -> str:
-    """A hint to the option that was probably meant."""
-    if owner is None:
-        return "See --help for the options there are."
-    module, _, name = owner.rpartition(".")
-    known = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
-    near = difflib.get_close_matches(option, known, n=1)
-    return f"Did you mean {near[0]!r}?" if near else f"Options are: {', '.join(known)}."
+def quieten() -> None:
+    """Leaves out what third parties say about themselves: their advertisements and their own deprecations."""
+    speaker = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    speaker.addFilter(lambda record: "Tip: For" not in str(record.msg))
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the included data is in memory
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse|lightning")

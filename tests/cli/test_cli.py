@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,36 +50,55 @@ def quick(config: Path, *more: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_configuration_trains_and_logs(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, tmp_path, *quick(config)) == 0
-    assert "activation sites wrapped" in capsys.readouterr().out
-    log = CorrectionLog.load(tmp_path / "runs")
-    assert log.steps[0] == 1
+@dataclass
+class Trained:
+    """A configuration that was trained for three steps, with an update round at each.
+
+    Args:
+        folder: the working folder of the command.
+        code: its exit code.
+        out: what it printed.
+    """
+
+    folder: Path
+    code: int
+    out: str
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=lambda path: path.stem)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp(request.param.stem)
+    updates = "--trainer.callbacks.init_args.update_every_n_steps=1"
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
+        code = run(monkeypatch, folder, *quick(request.param, updates))
+    return Trained(folder, code, printed.getvalue())
+
+
+def test_every_configuration_trains_and_logs(trained: Trained) -> None:
+    assert trained.code == 0
+    assert "activation sites wrapped" in trained.out
+    log = CorrectionLog.load(trained.folder / "runs")
+    assert log.steps == [1, 2, 3]
     assert {row["site"] for row in log.rows} == set(log.sites)
     saved = yaml.safe_load((log.path.parent / "config.yaml").read_text())
     assert saved["trainer"]["max_steps"] == 3, "the resolved configuration, overrides included"
     assert saved["seed_everything"] is not None
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_view_reads_the_log_of_every_configuration(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    updates = "--trainer.callbacks.init_args.update_every_n_steps=1"
-    assert run(monkeypatch, tmp_path, *quick(config, updates)) == 0
-    site = CorrectionLog.load(tmp_path / "runs").sites[0]
-    capsys.readouterr()
+    folder = trained.folder
+    site = CorrectionLog.load(folder / "runs").sites[0]
     for command in (["summary"], ["layers"], ["show", site], ["events"], ["layers", "--format", "md"]):
-        assert run(monkeypatch, tmp_path, "log", command[0], "runs", *command[1:]) == 0
+        assert run(monkeypatch, folder, "log", command[0], "runs", *command[1:]) == 0
     assert site in capsys.readouterr().out.replace("\n", "")
     for what in ("heatmap", "trajectories", "functions", "densities", "prediction", "ranking"):
-        assert run(monkeypatch, tmp_path, "log", "plot", "runs", "--what", what, "--out", f"{what}.png") == 0
-        assert (tmp_path / f"{what}.png").stat().st_size > 10_000
-    assert run(monkeypatch, tmp_path, "log", "report", "runs", "--out", "report.html") == 0
-    page = (tmp_path / "report.html").read_text()
+        assert run(monkeypatch, folder, "log", "plot", "runs", "--what", what, "--out", f"{what}.png") == 0
+        assert (folder / f"{what}.png").stat().st_size > 10_000
+    assert run(monkeypatch, folder, "log", "report", "runs", "--out", "report.html") == 0
+    page = (folder / "report.html").read_text()
     assert site in page
     assert "http://" not in page.replace("http://www.w3.org", ""), "nothing is fetched from elsewhere"
 
@@ -200,9 +221,12 @@ WINE = ["fit", f"--config={ROOT / 'configs/wine_mlp.yaml'}"]
         (["fit"], "no model is given. Name a configuration that has one: --config FILE."),
         ([*WINE, "--model.init_args.lr=abc"], "Classifier: lr='abc': does not fit. It takes float."),
         ([*WINE, "--model.init_args.model.init_args.hidden=abc"], "MLP: hidden='abc': does not fit. It takes "),
-        ([*WINE, "--model=Nope"], "model='Nope': does not fit. It takes a class (package.module.Class) or null."),
-        ([*WINE, "--trainer.max_epochs=three"], "trainer.max_epochs='three': does not fit. It takes int or null."),
-        ([*WINE, "--trainer.precision=33"], "trainer.precision='33': does not fit. It takes 64, 32, 16 or "),
+        (
+            [*WINE, "--model=Nope"],
+            "model='Nope': does not fit. It takes LightningModule (package.module.Class) or null.",
+        ),
+        ([*WINE, "--trainer.max_epochs=three"], "trainer: max_epochs='three': does not fit. It takes int or null."),
+        ([*WINE, "--trainer.precision=33"], "trainer: precision='33': does not fit. It takes 64, 32, 16 or "),
         ([*WINE, "--trainer.accelerator=gpux"], "trainer: ValueError: You selected an invalid accelerator name"),
         (["log", "summary", "nowhere"], "nowhere"),
         (["log", "layers", "empty"], "empty"),

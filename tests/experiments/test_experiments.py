@@ -1,4 +1,4 @@
-"""Tasks on board and every configuration: a few steps each, equal seeds, equal batches in every arm."""
+"""The included tasks and every configuration: a few steps each, equal seeds, equal batches in every arm."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_checkpoint_loads_with_a_network_of_the_same_shape(tmp_path: Path) -> No
     assert_same_state(loaded, task)
 
 
-ON_BOARD = [path.stem for path in training_configs(files=False)]
+WITHOUT_FILES = [path.stem for path in training_configs(files=False)]
 PRETRAINING = [path.stem for path in training_configs(files=False, corrected=False)]
 WITH_FILES = [path.stem for path in training_configs(files=True)]
 FINETUNING = [name for name in WITH_FILES if name.endswith("_finetune") and not name.startswith("gpt2")]
@@ -253,15 +253,15 @@ def configured(path: Path, *overrides: str) -> LightningCLI:
 
 
 def test_every_config_is_tested() -> None:
-    assert {"digits_autoencoder", "digits_resnet", "digits_vit", "stdlib_gpt", "wine_mlp"} <= set(ON_BOARD)
+    assert {"digits_autoencoder", "digits_resnet", "digits_vit", "stdlib_gpt", "wine_mlp"} <= set(WITHOUT_FILES)
     assert [f"{name.removesuffix('_finetune')}_pretrain" for name in FINETUNING] == PRETRAINING
     for path in CONFIGS.glob("*.yaml"):
-        kinds = (*ON_BOARD, *PRETRAINING, *WITH_FILES)
+        kinds = (*WITHOUT_FILES, *PRETRAINING, *WITH_FILES)
         assert path.stem in kinds or path.stem.startswith(("compare_", "study_"))
 
 
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-@pytest.mark.parametrize("name", ON_BOARD)
+@pytest.mark.parametrize("name", WITHOUT_FILES)
 def test_config_trains_with_the_callback_and_logs_in_its_folder(name: str, empty_folder: Path) -> None:
     cli = configured(
         CONFIGS / f"{name}.yaml",

@@ -1,4 +1,4 @@
-"""Data on board: splits, standardisation, and an order that seeds alone decide."""
+"""The included data: splits, standardisation, and an order that depends on seeds alone."""
 
 from __future__ import annotations
 

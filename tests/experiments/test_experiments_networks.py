@@ -1,4 +1,4 @@
-"""Networks on board: shapes, published sizes, causality, order of patches, one module at two places."""
+"""The included networks: shapes, published sizes, causality, order of patches, one module at two places."""
 
 from __future__ import annotations
 
