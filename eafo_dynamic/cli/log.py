@@ -12,7 +12,7 @@ from eafo_dynamic.cli.helptext import examples
 from eafo_dynamic.cli.log_columns import TABLE_ROWS
 from eafo_dynamic.cli.output import add_format_option
 from eafo_dynamic.records import COLUMNS
-from eafo_dynamic.records.figures.names import FIGURE_NAMES
+from eafo_dynamic.records.figures.logs import FIGURES
 
 __all__ = ["columns_help", "register"]
 
@@ -126,7 +126,7 @@ def _add_plot(verbs: Commands) -> None:
     parser.set_defaults(run=log_views.plot)
     parser.add_argument("folder", metavar="RUN", help="folder of a run, or one above a single run")
     parser.add_argument(
-        "--what", default="heatmap", metavar="FIGURE", help=f"one of {', '.join(FIGURE_NAMES)} (default: heatmap)"
+        "--what", default="heatmap", metavar="FIGURE", help=f"one of {', '.join(FIGURES)} (default: heatmap)"
     )
     parser.add_argument(
         "--column",

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from eafo_dynamic.errors import ConfigError, LogError
 from eafo_dynamic.records import CorrectionLog, LogWriter
 from eafo_dynamic.records.figures.logs import FIGURES, plot
-from eafo_dynamic.records.figures.names import FIGURE_NAMES
 from eafo_dynamic.records.figures.style import DARK, LIGHT, Style, save
 from eafo_dynamic.records.summary import entropy_changes
 
@@ -65,10 +64,6 @@ def test_figure_is_written(log: CorrectionLog, tmp_path: Path, what: str, dark: 
 @pytest.mark.parametrize("which", ["log", "many"])
 def test_no_text_is_cut_off(what: str, which: str, request: pytest.FixtureRequest) -> None:
     assert_inside(plot(request.getfixturevalue(which), what))
-
-
-def test_figures_are_those_the_command_offers() -> None:
-    assert tuple(FIGURES) == FIGURE_NAMES
 
 
 def test_same_log_gives_the_same_svg(log: CorrectionLog, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from eafo_dynamic.errors import ConfigError, LogError
 from eafo_dynamic.records import COLUMNS, CorrectionLog
 from eafo_dynamic.records.figures.curves import densities, functions
-from eafo_dynamic.records.figures.names import FIGURE_NAMES
 from eafo_dynamic.records.figures.style import DARK, LIGHT, Style, drawing
 from eafo_dynamic.records.names import shortened
 from eafo_dynamic.records.summary import drift_changes, entropy_changes, layer_rows
@@ -294,15 +293,14 @@ def ranking(log: CorrectionLog, column: str, style: Style = LIGHT) -> Figure:
     return figure
 
 
-_DRAW: tuple[Callable[[CorrectionLog, str, Style], Figure], ...] = (
-    heatmap,
-    trajectories,
-    functions,
-    densities,
-    prediction,
-    ranking,
-)
-FIGURES = dict(zip(FIGURE_NAMES, _DRAW, strict=True))
+FIGURES: dict[str, Callable[[CorrectionLog, str, Style], Figure]] = {
+    "heatmap": heatmap,
+    "trajectories": trajectories,
+    "functions": functions,
+    "densities": densities,
+    "prediction": prediction,
+    "ranking": ranking,
+}
 
 
 def _colour(number: int, count: int, style: Style) -> Any:
