@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from eafo_dynamic import experiments
 from eafo_dynamic.errors import EAFOError, one_line
 from eafo_dynamic.experiments.mistakes import find_mistake
-from eafo_dynamic.internals.torch_internals import code_of
+from eafo_dynamic.internals.torch_internals import code_of, variable_of
 
 __all__ = ["TRAINING_OPTIONS", "configured", "quieten"]
 
@@ -135,12 +135,12 @@ def _wrapped(error: BaseException | None) -> EAFOError | None:
 def _of_checkpoint(error: Exception) -> EAFOError | None:
     """A line for what went wrong while Lightning restored a checkpoint: the file or its model is at fault."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        code = frame.f_code
+        code = code_of(frame)
         restores = code.co_filename.endswith("checkpoint_connector.py") and code.co_name.lstrip("_").startswith(
             ("resume", "restore")
         )
         if restores or code.co_name == "_parse_ckpt_path":
-            path = frame.f_locals.get("checkpoint_path") or frame.f_locals.get("ckpt_path")
+            path = variable_of(frame, "checkpoint_path") or variable_of(frame, "ckpt_path")
             where = "ckpt_path"
             if path is not None:
                 where = f"ckpt_path={str(path)!r}"

@@ -272,6 +272,8 @@ torch's own operations."""
 def forward_mode() -> AbstractContextManager[Any]:
     """Switches forward mode on where torch has switched it off, as in the ``jvp`` of an autograd function.
 
+    By ``forward_ad._set_fwd_grad_enabled``, torch 2.4 to 2.14.
+
     Returns:
         A context manager; one that does nothing without ``CAN_SWITCH_FORWARD_MODE``.
     """
@@ -325,8 +327,8 @@ def checkpointed_region() -> Any:
     generator ``gen`` with a variable ``new_frame`` from torch 2.4 on.
 
     Returns:
-        torch's object for the region; None outside any, and where neither is there. What depends on it then is
-        refused in the backward, see ``frames.route``.
+        torch's object for the region; None outside any, and where neither is there. Then the recomputation is an error:
+        ours, see ``frames.route``, or torch's, which counts the tensors that are saved in both passes.
     """
     if not _HOOKS_TELL:
         return _region_by_frames()
@@ -350,6 +352,8 @@ def _region_by_frames() -> Any:
 
 def autograd_context(frame: FrameType) -> FunctionCtx | None:
     """What an autograd function keeps for its backward, while its forward runs.
+
+    By names that torch's documentation has in its examples, torch 2.4 to 2.14.
 
     Args:
         frame: any.
@@ -441,10 +445,10 @@ def constant_result(function: _Function) -> _Function:
 
 
 def compiler_option(name: str) -> Any:
-    """An option of the compiler; imports it.
+    """An option of the compiler, which torch 2.4 to 2.14 keep in ``torch._dynamo.config``; imports it.
 
     Args:
-        name: as in ``torch._dynamo.config``.
+        name: of the option; they come and go.
 
     Returns:
         Its value; None where this version has no such option.
@@ -521,7 +525,7 @@ _CAN_SWITCH_OFF = _push_mode is not None and _pop_mode is not None
 
 
 def push_mode(mode: TorchFunctionMode) -> None:
-    """Switches a mode on again that ``switch_off`` has switched off.
+    """Switches a mode on again that was switched off, see ``switch_off``.
 
     Args:
         mode: the mode.
@@ -572,7 +576,7 @@ CAN_HEAR_KERNELS = _dispatch_mode is not None and _modes_off is not None
 
 
 def without_function_modes() -> AbstractContextManager[Any]:
-    """Runs operations without showing them to function modes.
+    """Runs operations without showing them to function modes, by ``DisableTorchFunction`` of torch 2.4 to 2.14.
 
     Returns:
         A context manager; one that does nothing without ``CAN_HEAR_KERNELS``.
@@ -746,7 +750,7 @@ def own_buffers(module: nn.Module) -> Mapping[str, Tensor | None]:
 
 
 def forget(module: nn.Module, name: str) -> None:
-    """Removes a parameter, buffer or plain attribute of a module, if it has it.
+    """Removes a parameter, buffer or plain attribute of a module, if it has it; see ``own_parameters``.
 
     Args:
         module: any.
@@ -763,12 +767,14 @@ def forget(module: nn.Module, name: str) -> None:
 def share_tables(module: nn.Module, source: nn.Module) -> None:
     """Gives a module the parameters, buffers and children of another, so that moving and loading act on both.
 
+    By ``MODULE_TABLES``, torch 2.4 to 2.14.
+
     Args:
         module: of no parameters of its own.
         source: the other.
 
     Raises:
-        UnsupportedTorchError: where modules do not have them in ``MODULE_TABLES``.
+        UnsupportedTorchError: where modules have them elsewhere.
     """
     if not _HAS_TABLES:
         raise UnsupportedTorchError(

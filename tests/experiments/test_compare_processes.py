@@ -27,6 +27,7 @@ ERRORS = [
     errors.PatternError("target_modules", "nope", ["ReLU", "GELU"]),
     errors.SiteError("model.2: odd"),
     errors.LogError("log: damaged"),
+    errors.UnsupportedTorchError("a feature", "2.14.1", "a part", "Do without."),
 ]
 
 

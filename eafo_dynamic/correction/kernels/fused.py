@@ -326,6 +326,7 @@ def _traceable(z: Tensor, terms: Terms, known: Known, grad: Tensor, needed: tupl
         out = known.value(z) + correction_of(z, terms)
         inputs = (z, terms.eps, terms.lift)
         wanted = [tensor for tensor, use in zip(inputs, needed, strict=True) if use and tensor is not None]
-        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
+        # retained: in place, z is a result of the function whose backward this is, which must not be freed with out
+        found = iter(torch.autograd.grad(out, wanted, grad, retain_graph=True, create_graph=again))
     by_z, by_eps, by_lift = (next(found) if use else None for use in needed)
     return by_z, by_eps, by_lift
