@@ -21,6 +21,7 @@ from eafo_dynamic.correction.kernels import (
     Backend,
     Terms,
     check_backend,
+    compiled,
     corrected,
     corrected_,
     fused,
@@ -396,44 +397,58 @@ def test_without_a_compiler_there_is_the_eager_back_end(tmp_path: Path) -> None:
     assert "backend='native': needs a C compiler" in refused
 
 
-@pytest.mark.parametrize("script", ["exit 1", "exit 0", "touch $LAST"], ids=["fails", "makes nothing", "makes junk"])
+BROKEN = {
+    "fails": ("exit 1", "failed"),
+    "makes nothing": ("exit 0", "cannot be loaded"),
+    "makes junk": ("touch -- $LAST", "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize(("script", "problem"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_compiler_costs_nothing_but_speed(
-    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = tmp_path / "cc"
     compiler.write_text(f"#!/bin/sh\nfor LAST; do :; done\n{script}\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert native.native_kernel.__wrapped__() is None
+    monkeypatch.setattr(compiled, "shared_library", compiled.shared_library.__wrapped__)
+    with pytest.warns(UserWarning, match=rf"activations .*on the CPU.* {compiler} .*{problem}.* CC") as warned:
+        assert native.native_kernel.__wrapped__() is None
+    assert len(warned) == 1
 
 
 def test_a_library_with_wrong_results_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if (compiler := native._compiler()) is None:
+    if (compiler := compiled.find_compiler()) is None:
         pytest.skip("no C compiler here")
-    source = "".join(path.read_text(encoding="utf-8") for path in native._SOURCES.glob("*.[ch]"))
+    source = "".join(path.read_text(encoding="utf-8") for path in compiled._SOURCES.glob("*.[ch]"))
     ln_2 = "0.693147206f"
     assert ln_2 in source, "the fault has nowhere to be put"
-    for path in native._SOURCES.glob("*.[ch]"):
+    for path in compiled._SOURCES.glob("*.[ch]"):
         wrong = path.read_text(encoding="utf-8").replace(ln_2, "0.7f")
         (tmp_path / path.name).write_text(wrong, encoding="utf-8")
-    assert native._checked(native._library(compiler, tmp_path)) is not None
-    monkeypatch.setattr(native, "_SOURCES", tmp_path)
-    assert native._checked(native._library(compiler, tmp_path)) is None
+    assert native.NativeKernel(compiled.load_library(compiler, tmp_path)).is_sound()
+    monkeypatch.setattr(compiled, "_SOURCES", tmp_path)
+    library = compiled.load_library(compiler, tmp_path)
+    assert not native.NativeKernel(library).is_sound()
+    monkeypatch.setattr(compiled, "shared_library", lambda: library)
+    with pytest.warns(UserWarning, match="activations on the CPU.* gives wrong results"):
+        assert native.native_kernel.__wrapped__() is None
 
 
 def test_the_library_is_made_once_and_kept_where_nobody_else_can_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if (compiler := native._compiler()) is None:
+    if (compiler := compiled.find_compiler()) is None:
         pytest.skip("no C compiler here")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = native._cache_folder()
+    folder = compiled.cache_folder()
     assert folder == tmp_path / "eafo-dynamic" and folder.stat().st_mode & 0o777 == 0o700
-    library = native._library(compiler, folder)
-    assert library is not None
-    made = library.stat().st_mtime_ns
-    assert native._library(compiler, folder) == library
-    assert [path.stat().st_mtime_ns for path in folder.iterdir()] == [made], "no second run, nothing left over"
+    library = Path(compiled.load_library(compiler, folder)._name)
+    made = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert made.keys() == {library, library.with_suffix(".sha256")}, "nothing left over"
+    assert compiled.load_library(compiler, folder)._name == str(library)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == made, "no second run"
     folder.chmod(0o777)
-    assert native._cache_folder() is None
+    assert compiled.cache_folder() is None

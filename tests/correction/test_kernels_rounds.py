@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from eafo_dynamic.correction import correction_shape, tabulate
 from eafo_dynamic.correction.bases import as_base
-from eafo_dynamic.correction.kernels import RoundKernel, Workspace, known_pointwise, native, round_kernel
+from eafo_dynamic.correction.kernels import (
+    RoundKernel,
+    Workspace,
+    compiled,
+    known_pointwise,
+    native,
+    round_kernel,
+    rounds,
+)
 from eafo_dynamic.correction.stacked import Functions
 from eafo_dynamic.density import Gaussian
 from eafo_dynamic.density.ranks import stack_samples
@@ -334,13 +342,16 @@ def test_a_copy_of_a_kernel_is_the_kernel_of_the_process_that_has_it(kernel: Rou
 def test_rounds_with_wrong_results_are_not_used(
     harm: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if (compiler := native._compiler()) is None:
+    if (compiler := compiled.find_compiler()) is None:
         pytest.skip("no C compiler here")
-    for path in native._SOURCES.glob("*.[ch]"):
+    for path in compiled._SOURCES.glob("*.[ch]"):
         (tmp_path / path.name).write_text(path.read_text(encoding="utf-8").replace(*harm), encoding="utf-8")
-    monkeypatch.setattr(native, "_SOURCES", tmp_path)
-    library = native._library(compiler, tmp_path)
-    assert library is not None and native._checked(library) is None
+    monkeypatch.setattr(compiled, "_SOURCES", tmp_path)
+    library = compiled.load_library(compiler, tmp_path)
+    assert not RoundKernel(library).is_sound()
+    monkeypatch.setattr(compiled, "shared_library", lambda: library)
+    with pytest.warns(UserWarning, match="update rounds on the CPU.* gives wrong results"):
+        assert rounds.compiled_rounds.__wrapped__() is None
 
 
 @pytest.mark.parametrize("name", ["gelu", "silu", "tanh", "relu"])

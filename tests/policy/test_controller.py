@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eafo_dynamic.correction.kernels.native import native_kernel
+from eafo_dynamic.correction.kernels.rounds import compiled_rounds
 from eafo_dynamic.entropy import resolution_entropy
 from eafo_dynamic.errors import ConfigError, EAFOError, PatternError, SiteError
 from eafo_dynamic.policy import Entropy, Hybrid, Rule
@@ -537,6 +538,7 @@ def _trained_under(dtype: torch.dtype, device: str, density: str) -> dict[str, T
     model, x = nn.Sequential(*layers), torch.randn(64, 8)
     torch.set_default_dtype(dtype)
     native_kernel.cache_clear()
+    compiled_rounds.cache_clear()
     try:
         with torch.device(device):
             controller = EAFOController.attach(model, x, update_every_n_steps=2, density=density)

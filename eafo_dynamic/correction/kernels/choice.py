@@ -1,4 +1,4 @@
-"""The names of the back ends, and which one computes tensors on a device."""
+"""The names of the back ends, and which of them a device gets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from eafo_dynamic.correction.kernels.gpu import TritonKernel
 from eafo_dynamic.correction.kernels.gpu_check import gpu_kernel, gpu_problem
 from eafo_dynamic.correction.kernels.native import native_kernel
-from eafo_dynamic.correction.kernels.rounds import RoundKernel
+from eafo_dynamic.correction.kernels.rounds import RoundKernel, compiled_rounds
 from eafo_dynamic.errors import ConfigError
 
 __all__ = ["BACKENDS", "Backend", "check_backend", "demanded_kernel", "prepare", "resolve_backend", "round_kernel"]
@@ -19,16 +19,16 @@ BACKENDS: tuple[Backend, ...] = ("auto", "eager", "native", "triton")
 
 
 def check_backend(backend: str) -> Backend:
-    """The back end of that name.
+    """Checks the name of a back end.
 
     Args:
         backend: "auto", "eager", "native" or "triton".
 
     Returns:
-        The same.
+        The same name.
 
     Raises:
-        ConfigError: if there is none of that name.
+        ConfigError: if there is no back end of that name.
     """
     for known in BACKENDS:
         if backend == known:
@@ -39,22 +39,21 @@ def check_backend(backend: str) -> Backend:
 def resolve_backend(
     backend: Backend, device: torch.device | None = None
 ) -> Literal["eager", "native", "triton", "formula"]:
-    """Which back end plain tensors get; the first call on a machine compiles, on a CPU for about 1 s.
+    """The back end that computes plain tensors. The first call on a machine compiles it, on a CPU in about 1 s.
 
-    Native takes float32, bfloat16 and float16, with one amplitude for all or one a channel, and triton the same on
-    CUDA devices; eager takes float32 and float64 with one for all. What none of them takes goes by the traceable
-    formula.
+    Native takes float32, bfloat16 and float16, with one amplitude for all elements or one per channel; triton takes
+    the same on CUDA devices. Eager takes float32 and float64, with one amplitude for all elements. Other tensors are
+    computed by the traceable formula.
 
     Args:
-        backend: what was asked for; "auto" is native or triton where it can be had.
-        device: where the tensors are; None: on the CPU, or, if "triton" was asked for, on a GPU that need not be
-            known yet.
+        backend: the back end that was asked for; "auto" is native or triton where they work.
+        device: where the tensors are. None: on the CPU, or, if "triton" was asked for, on a GPU that is not known yet.
 
     Returns:
-        The back end; "formula" on a GPU that gets none.
+        The back end; "formula" on a GPU where triton does not work.
 
     Raises:
-        ConfigError: if "native" was asked for and there is no compiler that makes it, or "triton" and it cannot run.
+        ConfigError: if "native" was asked for and no compiler makes it, or "triton" and it cannot run.
     """
     if device is not None and device.type == "cuda":
         return "formula" if demanded_kernel(device, backend) is None else "triton"
@@ -66,20 +65,24 @@ def resolve_backend(
     if native_kernel() is not None:
         return "native"
     if backend == "native":
-        mend = "Install cc, gcc or clang, or name one in the environment variable CC; or leave it at 'auto'."
-        raise ConfigError("backend", backend, "needs a C compiler that makes a working library", mend)
+        raise ConfigError(
+            "backend",
+            backend,
+            "needs a C compiler that makes a working library",
+            "Install cc, gcc or clang, or name one in the environment variable CC; or leave it at 'auto'.",
+        )
     return "eager"
 
 
 def demanded_kernel(device: torch.device, backend: Backend) -> TritonKernel | None:
-    """What computes tensors on a CUDA device.
+    """The kernel that computes tensors on a CUDA device.
 
     Args:
         device: the device, with its index.
-        backend: what was asked for.
+        backend: the back end that was asked for.
 
     Returns:
-        The kernel; None for the traceable formula.
+        The kernel; None where the traceable formula is to be used.
 
     Raises:
         ConfigError: if "triton" was asked for and it cannot run there.
@@ -93,27 +96,28 @@ def demanded_kernel(device: torch.device, backend: Backend) -> TritonKernel | No
 
 
 def prepare(device: torch.device, backend: Backend = "auto") -> None:
-    """Compiles and checks now what the first forward would otherwise wait for.
+    """Compiles and checks the kernel of a CUDA device now, so that the first forward need not wait for it.
 
     Args:
-        device: where a model has just come to be; nothing is done for other devices than CUDA.
-        backend: what was asked for.
+        device: the device that a model is on; for other devices than CUDA nothing is done.
+        backend: the back end that was asked for.
     """
     if device.type == "cuda":
         demanded_kernel(device, backend)
 
 
 def round_kernel(backend: Backend) -> RoundKernel | None:
-    """What computes update rounds on the CPU.
+    """The compiled functions for update rounds on the CPU.
 
     Args:
-        backend: what was asked for.
+        backend: the back end that was asked for.
 
     Returns:
-        The compiled functions; None for torch's operations.
+        The functions; None where torch's operations are to be used.
     """
-    native = native_kernel() if backend != "eager" else None
-    return None if native is None else native.rounds
+    if backend == "eager":
+        return None
+    return compiled_rounds()
 
 
 def _demand(problem: str | None) -> None:

@@ -1,93 +1,68 @@
-"""The correction term in C, compiled once on the user's machine by the compiler it has; about 1 s, then kept on disk.
-
-Plain C without torch's headers, so that compiling is a matter of a blink and can be waited for: a kernel that arrived
-in the middle of a run would make the run's numbers depend on the clock.
-"""
+"""Activations on a CPU: base and correction in C, in one pass over memory each way."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import stat
-import subprocess
-import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from eafo_dynamic.correction.kernels.compiled import bind, sound_kernel
 from eafo_dynamic.correction.kernels.formula import MAX_U, correction_of
 from eafo_dynamic.correction.kernels.known import INSIDE, Known
-from eafo_dynamic.correction.kernels.rounds import RoundKernel
 from eafo_dynamic.correction.kernels.terms import Terms, channels_of, is_dense, uninitialised_like
 
 __all__ = ["NativeKernel", "native_kernel"]
 
-_SOURCES = Path(__file__).parent
-_UNITS = ("mixed.c", "round.c")  # each includes another; compiled side by side
-_COMMON = ("-fPIC", "-fno-math-errno", "-fno-trapping-math")
-# best first; a compiler that does not know an option fails, and the next set is tried
-# compilers tuned for the first processors with AVX-512 take half of its width, a third slower on later ones
-_WIDE = ("-march=native", "-mprefer-vector-width=512", "-fopenmp")
-_FLAGS = (
-    ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-funswitch-loops", *_WIDE),  # -O3 compiles a third longer
-    ("-O3", *_WIDE),
-    ("-O3", "-march=native", "-fopenmp"),
-    ("-O3", "-march=native", "-fopenmp-simd"),
-    ("-O3",),
-)
-_PATIENCE = 20.0  # seconds for one run of the compiler
-_BLOCK, _FEW_BLOCKS = 4096, 64  # as in the source
-_LEAST_PARALLEL = 32768  # elements, as torch's own pointwise kernels
-_LEAST_KEPT = 65536  # elements, from where on one pass over memory beats a copy and a pass
-_MOST_INTERVALS = 1024  # as in the source
-_PIECES = 64  # that a gradient by eps is added up from, whatever the number of threads
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # as in the source
+# as in native.c and mixed.c
+_BLOCK = 4096  # elements that one thread takes at a time
+_FEW_BLOCKS = 64  # so many blocks need no room for their sums
+_MOST_INTERVALS = 1024
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # numbered in this order
+
+_LEAST_PARALLEL = 32768  # elements from which on several threads work, as in torch's own pointwise kernels
+_LEAST_KEPT = 65536  # elements from which on one pass over memory is faster than a copy and a pass
+_PIECES = 64  # partial sums of a gradient by eps: a fixed number, so that results do not depend on the threads
 
 
 class NativeKernel:
-    """The compiled functions.
+    """The compiled functions for activations.
 
     Args:
-        library: path of the shared library.
-
-    Attributes:
-        rounds: the functions for update rounds.
+        library: the loaded library.
     """
 
     name = "native"
 
-    def __init__(self, library: Path) -> None:
-        loaded = ctypes.CDLL(str(library))
-        self.rounds = RoundKernel(loaded)
-        pointer, real, integer = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
-        term = [*[pointer] * 4, integer, real, real, integer, real, integer]  # as in the source
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer = ctypes.c_void_p
         size = ctypes.c_int64
-        layout = [integer, size, size]
-        self._forward, self._backward = loaded.eafo_forward, loaded.eafo_backward
-        self._forward.argtypes = [pointer, pointer, pointer, size, *term]
-        self._backward.argtypes = [pointer, pointer, pointer, size, *term, *[pointer] * 3]
-        self._mixed_forward, self._mixed_backward = loaded.eafo_mixed_forward, loaded.eafo_mixed_backward
-        self._mixed_forward.argtypes = [pointer, pointer, size, *layout, *term]
-        self._mixed_backward.argtypes = [pointer, pointer, pointer, size, *layout, *term, integer, *[pointer] * 3]
+        integer = ctypes.c_int
+        real = ctypes.c_float
+        # eps, lift, shape, table, intervals, half_width, clamp, base, below, threads
+        terms = [pointer, pointer, pointer, pointer, integer, real, real, integer, real, integer]
+        layout = [integer, size, size]  # type, channels, elements of a channel that lie side by side
+        sums = [pointer, pointer, pointer]  # partial, grad_eps, grad_lift
+        self._forward = bind(library, "eafo_forward", [pointer, pointer, pointer, size, *terms])
+        self._backward = bind(library, "eafo_backward", [pointer, pointer, pointer, size, *terms, *sums])
+        self._mixed_forward = bind(library, "eafo_mixed_forward", [pointer, pointer, size, *layout, *terms])
+        self._mixed_backward = bind(
+            library, "eafo_mixed_backward", [pointer, pointer, pointer, size, *layout, *terms, integer, *sums]
+        )
 
     @staticmethod
     def takes(z: Tensor, terms: Terms) -> bool:
-        """Whether the compiled functions can work on these tensors.
+        """Whether the compiled functions can compute with these tensors.
 
         Args:
             z: pre-activations, dense, on the CPU.
             terms: the other operands, on the CPU.
 
         Returns:
-            Whether z is float32, bfloat16 or float16, amplitudes are one for all or one a channel, the table is not
-            too long, and there is no lift beside a table.
+            Whether z is float32, bfloat16 or float16, there is one amplitude for all elements or one per channel, the
+            table is not too long, and there is no lift beside a table.
         """
         if terms.lift is not None and (terms.table is not None or terms.lift.shape != terms.eps.shape):
             return False
@@ -97,7 +72,9 @@ class NativeKernel:
 
     @staticmethod
     def inside(z: Tensor, terms: Terms, known: Known) -> Known | None:
-        """The base, if it may be computed in the same pass; an eps of 0 wants the bits of torch's own.
+        """The base, if it may be computed in the same pass as the correction.
+
+        Where an amplitude is 0 it may not: there the output must have the bits of torch's own base.
 
         Args:
             z: pre-activations, dense.
@@ -105,31 +82,35 @@ class NativeKernel:
             known: the base.
 
         Returns:
-            The same, or None.
+            The base, or None.
         """
-        # the closed form without a lift is that of piecewise linear functions, and compiled for no others
-        able = known.code == 1 or (known.code > 1 and (terms.table is not None or terms.lift is not None))
-        return known if able and _acts(terms) else None
+        if known.code == 0:
+            return None
+        # the closed form without a lift belongs to piecewise linear bases, and is compiled for no others
+        if known.code > 1 and terms.table is None and terms.lift is None:
+            return None
+        return known if _acts_everywhere(terms) else None
 
     def add(self, out: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> None:
         """Adds c(z) to the base's output, in place.
 
         Args:
-            out: base(z), strides of z; overwritten whatever it holds where the base is computed inside.
+            out: base(z), with the strides of z; f(z) afterwards. If the base is computed inside, what it holds before
+                does not matter.
             z: pre-activations, dense.
             terms: the other operands.
-            inside: the base, to be computed in the same pass; its values may differ from torch's in the last bits.
+            inside: the base, if it is to be computed in the same pass. Its values may differ from torch's in the last
+                bits.
         """
-        n, given = z.numel(), _float32(terms)
+        n = z.numel()
+        arguments = _arguments(_float32(terms), inside, n)
         if _is_simple(z, terms):
-            _call(self._forward, z.data_ptr(), out.data_ptr(), None, n, *_arguments(given, inside, n))
+            _call(self._forward, z.data_ptr(), out.data_ptr(), None, n, *arguments)
         else:
-            _call(
-                self._mixed_forward, z.data_ptr(), out.data_ptr(), n, *_layout(z, terms), *_arguments(given, inside, n)
-            )
+            _call(self._mixed_forward, z.data_ptr(), out.data_ptr(), n, *_layout(z, terms), *arguments)
 
     def overwrites(self, z: Tensor, terms: Terms, known: Known) -> bool:
-        """Whether :meth:`overwrite` can be used, and is worth it.
+        """Whether :meth:`overwrite` can be used, and pays.
 
         Args:
             z: pre-activations.
@@ -137,22 +118,24 @@ class NativeKernel:
             known: the base.
 
         Returns:
-            Whether one pass does it all, over more than a copy by itself takes at once.
+            Whether base and correction take one pass, over a tensor so large that a separate copy would cost time.
         """
-        large = z.numel() >= _LEAST_KEPT and is_dense(z) and _is_simple(z, terms)
-        return large and self.inside(z, terms, known) is not None
+        if z.numel() < _LEAST_KEPT or not is_dense(z) or not _is_simple(z, terms):
+            return False
+        return self.inside(z, terms, known) is not None
 
     def overwrite(self, z: Tensor, kept: Tensor, terms: Terms, known: Known) -> None:
-        """Writes f(z) over z and z to `kept`, in one pass over memory in place of two.
+        """Writes f(z) over z, and z to `kept`, in one pass over memory instead of two.
 
         Args:
             z: pre-activations for which :meth:`overwrites` holds.
-            kept: room for them, with the same strides.
+            kept: receives the pre-activations; has the strides of z.
             terms: the other operands.
             known: the base.
         """
-        n, at = z.numel(), z.data_ptr()
-        _call(self._forward, at, at, kept.data_ptr(), n, *_arguments(_float32(terms), known, n))
+        n = z.numel()
+        address = z.data_ptr()
+        _call(self._forward, address, address, kept.data_ptr(), n, *_arguments(_float32(terms), known, n))
 
     def add_gradient(
         self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None
@@ -160,38 +143,111 @@ class NativeKernel:
         """Adds grad * c'(z) to the base's gradient, in place.
 
         Args:
-            out: grad * base'(z), strides of z; overwritten likewise.
-            grad: gradient of the loss by the output, strides of z.
+            out: grad * base'(z), with the strides of z; grad * f'(z) afterwards. If the base is computed inside, what
+                it holds before does not matter.
+            grad: gradient of the loss by the output, with the strides of z.
             z: pre-activations, dense.
             terms: the other operands.
             inside: see :meth:`add`.
 
         Returns:
-            Gradients by eps and lift, of their shape and dtype; None for a lift that is none.
+            Gradients by eps and by the lift, each of its shape and dtype; None for the lift where there is none.
         """
-        n, given = z.numel(), _float32(terms)
+        n = z.numel()
+        given = _float32(terms)
         by_eps = uninitialised_like(given.eps)
-        by_lift = None if given.lift is None else uninitialised_like(given.lift)
-        sums = by_eps.data_ptr(), None if by_lift is None else by_lift.data_ptr()
-        pointers, arguments = (z.data_ptr(), grad.data_ptr(), out.data_ptr()), _arguments(given, inside, n)
+        by_lift = None
+        by_lift_address = None
+        if given.lift is not None:
+            by_lift = uninitialised_like(given.lift)
+            by_lift_address = by_lift.data_ptr()
+        sums = by_eps.data_ptr(), by_lift_address
+        tensors = z.data_ptr(), grad.data_ptr(), out.data_ptr()
+        arguments = _arguments(given, inside, n)
         if _is_simple(z, terms):
-            partial = None if n <= _FEW_BLOCKS * _BLOCK else torch.empty(n // _BLOCK + 1, 2, dtype=torch.float64)
-            _call(self._backward, *pointers, n, *arguments, None if partial is None else partial.data_ptr(), *sums)
+            partial = None
+            partial_address = None
+            if n > _FEW_BLOCKS * _BLOCK:
+                partial = torch.empty(n // _BLOCK + 1, 2, dtype=torch.float64)
+                partial_address = partial.data_ptr()
+            _call(self._backward, *tensors, n, *arguments, partial_address, *sums)
         else:
             pieces = min(_PIECES, n // _BLOCK + 1)
             partial = torch.zeros(pieces, 2, max(terms.eps.numel(), 1), dtype=torch.float64)
-            _call(self._mixed_backward, *pointers, n, *_layout(z, terms), *arguments, pieces, partial.data_ptr(), *sums)
+            layout = _layout(z, terms)
+            _call(self._mixed_backward, *tensors, n, *layout, *arguments, pieces, partial.data_ptr(), *sums)
         if given is terms:
             return by_eps, by_lift
-        return by_eps.to(terms.eps.dtype), None if by_lift is None else by_lift.to(terms.eps.dtype)
+        if by_lift is not None:
+            by_lift = by_lift.to(terms.eps.dtype)
+        return by_eps.to(terms.eps.dtype), by_lift
+
+    def is_sound(self) -> bool:
+        """Whether the results are those of the formula; a compiler may be broken.
+
+        Returns:
+            Whether they are, for every form of the correction, every base computed inside and every dtype.
+        """
+        z = torch.linspace(-9.0, 9.0, 301, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+        knots = torch.cos(torch.arange(17, dtype=z.dtype, device=z.device))
+        # t^2 - t^3 vanishes at both ends: the table is continuous, and a place rounded across a knot does not matter
+        table = torch.stack([knots[:-1], knots.diff(), knots[1:], -knots[1:]])
+        eps = z.new_tensor(0.3)
+        shape = z.new_tensor([0.2, 1.4])
+        lift = z.new_tensor(-0.2)
+        closed_form = Terms(eps, shape, None, 4.0)
+        with_lift = Terms(eps, shape, None, 4.0, lift)
+        with_table = Terms(eps, shape, table, 4.0)
+        return (
+            self._agrees(z, closed_form, INSIDE[:2])
+            and self._agrees(z, with_lift, INSIDE)
+            and self._agrees(z, with_table, INSIDE)
+            and self._agrees_per_channel(z, closed_form._replace(eps=z / 18.0))
+            and self._agrees_per_channel(z, with_lift._replace(eps=z / 18.0, lift=0.05 - z / 20.0))
+            and self._agrees_per_channel(z, with_table._replace(eps=z / 18.0))
+        )
+
+    def _agrees(self, z: Tensor, terms: Terms, bases: tuple[Known, ...]) -> bool:
+        """Whether values are the formula's, of the correction alone and with each base computed inside."""
+        out = torch.zeros_like(z)
+        self.add(out, z, terms)
+        c = correction_of(z, terms)
+        if not torch.allclose(out, c, rtol=0.0, atol=1e-5):
+            return False
+        for base in bases:
+            self.add(out, z, terms, base)
+            if not torch.allclose(out, base.value(z) + c, rtol=0.0, atol=1e-5):
+                return False
+        return True
+
+    def _agrees_per_channel(self, z: Tensor, terms: Terms) -> bool:
+        """Whether values are the formula's in every dtype, with an amplitude of its own for each element."""
+        c = correction_of(z, terms)
+        for dtype in _TYPES:
+            out = torch.zeros_like(z, dtype=dtype)
+            self.add(out, z.to(dtype), terms)
+            tolerance = 1e-5 if dtype == torch.float32 else 0.05
+            if not torch.allclose(out.float(), c, rtol=0.0, atol=tolerance):
+                return False
+        return True
+
+
+@functools.cache
+def native_kernel() -> NativeKernel | None:
+    """The compiled functions for activations, compiled now if this machine has not compiled them before.
+
+    Returns:
+        The functions; None, with one warning that says why, where they cannot be compiled or give wrong results.
+    """
+    return sound_kernel(NativeKernel, "activations")
 
 
 def _call(function: Callable[..., None], *arguments: object) -> None:
-    """Calls a compiled function; where Python's stack is at its end, with the error that it has everywhere.
+    """Calls a compiled function; at the end of Python's stack, raises the error that Python raises elsewhere.
 
     Raises:
-        RecursionError: which ctypes wraps where the conversion of an argument raises it.
-        ArgumentError: what else it wraps.
+        RecursionError: if the conversion of an argument raised it, which ctypes wraps.
+        ArgumentError: any other error of a conversion.
     """
     try:
         function(*arguments)
@@ -201,12 +257,16 @@ def _call(function: Callable[..., None], *arguments: object) -> None:
         raise RecursionError("maximum recursion depth exceeded") from error
 
 
-def _acts(terms: Terms) -> bool:
-    """Whether no amplitude leaves its part of the tensor as it is."""
-    eps, lift = terms.eps, terms.lift
+def _acts_everywhere(terms: Terms) -> bool:
+    """Whether no element has amplitudes of 0 only, and so keeps the value of the base."""
+    eps = terms.eps
+    lift = terms.lift
     if not eps.dim():
         return bool(eps.item()) or (lift is not None and bool(lift.item()))
-    return bool((eps.ne(0) if lift is None else eps.ne(0) | lift.ne(0)).all().item())
+    acts = eps.ne(0)
+    if lift is not None:
+        acts = acts | lift.ne(0)
+    return bool(acts.all().item())
 
 
 def _is_simple(z: Tensor, terms: Terms) -> bool:
@@ -214,164 +274,48 @@ def _is_simple(z: Tensor, terms: Terms) -> bool:
 
 
 def _float32(terms: Terms) -> Terms:
-    """The terms in float32; themselves where they are."""
+    """The terms in float32; the same object where they are float32 already."""
     eps, shape, table, half_width, lift = terms
-    # spelled out: every call of every site comes by here, and a generator takes as long as the rest of it
+    # spelled out: every call of every site comes through here, and a generator would take as long as all the rest
     fits = eps.dtype == shape.dtype == torch.float32 and (lift is None or lift.dtype == torch.float32)
     if fits and (table is None or table.dtype == torch.float32):
         return terms
-    table, lift = (None if each is None else each.to(torch.float32) for each in (table, lift))
+    if table is not None:
+        table = table.to(torch.float32)
+    if lift is not None:
+        lift = lift.to(torch.float32)
     return Terms(eps.to(torch.float32), shape.to(torch.float32), table, half_width, lift)
 
 
 def _layout(z: Tensor, terms: Terms) -> tuple[int, int, int]:
-    """Type, number of channels, and how many elements of a channel lie side by side."""
+    """Number of the dtype, number of channels, and how many elements of a channel lie side by side."""
     channels = channels_of(z, terms.eps) if terms.eps.dim() else None
     count, inner = channels or (1, max(z.numel(), 1))
     return _TYPES.index(z.dtype), count, inner
 
 
 def _arguments(terms: Terms, inside: Known | None, n: int) -> tuple[object, ...]:
+    """The arguments that all functions share, from ``eps`` to ``threads``."""
     eps, shape, table, half_width, lift = terms
+    lift_address = None if lift is None else lift.data_ptr()
+    table_address = None
+    intervals = 0
+    if table is not None:
+        table_address = table.data_ptr()
+        intervals = table.shape[-1]
+    base, below = 0, 0.0
+    if inside is not None:
+        base, below = inside.code, inside.below
+    threads = torch.get_num_threads() if n >= _LEAST_PARALLEL else 1
     return (
         eps.data_ptr(),
-        None if lift is None else lift.data_ptr(),
+        lift_address,
         shape.data_ptr(),
-        None if table is None else table.data_ptr(),
-        0 if table is None else table.shape[-1],
+        table_address,
+        intervals,
         half_width,
         MAX_U,
-        0 if inside is None else inside.code,
-        0.0 if inside is None else inside.below,
-        torch.get_num_threads() if n >= _LEAST_PARALLEL else 1,
+        base,
+        below,
+        threads,
     )
-
-
-@functools.cache
-def native_kernel() -> NativeKernel | None:
-    """The compiled kernel, compiled now if this machine has not compiled it before.
-
-    Returns:
-        The kernel; None without a compiler, or where its result is not what the formula says.
-    """
-    compiler = _compiler()
-    if compiler is None:
-        return None
-    try:
-        folder = _cache_folder()
-        if folder is not None:
-            return _checked(_library(compiler, folder))
-        with tempfile.TemporaryDirectory() as folder:  # a loaded library stays when its file goes
-            return _checked(_library(compiler, Path(folder)))
-    except OSError:  # no room, a folder without the right to execute, a library of another machine
-        return None
-
-
-def _compiler() -> str | None:
-    if os.name != "posix":
-        return None
-    candidates = (os.environ.get("CC", ""), "cc", "gcc", "clang")
-    return next((path for name in candidates if name and (path := shutil.which(name))), None)
-
-
-def _cache_folder() -> Path | None:
-    """A folder that nobody else can write to, for what is going to be executed."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(home) / "eafo-dynamic"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-    except OSError:
-        return None
-    open_to_others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    mine = status.st_uid == os.getuid() and not open_to_others and os.access(folder, os.W_OK | os.X_OK)
-    return folder if mine else None
-
-
-def _library(compiler: str, folder: Path) -> Path | None:
-    """Compiles the source, unless the folder has what this compiler made of it on such a processor."""
-    source = b"".join(path.read_bytes() for path in sorted(_SOURCES.glob("*.[ch]")))
-    where = f"{os.path.realpath(compiler)} {os.stat(compiler).st_mtime_ns} {_processor()} {torch.__version__} {_FLAGS}"
-    library = folder / f"{hashlib.sha256(source + where.encode()).hexdigest()[:24]}.so"
-    if library.exists():
-        return library
-    # several processes may be at it: each writes a file of its own, and the last one to be done stays
-    made = folder / f"{library.stem}.{os.getpid()}.tmp"
-    for flags in _FLAGS:
-        if _build(compiler, flags, made):
-            made.replace(library)
-            return library
-    return None
-
-
-def _build(compiler: str, flags: tuple[str, ...], library: Path) -> bool:
-    """Compiles the units side by side, and links them.
-
-    Returns:
-        Whether the compiler says that all went well.
-    """
-
-    def run(*arguments: str | Path) -> None:
-        subprocess.run([compiler, *_COMMON, *flags, *arguments], check=True, capture_output=True, timeout=_PATIENCE)
-
-    objects = [library.with_suffix(f".{Path(unit).stem}.o") for unit in _UNITS]
-    try:
-        with ThreadPoolExecutor(len(_UNITS)) as pool:
-            made = [
-                pool.submit(run, "-c", _SOURCES / unit, "-o", path) for unit, path in zip(_UNITS, objects, strict=True)
-            ]
-            for each in made:
-                each.result()
-        run("-shared", *objects, "-lm", "-o", library)
-    except (subprocess.SubprocessError, OSError):
-        return False
-    finally:
-        for path in objects:
-            path.unlink(missing_ok=True)
-    return True
-
-
-def _processor() -> str:
-    """What tells processors apart whose instructions differ, for a home that several machines share."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    known = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return " ".join([platform.platform(), platform.machine(), platform.processor(), *sorted(known)])
-
-
-def _checked(library: Path | None) -> NativeKernel | None:
-    """A kernel whose results are those of the formula; a compiler may be broken.
-
-    Returns:
-        The kernel, or None.
-    """
-    if library is None:
-        return None
-    kernel = NativeKernel(library)
-    z = torch.linspace(-9.0, 9.0, 301, dtype=torch.float32, device="cpu")  # whatever the defaults are
-    knots = torch.cos(torch.arange(17, dtype=z.dtype, device=z.device))
-    # t^2 - t^3 vanishes at both ends: the table is continuous, and a place rounded across a knot does not matter
-    table = torch.stack([knots[:-1], knots.diff(), knots[1:], -knots[1:]])
-    shape, lift = z.new_tensor([0.2, 1.4]), z.new_tensor(-0.2)
-    for each, bell in ((None, None), (None, lift), (table, None)):
-        terms = Terms(z.new_tensor(0.3), shape, each, 4.0, bell)
-        out = torch.zeros_like(z)
-        kernel.add(out, z, terms)
-        c = correction_of(z, terms)
-        kernels_agree = torch.allclose(out, c, rtol=0.0, atol=1e-5)
-        for base in INSIDE if each is not None or bell is not None else INSIDE[:2]:
-            kernel.add(out, z, terms, base)
-            kernels_agree &= torch.allclose(out, base.value(z) + c, rtol=0.0, atol=1e-5)
-        channels = terms._replace(eps=z / 18.0)
-        if bell is not None:
-            channels = channels._replace(lift=0.05 - z / 20.0)
-        c = correction_of(z, channels)
-        for dtype in _TYPES:
-            out = torch.zeros_like(z, dtype=dtype)
-            kernel.add(out, z.to(dtype), channels)
-            kernels_agree &= torch.allclose(out.float(), c, rtol=0.0, atol=0.05 if dtype.itemsize == 2 else 1e-5)
-        if not kernels_agree:
-            return None
-    return kernel if kernel.rounds.is_sound() else None

@@ -1,6 +1,6 @@
-"""What an update round asks of the samples of all sites, in C: one call for all of them, one thread a site at a time.
+"""What an update round asks of the samples of all sites, in C: one call for all sites, which threads share out.
 
-The estimators are those of ``statistics`` and ``entropy``, which are the reference; samples are float32, on the CPU.
+The estimators are those of ``density`` and ``entropy``, which are the reference. Samples are float32, on the CPU.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eafo_dynamic.correction.kernels.compiled import bind, sound_kernel
 from eafo_dynamic.correction.kernels.formula import MAX_U, correction
 
-__all__ = ["RoundKernel", "RoundOperands", "Smoothed", "Workspace"]
+__all__ = ["RoundKernel", "RoundOperands", "Smoothed", "Workspace", "compiled_rounds"]
 
-_LEAST_PARALLEL = 32768  # samples, as torch's own pointwise kernels
-_MOST_SAMPLES = 1 << 20  # a site; above it sums need float64, as in grids
-_FOUND = ("count", "low", "span", "mean", "std", "entropy", "fisher")  # columns, as in the source
+_LEAST_PARALLEL = 32768  # samples from which on several threads work, as in torch's own pointwise kernels
+_MOST_SAMPLES = 1 << 20  # per site; above it sums need float64, as in entropy.grids
+_FOUND = ("count", "low", "span", "mean", "std", "entropy", "fisher")  # columns, as in entropy.c
 
 
 class Workspace:
-    """Room for a round's largest tensors that is kept for the next one; who takes it again overwrites the last taker's.
+    """Memory for a round's largest tensors, kept for the next round; each use overwrites the one before it.
 
-    The pages of tensors that are freed and made anew are cleared by the system each time, a sixth of a round's time.
+    The system clears the pages of tensors that are freed and allocated again each time, which takes a sixth of a
+    round's time.
     """
 
     def __init__(self) -> None:
@@ -36,14 +38,14 @@ class Workspace:
         return Workspace, ()  # nothing in it outlasts a round
 
     def like(self, samples: Tensor, name: str) -> Tensor:
-        """Room for a tensor.
+        """A tensor to write into.
 
         Args:
-            samples: shape, dtype and device that it is to have.
-            name: whose it is.
+            samples: has the shape, dtype and device that the tensor is to have.
+            name: the same memory is returned for the same name.
 
         Returns:
-            A contiguous tensor that holds anything.
+            A contiguous tensor with arbitrary values.
         """
         kept = self._kept.get(name)
         if kept is None or (kept.shape, kept.dtype, kept.device) != (samples.shape, samples.dtype, samples.device):
@@ -58,10 +60,10 @@ class RoundOperands(NamedTuple):
 
     Args:
         eps: amplitudes, shape [S].
-        lift: amplitudes of the bells, shape [S], none of a site with a table; None for none.
+        lift: amplitudes of the bells, shape [S], 0 for a site with a table; None for no bells.
         shape: mu and sigma, shape [S, 2].
         tables: coefficients, shape [T, 4, intervals].
-        place: which table is a site's, -1 for the closed form, int64, shape [S].
+        place: index of each site's table, -1 for the closed form, int64, shape [S].
         half_width: end of the tables in standard deviations.
         codes: ``Known.code`` of each site's base, 0 for one that is computed elsewhere, int32, shape [S].
         below: ``Known.below`` of each site's base, shape [S].
@@ -78,21 +80,22 @@ class RoundOperands(NamedTuple):
 
 
 class Smoothed(NamedTuple):
-    """The resolution-r density of every site's outputs, read off.
+    """What the resolution-r density of every site's outputs says.
 
     Args:
-        found: float64, shape [S, 7]; see ``column``.
-        score: sbar_r at every sample, per standard deviation, 0 where missing, shape [S, n]; None if nobody asked.
+        found: one row per site, float64, shape [S, 7]; see :meth:`column`.
+        score: sbar_r at every sample, per standard deviation, 0 for missing samples, shape [S, n]; None if it was not
+            asked for.
     """
 
     found: Tensor
     score: Tensor | None
 
     def column(self, name: str) -> Tensor:
-        """One number a site.
+        """One number per site.
 
         Args:
-            name: count, low, span, mean, std, entropy (nats), or fisher, which is known with a score only.
+            name: count, low, span, mean, std, entropy (in nats) or fisher, which is known only with a score.
 
         Returns:
             Float64, shape [S].
@@ -108,39 +111,52 @@ class RoundKernel:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, size, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-        self._functions = _typed(
-            *(library.eafo_functions, None, pointer, size, size, *[pointer] * 5, integer),
-            *(ctypes.c_float, ctypes.c_float, *[pointer] * 5, integer),
+        pointer = ctypes.c_void_p
+        size = ctypes.c_int64
+        integer = ctypes.c_int
+        single = ctypes.c_float
+        double = ctypes.c_double
+        samples = [pointer, size, size]  # x, sites, n
+        given = [pointer, pointer, pointer, pointer, pointer]  # eps, lift, shape, tables, place
+        table = [integer, single, single]  # intervals, half_width, clamp
+        wanted = [pointer, pointer, pointer, pointer, pointer]  # base, below, out, by_eps, by_lift
+        self._functions = bind(library, "eafo_functions", [*samples, *given, *table, *wanted, integer])
+        # x, weight, sites, n, resolution, sampled, threads, found, score
+        self._smooth = bind(
+            library,
+            "eafo_smooth",
+            [pointer, pointer, size, size, double, integer, integer, pointer, pointer],
+            result=integer,
         )
-        self._smooth = _typed(
-            *(library.eafo_smooth, integer, pointer, pointer, size, size, real, integer, integer, pointer, pointer)
+        # x, score, direction, found, sites, n, resolution, moved, threads, out
+        self._gradient = bind(
+            library,
+            "eafo_entropy_gradient",
+            [pointer, pointer, pointer, pointer, size, size, double, integer, integer, pointer],
         )
-        self._gradient = _typed(
-            *(library.eafo_entropy_gradient, None, pointer, pointer, pointer, pointer, size, size, real),
-            *(integer, integer, pointer),
+        self._moments = bind(library, "eafo_moments", [*samples, integer, pointer])  # threads, out
+        # x, unit, shared, sites, n, per_unit, threads, out
+        self._dead = bind(
+            library, "eafo_dead", [pointer, pointer, integer, size, size, integer, integer, pointer], result=integer
         )
-        self._moments = _typed(library.eafo_moments, None, pointer, size, size, integer, pointer)
-        self._dead = _typed(
-            *(library.eafo_dead, integer, pointer, pointer, integer, size, size, integer, integer, pointer)
-        )
-        self._spacings = _typed(
-            *(library.eafo_spacings, None, pointer, pointer, size, size, pointer, real, integer, pointer)
+        # sorted, count, sites, n, digamma, epsilon, threads, out
+        self._spacings = bind(
+            library, "eafo_spacings", [pointer, pointer, size, size, pointer, double, integer, pointer]
         )
 
     def __reduce__(self) -> tuple[Callable[[], RoundKernel | None], tuple[()]]:
-        # addresses cannot be copied; whoever gets a copy has, or compiles, a library of its own
-        return _again, ()
+        # addresses cannot be copied; the process that gets a copy has, or compiles, a library of its own
+        return compiled_rounds, ()
 
     @staticmethod
     def takes(*samples: Tensor) -> bool:
-        """Whether the compiled functions can work on these tensors.
+        """Whether the compiled functions can compute with these tensors.
 
         Args:
-            *samples: one number a sample each, shape [S, n].
+            *samples: one number per sample, shape [S, n] each.
 
         Returns:
-            Whether all are float32 in rows on the CPU, not empty, and not so long that sums need float64.
+            Whether all are contiguous float32 matrices on the CPU, not empty, and not so long that sums need float64.
         """
         return all(
             each.dtype == torch.float32
@@ -162,20 +178,37 @@ class RoundKernel:
         *,
         bases: bool = True,
     ) -> None:
-        """Every site's function and its directions, in one pass, written into the tensors that are given.
+        """Computes every site's function and its directions in one pass, into the tensors that are given.
 
         Args:
             of: the functions.
             z: pre-activations, shape [S, n].
-            out: becomes base(z) + c(z), shape [S, n]; holds base(z) in rows whose code is 0.
-            by_eps: becomes what one unit of each eps adds, shape [S, n].
-            by_lift: likewise of the lifts; of the closed form only.
+            out: receives base(z) + c(z), shape [S, n]; holds base(z) before, in rows whose code is 0.
+            by_eps: receives the derivative of c(z) by eps, shape [S, n].
+            by_lift: receives the derivative of c(z) by the lift; for the closed form only.
             bases: False for c(z) alone in ``out``.
         """
-        given = of.eps, of.lift, of.shape, of.tables, of.place
-        ends = of.codes if bases else None, of.below if bases else None, out, by_eps, by_lift
-        scalars = of.tables.shape[-1], of.half_width, MAX_U
-        self._functions(_address(z), *z.shape, *map(_address, given), *scalars, *map(_address, ends), _threads(z))
+        codes = of.codes if bases else None
+        below = of.below if bases else None
+        self._functions(
+            z.data_ptr(),
+            z.shape[0],
+            z.shape[1],
+            of.eps.data_ptr(),
+            _address(of.lift),
+            of.shape.data_ptr(),
+            of.tables.data_ptr(),
+            of.place.data_ptr(),
+            of.tables.shape[-1],
+            of.half_width,
+            MAX_U,
+            _address(codes),
+            _address(below),
+            _address(out),
+            _address(by_eps),
+            _address(by_lift),
+            _threads(z),
+        )
 
     def smooth(
         self,
@@ -186,45 +219,67 @@ class RoundKernel:
         sampled: bool = True,
         score: bool | Tensor = False,
     ) -> Smoothed | None:
-        """Moments and resolution-r entropy of every site's outputs, and what its gradient needs.
+        """Moments and resolution-r entropy of every site's outputs, and what the entropy's gradient needs.
 
         Args:
             x: outputs, shape [S, n]; non-finite ones are missing.
             resolution: r, in standard deviations of the output.
             weight: nonnegative weights, shape [S, n]; None for 1 each.
-            sampled: whether to take the bias of a random sample off the entropy.
-            score: whether the score at the samples and the Fisher information are wanted, or room for the former.
+            sampled: whether to subtract the bias that the entropy of a random sample has.
+            score: whether to compute the score at the samples and the Fisher information; or a tensor of the shape of
+                x that receives the score.
 
         Returns:
-            The results; None where a site's numbers are too large, too close or too wide apart for it.
+            The results; None where the numbers of a site are too large, too close together or too far apart for it.
         """
         found = x.new_empty(len(x), len(_FOUND), dtype=torch.float64)
-        scores = score if isinstance(score, Tensor) else torch.empty_like(x) if score else None
+        scores = None
+        if isinstance(score, Tensor):
+            scores = score
+        elif score:
+            scores = torch.empty_like(x)
         refused = self._smooth(
-            *(x.data_ptr(), None if weight is None else weight.data_ptr(), *x.shape, resolution, sampled, _threads(x)),
-            *(found.data_ptr(), None if scores is None else scores.data_ptr()),
+            x.data_ptr(),
+            _address(weight),
+            x.shape[0],
+            x.shape[1],
+            resolution,
+            sampled,
+            _threads(x),
+            found.data_ptr(),
+            _address(scores),
         )
         return None if refused else Smoothed(found, scores)
 
     def gradient(
         self, x: Tensor, smoothed: Smoothed, direction: Tensor, resolution: float, *, moved: bool = False
     ) -> Tensor:
-        """dH_r / d eps when outputs move along a direction, equation (1').
+        """dH_r / d eps when outputs move along a direction (Theory, section 4, (1')).
 
         Args:
             x: the outputs, shape [S, n].
-            smoothed: what ``smooth`` says of them, with a score.
-            direction: shape [S, n], finite where the outputs are.
+            smoothed: what :meth:`smooth` found for them, with a score.
+            direction: change of the outputs per unit of eps, shape [S, n], finite where the outputs are.
             resolution: r.
-            moved: whether ``direction`` is where the outputs move to.
+            moved: whether ``direction`` is the outputs after the move instead, x plus their change.
 
         Returns:
             Gradients in nats, float64, shape [S].
         """
         assert smoothed.score is not None
         out = x.new_empty(len(x), dtype=torch.float64)
-        addresses = [each.data_ptr() for each in (x, smoothed.score, direction, smoothed.found)]
-        self._gradient(*addresses, *x.shape, resolution, moved, _threads(x), out.data_ptr())
+        self._gradient(
+            x.data_ptr(),
+            smoothed.score.data_ptr(),
+            direction.data_ptr(),
+            smoothed.found.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+            resolution,
+            moved,
+            _threads(x),
+            out.data_ptr(),
+        )
         return out
 
     def moments(self, x: Tensor) -> Tensor:
@@ -237,23 +292,33 @@ class RoundKernel:
             Float64, shape [S, 5].
         """
         out = x.new_empty(len(x), 5, dtype=torch.float64)
-        self._moments(x.data_ptr(), *x.shape, _threads(x), out.data_ptr())
+        self._moments(x.data_ptr(), x.shape[0], x.shape[1], _threads(x), out.data_ptr())
         return out
 
     def dead_fractions(self, x: Tensor, units: Tensor, per_unit: int) -> Tensor | None:
-        """Fraction of units that never fired.
+        """Fraction of the units that never fired.
 
         Args:
             x: pre-activations, shape [S, n]; NaN ones are left out.
-            units: unit of each, as floats, finite where x is no NaN; shape [S, n], or [1, n] for all sites.
-            per_unit: samples a unit needs on average for the answer to mean something.
+            units: number of the unit that each sample comes from, as floats, finite where x is not NaN; shape [S, n],
+                or [1, n] if all sites share them.
+            per_unit: the fraction is NaN with fewer samples per unit, on average.
 
         Returns:
             The fractions, float32, shape [S]; None where there are too many units to mark them one by one.
         """
         out = x.new_empty(len(x))
         shared = len(units) < len(x)
-        refused = self._dead(x.data_ptr(), units.data_ptr(), shared, *x.shape, per_unit, _threads(x), out.data_ptr())
+        refused = self._dead(
+            x.data_ptr(),
+            units.data_ptr(),
+            shared,
+            x.shape[0],
+            x.shape[1],
+            per_unit,
+            _threads(x),
+            out.data_ptr(),
+        )
         return None if refused else out
 
     def spacings(self, ordered: Tensor, count: Tensor, epsilon: float) -> Tensor:
@@ -262,65 +327,94 @@ class RoundKernel:
         Args:
             ordered: sorted samples, missing ones last, shape [S, n].
             count: number of samples that are not missing, float64, shape [S].
-            epsilon: relative rounding of the samples.
+            epsilon: relative rounding error of the samples.
 
         Returns:
-            Mass and entropy in nats, float64, shape [S, 2].
+            Probability and entropy in nats, float64, shape [S, 2].
         """
-        out, count = ordered.new_empty(len(ordered), 2, dtype=torch.float64), count.contiguous()
-        table = _digamma(ordered.shape[1] + 2)
-        addresses = ordered.data_ptr(), count.data_ptr()
-        self._spacings(*addresses, *ordered.shape, table.data_ptr(), epsilon, _threads(ordered), out.data_ptr())
+        out = ordered.new_empty(len(ordered), 2, dtype=torch.float64)
+        count = count.contiguous()
+        digamma = _digamma(ordered.shape[1] + 2)
+        self._spacings(
+            ordered.data_ptr(),
+            count.data_ptr(),
+            ordered.shape[0],
+            ordered.shape[1],
+            digamma.data_ptr(),
+            epsilon,
+            _threads(ordered),
+            out.data_ptr(),
+        )
         return out
 
     def is_sound(self) -> bool:
-        """Whether results are what closed forms say; a compiler may be broken.
+        """Whether the results are those of closed forms; a compiler may be broken.
 
         Returns:
-            Whether they are.
+            Whether they are, for each function.
         """
-        r, n = 0.1, 64
-        pair = torch.tensor([[-1.0, 1.0]], dtype=torch.float32, device="cpu").repeat(1, n // 2)
-        found = self.smooth(pair, r, sampled=False, score=True)
-        if found is None:
-            return False
-        # two atoms far apart: log 2 more than the noise alone; nothing changes when the outputs are stretched
-        apart = math.log(2) + 0.5 * math.log(2 * math.pi * math.e * r * r)
-        stretched = self.gradient(pair, found, pair, r)
-        z = torch.linspace(-4.0, 4.0, n, dtype=pair.dtype, device=pair.device).view(1, -1)
-        place, tables = pair.new_tensor([-1], dtype=torch.long), pair.new_empty(0, 4, 1)
-        eps, shape, out = pair.new_tensor([0.3]), pair.new_tensor([[0.2, 1.4]]), torch.empty_like(z)
-        relu = pair.new_tensor([1], dtype=torch.int32), pair.new_zeros(1)
-        self.functions(RoundOperands(eps, None, shape, tables, place, 8.0, *relu), z, out)
-        dead = self.dead_fractions(pair, (pair > 0).float(), 8)
-        expected = pair.new_tensor([n, 0.0, 1.0, 0.0, -2.0], dtype=torch.float64)
+        # two atoms of equal mass, as float32 on the CPU whatever torch's defaults are
+        pair = torch.tensor([[-1.0, 1.0]], dtype=torch.float32, device="cpu").repeat(1, 32)
         return (
-            abs(float(found.column("entropy")) - apart) < 1e-4
-            and abs(float(stretched)) < 1e-3
-            and torch.allclose(self.moments(pair)[0], expected, atol=1e-9)
-            and torch.allclose(out, z.relu() + correction(z, eps[0], shape[0]), rtol=0.0, atol=1e-5)
-            and dead is not None
-            and float(dead) == 0.5
-            and bool(self.spacings(pair.sort().values, expected[:1], 1e-7)[0, 0] == 1.0)
+            self._entropy_is_sound(pair)
+            and self._functions_are_sound(pair)
+            and self._moments_are_sound(pair)
+            and self._dead_fractions_are_sound(pair)
         )
 
+    def _entropy_is_sound(self, pair: Tensor) -> bool:
+        r = 0.1
+        smoothed = self.smooth(pair, r, sampled=False, score=True)
+        if smoothed is None:
+            return False
+        # the atoms are far apart: the entropy of the noise, and log 2 for the choice of the atom
+        expected = math.log(2) + 0.5 * math.log(2 * math.pi * math.e * r * r)
+        # stretching the outputs changes nothing
+        stretched = self.gradient(pair, smoothed, pair, r)
+        return abs(float(smoothed.column("entropy")) - expected) < 1e-4 and abs(float(stretched)) < 1e-3
 
-def _typed(
-    function: ctypes._NamedFuncPointer, result: type[ctypes.c_int] | None, *arguments: type
-) -> ctypes._NamedFuncPointer:
-    function.restype, function.argtypes = result, arguments
-    return function
+    def _functions_are_sound(self, pair: Tensor) -> bool:
+        z = torch.linspace(-4.0, 4.0, 64, dtype=pair.dtype, device=pair.device).view(1, -1)
+        eps = pair.new_tensor([0.3])
+        shape = pair.new_tensor([[0.2, 1.4]])
+        relu = RoundOperands(
+            eps,
+            lift=None,
+            shape=shape,
+            tables=pair.new_empty(0, 4, 1),
+            place=pair.new_tensor([-1], dtype=torch.long),
+            half_width=8.0,
+            codes=pair.new_tensor([1], dtype=torch.int32),
+            below=pair.new_zeros(1),
+        )
+        out = torch.empty_like(z)
+        self.functions(relu, z, out)
+        return torch.allclose(out, z.relu() + correction(z, eps[0], shape[0]), rtol=0.0, atol=1e-5)
+
+    def _moments_are_sound(self, pair: Tensor) -> bool:
+        n = pair.shape[1]
+        expected = pair.new_tensor([n, 0.0, 1.0, 0.0, -2.0], dtype=torch.float64)
+        spacings = self.spacings(pair.sort().values, expected[:1], 1e-7)
+        atom_mass = float(spacings[0, 0])
+        return torch.allclose(self.moments(pair)[0], expected, atol=1e-9) and atom_mass == 1.0
+
+    def _dead_fractions_are_sound(self, pair: Tensor) -> bool:
+        dead = self.dead_fractions(pair, (pair > 0).float(), 8)
+        return dead is not None and float(dead) == 0.5
+
+
+@functools.cache
+def compiled_rounds() -> RoundKernel | None:
+    """The compiled functions for update rounds, compiled now if this machine has not compiled them before.
+
+    Returns:
+        The functions; None, with one warning that says why, where they cannot be compiled or give wrong results.
+    """
+    return sound_kernel(RoundKernel, "update rounds")
 
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _again() -> RoundKernel | None:
-    from eafo_dynamic.correction.kernels.native import native_kernel
-
-    native = native_kernel()
-    return None if native is None else native.rounds
 
 
 def _threads(x: Tensor) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eafo_dynamic.apply.standalone import CorrectedActivation as Corrected
 from eafo_dynamic.apply.standalone import CRReLU
 from eafo_dynamic.apply.surgery import unwrap, wrap
-from eafo_dynamic.correction.kernels import native, resolve_backend
+from eafo_dynamic.correction.kernels import compiled, resolve_backend
 from eafo_dynamic.density.collector import Collector
 from eafo_dynamic.experiments.benchmark.gpu import gpu_cases
 from eafo_dynamic.experiments.benchmark.limits import floor_cases, memory_cases
@@ -119,11 +119,11 @@ def start_cases(quick: bool) -> Iterator[Row]:
         unwrap(model)
 
     yield row(f"find, wrap and unwrap {sites} sites", "", milliseconds(start, 3) / 1e3, 1.0, "s")
-    compiler = native._compiler()
+    compiler = compiled.find_compiler()
     if compiler is not None:
         with tempfile.TemporaryDirectory() as folder:
             begin = time.perf_counter()
-            native._library(compiler, Path(folder))
+            compiled.load_library(compiler, Path(folder))
             yield row("compile the kernel, once a machine", "", time.perf_counter() - begin, 2.0, "s")
 
 
