@@ -1,4 +1,4 @@
-"""What several tasks say together about each arm (pure functions)."""
+"""What several tasks together say about each arm (pure functions)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class Across:
 
     Attributes:
         arm: name of the arm.
-        better: tasks with this verdict.
-        worse: the same.
-        no_difference: the same.
-        undecided: tasks where it diverged or has too few seeds.
+        better: tasks in which its verdict is `better`.
+        worse: tasks in which its verdict is `worse`.
+        no_difference: tasks in which its verdict is `no difference found`.
+        undecided: tasks in which it diverged or has too few seeds.
         absent: tasks that have no finished cell of this arm.
         gains: relative gain in percent of the reference's mean, by task, where it is defined.
-        gain: mean of `gains` [%]; every task counts alike.
-        low: lower end of the 95 % interval of `gain`; the sample are the tasks, not the seeds, so it says what
-            to expect on another task of this kind. NaN with fewer than two.
-        high: upper end.
+        gain: mean of `gains` [%]; every task has the same weight.
+        low: lower end of the 95 % interval of `gain`. The sample is the tasks, not the seeds, so the interval says
+            what to expect on another task of this kind. NaN with fewer than two tasks.
+        high: upper end of that interval.
         standardised: mean over the tasks of the gain in standard deviations of its paired differences (d_z),
-            so that no task counts more for the unit or the size of its metric.
+            so that the unit and the size of a metric do not give a task more weight.
         standardised_low: lower end of its interval.
         standardised_high: upper end.
-        time_ratio: geometric mean over the tasks of the step time ratios, or None.
+        time_ratio: geometric mean over the tasks of the step time ratios; None without times.
     """
 
     arm: str
@@ -51,35 +51,38 @@ class Across:
 
 
 def summarise(tasks: Mapping[str, Sequence[Paired]]) -> list[Across]:
-    """Put the comparisons of several tasks together; arms are the same where their names are.
+    """Summarise each arm over several tasks; arms of the same name are the same arm.
 
     Args:
         tasks: what `compare` returned, by the task's name.
 
     Returns:
-        One entry an arm, in the order in which they first appear.
+        One entry per arm, in the order in which the arms first appear.
     """
     arms = dict.fromkeys(pair.arm for pairs in tasks.values() for pair in pairs)
-    return [_one(arm, tasks) for arm in arms]
+    return [_over_tasks(arm, tasks) for arm in arms]
 
 
-def _one(arm: str, tasks: Mapping[str, Sequence[Paired]]) -> Across:
+def _over_tasks(arm: str, tasks: Mapping[str, Sequence[Paired]]) -> Across:
     found = {task: pair for task, pairs in tasks.items() for pair in pairs if pair.arm == arm}
     gains = {task: pair.sign * pair.relative for task, pair in found.items() if pair.relative is not None}
     standardised = [pair.sign * pair.d_z for pair in found.values() if pair.d_z is not None]
-    ratios = [pair.time_ratio for pair in found.values() if pair.time_ratio is not None]
+    log_ratios = [math.log(pair.time_ratio) for pair in found.values() if pair.time_ratio is not None]
+    time_ratio = None
+    if log_ratios:
+        time_ratio = math.exp(_mean(log_ratios))
     low, high = interval(list(gains.values()))
     standardised_low, standardised_high = interval(standardised)
 
-    def judged(*verdicts: str) -> tuple[str, ...]:
+    def with_verdict(*verdicts: str) -> tuple[str, ...]:
         return tuple(task for task, pair in found.items() if pair.verdict in verdicts)
 
     return Across(
         arm=arm,
-        better=judged("better"),
-        worse=judged("worse"),
-        no_difference=judged("no difference found"),
-        undecided=judged("diverged", "too few seeds"),
+        better=with_verdict("better"),
+        worse=with_verdict("worse"),
+        no_difference=with_verdict("no difference found"),
+        undecided=with_verdict("diverged", "too few seeds"),
         absent=tuple(task for task in tasks if task not in found),
         gains=gains,
         gain=_mean(list(gains.values())),
@@ -88,9 +91,11 @@ def _one(arm: str, tasks: Mapping[str, Sequence[Paired]]) -> Across:
         standardised=_mean(standardised),
         standardised_low=standardised_low,
         standardised_high=standardised_high,
-        time_ratio=math.exp(_mean([math.log(ratio) for ratio in ratios])) if ratios else None,
+        time_ratio=time_ratio,
     )
 
 
 def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+    if not values:
+        return math.nan
+    return math.fsum(values) / len(values)

@@ -1,9 +1,9 @@
-"""The result of a comparison as a table: in the terminal, in Markdown, and as one self-contained HTML page."""
+"""Tables of a comparison: for the terminal, in Markdown, and on one self-contained HTML page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -25,7 +25,7 @@ MEANINGS = {
     "verdict": "better or worse where p < 0.05 and the interval does not hold 0",
     "n": "seeds that the arm and the reference have both finished; only these are paired",
     "mean": "mean over these seeds",
-    "difference": "mean of the paired differences, arm less reference, and its 95 % bootstrap interval",
+    "difference": "mean of the paired differences, arm minus reference, and its 95 % bootstrap interval",
     "relative [%]": "the same in percent of its reference's mean",
     "w/t/l": "seeds in which the arm wins, ties and loses",
     "p": "paired sign-flip test, corrected for the number of arms (Holm)",
@@ -40,48 +40,60 @@ MEANINGS = {
     "standardised gain": "the same, each task's gain in standard deviations of its paired differences",
 }
 _TEXT = ("arm", "verdict")
-# What a terminal that is too narrow goes without, the first one first.
+# Columns that a narrow terminal leaves out, the first one first.
 _OPTIONAL = ("d_z", "gain per time", "difference", "mean", "w/t/l", "n", "standardised gain")
 
 
 def rows(pairs: Sequence[Paired]) -> list[dict[str, str]]:
-    """Return the table of one metric: the reference first, then one row an arm.
+    """Return the table of one metric: the reference first, then one row per arm.
 
     Args:
         pairs: what `compare` returned, of one metric.
 
     Returns:
-        Text by column, columns as in `MEANINGS`; columns that no arm has a value for are left out.
+        Text by column, columns as in `MEANINGS`; columns in which no arm has a value are left out.
     """
-    name = main_reference(pairs)
-    widest = max((pair for pair in pairs if pair.reference == name), key=lambda pair: len(pair.seeds))
-    reference = {"arm": f"{name} (reference)", "n": str(len(widest.seeds))}
-    reference |= {"mean": _number(widest.reference_mean), "verdict": "-"}
-    table = [reference, *({**_row(pair), "arm": labelled(pair, name)} for pair in pairs)]
+    main = main_reference(pairs)
+    table = [_reference_row(pairs, main)]
+    for pair in pairs:
+        table.append({**_row(pair), "arm": labelled(pair, main)})
     columns = [name for name in MEANINGS if any(row.get(name, "-") != "-" for row in table)]
     return [{name: row.get(name, "-") for name in columns} for row in table]
 
 
-def _row(pair: Paired) -> dict[str, str]:
-    scale = pair.relative_interval
-    ratio, gain = pair.time_ratio, pair.gain_per_time
+def _reference_row(pairs: Sequence[Paired], main: str) -> dict[str, str]:
+    """Return the reference's seeds and mean, as paired with the arm that shares most seeds with it."""
+    paired_with_it = [pair for pair in pairs if pair.reference == main]
+    widest = max(paired_with_it, key=lambda pair: len(pair.seeds))
     return {
-        "arm": pair.arm,
-        "n": str(len(pair.seeds)),
-        "mean": _number(pair.mean),
-        "difference": _range(pair.difference, pair.low, pair.high, ".2g"),
-        "relative [%]": "-" if pair.relative is None or scale is None else _range(pair.relative, *scale, ".2f"),
-        "w/t/l": f"{pair.wins}/{pair.ties}/{pair.losses}",
-        "p": _p(pair.p_corrected),
-        "d_z": "-" if pair.d_z is None else f"{pair.d_z:+.2f}",
-        "step time": "-" if ratio is None else f"{ratio:.3f}x",
-        "gain per time": "-" if gain is None else f"{gain:+.3f}",
-        "verdict": pair.verdict,
+        "arm": f"{main} (reference)",
+        "n": str(len(widest.seeds)),
+        "mean": _number(widest.reference_mean),
+        "verdict": "-",
     }
 
 
+def _row(pair: Paired) -> dict[str, str]:
+    row = {
+        "arm": pair.arm,
+        "n": str(len(pair.seeds)),
+        "mean": _number(pair.mean),
+        "difference": _with_interval(pair.difference, pair.low, pair.high, ".2g"),
+        "w/t/l": f"{pair.wins}/{pair.ties}/{pair.losses}",
+        "p": _p(pair.p_corrected),
+        "d_z": _optional(pair.d_z, "+.2f"),
+        "step time": _ratio(pair.time_ratio),
+        "gain per time": _optional(pair.gain_per_time, "+.3f"),
+        "verdict": pair.verdict,
+    }
+    if pair.relative is not None and pair.relative_interval is not None:
+        low, high = pair.relative_interval
+        row["relative [%]"] = _with_interval(pair.relative, low, high, ".2f")
+    return row
+
+
 def across_rows(summary: Sequence[Across]) -> list[dict[str, str]]:
-    """Return the table over several tasks, one row an arm.
+    """Return the table over several tasks, one row per arm.
 
     Args:
         summary: what `summarise` returned.
@@ -96,9 +108,9 @@ def across_rows(summary: Sequence[Across]) -> list[dict[str, str]]:
             "no difference": str(len(one.no_difference)),
             "worse": str(len(one.worse)),
             "undecided": str(len(one.undecided) + len(one.absent)),
-            "gain [%]": _range(one.gain, one.low, one.high, ".2f"),
-            "standardised gain": _range(one.standardised, one.standardised_low, one.standardised_high, ".2f"),
-            "step time": "-" if one.time_ratio is None else f"{one.time_ratio:.3f}x",
+            "gain [%]": _with_interval(one.gain, one.low, one.high, ".2f"),
+            "standardised gain": _with_interval(one.standardised, one.standardised_low, one.standardised_high, ".2f"),
+            "step time": _ratio(one.time_ratio),
         }
         for one in summary
     ]
@@ -112,42 +124,53 @@ def notes(pairs: Sequence[Paired], unpaired: Sequence[str] = ()) -> list[str]:
         unpaired: what `results.unpaired` returned.
 
     Returns:
-        One line each.
+        One note per line.
     """
-    first = pairs[0]
-    tests = ", ".join(dict.fromkeys(pair.test for pair in pairs if pair.test != "none")) or "none, too few seeds"
-    lines = [
-        f"{first.metric}: {'higher' if first.higher_is_better else 'lower'} is better. Test: {tests}; "
-        f"corrected for {len(pairs)} {'arm' if len(pairs) == 1 else 'arms'} (Holm)."
-    ]
+    lines = [_test_note(pairs)]
     needed = seeds_needed(len(pairs))
     few = [pair.arm for pair in pairs if len(pair.seeds) < needed]
     if few:
         lines.append(
             f"With {len(pairs)} arms the test needs {needed} seeds to find anything at all; "
-            f"too few: {_whose(few, pairs)}."
+            f"too few: {_arms(few, pairs)}."
         )
-    for text, attribute in (
-        ("not paired, as the arm or the reference has not finished", "missing"),
-        ("diverged in", "diverged"),
-    ):
-        alike: dict[tuple[int, ...], list[str]] = {}
-        for pair in pairs:
-            alike.setdefault(getattr(pair, attribute), []).append(pair.arm)
-        lines += [
-            f"{_whose(arms, pairs)}: {text} seed {', '.join(map(str, seeds))}."
-            for seeds, arms in alike.items()
-            if seeds
-        ]
+    missing = "not paired, as the arm or the reference has not finished"
+    lines += _seed_notes(missing, {pair.arm: pair.missing for pair in pairs}, pairs)
+    lines += _seed_notes("diverged in", {pair.arm: pair.diverged for pair in pairs}, pairs)
     for name in dict.fromkeys(pair.reference for pair in pairs):
-        lost = sorted({seed for pair in pairs if pair.reference == name for seed in pair.reference_diverged})
-        if lost:
-            lines.append(f"{name} (reference): diverged in seed {', '.join(map(str, lost))}.")
-    return lines + [f"Not a fair pair: {line}." for line in unpaired]
+        diverged = sorted({seed for pair in pairs if pair.reference == name for seed in pair.reference_diverged})
+        if diverged:
+            lines.append(f"{name} (reference): diverged in seed {_listed(diverged)}.")
+    lines += [f"Not a fair pair: {line}." for line in unpaired]
+    return lines
 
 
-def _whose(arms: Sequence[str], pairs: Sequence[Paired]) -> str:
-    return "every arm" if len(arms) == len(pairs) > 1 else ", ".join(arms)
+def _test_note(pairs: Sequence[Paired]) -> str:
+    first = pairs[0]
+    direction = "higher" if first.higher_is_better else "lower"
+    tests = dict.fromkeys(pair.test for pair in pairs if pair.test != "none")
+    named = ", ".join(tests) or "none, too few seeds"
+    arms = "arm" if len(pairs) == 1 else "arms"
+    return f"{first.metric}: {direction} is better. Test: {named}; corrected for {len(pairs)} {arms} (Holm)."
+
+
+def _seed_notes(what: str, seeds_by_arm: Mapping[str, tuple[int, ...]], pairs: Sequence[Paired]) -> list[str]:
+    """Return one line for all arms that have the same seeds."""
+    arms_by_seeds: dict[tuple[int, ...], list[str]] = {}
+    for arm, seeds in seeds_by_arm.items():
+        if seeds:
+            arms_by_seeds.setdefault(seeds, []).append(arm)
+    return [f"{_arms(arms, pairs)}: {what} seed {_listed(seeds)}." for seeds, arms in arms_by_seeds.items()]
+
+
+def _arms(arms: Sequence[str], pairs: Sequence[Paired]) -> str:
+    if len(arms) == len(pairs) > 1:
+        return "every arm"
+    return ", ".join(arms)
+
+
+def _listed(seeds: Iterable[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def rich_table(table: Rows, title: str | None = None, width: int = 80) -> Table:
@@ -156,7 +179,7 @@ def rich_table(table: Rows, title: str | None = None, width: int = 80) -> Table:
     Args:
         table: from `rows` or `across_rows`.
         title: heading.
-        width: characters it may take; columns that do not fit are left out and named below it.
+        width: number of characters it may take; columns that do not fit are left out and named below it.
 
     Returns:
         The table; verdicts are green and red.
@@ -165,21 +188,24 @@ def rich_table(table: Rows, title: str | None = None, width: int = 80) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title=title and Text(title))
-    shown.title_justify = "left"
-    colours = {"better": "green", "worse": "red", "diverged": "red"}
-    wide = {name: max(len(name), *(len(row[name]) for row in table)) + 2 for name in table[0]}
-    names = list(wide)
+    widths = {name: max(len(name), *(len(row[name]) for row in table)) + 2 for name in table[0]}
+    columns = list(widths)
     for name in _OPTIONAL:
-        if name in names and sum(wide[each] for each in names) > width:
-            names.remove(name)
-    for name in names:
+        if name in columns and sum(widths[column] for column in columns) > width:
+            columns.remove(name)
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    if title:
+        shown.title = Text(title)
+    shown.title_justify = "left"
+    for name in columns:
         side = "left" if name in _TEXT else "right"
         shown.add_column(Text(name), justify=side, overflow="fold", no_wrap=name != "arm")
+    colours = {"better": "green", "worse": "red", "diverged": "red"}
     for row in table:
-        shown.add_row(*(Text(row[name], style=colours.get(row[name], "")) for name in names))
-    left_out = [name for name in wide if name not in names]
-    shown.caption = Text(f"not shown at this width: {', '.join(left_out)}") if left_out else None
+        shown.add_row(*(Text(row[name], style=colours.get(row[name], "")) for name in columns))
+    left_out = [name for name in widths if name not in columns]
+    if left_out:
+        shown.caption = Text(f"not shown at this width: {', '.join(left_out)}")
     shown.caption_justify = "left"
     return shown
 
@@ -191,11 +217,12 @@ def markdown(table: Rows) -> str:
         table: from `rows` or `across_rows`.
 
     Returns:
-        Lines, each with its end.
+        Lines, each with its line end.
     """
-    names = list(table[0])
-    lines = [names, ["---" if name in _TEXT else "---:" for name in names]]
-    lines += [[row[name].replace("|", "\\|") for name in names] for row in table]
+    columns = list(table[0])
+    lines = [columns, ["---" if name in _TEXT else "---:" for name in columns]]
+    for row in table:
+        lines.append([row[name].replace("|", "\\|") for name in columns])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -204,28 +231,33 @@ def html(
     tables: Mapping[str, tuple[Rows, Sequence[str]]],
     figures: Mapping[str, tuple[str, str]] | None = None,
 ) -> str:
-    """Return one page that loads nothing from anywhere.
+    """Return one page that loads nothing from elsewhere.
 
     Args:
         title: heading of the page.
-        tables: by their heading: a table from `rows` or `across_rows`, and notes below it.
-        figures: by their caption: the addresses (`data:` from `figures.embedded`) of a picture for a light and
-            for a dark ground.
+        tables: by heading, a table from `rows` or `across_rows` and the notes below it.
+        figures: by caption, a picture for a light and one for a dark background, as `data:` addresses from
+            `figures.embedded`.
 
     Returns:
         The text of an HTML file.
     """
-    columns = dict.fromkeys(name for table, _ in tables.values() for name in (table[0] if table else ()))
+    columns: dict[str, None] = {}
+    for table, _ in tables.values():
+        for row in table[:1]:
+            columns.update(dict.fromkeys(row))
     parts = {
         "TITLE": escape(title),
         "STYLE": (files("eafo_dynamic.records.report") / "style.css").read_text(encoding="utf-8"),
-        "TABLES": "".join(_section(heading, *content) for heading, content in tables.items()),
-        "FIGURES": "".join(_figure(caption, *pictures) for caption, pictures in (figures or {}).items()),
+        "TABLES": "".join(_section(heading, table, below) for heading, (table, below) in tables.items()),
+        "FIGURES": "".join(_figure(caption, light, dark) for caption, (light, dark) in (figures or {}).items()),
         "MEANINGS": "".join(f"<dt>{escape(name)}</dt><dd>{escape(MEANINGS[name])}</dd>" for name in columns),
     }
-    page = (files("eafo_dynamic.experiments.compare") / "page.html").read_text(encoding="utf-8")
-    # Split, not replaced one after the other: an arm's name may look like a place of the template.
-    return "".join(parts[piece] if number % 2 else piece for number, piece in enumerate(page.split("@@")))
+    template = (files("eafo_dynamic.experiments.compare") / "page.html").read_text(encoding="utf-8")
+    # Split once, not replaced one part after the other: an arm's name may look like a place of the template.
+    pieces = template.split("@@")
+    pieces[1::2] = [parts[name] for name in pieces[1::2]]
+    return "".join(pieces)
 
 
 def write_html(page: str, out: Path) -> Path:
@@ -250,15 +282,14 @@ def write_html(page: str, out: Path) -> Path:
 
 
 def _section(heading: str, table: Rows, below: Sequence[str]) -> str:
-    names = list(table[0])
-    head = "".join(f'<th scope="col"{_class(name)} title="{escape(MEANINGS[name])}">{name}</th>' for name in names)
-    body = "".join("<tr>" + "".join(_cell(name, row[name]) for name in names) + "</tr>" for row in table)
+    columns = list(table[0])
+    head = "".join(_heading_cell(name) for name in columns)
+    body = "".join("<tr>" + "".join(_cell(name, row[name]) for name in columns) + "</tr>" for row in table)
+    lines = "".join(f"<li>{escape(line)}</li>" for line in below)
     return (
         f'<section><h2>{escape(heading)}</h2><div class="scroll" tabindex="0" role="region" '
         f'aria-label="{escape(heading)}"><table><thead><tr>{head}</tr></thead>'
-        f'<tbody>{body}</tbody></table></div><ul class="notes">'
-        + "".join(f"<li>{escape(line)}</li>" for line in below)
-        + "</ul></section>"
+        f'<tbody>{body}</tbody></table></div><ul class="notes">{lines}</ul></section>'
     )
 
 
@@ -270,27 +301,56 @@ def _figure(caption: str, light: str, dark: str) -> str:
     )
 
 
+def _heading_cell(name: str) -> str:
+    return f'<th scope="col"{_class(name)} title="{escape(MEANINGS[name])}">{name}</th>'
+
+
 def _cell(name: str, text: str) -> str:
     if name == "arm":
         return f'<th scope="row">{escape(text)}</th>'
-    kind = f' class="{text}"' if name == "verdict" and text in ("better", "worse") else _class(name)
-    return f"<td{kind}>{escape(text)}</td>"
+    if name == "verdict" and text in ("better", "worse"):
+        return f'<td class="{text}">{text}</td>'
+    return f"<td{_class(name)}>{escape(text)}</td>"
 
 
 def _class(name: str) -> str:
-    return "" if name in _TEXT else ' class="number"'
+    if name in _TEXT:
+        return ""
+    return ' class="number"'
 
 
 def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:#.4g}" if abs(value) < 1e3 else f"{value:.6g}"
-
-
-def _range(value: float, low: float, high: float, style: str) -> str:
     if math.isnan(value):
         return "-"
-    ends = "" if math.isnan(low) else f" [{low:+{style}}, {high:+{style}}]"
-    return f"{value:+{style}}{ends}"
+    if abs(value) < 1e3:
+        return f"{value:#.4g}"
+    return f"{value:.6g}"
+
+
+def _optional(value: float | None, style: str) -> str:
+    if value is None:
+        return "-"
+    return format(value, style)
+
+
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}x"
+
+
+def _with_interval(value: float, low: float, high: float, style: str) -> str:
+    if math.isnan(value):
+        return "-"
+    text = f"{value:+{style}}"
+    if math.isnan(low):
+        return text
+    return f"{text} [{low:+{style}}, {high:+{style}}]"
 
 
 def _p(value: float) -> str:
-    return "-" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    if math.isnan(value):
+        return "-"
+    if value < 0.001:
+        return "< 0.001"
+    return f"{value:.3f}"
