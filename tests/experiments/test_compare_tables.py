@@ -72,7 +72,7 @@ def test_another_reference_is_named_in_tables_and_figures() -> None:
     assert [row["arm"] for row in shown] == ["a (reference)", "b", "c (against b)"]
     assert shown[2]["relative [%]"].startswith("-33.33")
     for drawn in (figures.forest(pairs), figures.sensitivity(pairs, {"b": 1, "c": 2}, "x")):
-        assert "arm less its reference" in texts(drawn)
+        assert "arm minus its reference" in texts(drawn)
     table["b"][3] = math.nan
     lines = notes(compare(table, "a", "loss", against={"c": "b"}))
     assert lines[-2:] == ["b: diverged in seed 3.", "b (reference): diverged in seed 3."]

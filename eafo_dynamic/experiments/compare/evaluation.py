@@ -1,12 +1,12 @@
-"""What finished cells say: tables in the terminal; files with tables, a page and figures beside the cells."""
+"""The evaluation of finished cells: tables, figures, and the files that hold them."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.experiments.compare.across import summarise
@@ -21,17 +21,21 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "evaluate", "write"]
 
 
+Tables = dict[str, tuple[list[dict[str, str]], list[str]]]
+"""By heading: the rows of a table, and the notes below it."""
+
+
 class Evaluation:
-    """One plan's finished cells, compared.
+    """The comparison of one plan's finished cells.
 
     Args:
         plan: the plan.
 
     Attributes:
         plan: the plan.
-        cells: what is finished.
-        pairs: every arm against its reference, by metric; the plan's own metric is the first.
-        doubts: cells that did not start as their reference did.
+        cells: the finished cells.
+        pairs: by metric, every arm compared with its reference; the plan's own metric is the first.
+        doubts: what makes a pair unfair: cells that did not start as their reference did.
 
     Raises:
         ConfigError: if no cell has logged the plan's metric.
@@ -49,33 +53,33 @@ class Evaluation:
             if metric not in logged:
                 raise ConfigError("metric", metric, "was not logged", f"There are: {', '.join(logged)}.")
             higher = plan.higher_is_better if metric == plan.metric else None
-            found = values(self.cells, metric)
             self.pairs[metric] = compare(
-                *(found, plan.reference, metric),
+                values(self.cells, metric),
+                plan.reference,
+                metric,
                 higher_is_better=higher,
                 step_ms=times,
                 seeds=plan.seeds,
                 against=against,
             )
 
-    def tables(self) -> dict[str, tuple[list[dict[str, str]], list[str]]]:
-        """One table a metric, and what a reader must know of it.
+    def tables(self) -> Tables:
+        """One table per metric, with notes on what a reader must know.
 
         Returns:
-            By heading: rows and notes; empty while nothing can be paired.
+            The tables; none while nothing can be paired.
         """
-        doubts = self.doubts
         return {
-            f"{self.plan.title}: {metric}": (rows(pairs), notes(pairs, doubts))
+            f"{self.plan.title}: {metric}": (rows(pairs), notes(pairs, self.doubts))
             for metric, pairs in self.pairs.items()
             if pairs
         }
 
     def figures(self, dark: bool = False) -> dict[str, Figure]:
-        """What the numbers look like.
+        """Draws the comparison of the plan's own metric, and the entropies.
 
         Args:
-            dark: whether to draw on a dark ground.
+            dark: whether to draw on a dark background.
 
         Returns:
             By name: ``differences``; ``sensitivity`` of a sweep; ``entropy`` and ``entropy_change`` where arms have
@@ -84,7 +88,9 @@ class Evaluation:
         from eafo_dynamic.experiments.compare import figures
 
         pairs = self.pairs[self.plan.metric]
-        drawn: dict[str, Figure] = {"differences": figures.forest(pairs, dark=dark)} if pairs else {}
+        drawn: dict[str, Figure] = {}
+        if pairs:
+            drawn["differences"] = figures.forest(pairs, dark=dark)
         swept = {arm.name: arm.swept for arm in self.plan.arms if arm.swept is not None}
         if self.plan.sweep is not None and any(pair.arm in swept for pair in pairs):
             drawn["sensitivity"] = figures.sensitivity(pairs, swept, self.plan.sweep, dark=dark)
@@ -94,21 +100,27 @@ class Evaluation:
         return drawn
 
 
-def evaluate(plans: Sequence[Plan]) -> tuple[list[Evaluation], dict[str, tuple[list[dict[str, str]], list[str]]]]:
+def evaluate(plans: Sequence[Plan]) -> tuple[list[Evaluation], Tables]:
     """Compares what is finished of one plan or several.
 
     Args:
         plans: the plans.
 
     Returns:
-        One evaluation a plan, and the tables; with several plans the last one goes across them.
+        One evaluation per plan, and the tables; with several plans the last table is over all of them.
     """
-    done = [Evaluation(plan) for plan in plans]
-    tables = {heading: table for each in done for heading, table in each.tables().items()}
-    over = {each.plan.title: each.pairs[each.plan.metric] for each in done if each.pairs[each.plan.metric]}
-    if len(over) > 1:
-        tables[f"Over {len(over)} tasks"] = (across_rows(summarise(over)), ["Arms are the same where their names are."])
-    return done, tables
+    evaluations = [Evaluation(plan) for plan in plans]
+    tables: Tables = {}
+    pairs_by_task: dict[str, list[Paired]] = {}
+    for each in evaluations:
+        tables.update(each.tables())
+        pairs = each.pairs[each.plan.metric]
+        if pairs:
+            pairs_by_task[each.plan.title] = pairs
+    if len(pairs_by_task) > 1:
+        note = "Arms are the same where their names are."
+        tables[f"Over {len(pairs_by_task)} tasks"] = (across_rows(summarise(pairs_by_task)), [note])
+    return evaluations, tables
 
 
 def write(evaluation: Evaluation) -> list[Path]:
@@ -122,23 +134,26 @@ def write(evaluation: Evaluation) -> list[Path]:
     """
     folder = evaluation.plan.directory
     tables = evaluation.tables()
-    made = [write_csv(evaluation.cells, folder / "results.csv"), folder / "table.md"]
-    made[1].write_text(_markdown(tables), encoding="utf-8")
+    table = folder / "table.md"
+    table.write_text(_markdown(tables), encoding="utf-8")
+    written = [write_csv(evaluation.cells, folder / "results.csv"), table]
     if importlib.util.find_spec("matplotlib") is None:
         print("without matplotlib there are no figures: pip install 'eafo-dynamic[plots]'", file=sys.stderr)
-        return made
-    light, dark = evaluation.figures(), evaluation.figures(dark=True)
+        return written
     from eafo_dynamic.experiments.compare.figures import address
 
+    light = evaluation.figures()
+    dark = evaluation.figures(dark=True)
     for name, figure in light.items():
-        made.append(folder / f"{name}.png")
-        figure.savefig(made[-1])
+        picture = folder / f"{name}.png"
+        figure.savefig(picture)
+        written.append(picture)
     pictures = {name: (address(light[name]), address(dark[name])) for name in light}
-    made.append(write_html(html(evaluation.plan.title, tables, pictures), folder / "comparison.html"))
-    return made
+    written.append(write_html(html(evaluation.plan.title, tables, pictures), folder / "comparison.html"))
+    return written
 
 
-def _markdown(tables: Mapping[str, tuple[Any, Sequence[str]]]) -> str:
+def _markdown(tables: Tables) -> str:
     parts: list[str] = []
     for heading, (table, below) in tables.items():
         parts += [f"### {heading}", markdown(table).rstrip(), *below]

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["address", "embedded", "entropy_change", "entropy_trajectories", "forest", "sensitivity"]
 
-_BETTER, _WORSE = 2, 1
+_BETTER = 2  # index of a style's line colours
+_WORSE = 1
+_DOT = 12  # area [points^2] of a seed's mark
+_DIAMOND = 46  # of a mean's mark
+_RING = 48  # of a mean entropy's mark
 
 
 def forest(pairs: Sequence[Paired], dark: bool = False) -> Figure:
@@ -28,33 +32,33 @@ def forest(pairs: Sequence[Paired], dark: bool = False) -> Figure:
 
     Args:
         pairs: what `compare` returned, of one metric.
-        dark: whether to draw on a dark ground.
+        dark: whether to draw on a dark background.
 
     Returns:
-        A figure with one line an arm; green is a gain, orange a loss, as far as the verdict says so. In percent
-        of the reference's mean where that is not 0.
+        A figure with one line per arm; green where the verdict is `better`, orange where it is `worse`. In percent
+        of the reference's mean, unless that is 0 for some arm.
     """
     from matplotlib.figure import Figure
 
-    style = DARK if dark else LIGHT
-    percent = all(pair.relative is not None for pair in pairs)
+    style = _style(dark)
+    percent = _in_percent(pairs)
+    main = main_reference(pairs)
     with drawing(style):
         figure = Figure(figsize=(8, 1.6 + 0.34 * len(pairs)), layout="constrained")
         axes = figure.add_subplot()
-        for place, pair in enumerate(pairs):
-            scale = 100 / abs(pair.reference_mean) if percent else 1.0
+        for line, pair in enumerate(pairs):
+            scale = _scale(pair, percent)
             colour = _colour(pair, style)
             dots = [scale * value for value in pair.differences]
-            axes.scatter(dots, [place + shift for shift in _spread(len(dots))], s=12, color=style.faint, linewidths=0)
+            heights = [line + shift for shift in _spread(len(dots))]
+            axes.scatter(dots, heights, s=_DOT, color=style.faint, linewidths=0)
             if not math.isnan(pair.low):
-                axes.plot([scale * pair.low, scale * pair.high], [place, place], color=colour, linewidth=2.5)
-            axes.scatter([scale * pair.difference], [place], s=46, marker="D", color=colour, zorder=3)
+                axes.plot([scale * pair.low, scale * pair.high], [line, line], color=colour, linewidth=2.5)
+            axes.scatter([scale * pair.difference], [line], s=_DIAMOND, marker="D", color=colour, zorder=3)
         axes.axvline(0, color=style.ink, linewidth=0.8)
-        main = main_reference(pairs)
-        axes.set_yticks(range(len(pairs)), [f"{labelled(pair, main)}  (n={len(pair.seeds)})" for pair in pairs])
-        axes.set_ylim(len(pairs) - 0.4, -0.6)
-        axes.grid(axis="y", visible=False)
-        _label_direction(axes, pairs, percent)
+        _name_lines(axes, [f"{labelled(pair, main)}  (n={len(pair.seeds)})" for pair in pairs])
+        axes.set_title(f"{_title(pairs, percent)}; better is {'right' if pairs[0].higher_is_better else 'left'}")
+        axes.set_xlabel(_difference_label(pairs, percent))
         figure.draw_without_rendering()
         return figure
 
@@ -66,11 +70,11 @@ def sensitivity(pairs: Sequence[Paired], swept: Mapping[str, Any], option: str, 
         pairs: what `compare` returned, of one metric.
         swept: the option's value by arm; arms without one are left out.
         option: name of the option.
-        dark: whether to draw on a dark ground.
+        dark: whether to draw on a dark background.
 
     Returns:
         A figure with the mean, its 95 % interval and every seed as a dot. The axis is logarithmic where all
-        values are positive numbers that span a factor of 8 or more; values that are no numbers stand side by side.
+        values are positive numbers that span a factor of 8 or more; values that are not numbers stand side by side.
 
     Raises:
         LogError: if no arm has a value.
@@ -81,32 +85,38 @@ def sensitivity(pairs: Sequence[Paired], swept: Mapping[str, Any], option: str, 
     chosen = [pair for pair in pairs if pair.arm in swept and pair.seeds]
     if not chosen:
         raise LogError(f"no finished arm has a value of {option}")
-    numeric = all(isinstance(swept[pair.arm], (int, float)) and type(swept[pair.arm]) is not bool for pair in chosen)
-    chosen = sorted(chosen, key=lambda pair: swept[pair.arm]) if numeric else chosen
-    places = [float(swept[pair.arm]) for pair in chosen] if numeric else [float(n) for n in range(len(chosen))]
-    percent = all(pair.relative is not None for pair in chosen)
-    scales = [100 / abs(pair.reference_mean) if percent else 1.0 for pair in chosen]
-    style = DARK if dark else LIGHT
+    numeric = all(_is_number(swept[pair.arm]) for pair in chosen)
+    if numeric:
+        chosen.sort(key=lambda pair: swept[pair.arm])
+    values = [swept[pair.arm] for pair in chosen]
+    places = [float(value) for value in values] if numeric else [float(number) for number in range(len(values))]
+    percent = _in_percent(chosen)
+    means = [_scale(pair, percent) * pair.difference for pair in chosen]
+    style = _style(dark)
     with drawing(style):
         figure = Figure(figsize=(8, 4.2), layout="constrained")
         axes = figure.add_subplot()
-        means = [scale * pair.difference for scale, pair in zip(scales, chosen, strict=True)]
         if numeric:
             axes.plot(places, means, color=style.faint, linewidth=1, zorder=1)
-        for place, mean, scale, pair in zip(places, means, scales, chosen, strict=True):
-            dots = [scale * value for value in pair.differences]
-            # Beside the interval, which would hide them; in points, as the axis may be logarithmic.
-            beside = offset_copy(axes.transData, fig=figure, x=7, units="points")
-            axes.scatter([place] * len(dots), dots, s=12, color=style.faint, linewidths=0, transform=beside)
-            axes.update_datalim([(place, dot) for dot in dots])
+        # Dots stand beside the interval, which would hide them; in points, as the axis may be logarithmic.
+        beside = offset_copy(axes.transData, fig=figure, x=7, units="points")
+        for place, mean, pair in zip(places, means, chosen, strict=True):
+            scale = _scale(pair, percent)
             colour = _colour(pair, style)
+            dots = [scale * value for value in pair.differences]
+            axes.scatter([place] * len(dots), dots, s=_DOT, color=style.faint, linewidths=0, transform=beside)
+            axes.update_datalim([(place, dot) for dot in dots])
             if not math.isnan(pair.low):
                 axes.plot([place, place], [scale * pair.low, scale * pair.high], color=colour, linewidth=2.5)
-            axes.scatter([place], [mean], s=46, marker="D", color=colour, zorder=3)
-        _mark_values(axes, places, [swept[pair.arm] for pair in chosen], numeric)
+            axes.scatter([place], [mean], s=_DIAMOND, marker="D", color=colour, zorder=3)
+        if numeric:
+            _mark_numbers(axes, places)
+        else:
+            _mark_names(axes, values)
         axes.axhline(0, color=style.ink, linewidth=0.8)
+        axes.set_title(f"{_title(chosen, percent)}; better is {'up' if chosen[0].higher_is_better else 'down'}")
         axes.set_xlabel(option)
-        _label_direction(axes, chosen, percent, upright=True)
+        axes.set_ylabel(_difference_label(chosen, percent))
         figure.draw_without_rendering()
         return figure
 
@@ -116,10 +126,10 @@ def entropy_trajectories(cells: Sequence[Cell], dark: bool = False) -> Figure:
 
     Args:
         cells: cells of one task; those without a correction log are left out.
-        dark: whether to draw on a dark ground.
+        dark: whether to draw on a dark background.
 
     Returns:
-        A figure with one line an arm. Seeds are averaged at the steps that all seeds of the arm have.
+        A figure with one line per arm. Seeds are averaged at the steps that all seeds of the arm have.
 
     Raises:
         LogError: if no cell has a trajectory.
@@ -130,20 +140,21 @@ def entropy_trajectories(cells: Sequence[Cell], dark: bool = False) -> Figure:
     arms = _by_arm([cell for cell in cells if cell.entropy_steps])
     if not arms:
         raise LogError("no finished cell has a correction log: there is no entropy to draw")
-    style = DARK if dark else LIGHT
+    style = _style(dark)
     with drawing(style):
         figure = Figure(figsize=(8, 4.2 + 0.12 * len(arms)), layout="constrained")
         axes = figure.add_subplot()
         for number, (arm, found) in enumerate(arms.items()):
             series = [dict(zip(cell.entropy_steps, cell.entropy_mean, strict=True)) for cell in found]
             steps = sorted(set(series[0]).intersection(*series))
-            values = numpy.array([[one[step] for step in steps] for one in series]).reshape(len(series), -1)
+            # [seeds, steps], also where the seeds have no step in common
+            entropies = numpy.array([[one[step] for step in steps] for one in series]).reshape(len(series), len(steps))
+            mean = entropies.mean(0)
             colour, dashes = _line(number, style)
-            label = f"{arm}  (n={len(found)})"
-            axes.plot(steps, values.mean(0), color=colour, linestyle=dashes, linewidth=1.5, label=label)
+            axes.plot(steps, mean, color=colour, linestyle=dashes, linewidth=1.5, label=f"{arm}  (n={len(found)})")
             if len(found) > 1:
-                low, high = values.mean(0) - values.std(0, ddof=1), values.mean(0) + values.std(0, ddof=1)
-                axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+                deviation = entropies.std(0, ddof=1)
+                axes.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
         axes.set_xlabel("step")
         axes.set_ylabel("entropy, mean over the sites [nats]")
         axes.set_title("Entropy while training: mean and standard deviation over the seeds")
@@ -157,42 +168,40 @@ def entropy_change(cells: Sequence[Cell], dark: bool = False) -> Figure:
 
     Args:
         cells: cells of one task; those without a correction log are left out.
-        dark: whether to draw on a dark ground.
+        dark: whether to draw on a dark background.
 
     Returns:
-        A figure with one row an arm: a faint line from first to last for each seed, and the means, a ring and
-        a dot. The share of seeds whose entropy fell stands beside the arm's name.
+        A figure with one row per arm: a faint line from first to last for each seed, and the means as a ring and
+        a dot. The number of seeds whose entropy fell stands beside the arm's name.
 
     Raises:
         LogError: if no cell has both entropies.
     """
     from matplotlib.figure import Figure
 
-    arms = _by_arm([cell for cell in cells if cell.entropy_first is not None and cell.entropy_last is not None])
-    if not arms:
+    ends = _entropy_ends(cells)
+    if not ends:
         raise LogError("no finished cell has a correction log: there is no entropy to draw")
-    style = DARK if dark else LIGHT
+    style = _style(dark)
     names: list[str] = []
     with drawing(style):
-        figure = Figure(figsize=(8, 1.7 + 0.42 * len(arms)), layout="constrained")
+        figure = Figure(figsize=(8, 1.7 + 0.42 * len(ends)), layout="constrained")
         axes = figure.add_subplot()
-        for place, (arm, found) in enumerate(arms.items()):
-            first, last = [cell.entropy_first or 0.0 for cell in found], [cell.entropy_last or 0.0 for cell in found]
-            fell = sum(after < before for before, after in zip(first, last, strict=True))
-            names.append(f"{arm}  (fell in {fell} of {len(found)})")
-            for shift, before, after in zip(_spread(len(found)), first, last, strict=True):
-                axes.plot([before, after], [place + shift] * 2, color=style.faint, linewidth=0.9, zorder=1)
-            means = sum(first) / len(first), sum(last) / len(last)
-            axes.plot(means, [place, place], color=style.ink, linewidth=1.2, zorder=2)
-            ring = axes.scatter(means[0], place, s=48, facecolor=style.ground, edgecolor=style.lines[1], zorder=3)
-            dot = axes.scatter(means[1], place, s=48, color=style.lines[0], zorder=3)
-            if place == 0:
+        for line, (arm, seeds) in enumerate(ends.items()):
+            fell = sum(last < first for first, last in seeds)
+            names.append(f"{arm}  (fell in {fell} of {len(seeds)})")
+            for shift, (first, last) in zip(_spread(len(seeds)), seeds, strict=True):
+                axes.plot([first, last], [line + shift] * 2, color=style.faint, linewidth=0.9, zorder=1)
+            mean_first = sum(first for first, _ in seeds) / len(seeds)
+            mean_last = sum(last for _, last in seeds) / len(seeds)
+            axes.plot([mean_first, mean_last], [line, line], color=style.ink, linewidth=1.2, zorder=2)
+            ring = axes.scatter(mean_first, line, s=_RING, facecolor=style.ground, edgecolor=style.lines[1], zorder=3)
+            dot = axes.scatter(mean_last, line, s=_RING, color=style.lines[0], zorder=3)
+            if line == 0:
                 ring.set_label("first update, mean")
                 dot.set_label("last update, mean")
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel("entropy, mean over the sites [nats]; faint lines: one a seed")
+        _name_lines(axes, names)
+        axes.set_xlabel("entropy, mean over the sites [nats]; one faint line per seed")
         axes.set_title("Entropy, from the first update to the last")
         figure.legend(loc="outside lower right", ncols=2)
         figure.draw_without_rendering()
@@ -200,57 +209,92 @@ def entropy_change(cells: Sequence[Cell], dark: bool = False) -> Figure:
 
 
 def embedded(draw: Callable[..., Figure], *args: Any) -> tuple[str, str]:
-    """Draw a figure for a page: `embedded(forest, pairs)`.
+    """Draw a figure for a page, as in `embedded(forest, pairs)`.
 
     Args:
         draw: one of the functions above.
-        *args: what it takes, without `dark`.
+        *args: its arguments without `dark`.
 
     Returns:
-        Addresses of an SVG for a light and for a dark ground, their contents in them.
+        `data:` addresses of an SVG for a light and of one for a dark background.
     """
     return address(draw(*args, dark=False)), address(draw(*args, dark=True))
 
 
 def address(figure: Figure) -> str:
-    """Return a figure as a `data:` address.
+    """Return a figure as a `data:` address, which holds the picture itself.
 
     Args:
         figure: the figure.
 
     Returns:
-        An SVG, in base64; equal figures give equal text.
+        The address of an SVG in base64; equal figures give equal text.
     """
     import matplotlib
 
     out = io.BytesIO()
-    # Without a salt of its own every SVG has other names for the same things.
+    # Without a fixed salt, matplotlib names the parts of an SVG at random.
     with matplotlib.rc_context({"svg.hashsalt": "eafo_dynamic"}):
         figure.savefig(out, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
-def _label_direction(axes: Axes, pairs: Sequence[Paired], percent: bool, upright: bool = False) -> None:
-    pair = pairs[0]
-    reference = pair.reference if len({each.reference for each in pairs}) == 1 else "its reference"
+def _style(dark: bool) -> Style:
+    if dark:
+        return DARK
+    return LIGHT
+
+
+def _in_percent(pairs: Sequence[Paired]) -> bool:
+    return all(pair.relative is not None for pair in pairs)
+
+
+def _scale(pair: Paired, percent: bool) -> float:
+    """Return what turns a difference into what is drawn."""
+    if percent:
+        return 100 / abs(pair.reference_mean)
+    return 1.0
+
+
+def _title(pairs: Sequence[Paired], percent: bool) -> str:
+    references = {pair.reference for pair in pairs}
+    reference = references.pop() if len(references) == 1 else "its reference"
     unit = f"% of {reference}'s mean" if percent else "in its own unit"
-    arrow = ("up" if pair.higher_is_better else "down") if upright else "right" if pair.higher_is_better else "left"
-    axes.set_title(f"{pair.metric}: arm less {reference}, {unit}; better is {arrow}")
-    (axes.set_ylabel if upright else axes.set_xlabel)(f"paired difference [{'%' if percent else pair.metric}]")
+    return f"{pairs[0].metric}: arm minus {reference}, {unit}"
 
 
-def _mark_values(axes: Axes, places: Sequence[float], values: Sequence[Any], numeric: bool) -> None:
-    if not numeric:
-        texts = [
-            "\n".join(map(value_text, value)) if isinstance(value, list) else value_text(value) for value in values
-        ]
-        axes.set_xticks(places, texts)
-        axes.set_xlim(-0.6, len(places) - 0.4)
-        return
-    if min(places) > 0 and max(places) / min(places) >= 8:
+def _difference_label(pairs: Sequence[Paired], percent: bool) -> str:
+    unit = "%" if percent else pairs[0].metric
+    return f"paired difference [{unit}]"
+
+
+def _name_lines(axes: Axes, names: Sequence[str]) -> None:
+    """Name the lines of a figure on the left, the first line at the top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+
+
+def _mark_numbers(axes: Axes, values: Sequence[float]) -> None:
+    if min(values) > 0 and max(values) / min(values) >= 8:
         axes.set_xscale("log")
         axes.minorticks_off()
-    axes.set_xticks(places, [f"{value:g}" for value in places])
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+
+
+def _mark_names(axes: Axes, values: Sequence[Any]) -> None:
+    axes.set_xticks(range(len(values)), [_tick(value) for value in values])
+    axes.set_xlim(-0.6, len(values) - 0.4)
+
+
+def _tick(value: Any) -> str:
+    if isinstance(value, list):
+        return "\n".join(map(value_text, value))
+    return value_text(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _colour(pair: Paired, style: Style) -> str:
@@ -259,17 +303,29 @@ def _colour(pair: Paired, style: Style) -> str:
 
 
 def _line(number: int, style: Style) -> tuple[str, str]:
+    """Return colour and dashes: dashes change once all colours are used."""
     dashes = ("-", "--", ":", "-.")
     return style.lines[number % len(style.lines)], dashes[number // len(style.lines) % len(dashes)]
 
 
 def _spread(count: int) -> list[float]:
-    """Return places across a line of the figure, so that equal seeds stay visible."""
-    return [0.0] if count == 1 else [0.26 * (2 * number / (count - 1) - 1) for number in range(count)]
+    """Return shifts across a line of the figure, so that equal seeds stay visible."""
+    if count == 1:
+        return [0.0]
+    return [0.26 * (2 * number / (count - 1) - 1) for number in range(count)]
 
 
 def _by_arm(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     found: dict[str, list[Cell]] = {}
     for cell in cells:
         found.setdefault(cell.arm, []).append(cell)
+    return found
+
+
+def _entropy_ends(cells: Sequence[Cell]) -> dict[str, list[tuple[float, float]]]:
+    """Return the first and the last entropy of each seed, by arm."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for cell in cells:
+        if cell.entropy_first is not None and cell.entropy_last is not None:
+            found.setdefault(cell.arm, []).append((cell.entropy_first, cell.entropy_last))
     return found
