@@ -1,4 +1,4 @@
-"""The configuration of one cell: the task's, with what its arm and its seed change, and nothing else."""
+"""The configuration of one cell: the task's, with the changes of its arm and its seed, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ ACTIVATION = "model.init_args.model.init_args.activation"
 WEIGHTS = "model.init_args.weights"
 
 _CALLBACK = "eafo_dynamic.EAFOCallback"
-_LEFT_OUT = ("EAFOCallback", "ModelCheckpoint")  # the arm says which corrections; weights are kept by the cells
-_QUIET = {  # nothing of it changes what is trained
+_HIDDEN = ("verbose", "dirpath")  # options of it that are no difference between arms
+_LEFT_OUT = ("EAFOCallback", "ModelCheckpoint")  # the arm says which corrections; cells keep no checkpoints
+_QUIET = {  # none of it changes what is trained
     "trainer.logger": False,
     "trainer.enable_checkpointing": False,
     "trainer.enable_progress_bar": False,
@@ -33,19 +34,19 @@ def compose(plan: Plan, arm: Arm, seed: int, folder: Path, weights: Path | None 
     """The configuration of one cell.
 
     Args:
-        plan: arms, seeds and task.
-        arm: one of the plan's.
-        seed: one of the plan's.
-        folder: of the cell; its correction log goes there.
+        plan: the plan.
+        arm: one of its arms.
+        seed: the cell's seed.
+        folder: the cell's folder, where its correction log goes.
         weights: checkpoint to start from, where the plan pretrains.
 
     Returns:
-        What LightningCLI takes, as plain values.
+        A configuration for LightningCLI, in plain values.
 
     Raises:
-        ConfigError: if the arm names an activation and the task's network takes none.
+        ConfigError: if the arm names an activation but the task's network takes none.
     """
-    config = _of_task(plan.task, {**plan.settings, **arm.settings}, seed, plan.seed_keys)
+    config = _task_config(plan.task, {**plan.settings, **arm.settings}, seed, plan.seed_keys)
     _put(config, "trainer.default_root_dir", str(folder))
     if weights is not None:
         _put(config, WEIGHTS, str(weights))
@@ -61,38 +62,41 @@ def compose(plan: Plan, arm: Arm, seed: int, folder: Path, weights: Path | None 
 
 
 def compose_pretraining(plan: Plan, seed: int, folder: Path) -> Config:
-    """The configuration that trains what the arms of a seed start from; no corrections in it.
+    """The configuration of the training that the arms of a seed start from; it has no corrections.
 
     Args:
-        plan: with `pretrain`.
-        seed: one of the plan's.
+        plan: a plan with `pretrain`.
+        seed: the seed.
         folder: for whatever the run writes.
 
     Returns:
-        What LightningCLI takes, as plain values.
+        A configuration for LightningCLI, in plain values.
     """
     assert plan.pretrain is not None
-    config = _of_task(plan.pretrain, plan.pretrain_settings, seed, plan.seed_keys)
+    config = _task_config(plan.pretrain, plan.pretrain_settings, seed, plan.seed_keys)
     _put(config, "trainer.default_root_dir", str(folder))
     return config
 
 
-def _of_task(task: Path, settings: Mapping[str, Any], seed: int, seed_keys: tuple[str, ...]) -> Config:
+def _task_config(task: Path, settings: Mapping[str, Any], seed: int, seed_keys: tuple[str, ...]) -> Config:
     config = copy.deepcopy(read_yaml(task, "task"))
     if not isinstance(config, dict) or not {"model", "data"} <= set(config):
         raise ConfigError("task", str(task), "has no model or no data", "Name a configuration of eafo-dynamic fit.")
     trainer = config.setdefault("trainer", {})
     callbacks = trainer.get("callbacks") or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    trainer["callbacks"] = [
-        each for each in callbacks if each.get("class_path", "").rpartition(".")[2] not in _LEFT_OUT
-    ]
+    if not isinstance(callbacks, list):
+        callbacks = [callbacks]
+    trainer["callbacks"] = [each for each in callbacks if _class_name(each) not in _LEFT_OUT]
     for key, value in {**_QUIET, **settings}.items():
         _put(config, key, copy.deepcopy(value))
     for key in seed_keys:
         if key == "seed_everything" or _get(config, key) is not None:
             _put(config, key, seed)
     return config
+
+
+def _class_name(callback: Mapping[str, Any]) -> str:
+    return callback.get("class_path", "").rpartition(".")[2]
 
 
 def _put(config: Config, key: str, value: Any) -> None:
@@ -106,7 +110,9 @@ def _put(config: Config, key: str, value: Any) -> None:
 
 def _get(config: Any, key: str) -> Any:
     for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
+        if not isinstance(config, dict):
+            return None
+        config = config.get(part)
     return config
 
 
@@ -115,57 +121,66 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
     Args:
         config: mappings and lists of plain values.
-        prefix: of every key.
+        prefix: what every key begins with.
 
     Returns:
-        One entry a leaf.
+        One entry per leaf; an empty mapping or list is a leaf.
     """
-    items = config.items() if isinstance(config, Mapping) else enumerate(config) if isinstance(config, list) else None
-    if items is None or not config:
+    if isinstance(config, Mapping):
+        children = dict(config)
+    elif isinstance(config, list):
+        children = dict(enumerate(config))
+    else:
+        children = {}
+    if not children:
         return {prefix: config}
-    return {
-        key: leaf
-        for name, value in items
-        for key, leaf in flat(value, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
+    leaves: dict[str, Any] = {}
+    for name, value in children.items():
+        leaves |= flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return leaves
 
 
 def differences(plan: Plan, arm: Arm) -> list[str]:
-    """What an arm differs in from the reference, as people read it.
+    """The differences between an arm and the reference, for people to read.
 
     Args:
         plan: the plan.
         arm: one of its arms.
 
     Returns:
-        ``key: value here (value there)``, sorted; the correction's options as ``eafo.<option>``.
+        ``key: the arm's value (the reference's value)``, sorted; the callback's options as ``eafo.<option>``.
     """
     folder = Path("cell")
-    here, there = (_leaves(compose(plan, each, plan.seeds[0], folder)) for each in (arm, plan.arm(plan.reference)))
+    ours = _leaves(compose(plan, arm, plan.seeds[0], folder))
+    theirs = _leaves(compose(plan, plan.arm(plan.reference), plan.seeds[0], folder))
     return [
-        f"{key}: {here.get(key, 'absent')} ({there.get(key, 'absent')})"
-        for key in sorted(here.keys() | there.keys())
-        if here.get(key) != there.get(key)
+        f"{key}: {ours.get(key, 'absent')} ({theirs.get(key, 'absent')})"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
     ]
 
 
 def _leaves(config: Config) -> dict[str, Any]:
+    """Return keys and values, the options of the EAFOCallback under ``eafo`` wherever it stands in the list."""
     callbacks = config["trainer"]["callbacks"]
-    ours = [each for each in callbacks if each["class_path"] == _CALLBACK]
-    config["trainer"]["callbacks"] = [each for each in callbacks if each not in ours]
-    eafo = flat(ours[0]["init_args"], "eafo") if ours else {}
-    hidden = ("eafo.verbose", "eafo.dirpath")
-    return {**flat(config), **{key: value for key, value in eafo.items() if key not in hidden}}
+    config["trainer"]["callbacks"] = [each for each in callbacks if each["class_path"] != _CALLBACK]
+    leaves = flat(config)
+    for callback in callbacks:
+        if callback["class_path"] == _CALLBACK:
+            options = {key: value for key, value in callback["init_args"].items() if key not in _HIDDEN}
+            for name, value in options.items():
+                leaves |= flat(value, f"eafo.{name}")
+    return leaves
 
 
 def fingerprint(config: Config, folder: Path, manner: tuple[Any, ...], pretrained: str = "") -> str:
-    """Says whether two cells would train the same, wherever their folders lie.
+    """A hash that is equal for two cells that would train the same, wherever their folders are.
 
     Args:
-        config: of the cell.
-        folder: the cell's; what lies in it does not count.
+        config: the cell's configuration.
+        folder: the cell's folder; paths in it do not count.
         manner: what else decides the result: threads of torch (the order of sums), the epoch that is tested.
-        pretrained: fingerprint of what the cell starts from, in place of the path of its weights.
+        pretrained: fingerprint of the pretraining, which counts in place of the path of its weights.
 
     Returns:
         Sixteen hexadecimal digits.

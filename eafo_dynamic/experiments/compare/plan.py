@@ -1,4 +1,4 @@
-"""What is compared: arms on one task, over seeds, as a YAML file says it."""
+"""The plan of a comparison: arms on one task, over seeds, read from a YAML file."""
 
 from __future__ import annotations
 
@@ -14,16 +14,30 @@ import yaml
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.internals.checks import at_least
 
-__all__ = ["Arm", "Plan", "read_plan", "read_yaml", "value_text"]
+__all__ = ["Arm", "Plan", "check_seed", "read_plan", "read_yaml", "value_text"]
 
 Options = dict[str, Any]
 
 _PLAN_KEYS = (
-    *("task", "title", "arms", "sweep", "reference", "seeds", "metric", "higher_is_better", "also"),
-    *("settings", "pretrain", "pretrain_settings", "directory", "threads", "select"),
+    "task",
+    "title",
+    "arms",
+    "sweep",
+    "reference",
+    "seeds",
+    "metric",
+    "higher_is_better",
+    "also",
+    "settings",
+    "pretrain",
+    "pretrain_settings",
+    "directory",
+    "threads",
+    "select",
 )
 _ARM_KEYS = ("activation", "eafo", "set", "against")
 _SEED_KEYS = ("seed_everything", "data.init_args.seed", "data.init_args.split_seed")
+_LARGEST_SEED = 2**32 - 1  # of numpy, and of Lightning's seed_everything
 _NAME = re.compile(r"[\w .,=()+:-]+")
 
 
@@ -33,10 +47,10 @@ class Arm:
 
     Attributes:
         name: as tables show it.
-        activation: of the network, by name; None: the task's own.
+        activation: name of the network's activation; None: the task's own.
         eafo: options of the EAFOCallback; None: the model trains without one.
-        settings: whatever else is different: configuration keys with dots, and their values.
-        swept: the value of the swept option, where the plan sweeps one.
+        settings: everything else that is different: configuration keys with dots, and their values.
+        swept: the value of the swept option; None where the plan sweeps none.
         against: name of the arm that it is compared with; None: the plan's reference.
     """
 
@@ -58,23 +72,23 @@ class Plan:
     """Arms times seeds on one task.
 
     Attributes:
-        name: of the plan's file, without its ending.
-        title: for people.
+        name: name of the plan's file, without its ending.
+        title: heading of its tables.
         task: configuration of ``eafo-dynamic fit`` that all arms share.
         arms: at least two; the reference is one of them.
-        reference: name of the arm that those are compared with which do not name another.
-        seeds: each of them decides initial weights, order of the data and its split, alike in all arms.
-        metric: what is compared.
-        higher_is_better: None: known from the metric's name.
+        reference: name of the arm that an arm is compared with unless it names another one.
+        seeds: a seed decides initial weights, order of the data and its split, in the same way in all arms.
+        metric: name of the metric that is compared.
+        higher_is_better: the metric's direction; None: known from its name.
         also: further metrics for the tables.
-        select: logged in validation: the epoch in which it was best is the one that is tested; None: the last.
+        select: a metric logged in validation; the weights of its best epoch are tested. None: those of the last.
         settings: configuration keys with dots and their values, for all arms.
-        pretrain: configuration that is trained once a seed, without corrections; the arms start from its weights.
-        pretrain_settings: as `settings`, for it.
+        pretrain: configuration that is trained once per seed, without corrections; the arms start from its weights.
+        pretrain_settings: like `settings`, for the pretraining.
         directory: where finished cells are kept.
-        threads: of torch, in every cell.
-        sweep: name of the swept option, as ``eafo.eps_init``; None: the arms are listed one by one.
-        seed_keys: configuration keys that get the seed, where the task has them.
+        threads: number of threads that torch uses in every cell.
+        sweep: name of the swept option, for example ``eafo.eps_init``; None: the arms are listed one by one.
+        seed_keys: configuration keys that are set to the seed, where the task has them.
     """
 
     name: str
@@ -96,7 +110,7 @@ class Plan:
     seed_keys: tuple[str, ...] = _SEED_KEYS
 
     def arm(self, name: str) -> Arm:
-        """The arm of a name.
+        """The arm with this name.
 
         Args:
             name: as the plan writes it.
@@ -105,7 +119,7 @@ class Plan:
             The arm.
 
         Raises:
-            ConfigError: if there is none.
+            ConfigError: if there is no such arm.
         """
         for arm in self.arms:
             if arm.name == name:
@@ -118,7 +132,7 @@ def read_yaml(path: Path, option: str) -> Any:
 
     Args:
         path: the file.
-        option: what named it, for messages.
+        option: the option that named it, for messages.
 
     Returns:
         Plain lists, mappings, text and numbers.
@@ -132,7 +146,7 @@ def read_yaml(path: Path, option: str) -> Any:
         raise ConfigError(option, str(path), f"cannot be read ({error})", "Name a YAML file.") from None
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
-        raise ConfigError(option, str(path), f"is not plain YAML ({problem})", "Mend the file there.") from None
+        raise ConfigError(option, str(path), f"is not plain YAML ({problem})", "Correct the file there.") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -147,7 +161,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_plan(path: Path, directory: Path | None = None) -> Plan:
-    """Reads and checks a plan; files that it names are sought beside it.
+    """Reads and checks a plan; paths in it are relative to its folder.
 
     Args:
         path: the plan's YAML file.
@@ -157,23 +171,23 @@ def read_plan(path: Path, directory: Path | None = None) -> Plan:
         The plan.
 
     Raises:
-        ConfigError: for an unknown key, a missing file, an arm that is none or twice there.
+        ConfigError: for an unknown key, a missing file, an arm that cannot be read or stands there twice.
     """
     raw = _mapping("plan", read_yaml(path, "--config"))
-    _known("plan", raw, _PLAN_KEYS)
-    for key in ("task", "metric"):
-        if not isinstance(raw.get(key), str):
-            mend = (
-                "Write task: digits_vit.yaml"
-                if key == "task"
-                else "Write metric: test_loss, or another that is logged."
-            )
-            raise ConfigError(key, raw.get(key), "the plan must name it", mend)
+    _check_keys("plan", raw, _PLAN_KEYS)
+    if not isinstance(raw.get("task"), str):
+        raise ConfigError("task", raw.get("task"), "the plan must name it", "Write task: digits_vit.yaml")
+    if not isinstance(raw.get("metric"), str):
+        mend = "Write metric: test_loss, or another that is logged."
+        raise ConfigError("metric", raw.get("metric"), "the plan must name it", mend)
     sweep, arms = _arms(raw, path.parent)
+    pretrain = None
+    if raw.get("pretrain"):
+        pretrain = _file_beside(path, "pretrain", raw["pretrain"])
     plan = Plan(
         name=path.stem,
         title=str(raw.get("title", path.stem)),
-        task=_beside(path, "task", raw["task"]),
+        task=_file_beside(path, "task", raw["task"]),
         arms=arms,
         reference=str(raw.get("reference", arms[0].name)),
         seeds=_seeds(raw.get("seeds", 10)),
@@ -182,7 +196,7 @@ def read_plan(path: Path, directory: Path | None = None) -> Plan:
         also=tuple(raw.get("also", ())),
         select=_selected(raw.get("select")),
         settings=_mapping("settings", raw.get("settings", {})),
-        pretrain=_beside(path, "pretrain", raw["pretrain"]) if raw.get("pretrain") else None,
+        pretrain=pretrain,
         pretrain_settings=_mapping("pretrain_settings", raw.get("pretrain_settings", {})),
         directory=directory or Path(raw.get("directory") or Path("runs") / "compare" / path.stem),
         threads=raw.get("threads", 1),
@@ -207,24 +221,24 @@ def _check_against(plan: Plan) -> None:
 
 
 def _arms(raw: Options, folder: Path) -> tuple[str | None, tuple[Arm, ...]]:
-    written = raw.get("arms", {})
-    if isinstance(written, str):  # a list of arms that several plans share
-        written = read_yaml(folder / written, "arms")
-    arms = [_arm(str(name), options) for name, options in _mapping("arms", written).items()]
-    sweep = raw.get("sweep")
-    name = None
-    if sweep is not None:
-        name, more = _swept(_mapping("sweep", sweep))
-        arms += more
+    """Return the name of the swept option, if any, and all arms."""
+    listed = raw.get("arms", {})
+    if isinstance(listed, str):  # a file with arms that several plans share
+        listed = read_yaml(folder / listed, "arms")
+    arms = [_arm(str(name), options) for name, options in _mapping("arms", listed).items()]
+    swept_option = None
+    if raw.get("sweep") is not None:
+        swept_option, swept_arms = _sweep(_mapping("sweep", raw["sweep"]))
+        arms += swept_arms
     if len(arms) < 2:
-        raise ConfigError("arms", list(written), "needs two arms or more", "Add one to compare with.")
-    for place, arm in enumerate(arms):
-        for earlier in arms[:place]:
+        raise ConfigError("arms", list(listed), "needs two arms or more", "Add one to compare with.")
+    for number, arm in enumerate(arms):
+        for earlier in arms[:number]:
             if arm.slug == earlier.slug:
                 raise ConfigError("arms", arm.name, f"has the name of {earlier.name!r}", "Give it a name of its own.")
             if _content(arm) == _content(earlier):
                 raise ConfigError("arms", arm.name, f"is the same as {earlier.name!r}", "Remove one of them.")
-    return name, tuple(arms)
+    return swept_option, tuple(arms)
 
 
 def _arm(name: str, options: Any, swept: Any = None) -> Arm:
@@ -232,43 +246,55 @@ def _arm(name: str, options: Any, swept: Any = None) -> Arm:
         raise ConfigError("arms", name, "is no name for an arm", "Use letters, digits, spaces and . , = + - : ( ).")
     where = f"arms.{name}"
     options = _mapping(where, options or {})
-    _known(where, options, _ARM_KEYS)
+    _check_keys(where, options, _ARM_KEYS)
     eafo = options.get("eafo")
+    if eafo is not None:
+        eafo = _mapping(f"{where}.eafo", eafo)
+    against = options.get("against")
+    if against is not None:
+        against = str(against)
     return Arm(
         name=name,
         activation=options.get("activation"),
-        eafo=None if eafo is None else _mapping(f"{where}.eafo", eafo),
+        eafo=eafo,
         settings=_mapping(f"{where}.set", options.get("set", {})),
         swept=swept,
-        against=None if options.get("against") is None else str(options["against"]),
+        against=against,
     )
 
 
-def _swept(sweep: Options) -> tuple[str, list[Arm]]:
-    _known("sweep", sweep, ("option", "values", "arm"))
-    option, values = sweep.get("option"), sweep.get("values")
+def _sweep(sweep: Options) -> tuple[str, list[Arm]]:
+    """Return the name of the swept option, and one arm per value."""
+    _check_keys("sweep", sweep, ("option", "values", "arm"))
+    option = sweep.get("option")
+    values = sweep.get("values")
     if not isinstance(option, str) or not option.startswith(("eafo.", "set.", "activation")):
         mend = "Write option: eafo.eps_init, or set.KEY for a key of the task, or activation."
         raise ConfigError("sweep.option", option, "is nothing that can be swept", mend)
     if not isinstance(values, list) or not values:
         raise ConfigError("sweep.values", values, "is no list of values", "Write values: [0.01, 0.1].")
+    shared = _mapping("sweep.arm", sweep.get("arm") or {})
+    part, _, key = option.partition(".")
+    short = key.rpartition(".")[2] or part
     arms: list[Arm] = []
     for value in cast("list[Any]", values):
-        options = {**_mapping("sweep.arm", sweep.get("arm") or {})}
-        part, _, key = option.partition(".")
-        options[part] = {**(options.get(part) or {}), key: value} if key else value
+        text = value_text(value)
+        options = dict(shared)
+        if key:
+            options[part] = {**(options.get(part) or {}), key: value}
+        else:
+            options[part] = value
         if options.get("against") is not None:
-            options["against"] = str(options["against"]).replace("{}", value_text(value))
-        short = key.rpartition(".")[2] or part
-        arms.append(_arm(f"{short}={value_text(value)}", options, swept=value))
+            options["against"] = str(options["against"]).replace("{}", text)
+        arms.append(_arm(f"{short}={text}", options, swept=value))
     return option, arms
 
 
 def value_text(value: Any) -> str:
-    """A value of a sweep as it stands in the name of its arm.
+    """A value of a sweep as it is written in the name of its arm.
 
     Args:
-        value: a number, a text, a list of such or a class with its arguments.
+        value: a number, a text, a list of these, or a class with its arguments.
 
     Returns:
         For example ``0.01`` or ``model.2+model.4``.
@@ -276,21 +302,40 @@ def value_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "+".join(value_text(each) for each in cast("Sequence[Any]", value))
     if isinstance(value, Mapping):
-        return re.sub(r"[^\w.=+-]", "", str(cast("Mapping[str, Any]", value).get("class_path", value)))
-    return re.sub(r"[^\w .,=+-]", "", f"{value:g}" if isinstance(value, float) else str(value))
+        class_path = cast("Mapping[str, Any]", value).get("class_path", value)
+        return re.sub(r"[^\w.=+-]", "", str(class_path))
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^\w .,=+-]", "", text)
 
 
 def _content(arm: Arm) -> tuple[str, ...]:
     return tuple(repr(part) for part in (arm.activation, arm.eafo, arm.settings))
 
 
+def check_seed(option: str, seed: int) -> None:
+    """Checks that torch, numpy and Lightning take a seed as it is.
+
+    Args:
+        option: the option that named it, for the message.
+        seed: the seed.
+
+    Raises:
+        ConfigError: if it is below 0 or above 2^32 - 1; Lightning would quietly take another one.
+    """
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise ConfigError(option, seed, "is no seed", f"Write a number from 0 to {_LARGEST_SEED}.")
+
+
 def _seeds(given: Any) -> tuple[int, ...]:
     seeds = list(range(given)) if isinstance(given, int) else given
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in cast("list[Any]", seeds)):
         raise ConfigError("seeds", given, "is neither a number of seeds nor a list of them", "Write seeds: 10.")
-    if len(set(cast("list[int]", seeds))) < len(cast("list[int]", seeds)):
+    seeds = cast("list[int]", seeds)
+    if len(set(seeds)) < len(seeds):
         raise ConfigError("seeds", given, "names a seed twice", "Name each once.")
-    return tuple(cast("list[int]", seeds))
+    for seed in seeds:
+        check_seed("seeds", seed)
+    return tuple(seeds)
 
 
 def _direction(given: Any) -> bool | None:
@@ -312,7 +357,7 @@ def _selected(given: Any) -> str | None:
     return given
 
 
-def _beside(plan: Path, key: str, name: str) -> Path:
+def _file_beside(plan: Path, key: str, name: str) -> Path:
     path = plan.parent / name
     if not path.is_file():
         raise ConfigError(key, name, f"there is no file {path}", "Name a configuration of eafo-dynamic fit.")
@@ -321,11 +366,11 @@ def _beside(plan: Path, key: str, name: str) -> Path:
 
 def _mapping(where: str, value: Any) -> Options:
     if not isinstance(value, dict):
-        raise ConfigError(where, value, "is no mapping of names to values", "Write one 'name: value' a line.")
+        raise ConfigError(where, value, "is no mapping of names to values", "Write one 'name: value' per line.")
     return cast(Options, value)
 
 
-def _known(where: str, given: Options, known: Sequence[str]) -> None:
+def _check_keys(where: str, given: Options, known: Sequence[str]) -> None:
     for key in given:
         if key not in known:
             raise ConfigError(where, key, "unknown key", _nearest(str(key), known))
@@ -333,4 +378,6 @@ def _known(where: str, given: Options, known: Sequence[str]) -> None:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."
+    if near:
+        return f"Did you mean {near[0]!r}?"
+    return f"There are: {', '.join(known)}."

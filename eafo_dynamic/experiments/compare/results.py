@@ -1,4 +1,4 @@
-"""Read finished cells, write them as one tidy table, and see whether they may be paired."""
+"""Finished cells: read them, write them as one tidy table, and check that they may be paired."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Cell:
         arm: name of the arm.
         seed: the seed.
         metrics: value by name; NaN where the training diverged.
-        seconds: wall time of the fit.
+        seconds: wall time of the fit [s].
         step_ms: time of one training step [ms].
-        steps: optimiser steps.
-        parameters: number of them in the model.
+        steps: number of optimiser steps.
+        parameters: number of parameters of the model.
         weights: hash of the initial weights.
         batches: hash of the order of the batches.
         entropy_first: mean of H_r over the sites at the first update [nats]; None without a correction log.
         entropy_last: the same at the last update.
-        eps_last: eps of each site at the end.
-        entropy_steps: optimiser steps of `entropy_mean`.
-        entropy_mean: mean of H_r over the sites [nats].
-        option: name of the swept option, or None.
+        eps_last: eps of each site at the end; None without a correction log.
+        entropy_steps: optimiser steps at which `entropy_mean` was taken.
+        entropy_mean: mean of H_r over the sites at each of these steps [nats].
+        option: name of the swept option; None without a sweep.
         value: its value in this cell.
     """
 
@@ -73,7 +73,7 @@ class TidyRow:
         seed: the seed.
         metric: name of the metric.
         value: its value.
-        seconds: wall time of the fit.
+        seconds: wall time of the fit [s].
         step_ms: time of one training step [ms].
     """
 
@@ -109,17 +109,24 @@ def read_cell(path: Path) -> Cell:
     given = cast("dict[str, Any]", raw)
     if given["schema"] != _SCHEMA:
         raise LogError(f"{path}: has schema {given['schema']!r}, this version reads {_SCHEMA}. Run its cell again.")
-    entropies = [_maybe(path, given, name) for name in ("entropy_first", "entropy_last")]
-    eps = _mapped(path, given, "eps_last") if given.get("eps_last") is not None else None
+    eps_last = None
+    if given.get("eps_last") is not None:
+        eps_last = _numbers_by_name(path, given, "eps_last")
     cell = Cell(
         path=path,
-        **{name: _one(path, given, name, str) for name in ("task", "arm", "weights", "batches")},
-        **{name: _one(path, given, name, int) for name in ("seed", "steps", "parameters")},
-        **{name: _one(path, given, name, float) for name in ("seconds", "step_ms")},
-        metrics=_mapped(path, given, "metrics"),
-        entropy_first=entropies[0],
-        entropy_last=entropies[1],
-        eps_last=eps,
+        task=_typed(path, given, "task", str),
+        arm=_typed(path, given, "arm", str),
+        seed=_typed(path, given, "seed", int),
+        metrics=_numbers_by_name(path, given, "metrics"),
+        seconds=_typed(path, given, "seconds", float),
+        step_ms=_typed(path, given, "step_ms", float),
+        steps=_typed(path, given, "steps", int),
+        parameters=_typed(path, given, "parameters", int),
+        weights=_typed(path, given, "weights", str),
+        batches=_typed(path, given, "batches", str),
+        entropy_first=_number_or_none(path, given, "entropy_first"),
+        entropy_last=_number_or_none(path, given, "entropy_last"),
+        eps_last=eps_last,
         entropy_steps=[int(each) for each in _numbers(path, given, "entropy_steps")],
         entropy_mean=_numbers(path, given, "entropy_mean"),
         option=given.get("option"),
@@ -135,14 +142,14 @@ def read_cells(directory: Path, arms: Sequence[str] | None = None) -> list[Cell]
 
     Args:
         directory: holds `cells/<arm>/seed-<n>/result.json`.
-        arms: names in the order wanted; cells of other arms are left out. None: all, by name.
+        arms: names of the arms wanted, in this order; None: all, sorted by name.
 
     Returns:
         The cells, arm by arm, seeds ascending.
 
     Raises:
-        LogError: if there is none, or one of the files is not the result of a cell, or two are of the same one,
-            or they are of several tasks.
+        LogError: if there is none, if a file is not the result of a cell, if two files are of the same cell, or if
+            they are of several tasks.
     """
     found = [read_cell(path) for path in sorted(directory.glob("cells/*/seed-*/result.json"))]
     if not found:
@@ -154,9 +161,11 @@ def read_cells(directory: Path, arms: Sequence[str] | None = None) -> list[Cell]
             raise LogError(f"{cell.path}: is arm {cell.arm!r}, seed {cell.seed}, and so is {other.path}. Remove one.")
         if cell.task != found[0].task:
             raise LogError(f"{cell.path}: is of task {cell.task!r}, but {found[0].path} of {found[0].task!r}")
-    order = list(arms) if arms is not None else sorted({cell.arm for cell in found})
-    kept = [cell for cell in found if cell.arm in order]
-    return sorted(kept, key=lambda cell: (order.index(cell.arm), cell.seed))
+    if arms is None:
+        arms = sorted({cell.arm for cell in found})
+    order = {arm: number for number, arm in enumerate(arms)}
+    wanted = [cell for cell in found if cell.arm in order]
+    return sorted(wanted, key=lambda cell: (order[cell.arm], cell.seed))
 
 
 def values(cells: Sequence[Cell], metric: str) -> _Table:
@@ -171,7 +180,7 @@ def values(cells: Sequence[Cell], metric: str) -> _Table:
 
     Raises:
         ConfigError: if no cell has the metric.
-        LogError: if some have it and one has not.
+        LogError: if some cells have it and one does not.
     """
     if not any(metric in cell.metrics for cell in cells):
         known = ", ".join(dict.fromkeys(name for cell in cells for name in cell.metrics))
@@ -200,30 +209,29 @@ def step_times(cells: Sequence[Cell]) -> _Table:
 
 
 def unpaired(cells: Sequence[Cell], reference: str) -> list[str]:
-    """Say which cells did not start as the reference did: with them a paired difference means nothing.
+    """Name the cells that did not start as the reference did: a paired difference with them means nothing.
 
     Args:
         cells: cells of one task.
         reference: name of the arm that the others are compared with.
 
     Returns:
-        One line a cell whose initial weights or order of batches are not those of the reference with the
-        same seed; empty if all is well.
+        One line per cell whose initial weights or order of batches are not those of the reference with the
+        same seed; empty if there is none.
     """
-    starts = {cell.seed: cell for cell in cells if cell.arm == reference}
+    reference_cells = {cell.seed: cell for cell in cells if cell.arm == reference}
     lines: list[str] = []
     for cell in cells:
-        start = starts.get(cell.seed, cell)
-        wrong = [
-            what
-            for what, one, other in (
-                ("initial weights", cell.weights, start.weights),
-                ("order of batches", cell.batches, start.batches),
-            )
-            if one != other
-        ]
-        if wrong:
-            lines.append(f"{cell.arm}, seed {cell.seed}: other {' and '.join(wrong)} than {reference}")
+        if cell.seed not in reference_cells:
+            continue
+        start = reference_cells[cell.seed]
+        different: list[str] = []
+        if cell.weights != start.weights:
+            different.append("initial weights")
+        if cell.batches != start.batches:
+            different.append("order of batches")
+        if different:
+            lines.append(f"{cell.arm}, seed {cell.seed}: other {' and '.join(different)} than {reference}")
     return lines
 
 
@@ -251,7 +259,7 @@ def write_csv(cells: Sequence[Cell], out: Path) -> Path:
         out: the file.
 
     Returns:
-        The file. Numbers are written so that reading them gives the same bits.
+        The file; reading its numbers gives the same bits.
 
     Raises:
         ConfigError: if the file cannot be written.
@@ -267,31 +275,38 @@ def write_csv(cells: Sequence[Cell], out: Path) -> Path:
     return out
 
 
-def _one(path: Path, given: Mapping[str, Any], name: str, kind: Callable[[Any], Any]) -> Any:
+def _typed(path: Path, given: Mapping[str, Any], name: str, kind: Callable[[Any], Any]) -> Any:
     value = given.get(name)
-    # type, not isinstance: True is no number here
-    if type(value) is not kind and not (kind is float and type(value) is int):
+    # type, not isinstance: True is not a number here
+    is_whole_float = kind is float and type(value) is int
+    if type(value) is not kind and not is_whole_float:
         wanted = getattr(kind, "__name__", kind)
         raise LogError(f"{path}: {name}={value!r} is no {wanted}. Delete the file; its cell is then run again.")
     return kind(value)
 
 
-def _maybe(path: Path, given: Mapping[str, Any], name: str) -> float | None:
-    value: float | None = None if given.get(name) is None else _one(path, given, name, float)
-    return value
+def _number_or_none(path: Path, given: Mapping[str, Any], name: str) -> float | None:
+    if given.get(name) is None:
+        return None
+    number: float = _typed(path, given, name, float)
+    return number
 
 
-def _mapped(path: Path, given: Mapping[str, Any], name: str) -> dict[str, float]:
-    """Return numbers by name; null, which strict writers put for NaN, is NaN."""
+def _numbers_by_name(path: Path, given: Mapping[str, Any], name: str) -> dict[str, float]:
     found = given.get(name)
     if not isinstance(found, dict):
         raise LogError(f"{path}: {name}={found!r} is no mapping of names to numbers. Run its cell again.")
-    known = cast("dict[str, Any]", found)
-    return {key: math.nan if value is None else _one(path, known, key, float) for key, value in known.items()}
+    numbers: dict[str, float] = {}
+    for key, value in cast("dict[str, Any]", found).items():
+        if value is None:  # what strict writers put for NaN
+            numbers[key] = math.nan
+        else:
+            numbers[key] = _typed(path, {key: value}, key, float)
+    return numbers
 
 
 def _numbers(path: Path, given: Mapping[str, Any], name: str) -> list[float]:
     found = given.get(name)
     if not isinstance(found, list):
         raise LogError(f"{path}: {name}={found!r} is no list of numbers. Run its cell again.")
-    return [_one(path, {name: value}, name, float) for value in cast("list[Any]", found)]
+    return [_typed(path, {name: value}, name, float) for value in cast("list[Any]", found)]
