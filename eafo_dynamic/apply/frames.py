@@ -202,7 +202,7 @@ class _FunctionMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if in_compiled_graph():
             return func(*args, **kwargs)  # a backend that runs graphs as they are; the corrections are in them
-        if func is checkpoint and is_compiling():
+        if func is checkpoint and args and is_compiling():
             # the compiler alone shows this call to modes, and would run what it is given without them
             if kwargs.get("use_reentrant") is not False and not isinstance(args[0], nn.Module):
                 check_compiled_part(frame.owner.eafo_name)
