@@ -452,3 +452,15 @@ def test_the_library_is_made_once_and_kept_where_nobody_else_can_write(
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == made, "no second run"
     folder.chmod(0o777)
     assert compiled.cache_folder() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_amplitudes_of_another_dtype_stay_alive_while_a_large_tensor_is_overwritten(dtype: torch.dtype) -> None:
+    if native.native_kernel() is None:
+        pytest.skip("no C compiler here")
+    z = torch.linspace(-5.0, 5.0, 1 << 17)
+    terms = Terms(torch.tensor(0.3, dtype=dtype), torch.tensor([0.2, 1.4], dtype=dtype), None, HALF_WIDTH)
+    known = known_module(nn.ReLU())
+    expected = corrected(z, torch.relu, terms, known, "native")
+    z.requires_grad_()
+    assert_same_bits(corrected_(z * 1.0, torch.relu, terms, known, "native"), expected)

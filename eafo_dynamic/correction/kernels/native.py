@@ -103,7 +103,8 @@ class NativeKernel:
                 bits.
         """
         n = z.numel()
-        arguments = _arguments(_float32(terms), inside, n)
+        given = _float32(terms)  # alive until the call returns: the arguments are addresses
+        arguments = _arguments(given, inside, n)
         if _is_simple(z, terms):
             _call(self._forward, z.data_ptr(), out.data_ptr(), None, n, *arguments)
         else:
@@ -134,8 +135,9 @@ class NativeKernel:
             known: the base.
         """
         n = z.numel()
+        given = _float32(terms)  # alive until the call returns: the arguments are addresses
         address = z.data_ptr()
-        _call(self._forward, address, address, kept.data_ptr(), n, *_arguments(_float32(terms), known, n))
+        _call(self._forward, address, address, kept.data_ptr(), n, *_arguments(given, known, n))
 
     def add_gradient(
         self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None
