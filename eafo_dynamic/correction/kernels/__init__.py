@@ -1,13 +1,16 @@
 """Base plus correction: one equation (formula), a traceable form of it, and faster ways to compute it.
 
 - ``formula`` is the equation as operations that autograd, compilers, transforms and every device understand.
-- ``native`` computes it in one pass each way on a CPU, compiled from C on the user's machine.
-- ``gpu`` computes it likewise on CUDA devices, by ``triton_code``; ``gpu_check`` holds that against the formula first.
-- ``eager`` computes it by torch's operations, in place and by parts, where there is no compiler.
-- ``layouts`` knows which tensors can be corrected at all, and the values inside nested ones.
-- ``rounds`` has what an update round asks of all samples, compiled with it.
+- ``terms`` are its operands, and the layouts of tensors that the back ends take; ``known`` has the bases.
+- ``compiled`` builds the C code on the user's machine, keeps it on disk and loads it.
+- ``native`` computes activations on a CPU with it, in one pass forward and one backward.
+- ``rounds`` computes with it what an update round needs to know of all samples.
+- ``gpu`` computes activations on CUDA devices, with the Triton code of ``triton_code``; ``gpu_check`` compares that
+  with the formula before it is used.
+- ``eager`` computes activations with torch's operations, in place and part by part, where there is no compiler.
 - ``choice`` knows the back ends by name, and which of them a device gets.
-- ``fused`` joins the backward of base and correction, so that the input alone is kept.
+- ``fused`` joins base and correction in one autograd function that keeps only the input for its backward.
+- ``layouts`` says which tensors can be corrected at all, and finds the values inside nested ones.
 """
 
 from eafo_dynamic.correction.kernels.choice import (

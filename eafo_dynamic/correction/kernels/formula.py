@@ -1,10 +1,10 @@
-"""Base plus correction: the one formula that runs in every forward, and its backward.
+"""The correction: the one formula behind every forward, and its backward, in operations that everything understands.
 
     f(z) = base(z) + c(z),   c(z) = eps * sigma * ghat(u),   u = (z - mu) / sigma        (Theory, section 4, (3))
 
 ``ghat`` is either the closed form ``u * exp(-u^2 / 2)`` (piecewise linear base, Gaussian density) or a piecewise
 cubic read from a table. With free terms the bell ``exp(-u^2 / 2)`` is added with an amplitude of its own, the lift.
-The backward keeps the pre-activation z and recomputes the rest.
+The backward keeps the pre-activations z and recomputes the rest.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from eafo_dynamic.internals.torch_internals import (
 __all__ = ["MAX_U", "bell", "correction", "correction_of", "correction_value", "ghat_closed_form", "ghat_table"]
 
 MAX_U = 13.0
-"""Standardised pre-activations are clamped to [-MAX_U, MAX_U]: exp(-MAX_U^2 / 2) = 2e-37 still is a float32, MAX_U^2
-still is a float16, and an infinite z gives a finite correction."""
+"""Standardised pre-activations are clamped to [-MAX_U, MAX_U]. exp(-MAX_U^2 / 2) = 2e-37 is still a float32, MAX_U^2 is
+still a float16, and an infinite z gives a finite correction."""
 
 
 def correction_of(z: Tensor, terms: Terms) -> Tensor:
-    """``correction`` of these operands.
+    """``correction`` with its operands in one tuple.
 
     Args:
         z: pre-activations, any shape, floating point.
-        terms: amplitudes, shape and tables.
+        terms: amplitudes, shape and table.
 
     Returns:
-        c(z), of the shape and dtype of z; differentiable in z, eps and lift, also twice.
+        c(z), of the shape and dtype of z; twice differentiable in z, eps and lift.
     """
     eps, shape, table, half_width, lift = terms
     return correction(z, eps, shape, table, half_width, lift)
 
 
-def _cut(u: Tensor) -> Tensor:
-    # MAX_U as a literal: torch.jit.script reads no global number, and torch.compile with dynamic=True lifts one as an
-    # input, which fails where a second site meets it
+def _clamped(u: Tensor) -> Tensor:
+    # MAX_U as a literal: torch.jit.script cannot read a global number, and torch.compile with dynamic=True makes one an
+    # input of the graph, which fails at the second site
     return u.clamp(-13.0, 13.0)
 
 
@@ -61,7 +61,7 @@ def ghat_closed_form(u: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ghat and ghat', both of the shape of u.
     """
-    u = _cut(u)
+    u = _clamped(u)
     square = u * u
     peak = torch.exp(-0.5 * square)
     return u * peak, (1.0 - square) * peak
@@ -78,7 +78,7 @@ def bell(u: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The bell and its slope, both of the shape of u.
     """
-    u = _cut(u.nan_to_num(nan=13.0))
+    u = _clamped(u.nan_to_num(nan=13.0))
     value = torch.exp(-0.5 * u * u)
     return value, -u * value
 
@@ -93,7 +93,7 @@ def ghat_table(u: Tensor, table: Tensor, half_width: float) -> tuple[Tensor, Ten
     Args:
         u: standardised pre-activations, any shape, no unit.
         table: coefficients a0..a3, shape [4, intervals].
-        half_width: where the table ends, in standard deviations; beyond it ghat is what it is at the end, zero.
+        half_width: end of the table, in standard deviations; beyond it ghat keeps its value there, zero.
 
     Returns:
         ghat and ghat', both of the shape of u.
@@ -113,9 +113,9 @@ def ghat_table(u: Tensor, table: Tensor, half_width: float) -> tuple[Tensor, Ten
 def _ghat(z: Tensor, shape: Tensor, table: Tensor | None, half_width: float) -> tuple[Tensor, Tensor]:
     mu, sigma = shape.unbind()
     if table is None:
-        # a NaN gets no correction: the base passes it on, and the gradient by eps does not see it
+        # a NaN gets no correction: the base passes it on, and the gradient by eps ignores it
         return ghat_closed_form(((z - mu) / sigma).nan_to_num(nan=0.0))
-    # a place among hundreds of intervals needs more digits than a half precision number has
+    # a place among hundreds of intervals needs more digits than half precision has
     wide = z if z.dtype == torch.float64 else z.float()
     value, slope = ghat_table((wide - mu) / sigma, table, half_width)
     return value.to(z.dtype), slope.to(z.dtype)
@@ -134,7 +134,7 @@ def correction_value(
     half_width: float,
     lift: Tensor | None,
 ) -> Tensor:
-    """``correction`` by operations that torch.jit.script can read as well; without its promise at eps = 0.
+    """``correction`` in operations that torch.jit.script understands too; without its promise at eps = 0.
 
     Args:
         z: see ``correction``.
@@ -156,22 +156,25 @@ def correction_value(
 
 
 def _summed(grad: Tensor, value: Tensor, amplitude: Tensor, shape: Tensor) -> Tensor:
-    """Gradient by an amplitude of sigma * value."""
+    """Gradient by an amplitude that multiplies sigma * value."""
     # a sum over a batch is soon too large for half precision
     wide = torch.promote_types(value.dtype, torch.float32)
     product = grad * value
-    share = product.to(wide).sum_to_size(amplitude.shape) if amplitude.dim() else product.sum(dtype=wide)
-    return (share * shape[1]).to(amplitude.dtype)
+    sigma = shape[1]
+    if not amplitude.dim():
+        return (product.sum(dtype=wide) * sigma).to(amplitude.dtype)
+    return (product.to(wide).sum_to_size(amplitude.shape) * sigma).to(amplitude.dtype)
 
 
 def _neutral_zeros(c: Tensor, eps: Tensor) -> Tensor:
-    """Turns zeros into -0.0, the one number with x + (-0.0) == x bit for bit for every x, +0.0 and -0.0 included.
+    """Turns zeros into -0.0, the only number with x + (-0.0) == x bit for bit for every x, +0.0 and -0.0 included.
 
-    Only eps = 0 promises the base's very bits, so a plain CPU tensor, whose value costs nothing to read, is spared the
-    extra passes for any other eps.
+    Only eps = 0 promises the base's very bits. For any other eps the extra passes are left out where the value costs
+    nothing to read, that is of a plain CPU tensor.
 
     Returns:
-        c with every zero negative; its derivative by c is 1 everywhere, at zeros too, where a constant's would be 0.
+        c with every zero negative. Its derivative by c is 1 everywhere; a constant in place of the zeros would have
+        derivative 0 there.
     """
     readable = eps.dim() == 0 and eps.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and not transforms_active() and eps.item() != 0.0:
@@ -181,7 +184,7 @@ def _neutral_zeros(c: Tensor, eps: Tensor) -> Tensor:
 
 
 class _Correction(torch.autograd.Function):
-    """c(z), differentiable (twice) in z and eps; keeps z alone for the backward."""
+    """c(z), twice differentiable in z and the amplitudes; keeps no intermediate result for the backward."""
 
     generate_vmap_rule = True
 
@@ -206,22 +209,24 @@ class _Correction(torch.autograd.Function):
         (grad,) = grads
         z, eps, shape, table, lift = ctx.saved_tensors
         value, slope = _ghat(z, shape, table, ctx.half_width)
-        peak, fall = (None, None) if lift is None else _bell(z, shape)
+        bell_value = bell_slope = None
+        if lift is not None:
+            bell_value, bell_slope = _bell(z, shape)
         grad_z = grad_eps = grad_lift = None
         if ctx.needs_input_grad[0]:
             total = slope * eps.to(z.dtype)
-            if lift is not None and fall is not None:
-                total = total + fall * lift.to(z.dtype)
+            if lift is not None and bell_slope is not None:
+                total = total + bell_slope * lift.to(z.dtype)
             grad_z = _neutral_zeros(grad * total, eps)
         if ctx.needs_input_grad[1]:
             grad_eps = _summed(grad, value, eps, shape)
-        if ctx.needs_input_grad[5] and lift is not None and peak is not None:
-            grad_lift = _summed(grad, peak, lift, shape)
+        if ctx.needs_input_grad[5] and lift is not None and bell_value is not None:
+            grad_lift = _summed(grad, bell_value, lift, shape)
         return grad_z, grad_eps, None, None, None, grad_lift
 
 
 class _CorrectionInBothModes(_Correction):
-    """The same, differentiable in forward mode too; torch.compile takes no function with a rule for that."""
+    """The same, differentiable in forward mode too; torch.compile does not take functions with a rule for that."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -230,16 +235,17 @@ class _CorrectionInBothModes(_Correction):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        # torch calls this with forward mode off, also for the levels around this one, whose derivatives that would cut
+        # torch calls this with forward mode off for all levels, which would lose the derivatives of the outer ones
         with forward_mode():
-            return _along(tangents, ctx.half_width, *map(_primal, ctx.saved_tensors))
+            operands = [_primal(each) for each in ctx.saved_tensors]
+            return _directional_derivative(tangents, ctx.half_width, *operands)
 
 
 def _primal(operand: Any) -> Any:
     return None if operand is None else forward_ad.unpack_dual(operand, level=0).primal
 
 
-def _along(
+def _directional_derivative(
     tangents: tuple[Tensor | None, ...],
     half_width: float,
     z: Tensor,
@@ -272,20 +278,20 @@ def correction(
     half_width: float = 0.0,
     lift: Tensor | None = None,
 ) -> Tensor:
-    """Correction term c(z) = sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)), u = (z - mu) / sigma.
+    """The correction term c(z) = sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)), u = (z - mu) / sigma.
 
-    With eps and lift 0, ``base(z) + correction(z, ...)`` equals ``base(z)`` bit for bit, gradient included.
+    With eps and lift 0, ``base(z) + correction(z, ...)`` equals ``base(z)`` bit for bit, and so do its gradients.
 
     Args:
         z: pre-activations, any shape, floating point.
-        eps: amplitude, no unit; 0-dim, or of a shape that broadcasts to z (one amplitude a channel).
+        eps: amplitude, no unit; 0-dim, or of a shape that broadcasts to z (one amplitude per channel).
         shape: mu and sigma of the pre-activations, shape [2], in the units of z.
         table: coefficients of ghat, shape [4, intervals]; None means the closed form u exp(-u^2/2).
-        half_width: end of the table in standard deviations; needed with a table only.
+        half_width: end of the table in standard deviations; not used without a table.
         lift: amplitude of the bell, no unit, of the shape of eps; None for none.
 
     Returns:
-        c(z), of the shape and dtype of z; differentiable in z, eps and lift, also twice.
+        c(z), of the shape and dtype of z; twice differentiable in z, eps and lift.
     """
     compiling = torch.compiler.is_compiling()
     if not CAN_SWITCH_FORWARD_MODE and not compiling and (forward_mode_active() or transforms_active()):

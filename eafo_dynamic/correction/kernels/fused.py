@@ -1,4 +1,4 @@
-"""Base and correction as one function: which back end runs it, and one backward for both that keeps the input alone.
+"""Base and correction as one function: which back end computes it, and one backward that keeps only the input.
 
 f(z) = base(z) + c(z),   f'(z) = base'(z) + c'(z)
 """
@@ -34,11 +34,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _EAGER = EagerKernel()
 
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""By z, eps and lift, each where it is needed."""
+"""Gradients by z, eps and lift; None where one is not needed."""
 
 
 class _Kernel(Protocol):
-    """A back end: the two functions that the equation needs, and which bases it computes in the same pass."""
+    """A back end: adds correction and gradient to those of the base, and may compute the base in the same pass."""
 
     name: str
 
@@ -59,18 +59,18 @@ def corrected(
 ) -> Tensor:
     """f(z) = base(z) + sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)), u = (z - mu) / sigma.
 
-    With eps and lift 0 it equals ``base(z)`` bit for bit, gradient included. Compilers, transforms and other
+    With eps and lift 0 it equals ``base(z)`` bit for bit, and so do its gradients. Compilers, transforms and other
     devices see plain operations.
 
     Args:
         z: pre-activations, any shape, floating point.
         base: the base function, out of place.
-        terms: amplitude, shape and tables.
-        known: the same base with its derivative, where that is known.
-        backend: what to compute plain tensors with.
+        terms: amplitudes, shape and table.
+        known: the same base with its gradient, where that is known.
+        backend: the back end for plain tensors.
 
     Returns:
-        f(z), of the shape and dtype of z; differentiable in z, eps and lift, also twice.
+        f(z), of the shape and dtype of z; twice differentiable in z, eps and lift.
     """
     kernel = _kernel_for(z, terms, backend)
     if kernel is None:
@@ -91,14 +91,14 @@ def corrected_(
     known: Known | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The same function, written over z, as bases that work in place do.
+    """:func:`corrected` in place: f(z) overwrites z, as bases with ``inplace=True`` do.
 
     Args:
         z: pre-activations, any shape, floating point; f(z) afterwards.
         base: the base function; it may overwrite its argument.
-        terms: amplitude, shape and tables.
-        known: the same base with its derivative, where that is known.
-        backend: what to compute plain tensors with.
+        terms: amplitudes, shape and table.
+        known: the same base with its gradient, where that is known.
+        backend: the back end for plain tensors.
 
     Returns:
         z.
@@ -126,23 +126,24 @@ def _wants_gradient(z: Tensor, terms: Terms) -> bool:
 
 
 def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
-    """The back end for these tensors; None where they are not plain, dense ones on a CPU or a CUDA device."""
+    """The back end for these tensors; None for tensors that must be computed by the traceable formula."""
     eps = terms.eps
     if is_compiling() or type(z) not in _PLAIN or type(eps) not in _PLAIN:
         return None
     on_gpu = z.is_cuda
     if not (on_gpu or z.is_cpu) or (eps.dim() and not is_dense(z)):
         return None
-    # transforms, tracers and modes that watch operations must see operations; so must what a transform has left behind
+    # transforms, tracers and modes that watch operations must see operations, and so must tensors of an outer transform
     watched = transforms_active() or dispatch_modes() > 0 or forward_mode_active()
     if watched or torch.jit.is_tracing() or is_transformed(z):
         return None
-    same = eps.device == terms.shape.device == z.device if on_gpu else eps.is_cpu and terms.shape.is_cpu
-    if not same:
-        return None
     if on_gpu:
+        if not eps.device == terms.shape.device == z.device:
+            return None
         kernel = demanded_kernel(z.device, backend)
         return kernel if kernel is not None and kernel.takes(z, terms) else None
+    if not (eps.is_cpu and terms.shape.is_cpu):
+        return None
     if backend != "eager":
         native = native_kernel()
         if native is not None and native.takes(z, terms):
@@ -162,7 +163,7 @@ def _forward(z: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> Tensor:
 
 
 def _add(out: Tensor, z: Tensor, terms: Terms, inside: Known | None, kernel: _Kernel) -> None:
-    """Adds c(z) to the base's output, in place and in its order of memory, whatever that is."""
+    """Adds c(z) to the base's output, in place, whatever its order in memory."""
     if is_dense(z) and _lie_alike(out, z):
         kernel.add(out, z, terms, inside)
         return
@@ -174,14 +175,15 @@ def _add(out: Tensor, z: Tensor, terms: Terms, inside: Known | None, kernel: _Ke
 
 def _overwrite(z: Tensor, kept: Tensor, terms: Terms, known: Known, kernel: _Kernel) -> None:
     inside = kernel.inside(z, terms, known) if is_dense(z) else None
-    if inside is None or (z.is_inference() and not torch.is_inference_mode_enabled()):  # where torch refuses to write
+    # writing to an inference tensor outside inference mode is an error, and copy_ raises it
+    if inside is None or (z.is_inference() and not torch.is_inference_mode_enabled()):
         z.copy_(known.value(kept))
     _add(z, kept, terms, inside, kernel)
-    torch.autograd.graph.increment_version(z)  # a backward that has kept z must see that it is overwritten
+    torch.autograd.graph.increment_version(z)  # a backward that has kept z must notice that it is overwritten
 
 
 def _twin(values: Tensor, z: Tensor) -> Tensor:
-    """A copy with the strides of z: torch's loops over gaps differ from those over dense memory in the last bit."""
+    """A copy with the strides of z: over dense memory torch's loops may give other last bits than over gaps."""
     plain = type(z) in _PLAIN and z.layout == torch.strided and not is_compiling()
     if not plain or is_dense(z) or transforms_active():
         return values.clone()
@@ -189,7 +191,7 @@ def _twin(values: Tensor, z: Tensor) -> Tensor:
 
 
 class _Corrected(torch.autograd.Function):
-    """f(z), or c(z) alone; keeps z for the backward and recomputes the rest."""
+    """f(z), or c(z) alone; keeps z for the backward, and recomputes the rest."""
 
     @staticmethod
     def forward(
@@ -207,7 +209,7 @@ class _Corrected(torch.autograd.Function):
 
 
 def _keep(ctx: Any, z: Tensor, eps: Tensor, lift: Tensor | None, terms: Terms, known: Known, kernel: _Kernel) -> None:
-    """Keeps what the backward needs; eps and lift as the function got them, so that torch knows them again."""
+    """Keeps what the backward needs; eps and lift are the function's own inputs, so that torch recognises them."""
     ctx.half_width, ctx.known, ctx.kernel = terms.half_width, known, kernel
     ctx.save_for_backward(z, eps, lift, terms.shape, terms.table)
 
@@ -217,38 +219,41 @@ def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Grad
     terms = Terms(eps, shape, table, ctx.half_width, lift)
     if torch.is_grad_enabled() or not _is_plain(grad, z):
         return _traceable(z, terms, ctx.known, grad, needed)
-    # only where a look at the amplitudes costs nothing
-    quiet = ctx.known is NOTHING and z.is_cpu
-    if quiet and not eps.any().item() and not (lift is not None and lift.any()):
-        needed = (False, *needed[1:])  # nothing to add, not even zeros in another order of memory
-    inside = ctx.kernel.inside(z, terms, ctx.known) if is_dense(z) else None
-    # from the gradient as it came and in torch's own order of memory: its loops over gaps, and the sums that layers
-    # before this one make of the result, differ from those over other orders in the last bit
+    # of the correction alone with amplitudes of 0, z gets no gradient, not even zeros in another order in memory; only
+    # where reading the amplitudes costs nothing
+    if ctx.known is NOTHING and z.is_cpu and not eps.any().item() and not (lift is not None and lift.any()):
+        needed = (False, *needed[1:])
+    z_is_dense = is_dense(z)
+    inside = ctx.kernel.inside(z, terms, ctx.known) if z_is_dense else None
+    # torch computes it from the gradient as it came, and chooses its order in memory: torch's loops over memory with
+    # gaps, and the sums that the layers before this one make of the result, depend on that order in the last bit
     out = ctx.known.gradient(grad, z) if inside is None else uninitialised_like(z)
-    dense = z if is_dense(z) else z.contiguous()
-    grad, total = _in_order_of(dense, grad), _in_order_of(dense, out)
-    amplitudes = ctx.kernel.add_gradient(total, grad, dense, terms, inside)
+    dense = z if z_is_dense else z.contiguous()
+    total = _in_order_of(dense, out)
+    by_eps, by_lift = ctx.kernel.add_gradient(total, _in_order_of(dense, grad), dense, terms, inside)
     if total is not out:
         out.copy_(total)
-    by_z, by_eps, by_lift = (each if use else None for each, use in zip((out, *amplitudes), needed, strict=True))
-    return by_z, by_eps, by_lift
+    return out if needed[0] else None, by_eps if needed[1] else None, by_lift if needed[2] else None
 
 
 def _in_order_of(dense: Tensor, values: Tensor) -> Tensor:
-    """Values in the order of memory of another tensor of their shape; themselves where they lie so."""
-    return values if _lie_alike(values, dense) else uninitialised_like(dense).copy_(values)
+    """Values in the order in memory of another tensor of their shape; the same tensor if they are in it already."""
+    if _lie_alike(values, dense):
+        return values
+    return uninitialised_like(dense).copy_(values)
 
 
 def _lie_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape have their elements in the same order; contiguous ones are the quicker look."""
+    """Whether two tensors of the same shape have their elements in the same order in memory."""
+    # the first check is the faster one
     return (one.is_contiguous() and other.is_contiguous()) or one.stride() == other.stride()
 
 
 class _Overwritten(torch.autograd.Function):
-    """``z.copy_(values)``, whose gradient by z is none: torch's is zeros, which add to what z is used for else.
+    """``z.copy_(values)`` without a gradient by z; torch's is zeros, which it adds to the gradients of other uses of z.
 
-    Of a view it must be something, or torch drops the gradient of the rest of the memory that the view looks into;
-    x + (-0.0) is x bit for bit.
+    For a view there must be one, or torch drops the gradient of the rest of its base. It is -0.0, since x + (-0.0) is x
+    bit for bit.
     """
 
     @staticmethod
@@ -260,14 +265,15 @@ class _Overwritten(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        return torch.full_like(grad, -0.0) if ctx.is_view else None, grad, None
+        by_z = torch.full_like(grad, -0.0) if ctx.is_view else None
+        return by_z, grad, None
 
 
 class _CorrectedInPlace(torch.autograd.Function):
-    """f(z) written over z, and the copy of z that the backward needs.
+    """f(z) written over z, with the copy of z that the backward needs.
 
-    The copy is an output, or, of a view, beside which torch allows none, an input: so that a second derivative finds
-    its way through it.
+    A second derivative must find its way through the copy. So it is an output; for a view, beside which torch allows no
+    other output, it is an input.
     """
 
     @staticmethod
@@ -289,8 +295,9 @@ class _CorrectedInPlace(torch.autograd.Function):
             kernel.overwrite(z, kept, terms, known)
             torch.autograd.graph.increment_version(z)
         else:
-            kept = z.clone() if copy is None else copy  # dense, as torch's own
-            _overwrite(z, kept if kept.stride() == z.stride() else _twin(z, z), terms, known, kernel)
+            kept = z.clone() if copy is None else copy  # dense, as the copies that torch keeps
+            source = kept if kept.stride() == z.stride() else _twin(z, z)
+            _overwrite(z, source, terms, known, kernel)
         _keep(ctx, kept, eps, lift, terms, known, kernel)
         return (z, kept) if copy is None else z
 
@@ -301,32 +308,32 @@ class _CorrectedInPlace(torch.autograd.Function):
         if grad is not None:
             needed = ctx.needs_input_grad
             by_z, by_eps, by_lift = _gradients(ctx, grad, (needed[0] or needed[1], needed[2], needed[3]))
-        if ctx.is_view:  # torch writes the first gradient into that of the memory that the view looks into
+        if ctx.is_view:  # torch writes the first gradient into that of the view's base
             return by_z, None, by_eps, by_lift, None, None, None
         if by_copy[0] is not None:
             by_z = by_copy[0] if by_z is None else by_z + by_copy[0]
         return None, by_z, by_eps, by_lift, None, None, None
 
 
-# no arguments of ours are part of a transform, see _kernel_for
+# none of the arguments is part of a transform, see _kernel_for
 _apply = direct_apply(_Corrected)
 _apply_in_place = direct_apply(_CorrectedInPlace)
 
 
 def _is_plain(grad: Tensor, z: Tensor) -> bool:
-    """Whether the gradient is a tensor with memory of its own: not one of a transform or of a batch of gradients."""
+    """Whether the gradient is an ordinary tensor, not one of a transform or of a batch of gradients."""
     batched = is_batch_of_gradients(grad) or transforms_active()
     return type(grad) in _PLAIN and grad.dtype == z.dtype and not batched
 
 
 def _traceable(z: Tensor, terms: Terms, known: Known, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Gradients:
     """The same gradients by operations that can be differentiated again."""
-    again = torch.is_grad_enabled()
+    differentiable = torch.is_grad_enabled()
+    inputs = (z, terms.eps, terms.lift)
+    wanted = [each for each, is_needed in zip(inputs, needed, strict=True) if is_needed and each is not None]
     with torch.enable_grad():
         out = known.value(z) + correction_of(z, terms)
-        inputs = (z, terms.eps, terms.lift)
-        wanted = [tensor for tensor, use in zip(inputs, needed, strict=True) if use and tensor is not None]
         # retained: in place, z is a result of the function whose backward this is, which must not be freed with out
-        found = iter(torch.autograd.grad(out, wanted, grad, retain_graph=True, create_graph=again))
-    by_z, by_eps, by_lift = (next(found) if use else None for use in needed)
+        gradients = iter(torch.autograd.grad(out, wanted, grad, retain_graph=True, create_graph=differentiable))
+    by_z, by_eps, by_lift = (next(gradients) if is_needed else None for is_needed in needed)
     return by_z, by_eps, by_lift

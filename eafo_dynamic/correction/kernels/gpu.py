@@ -1,7 +1,7 @@
-"""The correction term in Triton, for CUDA tensors: which tensors it takes, and how they are cut into tiles.
+"""The correction term in Triton, for CUDA tensors: which tensors it takes, and how they are divided into tiles.
 
-Triton comes with torch's own CUDA packages. Its compiler runs once for each kind of call, some tenths of a second, and
-keeps the results on disk. Nothing here reads a value of a tensor.
+Triton is installed with torch's CUDA packages. Its compiler runs once for each kind of call, for some tenths of a
+second, and keeps the results on disk. Nothing here reads a value of a tensor, which would wait for the GPU.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from eafo_dynamic.correction.kernels.terms import Terms, channels_of
 
 __all__ = ["EVERY_BASE", "TritonKernel", "code_of"]
 
-_TILE, _WARPS = 1024, 4  # elements and warps of 32 threads: eight a thread, 16 bytes of half precision
-_LARGE = 1 << 22  # elements from which on a program of the backward goes several tiles
-_STEPS = 4
+_TILE = 1024  # elements of a tile
+_WARPS = 4  # of 32 threads: eight elements per thread, which are 16 bytes in half precision
+_LARGE = 1 << 22  # elements from which on a program of the backward works on several tiles
+_STEPS = 4  # so many
 _HERE = nullcontext()
-_RELU, _NOTHING, _LEAKY = 1, 5, 6  # as in the code
+_RELU, _NOTHING, _LEAKY_RELU = 1, 5, 6  # codes of bases in triton_code
 EVERY_BASE = frozenset(range(1, 7))
-"""Codes of all bases that the code has."""
+"""Codes of all bases that ``triton_code`` can compute."""
 
 
-class _Cut(NamedTuple):
-    """A tensor as a matrix of tiles.
+class _Tiling(NamedTuple):
+    """A tensor as a matrix, divided into tiles.
 
     Args:
-        axis: 0 one amplitude for all, 1 one a column, 2 one a row.
-        rows: of the matrix.
-        columns: of the matrix; elements of a row lie side by side.
-        channels: amplitudes.
+        axis: 0 for one amplitude for all elements, 1 for one per column, 2 for one per row.
+        rows: number of rows of the matrix.
+        columns: number of columns; the elements of a row lie side by side in memory.
+        channels: number of amplitudes.
         tile: rows and columns of a tile.
     """
 
@@ -45,9 +46,12 @@ class _Cut(NamedTuple):
     tile: tuple[int, int]
 
     def programs(self, steps: int = 1) -> tuple[int, int]:
-        """How many programs there are down and across, each of several tiles."""
+        """How many programs there are down and across, if each works on `steps` tiles."""
         high, wide = self.tile
-        high, wide = (high * steps, wide) if self.axis == 1 else (high, wide * steps)
+        if self.axis == 1:
+            high *= steps
+        else:
+            wide *= steps
         return -(-self.rows // high), -(-self.columns // wide)
 
 
@@ -55,9 +59,9 @@ class TritonKernel:
     """The functions in Triton.
 
     Args:
-        inside: which bases each dtype gets computed in the same pass: those whose bits are torch's own, by their codes.
-            Amplitudes lie on the device and are not read, so that one of 0 is no case of its own; it must come out
-            as the base bit for bit by itself.
+        inside: for each dtype, codes of the bases that are computed in the same pass as the correction: those whose
+            bits are torch's own. The amplitudes lie on the device and are not read, so the case that one is 0 cannot be
+            treated by itself; the result must equal the base bit for bit all the same.
     """
 
     name = "triton"
@@ -69,19 +73,19 @@ class TritonKernel:
         self._inside = inside
 
     def takes(self, z: Tensor, terms: Terms) -> bool:
-        """Whether the functions can work on these tensors.
+        """Whether the functions can compute with these tensors.
 
         Args:
             z: pre-activations, dense.
             terms: the other operands, on the same device.
 
         Returns:
-            Whether the compiled kernel would take them on a CPU, and the check has passed for their dtype.
+            Whether the compiled kernel would take them on a CPU, and the check has passed for the dtype of z.
         """
         return z.dtype in self._inside and NativeKernel.takes(z, terms)
 
     def inside(self, z: Tensor, terms: Terms, known: Known) -> Known | None:
-        """The base, if it is computed in the same pass.
+        """The base, if it is computed in the same pass as the correction.
 
         Args:
             z: pre-activations, dense.
@@ -89,76 +93,95 @@ class TritonKernel:
             known: the base.
 
         Returns:
-            The same, or None.
+            The base, or None.
         """
         return known if code_of(known) in self._inside[z.dtype] else None
 
     def add(self, out: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> None:
-        """Adds c(z) to the base's output, in place; see the kernel in C.
+        """Adds c(z) to the base's output, in place.
 
         Args:
-            out: base(z), strides of z; overwritten whatever it holds where the base is computed inside.
+            out: base(z), with the strides of z; f(z) afterwards. If the base is computed inside, what it holds before
+                does not matter.
             z: pre-activations, dense.
             terms: the other operands.
-            inside: the base, to be computed in the same pass.
+            inside: the base, if it is to be computed in the same pass.
         """
         if not z.numel():
             return
-        cut = _cut(z, terms)
-        down, across = cut.programs()
+        tiling = _tiling_of(z, terms)
+        down, across = tiling.programs()
+        launch = self._code.forward[(down * across,)]
+        sizes = tiling.rows, tiling.columns, tiling.channels
         with _on(z):
-            self._code.forward[(down * across,)](
-                z, out, *_operands(terms), *cut[1:4], *_numbers(terms, inside), **self._constants(cut, terms, inside)
+            launch(
+                z,
+                out,
+                *_operands(terms),
+                *sizes,
+                *_numbers(terms, inside),
+                **self._constants(tiling, terms, inside),
             )
 
     def add_gradient(
         self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Adds grad * c'(z) to the base's gradient, in place; see the kernel in C.
+        """Adds grad * c'(z) to the base's gradient, in place.
 
         Args:
-            out: grad * base'(z), strides of z; overwritten likewise.
-            grad: gradient of the loss by the output, strides of z.
+            out: grad * base'(z), with the strides of z; grad * f'(z) afterwards. If the base is computed inside, what
+                it holds before does not matter.
+            grad: gradient of the loss by the output, with the strides of z.
             z: pre-activations, dense.
             terms: the other operands.
             inside: see :meth:`add`.
 
         Returns:
-            Gradients by eps and lift, of their shape and dtype; None for a lift that is none.
+            Gradients by eps and by the lift, each of its shape and dtype; None for the lift where there is none.
         """
         eps, lift = terms.eps, terms.lift
         if not z.numel():
             return torch.zeros_like(eps), None if lift is None else torch.zeros_like(lift)
-        cut, steps = _cut(z, terms), _STEPS if z.numel() >= _LARGE else 1
-        down, across = cut.programs(steps)
-        if cut.axis == 0:
-            size, summed = (down * across,), [0]
-        elif cut.axis == 1:
-            size, summed = (down, cut.columns), [0]
+        tiling = _tiling_of(z, terms)
+        steps = _STEPS if z.numel() >= _LARGE else 1
+        down, across = tiling.programs(steps)
+        # partial sums of each amplitude, and over which dimensions they are added up
+        if tiling.axis == 0:
+            shape, summed = (down * across,), [1]
+        elif tiling.axis == 1:
+            shape, summed = (down, tiling.columns), [1]
         else:
-            size, summed = (cut.rows // cut.channels, cut.channels, across), [0, 2]
-        partial = torch.empty(1 if lift is None else 2, *size, dtype=torch.float32, device=z.device)
+            shape, summed = (tiling.rows // tiling.channels, tiling.channels, across), [1, 3]
+        amplitudes = 1 if lift is None else 2
+        partial = torch.empty(amplitudes, *shape, dtype=torch.float32, device=z.device)
+        launch = self._code.backward[(down * across,)]
+        sizes = tiling.rows, tiling.columns, tiling.channels, partial[0].numel()
         with _on(z):
-            self._code.backward[(down * across,)](
-                *(z, grad, out, partial),
+            launch(
+                z,
+                grad,
+                out,
+                partial,
                 *_operands(terms),
-                *(*cut[1:4], partial[0].numel(), *_numbers(terms, inside)),
-                **self._constants(cut, terms, inside),
+                *sizes,
+                *_numbers(terms, inside),
+                **self._constants(tiling, terms, inside),
                 STEPS=steps,
             )
         wide = torch.promote_types(eps.dtype, torch.float32)
-        sums = partial.sum([1 + each for each in summed], dtype=wide).to(eps.dtype)
-        by_eps, *by_lift = (each.view(eps.shape) for each in sums.unbind())
-        return by_eps, by_lift[0] if by_lift else None
+        sums = partial.sum(summed, dtype=wide).to(eps.dtype)
+        by_eps = sums[0].view(eps.shape)
+        by_lift = None if lift is None else sums[1].view(eps.shape)
+        return by_eps, by_lift
 
-    def _constants(self, cut: _Cut, terms: Terms, inside: Known | None) -> dict[str, Any]:
+    def _constants(self, tiling: _Tiling, terms: Terms, inside: Known | None) -> dict[str, Any]:
         """What a kernel is compiled for."""
-        rows, columns = cut.tile
+        rows, columns = tiling.tile
         return {
             "BASE": 0 if inside is None else code_of(inside),
             "INTERVALS": 0 if terms.table is None else terms.table.shape[-1],
             "LIFT": terms.lift is not None,
-            "AXIS": cut.axis,
+            "AXIS": tiling.axis,
             "PRECISE": not self._code.INTERPRETED,
             "ROWS": rows,
             "COLUMNS": columns,
@@ -167,45 +190,53 @@ class TritonKernel:
 
 
 def code_of(known: Known) -> int:
-    """The number of a base in the code.
+    """Code of a base in ``triton_code``.
 
     Args:
         known: the base.
 
     Returns:
-        Its number; 0 for one that the code does not have.
+        Its code; 0 for a base that is not computed there.
     """
     if known is NOTHING:
         return _NOTHING
     if known.code == _RELU and known.value is not torch.relu:
-        return _LEAKY  # with a slope of 0 too, where -0.0 tells the two apart
+        return _LEAKY_RELU  # with a slope of 0 too: its zeros for z < 0 are -0.0, those of ReLU are +0.0
     return known.code
 
 
-def _cut(z: Tensor, terms: Terms) -> _Cut:
-    n, tall = z.numel(), _TILE
+def _tiling_of(z: Tensor, terms: Terms) -> _Tiling:
+    n = z.numel()
     if not terms.eps.dim():
-        return _Cut(0, 1, n, 1, (1, tall))
+        return _Tiling(axis=0, rows=1, columns=n, channels=1, tile=(1, _TILE))
     channels, inner = channels_of(z, terms.eps) or (1, n)
-    axis, columns = (1, channels) if inner == 1 else (2, inner)
-    # whole lines of memory a row; rows below each other share their sums where a column is a channel
-    wide = min(1 << (columns - 1).bit_length(), 64 if axis == 1 else tall)
-    return _Cut(axis, n // columns, columns, channels, (tall // wide, wide))
+    if inner == 1:
+        # a column is a channel: narrow and high tiles, since the rows of a tile share their sums
+        axis, columns, widest = 1, channels, 64
+    else:
+        axis, columns, widest = 2, inner, _TILE
+    next_power_of_2 = 1 << (columns - 1).bit_length()
+    wide = min(next_power_of_2, widest)
+    return _Tiling(axis, n // columns, columns, channels, tile=(_TILE // wide, wide))
 
 
 def _operands(terms: Terms) -> tuple[Tensor, ...]:
+    """Pointers to eps, lift, shape and table; for what there is not, any pointer: it is not read."""
     eps, shape, table, _, lift = terms
-    # what is not there is not read
-    return eps, *(eps if each is None else each for each in (lift, shape, table))
+    return eps, eps if lift is None else lift, shape, eps if table is None else table
 
 
 def _numbers(terms: Terms, inside: Known | None) -> tuple[float, float, float]:
-    """End of the table, intervals per standard deviation, and the slope below 0 of a leaky ReLU."""
-    per_sd = 1.0 if terms.table is None else terms.table.shape[-1] / (2.0 * terms.half_width)
-    return float(terms.half_width), per_sd, 0.0 if inside is None else float(inside.below)
+    """End of the table, intervals per standard deviation, and the slope of a leaky ReLU for z < 0."""
+    per_sd = 1.0
+    if terms.table is not None:
+        per_sd = terms.table.shape[-1] / (2.0 * terms.half_width)
+    below = 0.0 if inside is None else float(inside.below)
+    return float(terms.half_width), per_sd, below
 
 
 def _on(z: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of z."""
-    elsewhere = z.is_cuda and torch.cuda.current_device() != z.get_device()
-    return torch.cuda.device(z.device) if elsewhere else _HERE
+    """Makes the device of z the current one, on which Triton launches."""
+    if z.is_cuda and torch.cuda.current_device() != z.get_device():
+        return torch.cuda.device(z.device)
+    return _HERE

@@ -1,4 +1,4 @@
-"""The Triton kernel of a device: held against the formula before anything is computed with it, and kept."""
+"""The Triton kernel of a device, compared with the formula before anything is computed with it."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _POINTS = 3200
 
 _kernels: dict[torch.device, TritonKernel | None] = {}
 _problems: dict[torch.device, str] = {}
-_lock = threading.Lock()  # nn.DataParallel runs a thread a device
+_lock = threading.Lock()  # nn.DataParallel runs one thread per device
 
 
 def gpu_kernel(device: torch.device) -> TritonKernel | None:
-    """The kernel for a device, checked when it is first asked for.
+    """The kernel for a device, checked on first use.
 
-    The check compiles, which takes seconds once a machine, and waits for the device. What is wrong it says in a
-    warning, once.
+    The check compiles, which takes seconds once per machine, and waits for the device. If it fails, one warning says
+    why.
 
     Args:
         device: a CUDA device, with its index.
 
     Returns:
-        The kernel; None without Triton, where its results are not what the formula says, and, for the time being,
-        while a graph is captured.
+        The kernel; None without Triton, if its results differ from the formula's, and while a graph is captured that
+        began before the check.
     """
     if device in _kernels:
         return _kernels[device]
@@ -54,10 +54,10 @@ def gpu_problem(device: torch.device | None = None) -> str | None:
     """Why there is no kernel.
 
     Args:
-        device: a CUDA device that the kernel has been asked for; None: any that there may be.
+        device: a CUDA device for which the kernel has been asked for; None for any device.
 
     Returns:
-        What is missing; None where nothing is known to be.
+        What is missing; None where nothing is known to be missing.
     """
     if not _has_triton():
         return "needs the package triton"
@@ -68,24 +68,24 @@ def gpu_problem(device: torch.device | None = None) -> str | None:
 
 @functools.cache
 def _has_triton() -> bool:
-    """Whether Triton is installed; it is not imported for that."""
+    """Whether Triton is installed; found without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
 def _checked(device: torch.device) -> TritonKernel | None:
-    """A kernel for the dtypes that pass."""
+    """The kernel for those dtypes that pass the check; None if none does."""
     inside: dict[torch.dtype, frozenset[int]] = {}
     problems: list[str] = []
     mode = torch.cuda.get_sync_debug_mode()
-    if mode:  # torch warns of setting it
-        torch.cuda.set_sync_debug_mode(0)  # here it is right to wait
+    if mode:  # only then, since setting it makes torch warn
+        torch.cuda.set_sync_debug_mode(0)  # the check may wait for the device
     try:
         for dtype in _DTYPES:
-            if dtype == torch.bfloat16 and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-                continue  # Triton has it from Ampere on
+            if dtype == torch.bfloat16 and not _has_bfloat16(device):
+                continue
             try:
                 inside[dtype] = exact_bases(device, dtype)
-            except Exception as error:  # of a compiler, a driver or the check: training goes on by the formula
+            except Exception as error:  # of a compiler, a driver or the check: the formula computes instead
                 problems.append(f"{str(dtype).removeprefix('torch.')}: {one_line(error)}")
     finally:
         if mode:
@@ -96,72 +96,93 @@ def _checked(device: torch.device) -> TritonKernel | None:
     return TritonKernel(inside) if inside else None
 
 
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether Triton can compute in bfloat16: on NVIDIA devices since Ampere."""
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def exact_bases(device: torch.device, dtype: torch.dtype) -> frozenset[int]:
-    """Holds the kernel against the formula in float64, and its bases against torch's.
+    """Compares the kernel with the formula in float64, and its bases with torch's.
 
     Args:
         device: where to compute.
-        dtype: of the pre-activations.
+        dtype: dtype of the pre-activations.
 
     Returns:
-        Codes of the bases that the kernel computes to the bit as torch does there.
+        Codes of the bases that the kernel computes bit for bit as torch does.
 
     Raises:
-        ArithmeticError: if a result is not what the formula says.
+        ArithmeticError: if a result differs from the formula's.
     """
     kernel = TritonKernel({dtype: EVERY_BASE})
-    # whatever surrounds the first forward: it may be a training step in mixed precision, or none at all
+    # whatever modes the first forward runs in
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         for z, known, terms in _cases(device, dtype):
             if not _agrees(kernel, z, known, terms):
                 raise ArithmeticError(f"its results differ from the formula's, base {code_of(known)}")
-        every = _special_points(device, dtype)
-        return frozenset(code_of(known) for known in (*INSIDE, NOTHING) if _is_exact(kernel, every, known))
+        z = _special_points(device, dtype)
+        return frozenset(code_of(known) for known in (*INSIDE, NOTHING) if _is_exact(kernel, z, known))
 
 
 def _cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Known, Terms]]:
-    """Every base, and in float32 every form: dtypes differ in reading and writing alone, and compiling takes time."""
+    """Every base, and in float32 every form: dtypes differ only in loads and stores, and compiling takes time."""
     z = torch.linspace(-9.0, 9.0, _POINTS, dtype=torch.float32, device=device)
     knots = torch.cos(torch.arange(17, dtype=z.dtype, device=device))
     table = torch.stack([knots[:-1], knots.diff(), knots[1:], -knots[1:]])  # continuous, as in the check of native
-    shape, eps, lift = z.new_tensor(_SHAPE), z.new_tensor(_EPS), z.new_tensor(_LIFT)
-    free = Terms(eps, shape, None, _HALF_WIDTH, lift)
-    tabulated = Terms(eps, shape, table, _HALF_WIDTH)
-    cases = [(z, known, free) for known in INSIDE]
+    eps = z.new_tensor(_EPS)
+    shape = z.new_tensor(_SHAPE)
+    lift = z.new_tensor(_LIFT)
+    closed_form = Terms(eps, shape, None, _HALF_WIDTH)
+    with_lift = Terms(eps, shape, None, _HALF_WIDTH, lift)
+    with_table = Terms(eps, shape, table, _HALF_WIDTH)
+    cases = [(z, known, with_lift) for known in INSIDE]
     if dtype == torch.float32:
         five = torch.linspace(-0.4, 0.4, 5, dtype=z.dtype, device=device)
-        rows, images = (free._replace(eps=each, lift=-each) for each in (five, five.view(5, 1)))
-        cases += [(z, NOTHING, free._replace(lift=None)), (z, NOTHING, tabulated)]
-        cases += [(z.view(-1, 5), NOTHING, rows), (z.view(-1, 5, 16), NOTHING, images)]
+        per_column = with_lift._replace(eps=five, lift=-five)
+        per_row = with_lift._replace(eps=five.view(5, 1), lift=-five.view(5, 1))
+        cases += [(z, NOTHING, closed_form), (z, NOTHING, with_table)]
+        cases += [(z.view(-1, 5), NOTHING, per_column), (z.view(-1, 5, 16), NOTHING, per_row)]
     return [(each.to(dtype), known, terms) for each, known, terms in cases]
 
 
 def _agrees(kernel: TritonKernel, z: Tensor, known: Known, terms: Terms) -> bool:
-    """Whether value and gradients are the formula's, the base computed inside and given."""
+    """Whether value and gradients are the formula's; for the first base, also where it is not computed inside."""
     grad = torch.cos(torch.arange(z.numel(), dtype=torch.float32, device=z.device)).view_as(z).to(z.dtype)
-    with torch.enable_grad():
-        wide = z.double().requires_grad_()
-        eps, lift = (None if each is None else each.double().requires_grad_() for each in (terms.eps, terms.lift))
-        shape, table = (None if each is None else each.double() for each in (terms.shape, terms.table))
-        exact = correction_of(wide, Terms(eps, shape, table, terms.half_width, lift))  # pyright: ignore[reportArgumentType]
-        exact = exact if known is NOTHING else exact + known.value(wide)
-        wanted = [each for each in (wide, eps, lift) if each is not None]
-        exact_z, *exact_sums = torch.autograd.grad(exact, wanted, grad.double())
+    value, *gradients = _in_float64(z, grad, known, terms)
     near = 1e-5 if z.dtype == torch.float32 else 0.05
     for inside in (known, None) if known is INSIDE[0] else (known,):
-        out = known.value(z) if inside is None else torch.full_like(z, torch.nan)
-        by_z = known.gradient(grad, z) if inside is None else torch.full_like(z, torch.nan)
+        if inside is None:
+            out = known.value(z)
+            by_z = known.gradient(grad, z)
+        else:
+            out = torch.full_like(z, torch.nan)
+            by_z = torch.full_like(z, torch.nan)
         kernel.add(out, z, terms, inside)
-        sums = kernel.add_gradient(by_z, grad, z, terms, inside)
-        pairs = [(out, exact, near), (by_z, exact_z, near)]
-        pairs += [(one, two, 1e-2) for one, two in zip(sums, exact_sums, strict=False) if one is not None]
-        if not all(torch.allclose(one.double(), two, rtol=near, atol=within) for one, two, within in pairs):
-            return False
+        by_amplitudes = kernel.add_gradient(by_z, grad, z, terms, inside)
+        results = [out, by_z, *(each for each in by_amplitudes if each is not None)]
+        tolerances = [near, near, 1e-2, 1e-2]  # of the sums over all elements: larger numbers
+        for found, exact, tolerance in zip(results, [value, *gradients], tolerances, strict=False):
+            if not torch.allclose(found.double(), exact, rtol=near, atol=tolerance):
+                return False
     return True
 
 
+def _in_float64(z: Tensor, grad: Tensor, known: Known, terms: Terms) -> list[Tensor]:
+    """f(z) by the formula, and its gradients by z, eps and, where there is one, the lift."""
+    with torch.enable_grad():
+        wide_z = z.double().requires_grad_()
+        eps = terms.eps.double().requires_grad_()
+        table = None if terms.table is None else terms.table.double()
+        lift = None if terms.lift is None else terms.lift.double().requires_grad_()
+        value = correction_of(wide_z, Terms(eps, terms.shape.double(), table, terms.half_width, lift))
+        if known is not NOTHING:
+            value = value + known.value(wide_z)
+        inputs = [wide_z, eps] if lift is None else [wide_z, eps, lift]
+        return [value, *torch.autograd.grad(value, inputs, grad.double())]
+
+
 def _special_points(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """All numbers of 16 bits; in float32 many others too."""
+    """All numbers of 16 bits; for float32, those of both 16-bit dtypes and many others."""
     patterns = torch.arange(-(2**15), 2**15, device=device).to(torch.int16)
     if dtype == torch.float32:
         dense = torch.linspace(-30.0, 30.0, 1 << 18, dtype=dtype, device=device)
@@ -173,9 +194,10 @@ def _special_points(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _is_exact(kernel: TritonKernel, z: Tensor, known: Known) -> bool:
-    """Whether amplitudes of 0 give what torch gives, to the bit."""
+    """Whether amplitudes of 0 give torch's own base and gradient, bit for bit."""
     zero = torch.zeros((), dtype=torch.float32, device=z.device)
-    terms = Terms(zero, torch.tensor(_SHAPE, dtype=torch.float32, device=z.device), None, _HALF_WIDTH, zero)
+    shape = torch.tensor(_SHAPE, dtype=torch.float32, device=z.device)
+    terms = Terms(zero, shape, None, _HALF_WIDTH, zero)
     grad = torch.linspace(-2.0, 2.0, len(z), dtype=torch.float32, device=z.device).to(z.dtype)
     out, by_z = torch.full_like(z, torch.nan), torch.full_like(z, torch.nan)
     kernel.add(out, z, terms, known)
@@ -184,5 +206,7 @@ def _is_exact(kernel: TritonKernel, z: Tensor, known: Known) -> bool:
 
 
 def _same_bits(one: Tensor, two: Tensor) -> bool:
-    kind = torch.int32 if one.dtype == torch.float32 else torch.int16
-    return bool(((one.view(kind) == two.view(kind)) | (one.isnan() & two.isnan())).all().item())
+    bits = torch.int32 if one.dtype == torch.float32 else torch.int16
+    same = one.view(bits) == two.view(bits)
+    both_nan = one.isnan() & two.isnan()
+    return bool((same | both_nan).all().item())

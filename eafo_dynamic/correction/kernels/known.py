@@ -1,4 +1,4 @@
-"""Base functions whose derivative is one of torch's operations, so that base and correction share one backward."""
+"""Base functions whose gradient is one of torch's operations, so that base and correction can share one backward."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """A base function and the gradient that torch's autograd would compute for it, bit for bit.
+    """A base function, and the gradient that torch's autograd computes for it, bit for bit.
 
     Args:
-        value: base(z), out of place, in a new tensor.
-        gradient: grad * base'(z) from grad and z, in a new tensor.
-        code: its number among those that the compiled kernel can compute itself; 0 for the others.
-        below: slope below 0 of a function that is z above, for code 1.
+        value: computes base(z) in a new tensor.
+        gradient: computes grad * base'(z) from grad and z, in a new tensor.
+        code: number of the function in the compiled kernel; 0 for a function that it cannot compute.
+        below: slope for z < 0 of a function with code 1, which is z for z > 0.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -48,11 +48,11 @@ def _minus_zeros(*tensors: Tensor) -> Tensor:
 
 
 NOTHING = Known(_minus_zeros, _minus_zeros)
-"""Stands for no base at all: the correction term alone."""
+"""No base at all: the correction term alone."""
 
 
 def _relu() -> Known:
-    # autograd keeps the output; the input has the same sign and is kept anyway
+    # autograd keeps the output; the input has the same sign, and is kept anyway
     return Known(torch.relu, lambda g, z: _GRADIENTS["threshold"](g, z, 0), 1)
 
 
@@ -67,7 +67,8 @@ def _gelu(approximate: str = "none") -> Known:
     def gradient(g: Tensor, z: Tensor) -> Tensor:
         return _GRADIENTS["gelu"](g, z, approximate=approximate)
 
-    return Known(lambda z: _ATEN.gelu.default(z, approximate=approximate), gradient, 4 if approximate == "tanh" else 3)
+    code = 4 if approximate == "tanh" else 3
+    return Known(lambda z: _ATEN.gelu.default(z, approximate=approximate), gradient, code)
 
 
 def _silu() -> Known:
@@ -112,6 +113,7 @@ def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Known:
     return Known(lambda z: _ATEN.softplus.default(z, beta, threshold), gradient)
 
 
+# name of the function, what makes it, and its hyper-parameters
 _ALL: dict[type[nn.Module], tuple[str, Callable[..., Known], tuple[str, ...]]] = {
     nn.ReLU: ("relu", _relu, ()),
     nn.LeakyReLU: ("leaky_relu", _leaky_relu, ("negative_slope",)),
@@ -125,15 +127,20 @@ _ALL: dict[type[nn.Module], tuple[str, Callable[..., Known], tuple[str, ...]]] =
     nn.Sigmoid: ("sigmoid", _sigmoid, ()),
     nn.Softplus: ("softplus", _softplus, ("beta", "threshold")),
 }
-_KERNEL_OF = {"relu": "threshold", "selu": "elu"}  # the others have one of their own name
-_MAKERS = {kind: entry for kind, entry in _ALL.items() if _GRADIENTS[_KERNEL_OF.get(entry[0], entry[0])] is not None}
-_FUNCTIONS = {name: (maker, keys) for name, maker, keys in _MAKERS.values()}
+_GRADIENT_NAMES = {"relu": "threshold", "selu": "elu"}  # the gradients of the others have their own name
 
 
+def _has_gradient(name: str) -> bool:
+    """Whether this version of torch has the operation that computes a function's gradient."""
+    return _GRADIENTS[_GRADIENT_NAMES.get(name, name)] is not None
+
+
+_BY_MODULE = {kind: entry for kind, entry in _ALL.items() if _has_gradient(entry[0])}
+_BY_NAME = {name: (maker, keys) for name, maker, keys in _BY_MODULE.values()}
 _POINTWISE: dict[object, str] = {F.relu: "relu", F.leaky_relu: "leaky_relu", F.gelu: "gelu", F.silu: "silu"}
 
 INSIDE = (_relu(), _leaky_relu(), _silu(), _gelu(), _gelu("tanh"))
-"""Those that the compiled kernel computes itself."""
+"""The functions that the compiled kernel can compute."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -142,55 +149,64 @@ def _made(maker: Callable[..., Known], values: tuple[object, ...]) -> Known:
 
 
 def known_module(module: nn.Module, cls: type[nn.Module] | None = None) -> Known | None:
-    """The function of an activation module with its present hyper-parameters.
+    """The function of an activation module, with its present hyper-parameters.
 
     Args:
         module: the activation.
-        cls: its class, where it is another one than the module shows.
+        cls: the class to look up, if it is not ``type(module)``.
 
     Returns:
-        The function; None for a class that is not in the table. A subclass may compute anything.
+        The function; None for a class that is not in the table, subclasses included: they may compute anything.
     """
-    entry = _MAKERS.get(cls or type(module))
+    entry = _BY_MODULE.get(cls or type(module))
     if entry is None:
         return None
     _, maker, keys = entry
-    return _made(maker, tuple([getattr(module, key) for key in keys]) if keys else ())
+    if not keys:
+        return _made(maker, ())
+    return _made(maker, tuple([getattr(module, key) for key in keys]))
 
 
 def known_function(name: str, rest: tuple[object, ...], options: Mapping[str, object]) -> Known | None:
     """The function that a call such as ``F.gelu(z, approximate="tanh")`` computes.
 
     Args:
-        name: of the function.
+        name: name of the function.
         rest: positional arguments after z.
-        options: named arguments.
+        options: keyword arguments.
 
     Returns:
-        The function; None where it is not in the table, or hyper-parameters are not given by name.
+        The function; None where it is not in the table, or a hyper-parameter is given by position.
     """
-    entry = _FUNCTIONS.get(name)
+    entry = _BY_NAME.get(name)
+    if entry is None or rest:
+        return None
+    maker, keys = entry
     given = {key: value for key, value in options.items() if key != "inplace"}
-    if entry is None or rest or not set(given) <= set(entry[1]):
+    if not set(given) <= set(keys):
         return None
     if not given:
-        return _made(entry[0], ())
-    # names in the order of the maker's parameters; those left out have its defaults
-    return entry[0](**given)
+        return _made(maker, ())
+    return maker(**given)
 
 
 def known_pointwise(function: Callable[[Tensor], Tensor]) -> Known | None:
-    """What a function is that the compiled kernel computes itself.
+    """The function that a callable computes, if the compiled kernel can compute it.
 
     Args:
-        function: one of torch's, or a partial of one by names.
+        function: one of torch's functions, or a ``functools.partial`` of one with keyword arguments.
 
     Returns:
         The function; None for all others.
     """
-    partial = isinstance(function, functools.partial)
-    plain = function.func if partial else function
-    name = _POINTWISE.get(plain) if isinstance(plain, Hashable) else None
-    return (
-        None if name is None else known_function(name, *((function.args, function.keywords) if partial else ((), {})))
-    )
+    called: object = function
+    rest: tuple[object, ...] = ()
+    options: Mapping[str, object] = {}
+    if isinstance(function, functools.partial):
+        called = function.func
+        rest = function.args
+        options = function.keywords
+    name = _POINTWISE.get(called) if isinstance(called, Hashable) else None
+    if name is None:
+        return None
+    return known_function(name, rest, options)

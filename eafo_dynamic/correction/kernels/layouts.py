@@ -1,4 +1,4 @@
-"""Which tensors can be corrected, which amplitudes they get, and the values inside nested ones."""
+"""Which tensors can be corrected, which amplitudes their channels get, and the values inside nested tensors."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def is_correctable(value: object) -> TypeGuard[Tensor]:
         value: what an activation is called with.
 
     Returns:
-        Whether it is a dense or nested tensor of real numbers. Integer, complex, quantised and 8-bit ones, sparse,
-        masked and distributed ones are none: there the plain activation runs, or raises what it raises.
+        Whether it is a dense or nested tensor of floating-point numbers of at least 16 bits. Integer, complex,
+        quantised, 8-bit, sparse, masked and distributed tensors cannot be corrected: the plain activation runs on
+        them, or raises its own error.
     """
     if not isinstance(value, Tensor) or value.dtype not in _FLOATS or value.layout not in _LAYOUTS:
         return False
@@ -37,7 +38,7 @@ def is_correctable(value: object) -> TypeGuard[Tensor]:
 
 
 def describe(value: object) -> str:
-    """Short words for a value that cannot be a pre-activation.
+    """Describes a value that cannot be a pre-activation, in a few words.
 
     Args:
         value: what an activation is called with.
@@ -47,7 +48,7 @@ def describe(value: object) -> str:
     """
     if not isinstance(value, Tensor) or isinstance(value, MaskedTensor) or _is_distributed(value):
         return type(value).__name__
-    kind = value.layout if value.layout not in _LAYOUTS else value.dtype
+    kind = value.dtype if value.layout in _LAYOUTS else value.layout
     return f"{str(kind).removeprefix('torch.').strip('_')} tensor"
 
 
@@ -55,45 +56,56 @@ def per_channel(eps: Tensor, z: Tensor, dim: int | None = None) -> Tensor:
     """Amplitudes that broadcast to z along its channels.
 
     Args:
-        eps: 0-dim, or one amplitude a channel.
+        eps: 0-dim, or one amplitude per channel, shape [C].
         z: pre-activations, dense.
-        dim: dimension of the channels, 1 or -1; None: 1 with four dimensions or more, the last one otherwise.
+        dim: dimension of the channels, 1 or -1. None: 1 with four dimensions or more, else the last one.
 
     Returns:
         The amplitudes; their mean where z has another number of channels.
     """
     if not eps.dim():
         return eps
-    behind_batch = z.dim() > 1 and (z.dim() >= 4 if dim is None else dim == 1)
-    channels = z.shape[1 if behind_batch else -1] if z.dim() else 1
+    if dim is None:
+        dim = 1 if z.dim() >= 4 else -1
+    behind_batch = dim == 1 and z.dim() > 1
+    channels = 1
+    if behind_batch:
+        channels = z.shape[1]
+    elif z.dim():
+        channels = z.shape[-1]
     if channels != eps.numel():
         return eps.mean()
-    return eps.view([-1] + [1] * (z.dim() - 2)) if behind_batch else eps
+    if behind_batch:
+        return eps.view([-1] + [1] * (z.dim() - 2))
+    return eps
 
 
 def corrected_nested(
     z: Tensor, base: Callable[[Tensor], Tensor], terms: Callable[[Tensor], Terms], inplace: bool
 ) -> Tensor:
-    """base(z) + c(z) of a nested tensor: the base as torch runs it, the correction on the values inside.
+    """base(z) + c(z) of a nested tensor: torch computes the base, and the correction is computed for the values inside.
 
     Args:
         z: pre-activations, nested.
         base: the base function.
-        terms: gives the operands for the values.
-        inplace: whether the base overwrites its argument; then so does this.
+        terms: returns the operands for the values.
+        inplace: whether the base overwrites its argument; then this function does so too.
 
     Returns:
         A nested tensor of the structure of z.
     """
-    values = values_of(z.clone() if inplace else z)  # the backward needs what is about to be overwritten
+    kept = z.clone() if inplace else z  # the backward needs what is about to be overwritten
+    values = values_of(kept)
     if not values.numel():
         return base(z)
     c = _with_values(z, correction_of(values, terms(values)))
-    return z.copy_(base(z.clone()) + c) if inplace else base(z) + c
+    if inplace:
+        return z.copy_(base(z.clone()) + c)
+    return base(z) + c
 
 
 def size_of(z: Tensor) -> tuple[int, ...]:
-    """Sizes of a tensor; of a nested one, those of its first part after the number of parts.
+    """Sizes of a tensor; for a nested one, the number of parts and the sizes of the first.
 
     Args:
         z: any tensor.
@@ -108,34 +120,40 @@ def size_of(z: Tensor) -> tuple[int, ...]:
 
 
 def values_of(z: Tensor) -> Tensor:
-    """All numbers of a nested tensor as a dense one that shares its memory.
+    """All values of a nested tensor as a dense tensor that shares its memory.
 
     Args:
         z: nested, contiguous.
 
     Returns:
-        Shape [sum of the lengths, ...] where the parts differ in their length alone, else [numel].
+        Shape [sum of the lengths, ...] if the parts differ only in their length, else [numel].
     """
     values = cast(Any, z).values()
     if z.layout == torch.jagged or not values.numel():
         return values
-    last = nested_sizes(z)[:, -1:].unique()
-    return values.view(-1, int(last)) if last.numel() == 1 else values
+    last_sizes = nested_sizes(z)[:, -1:].unique()
+    if last_sizes.numel() != 1:
+        return values
+    return values.view(-1, int(last_sizes))
 
 
 def _with_values(z: Tensor, values: Tensor) -> Tensor:
-    """A nested tensor of the structure of z, differentiable by its values."""
+    """A nested tensor of the structure of z, differentiable in its values."""
     if z.layout == torch.jagged:
         return torch.nested.nested_tensor_from_jagged(values, cast(Any, z).offsets(), jagged_dim=jagged_dim(z))
     return nested_like(z, values.reshape(-1))
 
 
 def _is_distributed(value: Tensor) -> bool:
-    """Whether a tensor is a DTensor, which takes no plain tensor beside it; its module is not imported for that."""
+    """Whether a tensor is a DTensor, which cannot be combined with plain tensors; its module is not imported here."""
     kind = type(value)
-    return kind not in (Tensor, torch.nn.Parameter) and any(each.__name__ == "DTensor" for each in kind.__mro__)
+    if kind is Tensor or kind is torch.nn.Parameter:
+        return False
+    return any(each.__name__ == "DTensor" for each in kind.__mro__)
 
 
 def _is_packed(z: Tensor) -> bool:
-    """Whether a nested tensor's values lie one after the other, without holes."""
-    return cast(Any, z).lengths() is None if z.layout == torch.jagged else z.is_contiguous()
+    """Whether a nested tensor's values lie one after the other, without gaps."""
+    if z.layout == torch.jagged:
+        return cast(Any, z).lengths() is None
+    return z.is_contiguous()

@@ -1,4 +1,4 @@
-"""What a back end gets beside the pre-activations, and in which layout."""
+"""The operands of the correction besides the pre-activations, and the layouts of tensors in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils import deterministic
 
 __all__ = ["Terms", "channels_of", "flat", "is_dense", "uninitialised_like"]
 
-_DETERMINISTIC: Any = deterministic  # torch's type hints do not have its one option
+_DETERMINISTIC: Any = deterministic  # its one option is missing from torch's type hints
 
 
 class Terms(NamedTuple):
@@ -33,7 +33,7 @@ class Terms(NamedTuple):
 
 
 def is_dense(z: Tensor) -> bool:
-    """Whether a tensor's elements lie one after the other, in the order of its dimensions or channels last.
+    """Whether a tensor's elements fill its memory without gaps, in the order of its dimensions or channels last.
 
     Args:
         z: any tensor.
@@ -43,13 +43,15 @@ def is_dense(z: Tensor) -> bool:
     """
     if z.is_contiguous():
         return True
-    return (z.dim() == 4 and z.is_contiguous(memory_format=torch.channels_last)) or (
-        z.dim() == 5 and z.is_contiguous(memory_format=torch.channels_last_3d)
-    )
+    if z.dim() == 4:
+        return z.is_contiguous(memory_format=torch.channels_last)
+    if z.dim() == 5:
+        return z.is_contiguous(memory_format=torch.channels_last_3d)
+    return False
 
 
 def flat(z: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order in which they lie in memory.
+    """The elements of a dense tensor in their order in memory.
 
     Args:
         z: a dense tensor.
@@ -61,16 +63,16 @@ def flat(z: Tensor) -> Tensor:
 
 
 def uninitialised_like(values: Tensor) -> Tensor:
-    """Room for values all of which are going to be written, as outputs of torch's own operations are.
+    """A tensor all of whose elements are going to be written, as torch allocates outputs of its own operations.
 
-    ``torch.empty_like`` fills it where algorithms are to be deterministic, so that whoever reads what he has not
-    written gets the same each time; that costs as much as an activation.
+    With deterministic algorithms, ``torch.empty_like`` fills a tensor, so that code that reads elements it has not
+    written gets the same ones each time. Filling costs as much as an activation.
 
     Args:
-        values: shape, strides, dtype and device that it is to have.
+        values: has the shape, strides, dtype and device that the tensor is to have.
 
     Returns:
-        A tensor that holds anything.
+        A tensor with arbitrary values.
     """
     if not torch.are_deterministic_algorithms_enabled() or not _DETERMINISTIC.fill_uninitialized_memory:
         return torch.empty_like(values)
@@ -82,18 +84,20 @@ def uninitialised_like(values: Tensor) -> Tensor:
 
 
 def channels_of(z: Tensor, eps: Tensor) -> tuple[int, int] | None:
-    """Number of channels, and how many elements of one lie side by side.
+    """Number of channels, and how many elements of one channel lie side by side in memory.
 
     Args:
         z: pre-activations, dense.
         eps: amplitudes, shape [C] or [C, 1, ...], contiguous, that broadcasts to z.
 
     Returns:
-        The two numbers; None where eps is of another shape.
+        The two numbers; None where eps has another shape.
     """
-    count, place = eps.shape[0], z.dim() - eps.dim()
-    if count != eps.numel() or place < 0 or z.shape[place] != count or not eps.is_contiguous():
+    count = eps.shape[0]
+    channel_dim = z.dim() - eps.dim()
+    if count != eps.numel() or channel_dim < 0 or z.shape[channel_dim] != count or not eps.is_contiguous():
         return None
     if z.is_contiguous():
-        return count, math.prod(z.shape[place + 1 :])
-    return (count, 1) if place == 1 else None  # dense, and not in order: channels last
+        return count, math.prod(z.shape[channel_dim + 1 :])
+    # dense but not contiguous: channels last
+    return (count, 1) if channel_dim == 1 else None

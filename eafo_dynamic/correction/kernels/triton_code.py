@@ -1,20 +1,22 @@
-"""Base plus correction in Triton: one pass forward, one pass backward. Imported where Triton is installed, by ``gpu``.
+"""Base plus correction in Triton: one pass forward, one pass backward. Only ``gpu`` imports this module.
 
     c(z) = sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)),   u = (z - mu) / sigma
 
-as in native.c, in float32 whatever z is. A tensor is seen as a matrix [rows, columns], and a program works on a tile:
+as in native.c, computed in float32 whatever the dtype of z. A tensor is treated as a matrix [rows, columns], and each
+program works on a tile of it:
 
-- AXIS 0: one amplitude for all, one long row;
-- AXIS 1: one a column, as after a linear layer and in channels-last images;
-- AXIS 2: one a row, row r of channel r % channels, as in images with their channels behind the batch.
+- AXIS 0: one amplitude for all elements; the matrix is one long row.
+- AXIS 1: one amplitude per column, as after a linear layer and in channels-last images.
+- AXIS 2: one amplitude per row; row r belongs to channel r % channels, as in images of shape [batch, channels, ...].
 
-BASE says what f is made of beside the correction: GIVEN (what out holds already), a function that is computed here as
-torch's CUDA kernels compute it, operation by operation, or NOTHING (-0.0, which leaves alone what it is added to).
-No atomics: programs write partial sums, and which program sums what depends on the sizes alone.
+BASE is the code of the base: 0 (GIVEN) for one that out holds already; 1 to 4 and 6 for functions that are computed
+here as torch's CUDA kernels compute them, operation by operation; 5 (NOTHING) for -0.0, which changes nothing that it
+is added to. There are no atomic operations: programs write partial sums, and which program sums which elements depends
+only on the sizes.
 """
 
 # pyright: basic, reportMissingImports=false
-# no deferred annotations: Triton looks at tl.constexpr itself
+# no deferred annotations: Triton needs the object tl.constexpr
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -24,7 +26,7 @@ __all__ = ["INTERPRETED", "backward", "forward"]
 
 @triton.jit
 def _exp(x, PRECISE: tl.constexpr):
-    # libdevice's functions are those of CUDA C++, to the bit; tl.exp is faster, and two units in the last place off
+    # libdevice's functions equal those of CUDA C++ bit for bit; tl.exp is faster, and two units in the last place off
     return libdevice.exp(x) if PRECISE else tl.exp(x)
 
 
@@ -41,20 +43,20 @@ def _tanh(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def _minus_zeros(z):
-    # of the sign's bit: of a literal -0.0 Triton makes +0.0
+    # from the sign bit: a literal -0.0 becomes +0.0 in Triton
     return ((z.to(tl.int32, bitcast=True) | -2147483648) & -2147483648).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _base_value(z, below, BASE: tl.constexpr, PRECISE: tl.constexpr):
-    """Values of a base."""
+    """Values base(z)."""
     if BASE == 1:  # ReLU
         y = tl.where((z > 0.0) | (z != z), z, 0.0)
     elif BASE == 2:  # SiLU
         y = tl.div_rn(z, 1.0 + _exp(-z, PRECISE))
     elif BASE == 3:  # GELU
         y = z * 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif BASE == 4:  # GELU by tanh: sqrt(2 / pi)
+    elif BASE == 4:  # GELU with tanh; 0.797... = sqrt(2 / pi)
         y = 0.5 * z * (1.0 + _tanh(0.7978845608028654 * (z + 0.044715 * (z * z * z)), PRECISE))
     elif BASE == 5:  # NOTHING
         y = _minus_zeros(z)
@@ -65,7 +67,7 @@ def _base_value(z, below, BASE: tl.constexpr, PRECISE: tl.constexpr):
 
 @triton.jit
 def _base_gradient(grad, z, below, BASE: tl.constexpr, PRECISE: tl.constexpr):
-    """Grad times slopes of a base."""
+    """Gradients grad * base'(z)."""
     if BASE == 1:
         y = tl.where((z > 0.0) | (z != z), grad, 0.0)
     elif BASE == 2:
@@ -88,13 +90,13 @@ def _base_gradient(grad, z, below, BASE: tl.constexpr, PRECISE: tl.constexpr):
 
 @triton.jit
 def _plus(a, c):
-    """The sum, and a bit for bit where c is zero: +0.0 would make a +0.0 of -0.0."""
+    """The sum, which is a bit for bit where c is zero; adding +0.0 would turn -0.0 into +0.0."""
     return tl.where(c == 0.0, a, a + c)
 
 
 @triton.jit
 def _bell(z, mu, inverse):
-    """u, cut at MAX_U, and exp(-u^2 / 2); a NaN counts as far away, the base passes it on."""
+    """u, clamped to MAX_U, and exp(-u^2 / 2); a NaN counts as -MAX_U, the base passes it on."""
     u = (z - mu) * inverse
     u = tl.where(u > -13.0, u, -13.0)
     u = tl.where(u > 13.0, 13.0, u)
@@ -103,7 +105,7 @@ def _bell(z, mu, inverse):
 
 @triton.jit
 def _place(z, mu, inverse, half_width, per_sd, INTERVALS: tl.constexpr):
-    """Interval, and place inside it in [0, 1]; a NaN is at the left end."""
+    """Interval, and place inside it in [0, 1]; a NaN counts as the left end."""
     place = ((z - mu) * inverse + half_width) * per_sd
     place = tl.where(place > 0.0, place, 0.0)
     place = tl.where(place < INTERVALS, place, INTERVALS * 1.0)
@@ -113,7 +115,7 @@ def _place(z, mu, inverse, half_width, per_sd, INTERVALS: tl.constexpr):
 
 @triton.jit
 def _cubic(table, k, t, INTERVALS: tl.constexpr):
-    """Value, and slope per interval."""
+    """Value of a cubic, and its slope per interval."""
     a0, a1 = tl.load(table + k).to(tl.float32), tl.load(table + INTERVALS + k).to(tl.float32)
     a2, a3 = tl.load(table + 2 * INTERVALS + k).to(tl.float32), tl.load(table + 3 * INTERVALS + k).to(tl.float32)
     return ((a3 * t + a2) * t + a1) * t + a0, (3.0 * a3 * t + 2.0 * a2) * t + a1
@@ -121,7 +123,7 @@ def _cubic(table, k, t, INTERVALS: tl.constexpr):
 
 @triton.jit
 def _amplitude(pointer, row, column, row_ok, column_ok, channels, AXIS: tl.constexpr):
-    """The amplitude of every element of a tile: a number, a row or a column."""
+    """The amplitudes of a tile: one number, one per column or one per row."""
     if AXIS == 0:
         e = tl.load(pointer).to(tl.float32)
     elif AXIS == 1:
@@ -133,8 +135,8 @@ def _amplitude(pointer, row, column, row_ok, column_ok, channels, AXIS: tl.const
 
 @triton.jit
 def _table_slope(z, mu, inverse, e, table, half_width, per_sd, INTERVALS: tl.constexpr):
-    """Slope of c(z) where ghat is a table, and ghat."""
-    # called from Python, the first of these would raise, which is all that a type checker knows of them
+    """Slope of c(z) for a ghat that is a table, and ghat itself."""
+    # a type checker believes that the next line raises, as it does when called from Python
     interval, t = _place(z, mu, inverse, half_width, per_sd, INTERVALS)  # pyright: ignore[reportGeneralTypeIssues]
     value, slope = _cubic(table, interval, t, INTERVALS)
     return e * slope * per_sd, value
@@ -142,7 +144,7 @@ def _table_slope(z, mu, inverse, e, table, half_width, per_sd, INTERVALS: tl.con
 
 @triton.jit
 def _summed(tile, AXIS: tl.constexpr):
-    """Sums of a tile that share an amplitude: one, one a column or one a row."""
+    """Sums of the elements of a tile that share an amplitude: one, one per column or one per row."""
     if AXIS == 0:
         sums = tl.sum(tl.sum(tile, 1), 0)
     elif AXIS == 1:
@@ -174,14 +176,14 @@ def forward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Writes base(z) + c(z) to out, which holds base(z) already if the base is GIVEN."""
+    """Writes base(z) + c(z) to out; if the base is GIVEN, out holds base(z) before."""
     across = (columns + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
     first_row, first_column = (program // across).to(tl.int64) * ROWS, (program % across).to(tl.int64) * COLUMNS
     r, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     row_ok, column_ok = first_row + r < rows, first_column + k < columns
     ok = row_ok[:, None] & column_ok[None, :]
-    start = first_row * columns + first_column  # in 64 bits; inside a tile 32 do
+    start = first_row * columns + first_column  # in 64 bits; inside a tile, 32 are enough
     at = r[:, None] * columns + k[None, :]
     z = tl.load(z_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
     mu, sigma = tl.load(shape_pointer).to(tl.float32), tl.load(shape_pointer + 1).to(tl.float32)
@@ -230,11 +232,11 @@ def backward(
     COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Writes grad (base' + c')(z) to out, which holds grad base'(z) already if the base is GIVEN.
+    """Writes grad (base' + c')(z) to out; if the base is GIVEN, out holds grad base'(z) before.
 
-    A program goes STEPS tiles down (AXIS 1) or to the right. Its sums of grad sigma ghat go to ``partial``, those of
-    grad sigma exp(-u^2 / 2) ``partials`` numbers further: one a program, or [programs down, columns], or
-    [rows, programs across].
+    A program works on STEPS tiles, below each other for AXIS 1, else side by side. It writes its sums of
+    grad sigma ghat to ``partial``, and its sums of grad sigma exp(-u^2 / 2) ``partials`` numbers further on. Their
+    shape is [programs] for AXIS 0, [programs down, columns] for AXIS 1 and [rows, programs across] for AXIS 2.
     """
     wide = COLUMNS if AXIS == 1 else COLUMNS * STEPS
     high = ROWS * STEPS if AXIS == 1 else ROWS
@@ -274,7 +276,7 @@ def backward(
             y = _base_gradient(grad, z, below, BASE, PRECISE)
         else:
             y = tl.load(out_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
-        y = tl.where(c == 0.0, y, _plus(y, grad * c))  # 0 * inf is no 0
+        y = tl.where(c == 0.0, y, _plus(y, grad * c))  # 0 * inf is not 0
         tl.store(out_pointer + start + at, y.to(out_pointer.dtype.element_ty), mask=ok)
     if AXIS == 0:
         into, ok = partial_pointer + program, True
@@ -288,4 +290,4 @@ def backward(
 
 
 INTERPRETED = not isinstance(forward, triton.JITFunction)
-"""Whether TRITON_INTERPRET has made this run on the CPU, without libdevice."""
+"""Whether this code is interpreted on the CPU (TRITON_INTERPRET=1), where there is no libdevice."""
