@@ -1,9 +1,8 @@
-/* Entropies of the outputs of all sites; one thread takes a site at a time. entropy/smoothed.py has the same estimators
-   in torch's operations.
+/* Entropies of the outputs of all sites; each thread works on one site at a time. entropy/smoothed.py has the same
+   estimators in torch's operations.
 
-   Arrays are float32 and hold the sites in rows of n samples. A sample that is not finite is missing. Results do not
-   depend on the number of threads, nor on where an array lies in memory: sums are taken in LANES parts, always the
-   same ones. */
+   Samples are float32, shape [sites, n]. A sample that is not finite is missing. Results do not depend on the number of
+   threads, nor on the address of an array: every sum consists of LANES partial sums of fixed elements. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -12,17 +11,17 @@
 
 #define LANES 16
 #define PER_BANDWIDTH 4      /* grid steps per bandwidth r, as in smoothed.py */
-#define REACH 32             /* steps of a Gaussian's tails that are summed; the variance is 15.75 squared steps */
-#define MARGIN 32            /* steps of empty grid beyond the outermost samples, as in smoothed.py */
+#define REACH 32             /* grid steps after which a Gaussian is cut off; its variance is 15.75 squared steps */
+#define MARGIN 32            /* grid steps without samples beyond the outermost ones, as in smoothed.py */
 #define NEGLIGIBLE 1e-13     /* as in smoothed.py */
-#define COPIES 4             /* grids that samples are added to in turn: what repeats need not wait for the last sum */
-#define GRIDS 4
+#define COPIES 4             /* samples are added to so many grids in turn: equal ones need not wait for each other */
+#define GRIDS 4              /* mass, density, log density, and one for convolutions */
 #define FOUND 7              /* count, low, span, mean, std, entropy, fisher */
 #define ROUND_PARALLEL _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
 
 typedef double d8 __attribute__((vector_size(64), aligned(8), may_alias));
 
-/* log x of a normal x > 0. */
+/* log x for a normal number x > 0: x = 2^power m, log m by a series in s = (m - 1) / (m + 1). */
 static inline double logarithm(double x) {
     int64_t bits;
     memcpy(&bits, &x, 8);
@@ -49,10 +48,10 @@ static inline double added(const double *part) {
     return sum;
 }
 
-/* for (i = 0; i < n; i++) in groups of LANES, k being the place in the group; the last group may be smaller. Without
-   the pragma gcc 12.2 -O3 -march=native gives sums with a condition that depend on what lies in memory (not without its
-   loop vectoriser; address and undefined behaviour sanitizers find nothing). With the asm it leaves the last group
-   alone, which saves a fifth of the time of compiling. */
+/* for (i = 0; i < n; i++) in groups of LANES, with k the place in the group; the last group may be smaller. Without the
+   pragma, gcc 12.2 -O3 -march=native computes conditional sums that depend on the contents of memory nearby (not
+   without its loop vectoriser; address and undefined behaviour sanitizers find nothing). The asm keeps it from
+   vectorising the last group, which saves a fifth of the compile time. */
 #define IN_LANES(...) \
     { \
         int64_t base_ = 0; \
@@ -63,17 +62,25 @@ static inline double added(const double *part) {
         for (int k = 0; base_ + k < n; k++) { int64_t i = base_ + k; __asm__ volatile(""); __VA_ARGS__; } \
     }
 
-/* Smallest and largest of the samples that count; whether any is missing. weight: null for 1 each. */
+/* Smallest and largest of the samples that are not missing and have a weight; returns whether any is missing. weight [n],
+   or null for 1 each. */
 static __attribute__((noinline)) int range_of(const float *x, const float *weight, int64_t n, float *low, float *high) {
     float least[LANES], most[LANES], poison[LANES];
-    for (int k = 0; k < LANES; k++) least[k] = INFINITY, most[k] = -INFINITY, poison[k] = 0.0f;
+    for (int k = 0; k < LANES; k++) {
+        least[k] = INFINITY;
+        most[k] = -INFINITY;
+        poison[k] = 0.0f;
+    }
     IN_LANES(least[k] = x[i] < least[k] ? x[i] : least[k]; most[k] = x[i] > most[k] ? x[i] : most[k];
              poison[k] += x[i] * 0.0f)
     float all = 0.0f;
     for (int k = 0; k < LANES; k++) all += poison[k];
-    int missing = all != 0.0f;   /* a NaN */
-    if (missing || weight) {   /* seldom: not worth vectorising */
-        for (int k = 0; k < LANES; k++) least[k] = INFINITY, most[k] = -INFINITY;
+    int missing = all != 0.0f;   /* then it is NaN */
+    if (missing || weight) {   /* rare: not worth vectorising */
+        for (int k = 0; k < LANES; k++) {
+            least[k] = INFINITY;
+            most[k] = -INFINITY;
+        }
         for (int64_t i = 0; i < n; i++) {
             __asm__ volatile("");
             if (!isfinite(x[i]) || (weight && !(weight[i] > 0.0f))) continue;
@@ -81,7 +88,8 @@ static __attribute__((noinline)) int range_of(const float *x, const float *weigh
             most[0] = x[i] > most[0] ? x[i] : most[0];
         }
     }
-    *low = INFINITY, *high = -INFINITY;
+    *low = INFINITY;
+    *high = -INFINITY;
     for (int k = 0; k < LANES; k++) {
         *low = least[k] < *low ? least[k] : *low;
         *high = most[k] > *high ? most[k] : *high;
@@ -89,15 +97,17 @@ static __attribute__((noinline)) int range_of(const float *x, const float *weigh
     return missing;
 }
 
-/* Room of one thread. */
+/* Memory of one thread. */
 struct room {
-    float *unit, *weight;                         /* [n] */
-    int32_t *index;                               /* [n] */
+    float *unit;       /* [n] samples mapped onto [0, 1], later their distance from the nearest node in grid steps */
+    float *weight;     /* [n] */
+    int32_t *index;    /* [n] the nearest node */
     double *grids;
-    int64_t nodes;                                /* that the grids have room for */
+    int64_t nodes;     /* number of nodes that the grids have room for */
 };
 
-/* GRIDS grids of doubles, with REACH + 1 nodes beyond both ends, then COPIES of four floats a node. */
+/* Memory for GRIDS grids of doubles, with REACH + 1 nodes beyond both ends, then COPIES vectors of four floats per node;
+   null if there is none. */
 static double *grids_of(struct room *room, int64_t nodes) {
     if (nodes > room->nodes) {
         free(room->grids);
@@ -108,9 +118,11 @@ static double *grids_of(struct room *room, int64_t nodes) {
     return room->grids;
 }
 
-/* Samples mapped onto [0, 1], 0 where missing, and their moments; see grids.Standardised. Leaves weights in
-   room->weight where weighted comes out true. Returns whether the range is one that float32 can handle. */
-static int standardise(const float *x, const float *weight, int64_t n, struct room *room, double *found, int *weighted) {
+/* Maps samples onto [0, 1], missing ones to 0, and writes count, low, span, mean and std to found; see
+   grids.Standardised. If *weighted becomes true, room->weight has the weights. Returns whether float32 can handle the
+   range. */
+static int standardise(const float *x, const float *weight, int64_t n, struct room *room, double *found,
+                       int *weighted) {
     float low, high;
     *weighted = range_of(x, weight, n, &low, &high) || weight;
     if (!(low <= high)) low = high = 0.0f;
@@ -124,18 +136,23 @@ static int standardise(const float *x, const float *weight, int64_t n, struct ro
                  count[k] += w[i]; sum[k] += (double)w[i] * unit[i])
         double total = added(count), mean = added(sum) / total;
         IN_LANES(double off = unit[i] - mean; square[k] += w[i] * off * off)
-        found[0] = total, found[3] = low + span * mean, found[4] = span * sqrt(added(square) / total);
+        found[0] = total;
+        found[3] = low + span * mean;
+        found[4] = span * sqrt(added(square) / total);
     } else {
         IN_LANES(unit[i] = (x[i] - low) * inverse; sum[k] += unit[i])
         double mean = added(sum) / n;
         IN_LANES(double off = unit[i] - mean; square[k] += off * off)
-        found[0] = n, found[3] = low + span * mean, found[4] = span * sqrt(added(square) / n);
+        found[0] = n;
+        found[3] = low + span * mean;
+        found[4] = span * sqrt(added(square) / n);
     }
-    found[1] = low, found[2] = span;
+    found[1] = low;
+    found[2] = span;
     return 1;
 }
 
-/* Mass of the samples on the nodes, divided by their number, by quadratic splines; see grids.Splines.deposit. */
+/* Distributes the samples over the nodes by quadratic splines; see grids.Splines.deposit. sums [nodes, COPIES]: scratch. */
 static void deposit(struct room *room, int64_t n, int weighted, float scale, int64_t nodes, double *mass, v4 *sums) {
     float *unit = room->unit;
     int32_t *index = room->index;
@@ -143,7 +160,7 @@ static void deposit(struct room *room, int64_t n, int weighted, float scale, int
     for (int64_t i = 0; i < n; i++) {
         float position = unit[i] * scale + (float)MARGIN, nearest = (position + 12582912.0f) - 12582912.0f;
         index[i] = (int32_t)nearest;
-        unit[i] = position - nearest;   /* now the offset */
+        unit[i] = position - nearest;
     }
     for (int64_t i = 0; i < n; i++) {
         float w = weighted ? room->weight[i] : 1.0f, o = unit[i];
@@ -161,8 +178,8 @@ static void deposit(struct room *room, int64_t n, int weighted, float scale, int
     }
 }
 
-/* out = grid convolved with a symmetric kernel (taps[0] at its centre), or with an antisymmetric one (taps[0] = 0).
-   nodes: a multiple of LANES. */
+/* out = grid convolved with a symmetric kernel, or, if odd, with an antisymmetric one. taps: the kernel from its centre
+   outwards; nodes: a multiple of LANES. */
 static inline __attribute__((always_inline)) void
 convolve(const double *restrict grid, const double *restrict taps, int odd, int64_t nodes, double *restrict out) {
     for (int64_t start = 0; start < nodes; start += 2 * 8) {
@@ -179,7 +196,7 @@ convolve(const double *restrict grid, const double *restrict taps, int odd, int6
     }
 }
 
-/* A Gaussian of that variance in squared steps, and its derivative. */
+/* A Gaussian of this variance (in squared grid steps), and its derivative. */
 static void make_taps(double variance, double *even, double *odd) {
     for (int k = 0; k <= REACH; k++) {
         even[k] = exp(-0.5 * k * k / variance) / sqrt(6.283185307179586 * variance);
@@ -187,10 +204,15 @@ static void make_taps(double variance, double *even, double *odd) {
     }
 }
 
-struct kernels { double density[REACH + 1], slope[REACH + 1], square[REACH + 1], unused[REACH + 1], step, resolution; };
+/* Gaussian kernels on the grid: that of the density, its derivative, and its square. */
+struct kernels {
+    double density[REACH + 1], slope[REACH + 1], square[REACH + 1], unused[REACH + 1];
+    double step, resolution;
+};
 
-/* Entropy and Fisher information from the mass on the nodes; leaves the log density in grids[2]. */
-static void read_entropy(double **grids, int64_t nodes, const struct kernels *of, int sampled, int fisher, double *found) {
+/* Entropy and Fisher information from the mass on the nodes, grids[0]; leaves the log density in grids[2]. */
+static void read_entropy(double **grids, int64_t nodes, const struct kernels *of, int sampled, int fisher,
+                         double *found) {
     double *mass = grids[0], *q = grids[1], *log_q = grids[2], *square = grids[3], total = found[0];
     double entropy[LANES] = {0}, bias[LANES] = {0}, information[LANES] = {0}, step = of->step;
     int64_t n = nodes;
@@ -198,7 +220,7 @@ static void read_entropy(double **grids, int64_t nodes, const struct kernels *of
     IN_LANES(q[i] = q[i] / step; q[i] = q[i] > NEGLIGIBLE ? q[i] : NEGLIGIBLE; log_q[i] = logarithm(q[i]);
              entropy[k] -= q[i] > 10 * NEGLIGIBLE ? q[i] * log_q[i] : 0.0)
     found[5] = added(entropy) * step;
-    if (sampled) {   /* the square of the kernel is a Gaussian of half the variance, times 1 / (2 r sqrt(pi)) */
+    if (sampled) {   /* the square of a Gaussian kernel is one of half the variance, times 1 / (2 r sqrt(pi)) */
         convolve(mass, of->square, 0, nodes, square);
         IN_LANES(bias[k] += q[i] > 10 * NEGLIGIBLE ? square[i] / q[i] : 0.0)
         found[5] += (added(bias) / (2.0 * of->resolution * 1.7724538509055160) - 1.0) / (2.0 * total);
@@ -210,11 +232,14 @@ static void read_entropy(double **grids, int64_t nodes, const struct kernels *of
     }
 }
 
-/* sbar_r at every sample, per standard deviation; see smoothed.SmoothedOutput._score. */
+/* sbar_r at every sample, per standard deviation; see smoothed.SmoothedOutput._score. parts [nodes]: scratch. */
 static void read_score(double **grids, v4 *parts, int64_t nodes, const struct kernels *of, struct room *room,
                        int weighted, int64_t n, float *score) {
     double *log_q = grids[2], *slope = grids[3];
-    for (int k = 1; k <= REACH; k++) log_q[-k] = log_q[0], log_q[nodes - 1 + k] = log_q[nodes - 1];
+    for (int k = 1; k <= REACH; k++) {
+        log_q[-k] = log_q[0];
+        log_q[nodes - 1 + k] = log_q[nodes - 1];
+    }
     convolve(log_q, of->slope, 1, nodes, slope);
     slope[-1] = slope[nodes] = 0.0;
     for (int64_t j = 0; j < nodes; j++) {
@@ -231,7 +256,7 @@ static void read_score(double **grids, v4 *parts, int64_t nodes, const struct ke
         for (int64_t i = 0; i < n; i++) score[i] = room->weight[i] > 0.0f ? score[i] : 0.0f;
 }
 
-/* One site; score may be null. Returns whether it could be done. */
+/* One site; score may be null. Returns whether its numbers could be handled. */
 static int smooth_site(const float *x, const float *weight, int64_t n, const struct kernels *of, int sampled,
                        struct room *room, double *found, float *score) {
     int weighted;
@@ -258,9 +283,10 @@ static int smooth_site(const float *x, const float *weight, int64_t n, const str
     return 1;
 }
 
-/* Entropy and what goes with it of every site: found [sites, 7] = count, low, span, mean, std, resolution-r entropy,
-   Fisher information (with a score only); score [sites, n] per standard deviation, or null. weight [sites, n] or null;
-   sampled: whether the entropy has a sampling bias. Returns how many sites could not be done. */
+/* Moments and entropy of every site. found [sites, 7] = count, low, span, mean, std, resolution-r entropy, and, with a
+   score, Fisher information; score [sites, n] per standard deviation, or null.
+   x [sites, n], weight [sites, n] or null; sampled: whether to subtract the bias of a random sample from the entropy.
+   Returns the number of sites whose numbers could not be handled. */
 int eafo_smooth(const float *x, const float *weight, int64_t sites, int64_t n, double resolution, int sampled,
                 int threads, double *found, float *score) {
     struct kernels of = {.step = resolution / PER_BANDWIDTH, .resolution = resolution};
@@ -281,8 +307,8 @@ int eafo_smooth(const float *x, const float *weight, int64_t sites, int64_t n, d
     return refused;
 }
 
-/* dH_r / d eps along a direction, equation (1'), of every site: out [sites]; x, score and found as of eafo_smooth.
-   moved: whether the direction is given by where it leads to from x. */
+/* dH_r / d eps of every site when its outputs move along a direction, equation (1'): out [sites]. x, score and found: as
+   of eafo_smooth. moved: whether `direction` is x plus the direction instead. */
 void eafo_entropy_gradient(const float *x, const float *score, const float *direction, const double *found,
                            int64_t sites, int64_t n, double resolution, int moved, int threads, double *out) {
     ROUND_PARALLEL
@@ -291,7 +317,8 @@ void eafo_entropy_gradient(const float *x, const float *score, const float *dire
         const double *f = found + FOUND * s;
         float start = moved ? 1.0f : 0.0f;
         double rise[LANES] = {0}, together[LANES] = {0}, mean = f[3], inverse = f[4] > 0.0 ? 1.0 / f[4] : 0.0;
-        IN_LANES(int known = isfinite(value[i]); double step = known ? g[i] - start * value[i] : 0.0f, at = known ? value[i] : 0.0f;
+        IN_LANES(int known = isfinite(value[i]); double step = known ? g[i] - start * value[i] : 0.0f;
+                 double at = known ? value[i] : 0.0f;
                  rise[k] += along[i] * step; together[k] += (at - mean) * step)
         double covariance = added(together) / f[0] * inverse;
         double slope = added(rise) / f[0] + (1.0 - resolution * resolution * f[6]) * covariance;

@@ -1,5 +1,5 @@
-/* The correction term on arrays of any type of floats, and with one amplitude a channel: a part at a time is made
-   float32, worked on with the functions of native.c, and put back. */
+/* Base and correction on arrays of float32, bfloat16 or float16, with one amplitude or one per channel. One part at a
+   time is converted to float32, computed with the functions of native.c, and converted back. */
 
 #include "native.c"
 
@@ -10,14 +10,15 @@ static inline uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); r
 
 static inline float from_bfloat(uint16_t b) { return as_float((uint32_t)b << 16); }
 
-static inline uint16_t to_bfloat(float x) {   /* to the nearest, ties to even, as all below */
+/* Conversions round to the nearest number, ties to even. */
+static inline uint16_t to_bfloat(float x) {
     uint32_t bits = as_bits(x), nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return (uint16_t)(x != x ? bits >> 16 | 0x40 : nearest);
 }
 
-/* By hand: compilers vectorise this, but not their own float16, which older ones do not have. */
+/* Compilers vectorise this, but not their own float16, which older ones do not have. */
 static inline float from_half(uint16_t h) {
-    float size = as_float((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;   /* exponents are biased by 15, not 127 */
+    float size = as_float((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;   /* the bias of exponents is 15 instead of 127 */
     uint32_t whole = (h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;         /* infinities and NaN */
     return as_float(as_bits(size) | whole | (uint32_t)(h & 0x8000) << 16);
 }
@@ -25,44 +26,52 @@ static inline float from_half(uint16_t h) {
 static inline uint16_t to_half(float x) {
     uint32_t size = as_bits(x) & 0x7fffffff, sign = as_bits(x) >> 16 & 0x8000;
     uint32_t normal = (size + 0xc8000fff + (size >> 13 & 1)) >> 13;
-    uint32_t tiny = as_bits(as_float(size) + 0.5f) - 0x3f000000;   /* the sum is rounded to float16's least step */
+    uint32_t tiny = as_bits(as_float(size) + 0.5f) - 0x3f000000;   /* the sum is rounded to a multiple of float16's smallest number */
     uint32_t result = size < 0x38800000 ? tiny : normal;
     result = size >= 0x477ff000 ? 0x7c00 : result;
     return (uint16_t)((size > 0x7f800000 ? 0x7e00 : result) | sign);
 }
 
-/* A part as float32: where it lies, or made in the room that is given. */
+/* m elements from `at` on as float32: the array itself if it is float32, else converted into `room`. */
 static float *load(enum type type, const void *from, int64_t at, float *room, int m) {
-    const uint16_t *short_ones = (const uint16_t *)from + at;
+    const uint16_t *half_words = (const uint16_t *)from + at;
     if (type == FLOAT) return (float *)from + at;
-    if (type == HALF) for (int i = 0; i < m; i++) room[i] = from_half(short_ones[i]);
-    else for (int i = 0; i < m; i++) room[i] = from_bfloat(short_ones[i]);
+    if (type == HALF) {
+        for (int i = 0; i < m; i++) room[i] = from_half(half_words[i]);
+    } else {
+        for (int i = 0; i < m; i++) room[i] = from_bfloat(half_words[i]);
+    }
     return room;
 }
 
-/* The same of what is going to be overwritten, and holds something only where the base is GIVEN. */
+/* The same for elements that are going to be overwritten, whose values matter only if the base is GIVEN. */
 static float *load_given(enum type type, enum base base, void *out, int64_t at, float *room, int m) {
     return base == GIVEN || type == FLOAT ? load(type, out, at, room, m) : room;
 }
 
+/* Converts m elements back. */
 static void store(enum type type, const float *from, void *to, int64_t at, int m) {
-    uint16_t *short_ones = (uint16_t *)to + at;
-    if (type == FLOAT) return;   /* it has been worked on where it lies */
-    if (type == HALF) for (int i = 0; i < m; i++) short_ones[i] = to_half(from[i]);
-    else for (int i = 0; i < m; i++) short_ones[i] = to_bfloat(from[i]);
+    uint16_t *half_words = (uint16_t *)to + at;
+    if (type == FLOAT) return;   /* computed in place */
+    if (type == HALF) {
+        for (int i = 0; i < m; i++) half_words[i] = to_half(from[i]);
+    } else {
+        for (int i = 0; i < m; i++) half_words[i] = to_bfloat(from[i]);
+    }
 }
 
-/* How channels lie: `inner` elements of one side by side, then those of the next one. */
+/* The order of channels in memory: `inner` elements of one, then `inner` elements of the next. */
 struct channels { int64_t count, inner; };
 
-/* How many elements from a place on are of one channel, or of as many different ones, and the first one's channel. */
+/* How many elements from `at` on, at most `most`, are of one channel, or, if inner is 1, of consecutive channels; and the
+   channel of the first. */
 static inline int run(const struct channels *c, int64_t at, int most, int64_t *channel) {
     int64_t length = c->inner == 1 ? c->count - at % c->count : c->inner - at % c->inner;
     *channel = at / c->inner % c->count;
     return length < most ? (int)length : most;
 }
 
-/* The amplitude of every element of a part, from one a channel. */
+/* Amplitudes of m elements from `at` on, from those of the channels. */
 static void spread(const struct channels *c, const float *amplitudes, int64_t at, int m, float *each) {
     int64_t first, step = c->inner == 1;
     for (int i = 0, k; i < m; i += k) {
@@ -78,16 +87,21 @@ static float weighted_sum(const float *a, const float *b, int m) {
     return sum;
 }
 
+/* Adds grad * value to the sums of the channels. */
 static void add_up(const struct channels *c, int64_t at, int m, const float *grad, const float *value, double *sums) {
     int64_t first;
     for (int i = 0, k; i < m; i += k) {
         k = run(c, at + i, m - i, &first);
-        if (c->inner == 1) for (int j = 0; j < k; j++) sums[first + j] += (double)(grad[i + j] * value[i + j]);
-        else sums[first] += (double)weighted_sum(grad + i, value + i, k);
+        if (c->inner == 1) {
+            for (int j = 0; j < k; j++) sums[first + j] += (double)(grad[i + j] * value[i + j]);
+        } else {
+            sums[first] += (double)weighted_sum(grad + i, value + i, k);
+        }
     }
 }
 
-/* ghat, its slope per interval, and beside the closed form the bell's value and slope, of one part. */
+/* ghat and its slope (per interval, if it is read from a table) for m elements, and, for the closed form, value and slope
+   of the bell exp(-u^2 / 2). slope may be null. */
 static void shapes(const float *z, int m, const struct terms *s, const float *rows, float *value, float *slope,
                    float *bell, float *bell_slope) {
     int32_t row[PART];
@@ -98,7 +112,10 @@ static void shapes(const float *z, int m, const struct terms *s, const float *ro
             float u = clamped((z[i] - s->mu) * s->inverse, s->clamp), e = bell_of(BELL_SCALE * u);
             value[i] = u * e;
             bell[i] = e;
-            if (slope) slope[i] = (1.0f - u * u) * e, bell_slope[i] = -u * e;
+            if (slope) {
+                slope[i] = (1.0f - u * u) * e;
+                bell_slope[i] = -u * e;
+            }
         }
         return;
     }
@@ -106,8 +123,7 @@ static void shapes(const float *z, int m, const struct terms *s, const float *ro
     read_rows(rows, row, t, m, value, slope);
 }
 
-/* As the functions above, with type: of z, grad and out; eps and lift: one a channel, count of them, as `channels` has
-   it. */
+/* As eafo_forward. type: of z and out; count and inner: see struct channels; eps [count], lift [count] or null. */
 void eafo_mixed_forward(const void *z, void *out, int64_t n, int type, int64_t count, int64_t inner, const float *eps,
                         const float *lift, const float *shape, const float *table, int intervals, float half_width,
                         float clamp, int base, float below, int threads) {
@@ -131,7 +147,7 @@ void eafo_mixed_forward(const void *z, void *out, int64_t n, int type, int64_t c
         spread(&c, eps, at, m, e);
         if (lift) spread(&c, lift, at, m, l);
         shapes(x, m, &s, table ? rows : 0, value, 0, bell, 0);
-        for (int i = 0; i < m; i++) {   /* nothing is added where there is nothing: -0 + 0 is no -0 */
+        for (int i = 0; i < m; i++) {   /* without a lift nothing is added: -0 + 0 is not -0 */
             float c = e[i] * value[i];
             value[i] = s.sigma * (lift ? c + l[i] * bell[i] : c);
         }
@@ -140,8 +156,11 @@ void eafo_mixed_forward(const void *z, void *out, int64_t n, int type, int64_t c
     }
 }
 
-/* partial: room for 2 `count` zeros a piece; there are `pieces` of them, which are added up in their order. grad_eps:
-   those by eps, one a channel; grad_lift, unless null: likewise. */
+/* As eafo_backward. type: of z, grad and out; count and inner: see struct channels; grad_eps [count], grad_lift [count] or
+   null.
+
+   partial [pieces, 2, count]: zeros, for intermediate sums. Each thread takes whole pieces, and their sums are added up
+   in order. */
 void eafo_mixed_backward(const void *z, const void *grad, void *out, int64_t n, int type, int64_t count, int64_t inner,
                          const float *eps, const float *lift, const float *shape, const float *table, int intervals,
                          float half_width, float clamp, int base, float below, int threads, int pieces,

@@ -1,32 +1,39 @@
-/* The correction term on float32 arrays: one pass forward, one pass backward; mixed.c has those for other arrays.
+/* Base and correction on float32 arrays with one amplitude: one pass forward, one pass backward. mixed.c has other dtypes
+   and one amplitude per channel.
 
        c(z) = sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)),   u = (z - mu) / sigma
 
    ghat is u exp(-u^2 / 2), or piecewise cubics read from a table, as in formula.py; beside a table there is no lift.
-   Results do not depend on the number of threads: sums are taken over blocks of fixed size, then in their order. */
+   Results do not depend on the number of threads: blocks of fixed size are summed first, then their sums in order. */
 
 #include "native.h"
 
 #define BLOCK 4096         /* elements that one thread takes at a time */
-#define FEW_BLOCKS 64      /* whose sums are kept on the stack */
-#define PART 256           /* elements whose places in the table are kept at hand */
+#define FEW_BLOCKS 64      /* so many blocks have room for their sums on the stack */
+#define PART 256           /* elements whose places in the table are computed at a time */
 #define MOST_INTERVALS 1024
 
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 
 struct terms {
-    float eps, lift, mu, sigma, inverse, clamp;   /* inverse = 1 / sigma; lift 0 where there is none */
-    float per_sd, half_width;               /* intervals per standard deviation, end of the tables */
+    float eps, lift;      /* amplitudes; the lift is 0 if there is none */
+    float mu, sigma;
+    float inverse;        /* 1 / sigma */
+    float clamp;          /* largest |u| */
+    float per_sd;         /* intervals of the table per standard deviation */
+    float half_width;     /* end of the table in standard deviations */
     int intervals;
     enum base base;
-    float below;
+    float below;          /* slope of a KINK for z < 0 */
 };
 
 #define LOG2_E 1.44269504f
 #define BELL_SCALE 0.849321800f   /* exp(-u^2 / 2) = 2^-(BELL_SCALE u)^2 */
 #define THEN(coefficient) p = p * x + coefficient;
 
-/* 2^x for x = -square or -a b in [-126, 0], to about one unit in the last place; n is x rounded, in its lowest bits. */
+/* result = 2^x for x in [-126, 0], to about one unit in the last place; the argument is -x. 2^x = 2^round(x) p, with p a
+   polynomial in the rest. Adding 12583039 = 1.5 2^23 + 127 leaves round(x) and the bias of exponents in the lowest bits of
+   n, from where they are shifted into the exponent of `scale`. */
 #define POWER_OF_2(minus_x, result) do { \
     float n = 12583039.0f - (minus_x), x = (12583039.0f - n) - (minus_x), p = 1.53458095e-4f; \
     THEN(1.33999312e-3f) THEN(9.61848897e-3f) THEN(5.55032878e-2f) THEN(0.240226469f) THEN(0.693147206f) THEN(1.0f) \
@@ -38,11 +45,11 @@ struct terms {
     result = p * scale; \
 } while (0)
 
-/* a + c, and a bit for bit where c is zero: +0.0 would make a +0.0 of -0.0. */
+/* a + c, and a bit for bit where c is zero; adding +0.0 would turn -0.0 into +0.0. */
 static inline float plus(float a, float c) { return c == 0.0f ? a : a + c; }
 
 static inline float clamped(float u, float bound) {
-    u = u > -bound ? u : -bound;   /* a NaN too: the base passes it on, and its neighbours are not its victims */
+    u = u > -bound ? u : -bound;   /* so is a NaN: the base passes it on, and sums over other elements stay finite */
     return u > bound ? bound : u;
 }
 
@@ -56,18 +63,20 @@ static inline float bell_of(float v) {
 static inline float sigmoid(float z) {
     float size = z < 0.0f ? -z : z, near = size < 87.0f ? size : 87.0f, e;
     POWER_OF_2(near * LOG2_E, e);
-    e = size > 87.0f ? 0.0f : e;   /* so that infinities come out as those of torch do */
-    float whole = 1.0f + e, y = 0.98989899f + e * (e * 0.32323232f - 0.80808081f);   /* 1 / whole to 1 % */
+    e = size > 87.0f ? 0.0f : e;   /* so that infinities give the same results as in torch */
+    float whole = 1.0f + e, y = 0.98989899f + e * (e * 0.32323232f - 0.80808081f);   /* 1 / whole, to 1 % */
+    y = y * (2.0f - whole * y);   /* two of Newton's steps are several times as fast as a division */
     y = y * (2.0f - whole * y);
-    y = y * (2.0f - whole * y);   /* Newton's steps are several times as fast as a division */
     return (z < 0.0f ? e : 1.0f) * y;
 }
 
-/* Normal CDF - 1/2, what GELU_TANH has in its place, and the slopes of both - 1/2: odd functions, z times a polynomial
-   in x = 2 (z / end)^2 - 1 fitted for the least largest error (1e-7, as much as rounding), constant from `end` on. */
+/* For GELU and GELU_TANH, base(z) / z and the slope base'(z). Minus 1/2 they are odd functions of z: z times a polynomial
+   in x = 2 (z / end)^2 - 1, fitted with the smallest maximal error (1e-7, as small as rounding), and constant from `end`
+   on. */
 #define SQUARED(z, end) (z * z < end * end ? z * z : end * end) * (2.0f / (end * end)) - 1.0f
 
-static inline float half_limited(float h) {   /* lets NaN pass */
+/* These two let a NaN pass. */
+static inline float half_limited(float h) {
     h = h < -0.5f ? -0.5f : h;
     return h > 0.5f ? 0.5f : h;
 }
@@ -112,7 +121,7 @@ static inline float tanh_slope(float z) {
     return 0.5f + near * p;
 }
 
-/* The bases and their slopes. */
+/* Value and slope of a base. */
 static inline __attribute__((always_inline)) float base_value(enum base base, float below, float z) {
     if (base == KINK) return z > 0.0f || z != z ? z : (below == 0.0f ? 0.0f : below * z);
     if (base == SILU) return z * sigmoid(z);
@@ -145,14 +154,14 @@ combine_slopes(enum base base, float below, const float *z, const float *grad, c
 #pragma omp simd
     for (int i = 0; i < m; i++) {
         if (base == GIVEN) {
-            out[i] = c[i] == 0.0f ? out[i] : plus(out[i], grad[i] * c[i]);   /* 0 * inf is no 0 */
+            out[i] = c[i] == 0.0f ? out[i] : plus(out[i], grad[i] * c[i]);   /* 0 * inf is not 0 */
         } else {
             out[i] = grad[i] * (base_slope(base, below, z[i]) + c[i]);
         }
     }
 }
 
-/* One loop for each base, so that the compiler sees which. */
+/* One loop for each base, so that the compiler knows the base inside the loop. */
 #define FOR_EACH_BASE(base, call) \
     switch (base) { \
     case GIVEN: call(GIVEN); break; \
@@ -175,7 +184,8 @@ static void finish_slopes(
 #undef CALL
 }
 
-/* Rows a0..a3 of one interval side by side; a last row stands for the right end and beyond. */
+/* Transposes a table: the coefficients a0..a3 of an interval side by side. A last row stands for the right end and
+   everything beyond it. */
 static void to_rows(const float *table, int intervals, float *rows) {
     for (int k = 0; k < intervals; k++)
         for (int j = 0; j < 4; j++) rows[4 * k + j] = table[j * intervals + k];
@@ -186,30 +196,35 @@ static void to_rows(const float *table, int intervals, float *rows) {
     beyond[2] = beyond[3] = 0.0f;
 }
 
-/* Rows of the whole correction, sigma * eps * ghat, for one amplitude. */
+/* The same for sigma * eps * ghat instead of ghat. */
 static void to_folded_rows(const float *table, const struct terms *s, float *rows) {
     to_rows(table, s->intervals, rows);
     for (int k = 0; k < 4 * (s->intervals + 1); k++) rows[k] = s->sigma * (s->eps * rows[k]);
 }
 
+/* For m elements, where the interval's row begins, and the place inside the interval in [0, 1]; filled up with 0 to a
+   multiple of 8 elements. */
 static inline void places(const float *z, int m, const struct terms *s, int32_t *row, float *t) {
     float mu = s->mu, inverse = s->inverse, half = s->half_width, per_sd = s->per_sd, top = (float)s->intervals;
     for (int i = 0; i < m; i++) {
         float place = ((z[i] - mu) * inverse + half) * per_sd;
-        place = place > 0.0f ? place : 0.0f;   /* a NaN too: the base passes it on */
+        place = place > 0.0f ? place : 0.0f;   /* so is the place of a NaN, which the base passes on */
         place = place < top ? place : top;
         int32_t k = (int32_t)place;
         row[i] = 4 * k;
         t[i] = place - (float)k;
     }
-    for (int i = m; i < ((m + 7) & ~7); i++) row[i] = 0, t[i] = 0.0f;
+    for (int i = m; i < ((m + 7) & ~7); i++) {
+        row[i] = 0;
+        t[i] = 0.0f;
+    }
 }
 
 #define SHUFFLE __builtin_shufflevector
 #define JOINED(i, j) SHUFFLE(*(const v4 *)(rows + row[i]), *(const v4 *)(rows + row[j]), 0, 1, 2, 3, 4, 5, 6, 7)
 
-/* Coefficients a0..a3 at places i to i + 7. Whole rows are loaded and transposed: several times faster than gathering
-   them one by one. */
+/* Coefficients a0..a3 of elements i to i + 7. Loading whole rows and transposing them is several times as fast as
+   gathering the coefficients one by one. */
 #define READ_8 \
     v8 a = JOINED(i, i + 4), b = JOINED(i + 1, i + 5), c = JOINED(i + 2, i + 6), d = JOINED(i + 3, i + 7); \
     v8 ab0 = SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13), ab1 = SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15); \
@@ -217,7 +232,7 @@ static inline void places(const float *z, int m, const struct terms *s, int32_t 
     v8 a0 = SHUFFLE(ab0, cd0, 0, 1, 8, 9, 4, 5, 12, 13), a1 = SHUFFLE(ab0, cd0, 2, 3, 10, 11, 6, 7, 14, 15); \
     v8 a2 = SHUFFLE(ab1, cd1, 0, 1, 8, 9, 4, 5, 12, 13), a3 = SHUFFLE(ab1, cd1, 2, 3, 10, 11, 6, 7, 14, 15);
 
-/* Values, and slopes per interval where wanted. */
+/* Values, and slopes per interval; either may be null. */
 static inline void read_rows(const float *rows, const int32_t *row, const float *t, int m, float *value, float *slope) {
     for (int i = 0; i < m; i += 8) {
         READ_8
@@ -227,7 +242,7 @@ static inline void read_rows(const float *rows, const int32_t *row, const float 
     }
 }
 
-/* Slopes per interval times a factor; returns the sum of weight times value. */
+/* Slopes per interval times a factor; returns the sum of weight * value. */
 static inline float read_slopes(const float *rows, const int32_t *row, const float *t, const float *weight, int m,
                                 float factor, float *slope) {
     v8 sums = {0};
@@ -242,7 +257,7 @@ static inline float read_slopes(const float *rows, const int32_t *row, const flo
     return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
 
-/* The closed form, in one loop with its base; v = BELL_SCALE u. */
+/* base(z) + c(z) with the closed form, in one loop; v = BELL_SCALE u. */
 static inline __attribute__((always_inline)) void
 bell_values(enum base base, const float *z, float *out, int64_t n, const struct terms *s) {
     float amplitude = s->eps * s->sigma / BELL_SCALE, lift = s->lift * s->sigma, below = s->below;
@@ -254,7 +269,8 @@ bell_values(enum base base, const float *z, float *out, int64_t n, const struct 
     }
 }
 
-/* sums: of grad u e and of grad e, the gradients by eps and lift. */
+/* grad (base' + c')(z) with the closed form. sums [2]: of grad u e and of grad e, with e = exp(-u^2 / 2); times sigma they
+   are the gradients by eps and lift. */
 static inline __attribute__((always_inline)) void
 bell_slopes(enum base base, const float *z, const float *grad, float *out, int64_t n, const struct terms *s,
             double *sums) {
@@ -268,13 +284,14 @@ bell_slopes(enum base base, const float *z, const float *grad, float *out, int64
         float c = (eps - v * (by_square * v + by_v)) * e;   /* (eps (1 - u^2) - lift u) e */
         by_eps += pull * v;
         by_lift += pull;
-        if (base == GIVEN) out[i] = nothing ? out[i] : plus(out[i], grad[i] * c);   /* 0 * inf is no 0 */
+        if (base == GIVEN) out[i] = nothing ? out[i] : plus(out[i], grad[i] * c);   /* 0 * inf is not 0 */
         else out[i] = grad[i] * (base_slope(base, below, z[i]) + c);
     }
     sums[0] = by_eps / BELL_SCALE;
     sums[1] = by_lift;
 }
 
+/* One block, by one thread. rows: of sigma * eps * ghat, or null for the closed form. */
 static void forward(const float *z, float *out, int64_t n, struct terms s, const float *rows) {
     int32_t row[PART];
     float t[PART], value[PART];
@@ -287,11 +304,12 @@ static void forward(const float *z, float *out, int64_t n, struct terms s, const
     for (int64_t start = 0; start < n; start += PART) {
         int m = n - start < PART ? (int)(n - start) : PART;
         places(z + start, m, &s, row, t);
-        read_rows(rows, row, t, m, value, 0);   /* these are sigma * eps * ghat */
+        read_rows(rows, row, t, m, value, 0);
         finish_values(s.base, s.below, z + start, value, out + start, m);
     }
 }
 
+/* One block, by one thread. rows: of ghat, or null for the closed form; sums [2]: as of bell_slopes. */
 static void backward(const float *z, const float *grad, float *out, int64_t n, struct terms s, const float *rows,
                      double *sums) {
     int32_t row[PART];
@@ -307,7 +325,7 @@ static void backward(const float *z, const float *grad, float *out, int64_t n, s
         int m = n - start < PART ? (int)(n - start) : PART;
         places(z + start, m, &s, row, t);
         sums[0] += read_slopes(rows, row, t, grad + start, m, s.eps * s.per_sd, slope);
-        if (s.eps != 0.0f || s.base != GIVEN)   /* 0 * inf is no 0 */
+        if (s.eps != 0.0f || s.base != GIVEN)   /* 0 * inf is not 0 */
             finish_slopes(s.base, s.below, z + start, grad + start, slope, out + start, m);
     }
 }
@@ -315,8 +333,19 @@ static void backward(const float *z, const float *grad, float *out, int64_t n, s
 static struct terms read_terms(const float *eps, const float *lift, const float *shape, int intervals, float half_width,
                                float clamp, int base, float below) {
     float per_sd = intervals ? (float)intervals / (2.0f * half_width) : 1.0f;
-    struct terms s = {*eps, lift ? *lift : 0.0f, shape[0], shape[1], 1.0f / shape[1], clamp, per_sd, half_width, intervals,
-                      (enum base)base, below};
+    struct terms s = {
+        .eps = *eps,
+        .lift = lift ? *lift : 0.0f,
+        .mu = shape[0],
+        .sigma = shape[1],
+        .inverse = 1.0f / shape[1],
+        .clamp = clamp,
+        .per_sd = per_sd,
+        .half_width = half_width,
+        .intervals = intervals,
+        .base = (enum base)base,
+        .below = below,
+    };
     return s;
 }
 
@@ -335,10 +364,10 @@ void eafo_forward(const float *z, float *out, float *kept, int64_t n, const floa
     }
 }
 
-/* out = grad (base' + c')(z), where out holds grad base'(z) already if the base is GIVEN; grad_eps = sum of grad ghat;
-   grad_lift, unless null: sum of grad exp(-u^2 / 2), 0 with a table.
+/* out = grad (base' + c')(z) for n elements; if the base is GIVEN, out holds grad base'(z) before. grad_eps [1] = sum of
+   grad sigma ghat. grad_lift [1] or null = sum of grad sigma exp(-u^2 / 2), 0 with a table.
 
-   partial: room for two numbers a block of 4096, or null where there are no more than FEW_BLOCKS. */
+   partial [2 per block of BLOCK elements]: for intermediate sums; null if there are at most FEW_BLOCKS blocks. */
 void eafo_backward(const float *z, const float *grad, float *out, int64_t n, const float *eps, const float *lift,
                    const float *shape, const float *table, int intervals, float half_width, float clamp, int base,
                    float below, int threads, double *partial, float *grad_eps, float *grad_lift) {
@@ -351,7 +380,10 @@ void eafo_backward(const float *z, const float *grad, float *out, int64_t n, con
         int64_t m = n - start < BLOCK ? n - start : BLOCK;
         backward(z + start, grad + start, out + start, m, s, table ? rows : 0, sums + 2 * (start / BLOCK));
     }
-    for (int64_t b = 0; b < (n + BLOCK - 1) / BLOCK; b++) by_eps += sums[2 * b], by_lift += sums[2 * b + 1];
+    for (int64_t b = 0; b < (n + BLOCK - 1) / BLOCK; b++) {
+        by_eps += sums[2 * b];
+        by_lift += sums[2 * b + 1];
+    }
     *grad_eps = (float)(by_eps * s.sigma);
     if (grad_lift) *grad_lift = (float)(by_lift * s.sigma);
 }

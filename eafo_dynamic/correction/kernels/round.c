@@ -1,5 +1,6 @@
-/* The rest of what an update round asks of the samples of all sites: outputs, moments, atoms and spacings, units that
-   never fired. stacked.py, statistics.py and entropy/spacings.py have the same in torch's operations; see entropy.c. */
+/* What else an update round computes from the samples of all sites: outputs, moments, atoms and spacings, units that
+   never fired. correction/stacked.py, density/statistics.py and entropy/spacings.py have the same in torch's
+   operations. Shapes and missing samples as in entropy.c. */
 
 #include "entropy.c"
 
@@ -7,17 +8,18 @@
 #define ATOM_SHARE 0.01f
 #define MOST_UNITS (1 << 22)
 
-/* What one unit of an amplitude adds, where the other is 0. */
+/* out = c(z) for the given amplitudes; with one of them 1 and the other 0, the derivative of c(z) by that one. */
 static void unit_direction(const float *z, float *out, int64_t n, float eps, float lift, const float *shape,
                            const float *table, int intervals, float half_width, float clamp) {
     memset(out, 0, sizeof(float) * (size_t)n);
     eafo_forward(z, out, 0, n, &eps, &lift, shape, table, intervals, half_width, clamp, GIVEN, 0.0f, 1);
 }
 
-/* Functions of every site on [sites, n], each wanted unless null: out = base(z) + c(z), by_eps and by_lift = what one
-   unit of each amplitude adds. eps and lift [sites], the latter or null; shape [sites, 2] = mu, sigma; place [sites]:
-   which of the tables [.., 4, intervals] is the site's, -1 for the closed form; base and below [sites] as of
-   eafo_forward, out holding base(z) where it is GIVEN; with null for base, out = c(z). */
+/* The functions of all sites: out [sites, n] = base(z) + c(z), by_eps and by_lift [sites, n] = derivatives of c(z) by the
+   amplitudes; any of the three may be null.
+   eps [sites], lift [sites] or null; shape [sites, 2] = mu, sigma; tables [.., 4, intervals]; place [sites]: index of the
+   site's table, -1 for the closed form; base and below [sites]: as of eafo_forward. Rows of out hold base(z) before if the
+   base is GIVEN; if `base` is null, out = c(z). */
 void eafo_functions(const float *z, int64_t sites, int64_t n, const float *eps, const float *lift, const float *shape,
                     const float *tables, const int64_t *place, int intervals, float half_width, float clamp,
                     const int32_t *base, const float *below, float *out, float *by_eps, float *by_lift, int threads) {
@@ -35,7 +37,7 @@ void eafo_functions(const float *z, int64_t sites, int64_t n, const float *eps, 
     }
 }
 
-/* Samples, mean, standard deviation, skewness and excess kurtosis of every site: out [sites, 5]; sample_moments. */
+/* Number of samples, mean, standard deviation, skewness and excess kurtosis of every site: out [sites, 5]. */
 void eafo_moments(const float *x, int64_t sites, int64_t n, int threads, double *out) {
     ROUND_PARALLEL
     for (int64_t s = 0; s < sites; s++) {
@@ -50,29 +52,39 @@ void eafo_moments(const float *x, int64_t sites, int64_t n, int threads, double 
                  two[k] += square; three[k] += off * square; four[k] += square * square)
         double m2 = added(two) / all, flat = all > 0.0 ? 0.0 : NAN;
         double *found = out + 5 * s;
-        found[0] = all, found[1] = low + mean, found[2] = sqrt(m2);
+        found[0] = all;
+        found[1] = low + mean;
+        found[2] = sqrt(m2);
         found[3] = m2 > 0.0 ? added(three) / all / (m2 * sqrt(m2)) : flat;
         found[4] = m2 > 0.0 ? added(four) / all / (m2 * m2) - 3.0 : flat;
     }
 }
 
-/* Share of the units that never fired of one site; whether there was room for a mark a unit. */
+/* Fraction of the units of one site that never fired; NaN with fewer than per_unit samples per unit. Returns whether there
+   was memory for one mark per unit: bit 0 for a unit with samples, bit 1 for one that fired. */
 static int dead_share(const float *x, const float *unit, int64_t n, int per_unit, float *out) {
     float low, high;
     range_of(unit, 0, n, &low, &high);
     int64_t width = high >= 0.0f ? (int64_t)high + 1 : 1, present = 0, fired = 0, known = 0;
     unsigned char *seen = width <= MOST_UNITS ? calloc((size_t)width, 1) : 0;
     if (!seen) return 0;
-    for (int64_t i = 0; i < n; i++)
-        if (x[i] == x[i]) seen[(int32_t)unit[i]] |= x[i] > 0.0f ? 3 : 1, known++;
-    for (int64_t u = 0; u < width; u++) present += seen[u] & 1, fired += seen[u] >> 1;
+    for (int64_t i = 0; i < n; i++) {
+        if (x[i] == x[i]) {
+            seen[(int32_t)unit[i]] |= x[i] > 0.0f ? 3 : 1;
+            known++;
+        }
+    }
+    for (int64_t u = 0; u < width; u++) {
+        present += seen[u] & 1;
+        fired += seen[u] >> 1;
+    }
     *out = present && known >= per_unit * present ? (float)(present - fired) / (float)present : NAN;
     free(seen);
     return 1;
 }
 
-/* Share of the units that never fired: out [sites]. unit [sites, n], or [n] where it is shared: numbers as floats, NaN
-   only where x is; see sample_moments.dead_fractions. Returns how many sites have too many units. */
+/* Fraction of the units that never fired, of every site: out [sites]. unit [sites, n], or [n] if shared: number of each
+   sample's unit as a float, NaN only where x is. Returns the number of sites with too many units. */
 int eafo_dead(const float *x, const float *unit, int shared, int64_t sites, int64_t n, int per_unit, int threads,
               float *out) {
     int refused = 0;
@@ -82,31 +94,41 @@ int eafo_dead(const float *x, const float *unit, int shared, int64_t sites, int6
     return refused;
 }
 
-/* Starts and lengths of the atoms among count sorted values; returns how many there are, at most 1 / ATOM_SHARE. */
+/* Starts and lengths of the atoms among sorted values: values that make up a share of ATOM_SHARE or more. Returns how many
+   there are, at most 1 / ATOM_SHARE. */
 static int atoms_of(const float *sorted, int64_t count, int64_t *start, int64_t *length) {
     int64_t gap = (int64_t)ceilf((float)count * ATOM_SHARE) - 1, i = 0;
     int found = 0;
     if (gap < 1) gap = 1;
-    if (count == 1) start[0] = 0, length[0] = 1;
+    if (count == 1) {
+        start[0] = 0;
+        length[0] = 1;
+    }
     while (i + gap < count) {
-        if (sorted[i + gap] != sorted[i]) { i++; continue; }
+        if (sorted[i + gap] != sorted[i]) {
+            i++;
+            continue;
+        }
         start[found] = i;
-        for (i += gap + 1; i < count && sorted[i] == sorted[start[found]];) i++;
-        length[found] = i - start[found], found++;
+        i += gap + 1;
+        while (i < count && sorted[i] == sorted[start[found]]) i++;
+        length[found] = i - start[found];
+        found++;
     }
     return count == 1 ? 1 : found;
 }
 
 static void add_logs(const double *x, int64_t n, double *part) { IN_LANES(part[k] += logarithm(x[i])) }
 
-/* The sample with this rank among those that lie on no atom. */
+/* The sample with this rank among the samples on no atom. */
 static inline double off_atoms(const float *sorted, int64_t rank, int atoms, const int64_t *start, const int64_t *length) {
     for (int a = 0; a < atoms; a++) rank += rank >= start[a] ? length[a] : 0;
     return sorted[rank];
 }
 
-/* Probability on atoms and entropy of the rest: out [sites, 2]. sorted [sites, n], what is missing last; count [sites]:
-   how many are not; digamma [n + 2]: of 0, 1, ...; epsilon: relative rounding; see spacings.atoms_and_rest. */
+/* Probability on atoms, and differential entropy of the other samples, of every site: out [sites, 2]; see
+   spacings.atoms_and_rest. sorted [sites, n]: missing samples last; count [sites]: samples that are not missing;
+   digamma [n + 2]: of 0, 1, ...; epsilon: relative rounding error of the samples. */
 void eafo_spacings(const float *sorted, const double *count, int64_t sites, int64_t n, const double *digamma,
                    double epsilon, int threads, double *out) {
     ROUND_PARALLEL
