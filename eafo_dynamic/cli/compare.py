@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -20,10 +21,10 @@ __all__ = ["register"]
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"  # pyright: ignore[reportPrivateUsage]
 
 _DESCRIPTION = """\
-Train every arm of a plan with every seed, and say what the paired differences from the reference arm are:
-initial weights, order of the batches and split are the same in all arms of a seed, which is checked.
-Finished cells are kept: the same command goes on where a killed one stopped. To spread the cells over
-machines that share a folder, run the lines that --list prints there, in any order, then --show."""
+Train every arm of a plan with every seed, and show the paired differences from the reference arm. Initial
+weights, order of the batches and split are the same in all arms of a seed, which is checked. Finished cells
+are kept: the same command goes on where a killed one stopped. To spread the cells over machines that share
+a folder, run the lines that --list prints there, in any order, then --show."""
 
 
 def register(commands: Commands) -> None:
@@ -44,14 +45,22 @@ def register(commands: Commands) -> None:
     )
     parser.add_argument("--config", required=True, nargs="+", metavar="PLAN", help="a plan; several: one after another")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes beside each other (default: 1)")
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="SEED",
+        help="only these; seeds that are not in the plan are added to it, also for --show",
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (default: 1)")
     parser.add_argument("--out", metavar="DIR", help="where results are kept (default: as the plan says)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--list", action="store_true", help="print one command a cell that is not finished; run nothing")
+    what.add_argument("--list", action="store_true", help="print one command per unfinished cell; run nothing")
     what.add_argument("--show", action="store_true", help="the tables of what is finished; run nothing")
     what.add_argument(
-        "--check", action="store_true", help="build every arm and the data, say what differs; run nothing"
+        "--check",
+        action="store_true",
+        help="build every arm and the data, try one step, say what differs; train nothing",
     )
     parser.add_argument("--no-tables", action="store_true", help="run the cells, leave the evaluation to --show")
     add_format_option(parser)
@@ -59,38 +68,46 @@ def register(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from eafo_dynamic.experiments.compare.plan import read_plan
-
     if args.jobs < 1:
         raise ConfigError("--jobs", args.jobs, "must be at least 1", "Give the number of processes.")
-    out = None if args.out is None else Path(args.out)
-    several = len(args.config) > 1
-    plans = [read_plan(Path(each), out / Path(each).stem if out and several else out) for each in args.config]
-    for plan in plans:
-        _check_choice(plan, args)
+    plans = [_plan(Path(path), args) for path in args.config]
     if args.list:
         _list(plans, args)
         return 0
     if args.check:
         return _check(plans)
-    failures = 0 if args.show else sum(_train(plan, args) for plan in plans)
+    failures = 0
+    if not args.show:
+        failures = sum(_train(plan, args) for plan in plans)
     if not args.no_tables:
         _show(plans, args.format)
     return 1 if failures else 0
 
 
-def _check_choice(plan: Plan, args: argparse.Namespace) -> None:
+def _plan(path: Path, args: argparse.Namespace) -> Plan:
+    """The plan with the seeds that the command line adds to it."""
+    from eafo_dynamic.experiments.compare.plan import check_seed, read_plan
+
+    directory = None
+    if args.out is not None:
+        directory = Path(args.out)
+        if len(args.config) > 1:
+            directory /= path.stem
+    plan = read_plan(path, directory)
     for name in args.arms or ():
         plan.arm(name)
     for seed in args.seeds or ():
-        if seed not in plan.seeds:
-            raise ConfigError("--seeds", seed, "is not in the plan", f"There are: {', '.join(map(str, plan.seeds))}.")
+        check_seed("--seeds", seed)
+    return dataclasses.replace(plan, seeds=tuple(dict.fromkeys([*plan.seeds, *(args.seeds or ())])))
 
 
 def _cells(plan: Plan, args: argparse.Namespace) -> list[Any]:
     from eafo_dynamic.experiments.compare.runner import cells
 
-    return cells(plan, args.arms, args.seeds)
+    seeds = args.seeds
+    if seeds is not None:
+        seeds = list(dict.fromkeys(seeds))
+    return cells(plan, args.arms, seeds)
 
 
 def _list(plans: list[Plan], args: argparse.Namespace) -> None:
@@ -104,15 +121,16 @@ def _list(plans: list[Plan], args: argparse.Namespace) -> None:
 
 
 def _check(plans: list[Plan]) -> int:
-    from eafo_dynamic.experiments.compare.cell import check
+    from eafo_dynamic.experiments.compare.cell import check, check_metrics
     from eafo_dynamic.experiments.compare.compose import differences
 
     for plan in plans:
         check(plan)
+        check_metrics(plan)
         print(f"{plan.title}: {len(plan.arms)} arms x {len(plan.seeds)} seeds on {plan.task}, in {plan.directory}")
         for arm in plan.arms:
-            said = "; ".join(differences(plan, arm)) or "the reference"
-            print(f"  {arm.name}: {said}")
+            different = "; ".join(differences(plan, arm))
+            print(f"  {arm.name}: {different or 'the reference'}")
     return 0
 
 
@@ -125,12 +143,14 @@ def _train(plan: Plan, args: argparse.Namespace) -> int:
         return 0
     check(plan)
     failures = run(plan, chosen, args.jobs)
-    reasons: dict[str, list[str]] = {}
+    cells_by_reason: dict[str, list[str]] = {}
     for failure in failures:
-        reasons.setdefault(failure.why, []).append(failure.what)
-    for why, cells in reasons.items():
-        more = f" and {len(cells) - 1} more cells" if len(cells) > 1 else ""
-        print(f"failed: {plan.title}, {cells[0]}{more}: {why}", file=sys.stderr)
+        cells_by_reason.setdefault(failure.why, []).append(failure.what)
+    for why, cells in cells_by_reason.items():
+        named = cells[0]
+        if len(cells) > 1:
+            named += f" and {len(cells) - 1} more cells"
+        print(f"failed: {plan.title}, {named}: {why}", file=sys.stderr)
     return len(failures)
 
 

@@ -19,6 +19,7 @@ import yaml
 from eafo_dynamic.apply.surgery import wrap
 from eafo_dynamic.cli import main
 from eafo_dynamic.errors import ConfigError, EAFOError
+from eafo_dynamic.experiments import Classifier
 from eafo_dynamic.experiments.compare.cell import finished, result_path, run_cell
 from eafo_dynamic.experiments.compare.compose import compose, differences, flat
 from eafo_dynamic.experiments.compare.plan import Plan, read_plan
@@ -265,8 +266,80 @@ def test_listed_commands_are_the_open_cells(tmp_path: Path, capsys: pytest.Captu
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+def test_seeds_that_are_not_in_the_plan_are_run_and_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(
+        tmp_path, seeds=[0], settings={"trainer.max_epochs": 1}, arms={"relu": None, "gelu": SMALL["arms"]["gelu"]}
+    )
+    arguments = ["compare", "--config", str(tmp_path / "plan.yaml"), "--out", str(plan.directory)]
+    assert main([*arguments, "--seeds", "40", "7", "40"]) == 0
+    assert [finished(plan, plan.arm("relu"), seed) for seed in (0, 7, 40)] == [False, True, True]
+    out = capsys.readouterr().out
+    assert "has not finished seed 0." in out and "not in the plan" not in out
+    run_cell(plan, plan.arm("relu"), 0)
+    run_cell(plan, plan.arm("gelu"), 0)
+    assert main([*arguments, "--show", "--seeds", "7", "40", "--format", "json"]) == 0
+    assert [row["n"] for row in json.loads(capsys.readouterr().out)] == ["3", "3"]
+    assert main([*arguments, "--show"]) == 0
+    assert "Finished, but not in the plan: seed 7, 40. --seeds adds them." in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_that_lightning_would_change_are_refused(
+    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan_of(tmp_path)
+    assert main(["compare", "--config", str(tmp_path / "plan.yaml"), "--check", "--seeds", str(seed)]) == 2
+    assert f"--seeds={seed}: is no seed. Write a number from 0" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=f"seeds={seed}: is no seed"):
+        plan_of(tmp_path, seeds=[seed])
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"metric": "test_los"}, "metric='test_los'"),
+        ({"also": ["test_loss", "val_acuracy"]}, "also='val_acuracy'"),
+        ({"select": "vall_loss"}, "select='vall_loss'"),
+    ],
+)
+def test_check_refuses_a_metric_that_no_arm_logs(
+    changes: dict[str, Any], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {"relu": None, "learned": SMALL["arms"]["learned"]}
+    plan = plan_of(tmp_path, higher_is_better=False, arms=arms, **changes)
+    arguments = ["compare", "--config", str(tmp_path / "plan.yaml"), "--out", str(plan.directory), "--check"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"{option}: no arm logs such a metric. There are: train_loss, val_loss" in error
+    assert error.count("\n") == 1 and "eafo/" not in error
+    assert not list(plan.directory.rglob("*")), "nothing of what was tried is kept"
+
+
+def test_check_takes_a_metric_that_only_one_arm_logs(tmp_path: Path) -> None:
+    own = {"set": {"model.class_path": f"{__name__}.Verbose"}}
+    plan = plan_of(tmp_path, metric="own_loss", arms={"relu": None, "own": own})
+    assert main(["compare", "--config", str(tmp_path / "plan.yaml"), "--out", str(plan.directory), "--check"]) == 0
+
+
+def test_check_names_the_arm_whose_first_step_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of(tmp_path, settings={"trainer.gradient_clip_val": 1.0, "trainer.gradient_clip_algorithm": "nonsense"})
+    assert main(["compare", "--config", str(tmp_path / "plan.yaml"), "--out", str(plan.directory), "--check"]) == 2
+    assert "error: arm 'relu': " in capsys.readouterr().err
+
+
+class Verbose(Classifier):
+    """Logs one metric more, while it trains."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("own_loss", loss)
+        return loss
+
+
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
-def test_every_plan_on_board_can_be_built(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_plan_included_can_be_built(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--config", str(path), "--out", str(tmp_path), "--check"]) == 0
     assert "the reference" in capsys.readouterr().out
 

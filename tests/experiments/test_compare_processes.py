@@ -18,7 +18,7 @@ import yaml
 from eafo_dynamic import errors
 from eafo_dynamic.experiments.compare.cell import finished
 from eafo_dynamic.experiments.compare.plan import Plan, read_plan
-from eafo_dynamic.experiments.compare.runner import _beside, cells, run
+from eafo_dynamic.experiments.compare.runner import _in_processes, cells, run
 
 ROOT = Path(__file__).parents[2]
 ERRORS = [
@@ -27,7 +27,8 @@ ERRORS = [
     errors.PatternError("target_modules", "nope", ["ReLU", "GELU"]),
     errors.SiteError("model.2: odd"),
     errors.LogError("log: damaged"),
-    errors.UnsupportedTorchError("a feature", "2.14.1", "a part", "Do without."),
+    errors.CompoundingError("last.ckpt"),
+    errors.UnsupportedTorchError("merge", "2.4", "torch._x", "Update torch."),
 ]
 
 
@@ -83,7 +84,7 @@ def test_a_killed_process_takes_no_other_cell_with_it(tmp_path: Path) -> None:
     tasks: list[Any] = [(name, die if name == "cell 1" else leave_a_mark, (tmp_path, name)) for name in names]
     tasks.insert(3, ("unsendable", leave_a_mark, (tmp_path, Unsendable())))
     ended: list[str] = []
-    failures = _beside(tasks, ended.append, jobs=2)
+    failures = _in_processes(tasks, ended.append, jobs=2)
     assert sorted(ended) == sorted(task[0] for task in tasks)
     assert sorted(path.name for path in tmp_path.iterdir()) == [name for name in names if name != "cell 1"]
     assert {failure.what: failure.why for failure in failures} == {

@@ -1,4 +1,4 @@
-"""One cell: one arm trained and tested with one seed, kept in one file that is there whole or not at all."""
+"""A cell: one arm trained and tested with one seed. Its result is one file, which is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from typing import Any
 
 import yaml
 
-from eafo_dynamic.errors import ConfigError, EAFOError, interruptible
+from eafo_dynamic.errors import ConfigError, EAFOError, interruptible, one_line
 from eafo_dynamic.experiments.compare.compose import compose, compose_pretraining, fingerprint
 from eafo_dynamic.experiments.compare.plan import Arm, Plan
 from eafo_dynamic.internals.version import package_versions
 
-__all__ = ["SCHEMA", "check", "finished", "pretrain", "result_path", "run_cell"]
+__all__ = ["SCHEMA", "check", "check_metrics", "finished", "pretrain", "result_path", "run_cell"]
 
 SCHEMA = 1
 _TALKATIVE = (
-    *("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"),
-    *("lightning.fabric", "lightning.fabric.utilities.seed"),
+    "lightning.pytorch",
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric",
+    "lightning.fabric.utilities.seed",
 )
 
 
@@ -51,21 +53,25 @@ def _weights_path(plan: Plan, seed: int) -> Path:
     return plan.directory / "pretrained" / f"seed-{seed}" / "weights.pt"
 
 
-def _prints(plan: Plan, arm: Arm, seed: int) -> tuple[dict[str, Any], str]:
+def _config_and_fingerprint(plan: Plan, arm: Arm, seed: int) -> tuple[dict[str, Any], str]:
     folder = result_path(plan, arm, seed).parent.absolute()
-    manner = (plan.threads, plan.select, {} if arm.eafo is None else _defaults())
+    defaults: dict[str, Any] = {}
+    if arm.eafo is not None:
+        defaults = _callback_defaults()
+    manner = (plan.threads, plan.select, defaults)
     if plan.pretrain is None:
         config = compose(plan, arm, seed, folder)
         return config, fingerprint(config, folder, manner)
     weights = _weights_path(plan, seed).absolute()
+    pretraining = compose_pretraining(plan, seed, weights.parent)
+    pretrained = fingerprint(pretraining, weights.parent, (plan.threads,))
     config = compose(plan, arm, seed, folder, weights)
-    before = fingerprint(compose_pretraining(plan, seed, weights.parent), weights.parent, (plan.threads,))
-    return config, fingerprint(config, folder, manner, before)
+    return config, fingerprint(config, folder, manner, pretrained)
 
 
 @functools.cache
-def _defaults() -> dict[str, Any]:
-    """Defaults of the callback's options: a result made with others is none of this version's."""
+def _callback_defaults() -> dict[str, Any]:
+    """The defaults of the callback's options: a version with other defaults would give another result."""
     from eafo_dynamic.trainers.lightning.callback import EAFOCallback
 
     return {name: each.default for name, each in inspect.signature(EAFOCallback).parameters.items()}
@@ -80,10 +86,10 @@ def finished(plan: Plan, arm: Arm, seed: int) -> bool:
         seed: one of its seeds.
 
     Returns:
-        True where the result is there.
+        True if it has.
 
     Raises:
-        ConfigError: if it is the result of other settings than the plan now has.
+        ConfigError: if the result was made with other settings than the plan now has, or is damaged.
     """
     path = result_path(plan, arm, seed)
     if not path.exists():
@@ -92,7 +98,8 @@ def finished(plan: Plan, arm: Arm, seed: int) -> bool:
         kept = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise ConfigError("--config", str(path), "is damaged", "Delete the file; its cell is then run again.") from None
-    if kept != _prints(plan, arm, seed)[1]:
+    _, expected = _config_and_fingerprint(plan, arm, seed)
+    if kept != expected:
         raise ConfigError(
             "--config",
             plan.name,
@@ -104,7 +111,7 @@ def finished(plan: Plan, arm: Arm, seed: int) -> bool:
 
 @interruptible()
 def run_cell(plan: Plan, arm: Arm, seed: int) -> Path:
-    """Trains and tests one cell, unless its result is there.
+    """Trains and tests one cell, unless it has its result.
 
     Args:
         plan: the plan.
@@ -122,25 +129,33 @@ def run_cell(plan: Plan, arm: Arm, seed: int) -> Path:
         return path
     if plan.pretrain is not None:
         pretrain(plan, seed)
-    config, print_ = _prints(plan, arm, seed)
+    config, expected = _config_and_fingerprint(plan, arm, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     (path.parent / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     with _quiet(plan.threads):
         result = _train(config, plan.select)
-    about = {"schema": SCHEMA, "task": plan.title, "arm": arm.name, "seed": seed, "fingerprint": print_}
-    swept = {} if plan.sweep is None else {"option": plan.sweep, "value": arm.swept}
+    about: dict[str, Any] = {
+        "schema": SCHEMA,
+        "task": plan.title,
+        "arm": arm.name,
+        "seed": seed,
+        "fingerprint": expected,
+    }
+    if plan.sweep is not None:
+        about["option"] = plan.sweep
+        about["value"] = arm.swept
+    entropies = _entropies(path.parent / "eafo")
     stamp = {"versions": package_versions(), "finished": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    result = {**about, **swept, **result, **_entropies(path.parent / "eafo"), **stamp}
-    _write(path, json.dumps(result, indent=1) + "\n")
+    _write(path, json.dumps({**about, **result, **entropies, **stamp}, indent=1) + "\n")
     return path
 
 
 @interruptible()
 def pretrain(plan: Plan, seed: int) -> Path:
-    """Trains what the arms of a seed start from, unless it is there.
+    """Trains the weights that the arms of a seed start from, unless they are there.
 
     Args:
-        plan: with `pretrain`.
+        plan: a plan with `pretrain`.
         seed: one of its seeds.
 
     Returns:
@@ -151,21 +166,21 @@ def pretrain(plan: Plan, seed: int) -> Path:
     """
     path = _weights_path(plan, seed)
     config = compose_pretraining(plan, seed, path.parent)
-    print_ = fingerprint(config, path.parent, (plan.threads,))
+    expected = fingerprint(config, path.parent, (plan.threads,))
     note = path.with_suffix(".json")
-    if path.exists() and note.exists() and json.loads(note.read_text())["fingerprint"] == print_:
+    if path.exists() and note.exists() and json.loads(note.read_text())["fingerprint"] == expected:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with _quiet(plan.threads):
         cli = _built(config)
         _fit(cli)
     _write(path, _packed(cli.model))
-    _write(note, json.dumps({"fingerprint": print_}))
+    _write(note, json.dumps({"fingerprint": expected}))
     return path
 
 
 def check(plan: Plan) -> None:
-    """Builds every arm once, and the data: what cannot work is said before anything runs.
+    """Builds every arm once, and the data, so that what cannot work is said before anything runs.
 
     Args:
         plan: the plan.
@@ -173,34 +188,97 @@ def check(plan: Plan) -> None:
     Raises:
         EAFOError: one line on what is wrong, and in which arm.
     """
+    seed = plan.seeds[0]
     with tempfile.TemporaryDirectory() as folder, _quiet(plan.threads):
-        weights = Path(folder) / "weights.pt"
-        if plan.pretrain is not None:  # what the arms start from, as it is before it is trained
-            weights.write_bytes(_packed(_built(compose_pretraining(plan, plan.seeds[0], weights.parent)).model))
+        weights = _untrained_weights(plan, Path(folder))
         for arm in plan.arms:
-            finished(plan, arm, plan.seeds[0])
-            config = _prints(plan, arm, plan.seeds[0])[0]
-            if plan.pretrain is not None:
-                config["model"]["init_args"]["weights"] = str(weights)
-            try:
-                cli = _built(config)
+            finished(plan, arm, seed)
+            with _naming(arm):
+                cli = _built(compose(plan, arm, seed, Path(folder), weights))
                 if arm.name == plan.reference:
                     cli.datamodule.prepare_data()
                     cli.datamodule.setup("fit")
-            except EAFOError as error:
-                raise EAFOError(f"arm {arm.name!r}: {error}") from None
+
+
+def check_metrics(plan: Plan) -> None:
+    """Checks that some arm logs each metric that the plan names: one step, one batch of validation and of the test.
+
+    What is trained here is thrown away. The reference is tried first, the other arms only if it lacks a metric.
+
+    Args:
+        plan: a plan that `check` has passed.
+
+    Raises:
+        ConfigError: for a metric that no arm logs.
+        EAFOError: if an arm cannot be trained.
+    """
+    wanted = {"metric": [plan.metric], "also": list(plan.also), "select": []}
+    if plan.select is not None:
+        wanted["select"] = [plan.select]
+    names = {name for each in wanted.values() for name in each}
+    logged: dict[str, None] = {}
+    reference = plan.arm(plan.reference)
+    others = [arm for arm in plan.arms if arm.name != plan.reference]
+    with tempfile.TemporaryDirectory() as folder, _quiet(plan.threads):
+        weights = _untrained_weights(plan, Path(folder))
+        for arm in (reference, *others):
+            with _naming(arm):
+                config = compose(plan, arm, plan.seeds[0], Path(folder) / arm.slug, weights)
+                logged.update(dict.fromkeys(_logged_in_one_step(config)))
+            if names <= logged.keys():
+                return
+    for option, metrics in wanted.items():
+        for metric in metrics:
+            if metric not in logged:
+                raise ConfigError(option, metric, "no arm logs such a metric", f"There are: {', '.join(logged)}.")
+
+
+def _logged_in_one_step(config: dict[str, Any]) -> list[str]:
+    config["trainer"]["fast_dev_run"] = True
+    cli = _built(config)
+    try:
+        _fit(cli)
+        logged = [*cli.trainer.callback_metrics]
+        cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+    except EAFOError:
+        raise
+    except Exception as error:
+        raise EAFOError(f"one training step fails: {one_line(error)}") from error
+    logged += cli.trainer.callback_metrics
+    return [name for name in logged if not name.startswith("eafo/")]
+
+
+def _untrained_weights(plan: Plan, folder: Path) -> Path | None:
+    """A file of the weights that the arms start from, as they are before they are trained."""
+    if plan.pretrain is None:
+        return None
+    cli = _built(compose_pretraining(plan, plan.seeds[0], folder))
+    path = folder / "weights.pt"
+    path.write_bytes(_packed(cli.model))
+    return path
+
+
+@contextlib.contextmanager
+def _naming(arm: Arm) -> Generator[None]:
+    """Errors say in which arm they are."""
+    try:
+        yield
+    except EAFOError as error:
+        raise EAFOError(f"arm {arm.name!r}: {error}") from None
 
 
 def _built(config: dict[str, Any], *callbacks: Any) -> Any:
     from eafo_dynamic.experiments.configured import configured
 
-    defaults = {"callbacks": list(callbacks)} if callbacks else {}
+    defaults: dict[str, Any] = {}
+    if callbacks:
+        defaults["callbacks"] = list(callbacks)
     return configured(config, run=False, save_config_callback=None, trainer_defaults=defaults)
 
 
 def _fit(cli: Any) -> None:
     cli.trainer.fit(cli.model, cli.datamodule)
-    if cli.trainer.interrupted:  # where Lightning keeps it to itself
+    if cli.trainer.interrupted:  # Lightning has caught the exception
         raise KeyboardInterrupt
 
 
@@ -209,18 +287,24 @@ def _train(config: dict[str, Any], select: str | None) -> dict[str, Any]:
     from eafo_dynamic.experiments.compare.witness import BestEpoch, Witness
 
     witness = Witness()
-    best = None if select is None else BestEpoch(select, is_higher_better(select))
-    cli = _built(config, witness, *([] if best is None else [best]))
+    best = None
+    callbacks: list[Any] = [witness]
+    if select is not None:
+        best = BestEpoch(select, is_higher_better(select))
+        callbacks.append(best)
+    cli = _built(config, *callbacks)
     start = time.perf_counter()
     _fit(cli)
     seconds = time.perf_counter() - start
     metrics = dict(cli.trainer.callback_metrics)
+    best_epoch = None
     if best is not None:
         best.restore(cli.model)
+        best_epoch = best.epoch
     metrics.update(cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0])
     return {
         "metrics": {name: float(value) for name, value in metrics.items() if not name.startswith("eafo/")},
-        "best_epoch": None if best is None else best.epoch,
+        "best_epoch": best_epoch,
         "seconds": seconds,
         "step_ms": 1000 * witness.step_seconds / max(1, witness.steps),
         "steps": witness.steps,
@@ -231,23 +315,34 @@ def _train(config: dict[str, Any], select: str | None) -> dict[str, Any]:
 
 
 def _entropies(folder: Path) -> dict[str, Any]:
-    """What the correction log of a cell says, in a few numbers; of an arm without corrections, nothing."""
+    """A summary of the correction log of a cell; of an arm without corrections, None and empty lists."""
     from eafo_dynamic.records import CorrectionLog
 
-    nothing = {"entropy_first": None, "entropy_last": None, "eps_last": None, "entropy_steps": [], "entropy_mean": []}
+    summary: dict[str, Any] = {
+        "entropy_first": None,
+        "entropy_last": None,
+        "eps_last": None,
+        "entropy_steps": [],
+        "entropy_mean": [],
+    }
     if not (folder / "corrections.jsonl").exists():
-        return nothing
+        return summary
     by_step: dict[int, list[float]] = {}
-    last: dict[str, float] = {}
+    eps_last: dict[str, float] = {}
     for row in CorrectionLog.load(folder).rows:
         if row["entropy"] is not None:
             by_step.setdefault(row["step"], []).append(row["entropy"])
-        last[row["site"]] = row["eps"]
+        eps_last[row["site"]] = row["eps"]
     if not by_step:
-        return nothing
-    means = [sum(values) / len(values) for values in by_step.values()]
-    trajectory = {"entropy_steps": list(by_step), "entropy_mean": means}
-    return {"entropy_first": means[0], "entropy_last": means[-1], "eps_last": last, **trajectory}
+        return summary
+    means = [sum(entropies) / len(entropies) for entropies in by_step.values()]
+    return {
+        "entropy_first": means[0],
+        "entropy_last": means[-1],
+        "eps_last": eps_last,
+        "entropy_steps": list(by_step),
+        "entropy_mean": means,
+    }
 
 
 def _packed(model: Any) -> bytes:
@@ -259,20 +354,23 @@ def _packed(model: Any) -> bytes:
 
 
 def _write(path: Path, contents: str | bytes) -> None:
-    target = path.with_name(f".{path.name}.{os.getpid()}")
-    target.write_bytes(contents.encode() if isinstance(contents, str) else contents)
-    os.replace(target, path)
+    """Write a file that other processes see whole or not at all."""
+    if isinstance(contents, str):
+        contents = contents.encode()
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_bytes(contents)
+    os.replace(unfinished, path)
 
 
 @contextlib.contextmanager
-def _quiet(count: int) -> Generator[None]:
-    """Torch with so many threads, and Lightning without its talk."""
+def _quiet(threads: int) -> Generator[None]:
+    """Gives torch this number of threads, and silences Lightning's messages."""
     import torch
 
     before = torch.get_num_threads()
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads)
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:

@@ -70,10 +70,16 @@ class Evaluation:
             The tables; none while nothing can be paired.
         """
         return {
-            f"{self.plan.title}: {metric}": (rows(pairs), notes(pairs, self.doubts))
+            f"{self.plan.title}: {metric}": (rows(pairs), notes(pairs, self.doubts) + self._unplanned_seeds())
             for metric, pairs in self.pairs.items()
             if pairs
         }
+
+    def _unplanned_seeds(self) -> list[str]:
+        seeds = sorted({cell.seed for cell in self.cells} - set(self.plan.seeds))
+        if not seeds:
+            return []
+        return [f"Finished, but not in the plan: seed {', '.join(map(str, seeds))}. --seeds adds them."]
 
     def figures(self, dark: bool = False) -> dict[str, Figure]:
         """Draws the comparison of the plan's own metric, and the entropies.

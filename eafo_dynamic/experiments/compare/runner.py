@@ -1,4 +1,4 @@
-"""All cells of a plan, in one process or in several, with what is finished kept."""
+"""Runs the cells of a plan, in one process or in several; finished cells are kept."""
 
 from __future__ import annotations
 
@@ -33,18 +33,22 @@ class Failure(NamedTuple):
 
 
 def cells(plan: Plan, arms: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> list[tuple[Arm, int]]:
-    """The cells that a plan, or a part of it, has: seed by seed, so that early results can be paired.
+    """The cells of a plan, or of a part of it: seed by seed, so that the first results can be paired.
 
     Args:
         plan: the plan.
-        arms: names; None: all.
-        seeds: None: all of the plan's.
+        arms: names of arms; None: all of the plan's.
+        seeds: the seeds; None: all of the plan's.
 
     Returns:
         Arms and seeds.
     """
-    chosen = plan.arms if arms is None else [plan.arm(name) for name in arms]
-    return [(arm, seed) for seed in (plan.seeds if seeds is None else seeds) for arm in chosen]
+    chosen = list(plan.arms)
+    if arms is not None:
+        chosen = [plan.arm(name) for name in arms]
+    if seeds is None:
+        seeds = plan.seeds
+    return [(arm, seed) for seed in seeds for arm in chosen]
 
 
 def run(plan: Plan, chosen: Sequence[tuple[Arm, int]], jobs: int) -> list[Failure]:
@@ -53,26 +57,33 @@ def run(plan: Plan, chosen: Sequence[tuple[Arm, int]], jobs: int) -> list[Failur
     Args:
         plan: the plan.
         chosen: cells.
-        jobs: processes that work beside each other, each with as many threads as the plan says.
+        jobs: number of processes at a time, each with the plan's number of threads.
 
     Returns:
-        The cells that failed; the others have gone on.
+        The cells that failed; a failure does not stop the others.
 
     Raises:
-        KeyboardInterrupt: at Ctrl-C; no cell runs on.
+        KeyboardInterrupt: at Ctrl-C, which stops all cells.
     """
-    open_ = [(arm, seed) for arm, seed in chosen if not finished(plan, arm, seed)]
-    seeds = dict.fromkeys(seed for _, seed in open_) if plan.pretrain is not None else {}
-    stages: list[list[_Task]] = [[(f"pretraining, seed {seed}", pretrain, (plan, seed)) for seed in seeds]]
-    stages.append([(f"{arm.name}, seed {seed}", run_cell, (plan, arm, seed)) for arm, seed in open_])
+    open_cells = [(arm, seed) for arm, seed in chosen if not finished(plan, arm, seed)]
+    pretraining: list[_Task] = []
+    if plan.pretrain is not None:
+        for seed in dict.fromkeys(seed for _, seed in open_cells):
+            pretraining.append((f"pretraining, seed {seed}", pretrain, (plan, seed)))
+    training: list[_Task] = [(f"{arm.name}, seed {seed}", run_cell, (plan, arm, seed)) for arm, seed in open_cells]
     failures: list[Failure] = []
-    with _progress(len(chosen) + len(seeds), len(chosen) - len(open_)) as advance:
-        for stage in stages:
-            failures += _here(stage, advance) if jobs == 1 or len(stage) < 2 else _beside(stage, advance, jobs)
+    total = len(chosen) + len(pretraining)
+    done = len(chosen) - len(open_cells)
+    with _progress(total, done) as advance:
+        for stage in (pretraining, training):
+            if jobs == 1 or len(stage) < 2:
+                failures += _in_this_process(stage, advance)
+            else:
+                failures += _in_processes(stage, advance, jobs)
     return failures
 
 
-def _here(tasks: Sequence[_Task], advance: Callable[[str], None]) -> list[Failure]:
+def _in_this_process(tasks: Sequence[_Task], advance: Callable[[str], None]) -> list[Failure]:
     failures: list[Failure] = []
     for what, function, args in tasks:
         why = _attempt(function, args)
@@ -82,37 +93,39 @@ def _here(tasks: Sequence[_Task], advance: Callable[[str], None]) -> list[Failur
     return failures
 
 
-def _beside(tasks: Sequence[_Task], advance: Callable[[str], None], jobs: int) -> list[Failure]:
-    """Runs tasks in several processes. One that is killed takes its pool with it; what ran there runs again, alone."""
+def _in_processes(tasks: Sequence[_Task], advance: Callable[[str], None], jobs: int) -> list[Failure]:
+    """Runs tasks in several processes. If one is killed, its pool ends; the tasks it ran are run again, each alone."""
     failures: list[Failure] = []
-    open_ = list(tasks)
-    while open_:
-        cut = _in_pool(open_, advance, failures, jobs)
-        open_ = cut.waiting
-        for task in cut.running:
+    open_tasks = list(tasks)
+    while open_tasks:
+        unfinished = _in_pool(open_tasks, advance, failures, jobs)
+        open_tasks = unfinished.waiting
+        for task in unfinished.running:
             if _in_pool([task], advance, failures, 1).running:
                 failures.append(Failure(task[0], _KILLED))
                 advance(task[0])
     return failures
 
 
-class _Cut(NamedTuple):
-    """What a pool of processes has left when one of them was killed."""
+class _Unfinished(NamedTuple):
+    """The tasks that a pool of processes has left: none, unless one of the processes was killed."""
 
     running: list[_Task]
     waiting: list[_Task]
 
 
-def _in_pool(tasks: Sequence[_Task], advance: Callable[[str], None], failures: list[Failure], jobs: int) -> _Cut:
-    others = active_children()
-    waiting, running = list(tasks), dict[Future[str | None], _Task]()
+def _in_pool(tasks: Sequence[_Task], advance: Callable[[str], None], failures: list[Failure], jobs: int) -> _Unfinished:
+    earlier_children = active_children()
+    waiting = list(tasks)
+    running: dict[Future[str | None], _Task] = {}
     # spawn: a forked torch may hang in its thread pool
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         try:
             while running or waiting:
-                while waiting and len(running) < jobs:  # no more, so that it is known what runs
-                    with _deaf_children():
-                        running[pool.submit(_attempt, *waiting[0][1:])] = waiting[0]
+                while waiting and len(running) < jobs:  # not all at once, so that it is known which ones run
+                    _, function, args = task = waiting[0]
+                    with _ignoring_ctrl_c():
+                        running[pool.submit(_attempt, function, args)] = task
                     waiting.pop(0)
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     why = _outcome(future)
@@ -121,17 +134,17 @@ def _in_pool(tasks: Sequence[_Task], advance: Callable[[str], None], failures: l
                         failures.append(Failure(what, why))
                     advance(what)
         except BrokenProcessPool:
-            pass  # what ran, and what waits, is returned
+            pass  # the tasks that ran or waited are returned
         except KeyboardInterrupt:
             for child in active_children():
-                if child not in others:
-                    child.kill()  # what waits fails with it; a result is there whole or not at all
+                if child not in earlier_children:
+                    child.kill()  # safe: a result is written whole or not at all
             raise
-    return _Cut(list(running.values()), waiting)
+    return _Unfinished(list(running.values()), waiting)
 
 
 def _attempt(function: Callable[..., object], args: tuple[object, ...]) -> str | None:
-    """Runs a task; what it raised goes back to another process as text, which every exception survives."""
+    """Runs a task and returns its error as text, since not every exception can be sent to another process."""
     try:
         function(*args)
     except Exception as error:
@@ -146,13 +159,13 @@ def _outcome(future: Future[str | None]) -> str | None:
         raise
     except SystemExit:  # Lightning exits at SIGTERM
         return _KILLED
-    except Exception as error:  # it could not be sent there
+    except Exception as error:  # the task could not be sent to the process
         return _line(error)
 
 
 @contextmanager
-def _deaf_children() -> Generator[None]:
-    """Processes that are started meanwhile do not hear Ctrl-C, which reaches all of a terminal's; the parent does."""
+def _ignoring_ctrl_c() -> Generator[None]:
+    """Processes started within ignore Ctrl-C, which a terminal sends to all processes; the parent stops them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

@@ -1,4 +1,4 @@
-"""What a cell was trained from, and how long its steps took: so that arms are known to be comparable."""
+"""Callbacks of a cell: they record what it was trained from and how long its steps took, and keep the best epoch."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ def weights_hash(model: nn.Module) -> str:
         model: the model.
 
     Returns:
-        Sixteen hexadecimal digits; equal exactly where names and bytes are.
+        Sixteen hexadecimal digits; equal if and only if all names and bytes are equal.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor) and not name.rpartition(".")[2].startswith("eafo_"):
+        if isinstance(tensor, Tensor) and not _is_correction(name):
             digest.update(name.encode())
             digest.update(_bytes(tensor))
     return digest.hexdigest()[:16]
+
+
+def _is_correction(name: str) -> bool:
+    """Whether a parameter or buffer of this name belongs to a correction."""
+    return name.rpartition(".")[2].startswith("eafo_")
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -53,11 +58,11 @@ class BestEpoch(Callback):
     """Keeps the weights, corrections included, of the epoch in which a metric was best.
 
     Args:
-        metric: logged in validation.
-        higher_is_better: its direction.
+        metric: name of a metric that is logged in validation.
+        higher_is_better: the metric's direction.
 
     Attributes:
-        epoch: the best so far; None before the first validation.
+        epoch: the best epoch so far; None before the first validation.
     """
 
     def __init__(self, metric: str, higher_is_better: bool) -> None:
@@ -68,7 +73,7 @@ class BestEpoch(Callback):
         self._weights: dict[str, Any] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compares, and keeps a copy where the metric has risen.
+        """Keeps a copy of the weights if the metric is the best so far.
 
         Raises:
             ConfigError: if the metric is not logged.
@@ -80,11 +85,12 @@ class BestEpoch(Callback):
             raise ConfigError("select", self.metric, "is not logged in validation", f"There are: {known}.")
         value = self.sign * float(trainer.callback_metrics[self.metric])
         if value > self._best:
-            self._best, self.epoch = value, trainer.current_epoch
+            self._best = value
+            self.epoch = trainer.current_epoch
             self._weights = copy.deepcopy(pl_module.state_dict())
 
     def restore(self, pl_module: LightningModule) -> None:
-        """Gives the model the weights of the best epoch; of a training that diverged at once, the last.
+        """Gives the model the weights of its best epoch; after a training without a finite metric it is left alone.
 
         Args:
             pl_module: the model that was trained.
@@ -96,14 +102,14 @@ class BestEpoch(Callback):
 class Witness(Callback):
     """Hashes the initial weights and every training batch, and times the steps.
 
-    It must be the last callback: a step is timed from after the other callbacks' start to after their end, in
-    processor time of this process, which other processes do not stretch.
+    It must be the last callback: a step is timed from the end of the other callbacks' `on_train_batch_start` to the
+    end of their `on_train_batch_end`, in CPU time of this process, which does not depend on other processes.
 
     Attributes:
         weights: hash of the weights that training starts from.
         parameters: number of the model's parameters, without those of corrections.
-        steps: training batches seen.
-        step_seconds: processor time of all of them, update rounds included.
+        steps: number of training batches seen.
+        step_seconds: CPU time of all of them [s], update rounds included.
     """
 
     def __init__(self) -> None:
@@ -120,13 +126,14 @@ class Witness(Callback):
         return self._batches.hexdigest()[:16]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at the weights, after every other callback has had its say on them."""
-        named = pl_module.named_parameters()
-        self.parameters = sum(p.numel() for name, p in named if not name.rpartition(".")[2].startswith("eafo_"))
+        """Hashes the weights, after every other callback has had the chance to change them."""
+        self.parameters = sum(
+            parameter.numel() for name, parameter in pl_module.named_parameters() if not _is_correction(name)
+        )
         self.weights = weights_hash(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Looks at the batch, and starts the clock."""
+        """Hashes the batch and starts the clock."""
         for tensor in _tensors(batch):
             self._batches.update(_bytes(tensor))
         self._start = time.process_time()
