@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from eafo_dynamic.errors import EAFOError
+from eafo_dynamic.density.ranks import world_size
+from eafo_dynamic.errors import EAFOError, LogError, SiteError, legible
 from eafo_dynamic.find.sites import find_sites
 from eafo_dynamic.internals.declared import takes
+from eafo_dynamic.internals.files import replacing
+from eafo_dynamic.internals.torch_internals import callers, current_frame, hide_from_compiler, variable_of
 from eafo_dynamic.policy.controller import EAFOController
-from eafo_dynamic.records import LogWriter
+from eafo_dynamic.records import CorrectionLog
+from eafo_dynamic.records.schema import Record
 from eafo_dynamic.trainers.optim import own_group
 from eafo_dynamic.trainers.options import TrainerCallbackOptions
+from eafo_dynamic.trainers.replicas import Replicas, everyones
+from eafo_dynamic.trainers.reports import FIGURE, Metrics, announce, log_figure
+from eafo_dynamic.trainers.runlog import RunLog
 
 try:
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
 except ImportError as error:
     raise EAFOError("EAFOTrainerCallback needs transformers: pip install transformers") from error
 
@@ -27,10 +38,6 @@ __all__ = ["EAFOTrainerCallback"]
 _STATE = "eafo_state.pt"
 
 
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
 class EAFOTrainerCallback(TrainerCallback):
     """Lets every activation of a model follow its own data under the Hugging Face Trainer.
 
@@ -38,7 +45,9 @@ class EAFOTrainerCallback(TrainerCallback):
 
         trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[EAFOTrainerCallback()])
 
-    The correction log goes to ``<output_dir>/eafo``.
+    Aggregates go to ``report_to`` as ``eafo/...`` after every update round, unless ``logging_strategy="no"``; every
+    site's row goes to ``<output_dir>/eafo/corrections.jsonl``. With ``rollback_factor`` the loss is the one that the
+    model returns; where it returns none, ``compute_loss`` has to call ``callback.controller.observe_loss(loss)``.
 
     All options are given by name; see ``__init__``.
 
@@ -54,17 +63,28 @@ class EAFOTrainerCallback(TrainerCallback):
     def __init__(self, options: TrainerCallbackOptions) -> None:
         self.options = options
         self.controller: EAFOController | None = None
-        self._writer: LogWriter | None = None
+        self._trainer: Any = None
+        self._log = RunLog(options.dirpath, options.save_log)
+        self._metrics = Metrics(options.log_every_n_steps, options.log_sites or ())
+        self._replicas: Replicas | None = None
+        self._loss_hook: Any = None
+        self._awaits_loss = False  # whether a loss is wanted, and none has been looked for yet
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wraps the model, before the optimiser is built."""
+        """Wraps the model, before the optimiser is built and before the model is handed to DistributedDataParallel."""
         model = kwargs["model"]
+        self._trainer = _calling_trainer()
         report = find_sites(model, selection=self.options.selection, **(self.options.example or {}))
         self.controller = EAFOController(model, self.options, report)
+        if world_size() > 1:
+            self._replicas = Replicas(model, self._amplitudes)
+        if self.options.verbose and state.is_world_process_zero:
+            announce(report)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gives eps its parameter group and opens the log."""
+        """Gives eps its parameter group, restores what a checkpoint has, and opens the log."""
         controller = self._controller
+        self._check_model(kwargs["model"])
         optimizer, scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
         notes = own_group(
             [optimizer],
@@ -79,45 +99,193 @@ class EAFOTrainerCallback(TrainerCallback):
         )
         for note in notes:
             warnings.warn(f"EAFO: {note}", stacklevel=2)
-        if state.is_world_process_zero:
-            self._writer = LogWriter(Path(args.output_dir) / "eafo", controller.about())
         if state.global_step:
-            self._resume(_checkpoint(args, state), state.global_step)
+            self._resume(_resumed_checkpoint(args, state) / _STATE)
         controller.begin(state.global_step)
+        self._watch_losses()
+        self._log.open(_run_of(args, state), controller.about())
+        self._log.align(state.global_step)
 
-    def _resume(self, folder: Path, step: int) -> None:
-        saved = folder / _STATE
-        if saved.exists():
-            self._controller.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
-        else:
-            warnings.warn(f"EAFO: {saved} is missing; density estimates start anew", stacklevel=2)
-        if self._writer is not None:
-            self._writer.resume(step)
+    def _check_model(self, model: nn.Module) -> None:
+        """Refuses to train a model that has not, or no longer, the corrections of the controller."""
+        controller = self._controller
+        if all(module is not controller.model for module in model.modules()):
+            raise EAFOError(
+                "the Trainer trains another model than the one that EAFOTrainerCallback wrapped when the Trainer was "
+                "made, as it does with model_init. Give it model=... in place of model_init."
+            )
+        if not controller.attached:
+            raise EAFOError(
+                "the corrections were taken out of the model after the Trainer was made. Make a new Trainer with a new "
+                "EAFOTrainerCallback."
+            )
+
+    def _resume(self, path: Path) -> None:
+        if not path.exists():
+            warnings.warn(f"EAFO: {path} is missing; density estimates start anew", stacklevel=3)
+            return
+        way_on = "Resume from an earlier checkpoint, or delete this file: then density estimates start anew"
+        with legible(f"{path} is torn or damaged. {way_on}"):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        before = copy.deepcopy(self._controller.state_dict())
+        try:
+            self._controller.load_state_dict(saved)
+        except SiteError as error:
+            self._controller.load_state_dict(before)
+            raise SiteError(f"{path}: {error} {way_on}.") from error
+        self._log.resumed(saved.get("log"))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps the running estimates beside the checkpoint's weights."""
+        """Keeps the running estimates, and what every rank has seen since the last round, beside the weights."""
+        saved = {**self._controller.state_dict(), "log": self._log.location}
+        if world_size() > 1:
+            saved["ranks"] = everyones(self._controller.own_state())
         if state.is_world_process_zero:
-            torch.save(self._controller.state_dict(), _checkpoint(args, state) / _STATE)
+            with replacing(_checkpoint(args, state) / _STATE) as file:
+                torch.save(saved, file)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Lets the policy add to eps.grad, or drops it once frozen."""
+        self._check_losses()
         self._controller.before_optimizer_step(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Acts after each optimiser step: trust region, update round, log."""
-        rows = self._controller.step(state.global_step, int(state.epoch or 0))
-        if rows and self._writer is not None:
-            self._writer.write(rows)
+        """Acts after each optimiser step: trust region, update round, log, metrics."""
+        controller, step = self._controller, state.global_step
+        rows = controller.step(step, int(state.epoch or 0))
+        has_snapshot = self._log.write(step, rows, controller.rounds, controller.snapshot)
+        self._report(args, control, step, rows)
+        if has_snapshot:
+            self._report_figure(step)
+
+    def _report(self, args: Any, control: Any, step: int, rows: list[Record]) -> None:
+        """Sends metrics through the Trainer's own ``log``, on every rank, as the Trainer does."""
+        means, of_sites = self._metrics.after_step(step, rows)
+        logs = {**means, **of_sites}
+        if not logs or self._trainer is None or args.logging_strategy == "no":
+            return
+        due = control.should_log
+        self._trainer.log(logs)
+        control.should_log = due  # the Trainer takes one log for the other, and would leave out its own at this step
+
+    def _report_figure(self, step: int) -> None:
+        if not self.options.log_figures or self._trainer is None:
+            return
+        figure = self.plot("functions")
+        for callback in self._trainer.callback_handler.callbacks:
+            log_figure(callback, FIGURE, figure, step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Closes the log; the model keeps its corrections."""
-        self._controller.collecting = False
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Keeps the last shape of every function and closes the log; the model keeps its corrections."""
+        controller = self._controller
+        controller.collecting = False
+        self._log.end(state.global_step, controller.rounds, controller.snapshot)
+        self._log.close()
+        self._forget_losses()
+
+    def plot(self, what: str = "heatmap", column: str = "entropy") -> Any:
+        """Draws the run's log.
+
+        Args:
+            what: ``heatmap``, ``trajectories``, ``functions``, ``densities``, ``prediction`` or ``ranking``.
+            column: of the log, for the figures that show one.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            LogError: if no log has been written.
+        """
+        from eafo_dynamic.records.figures.logs import plot
+
+        if self._log.path is None:
+            raise LogError("there is no correction log yet: train with save_log=True first.")
+        return plot(CorrectionLog.load(self._log.path), what, column)
+
+    # The Trainer shows a callback no loss. The model returns it, though, in all but a few trainings.
+
+    def _watch_losses(self) -> None:
+        self._forget_losses()  # of a training that was interrupted
+        if self.options.rollback_factor is not None:
+            self._loss_hook = self._controller.model.register_forward_hook(self._see_loss)
+            self._awaits_loss = True
+
+    @hide_from_compiler
+    def _see_loss(self, model: nn.Module, args: Any, output: Any) -> None:
+        loss = _loss_in(output)
+        if loss is not None and model.training and torch.is_grad_enabled():
+            self._controller.observe_loss(loss)
+
+    def _check_losses(self) -> None:
+        """Says once, at the first step, if no loss has come by."""
+        if self._awaits_loss and not self._controller.own_state()["losses"]["count"]:
+            warnings.warn(
+                f"EAFO: rollback_factor={self.options.rollback_factor} has no effect: the model returns no loss. Call "
+                "callback.controller.observe_loss(loss) in compute_loss or compute_loss_func.",
+                stacklevel=3,
+            )
+        self._awaits_loss = False
+
+    def _forget_losses(self) -> None:
+        if self._loss_hook is not None:
+            self._loss_hook.remove()
+        self._loss_hook = None
+
+    def _amplitudes(self) -> list[nn.Parameter]:
+        if self.controller is None:
+            return []
+        return self.controller.bank.amplitudes
 
     @property
     def _controller(self) -> EAFOController:
         if self.controller is None:
             raise EAFOError("EAFOTrainerCallback was not there when the Trainer was made: pass it in callbacks=[...].")
         return self.controller
+
+
+def _calling_trainer() -> Any:
+    """The Trainer whose ``__init__`` calls a callback, to which it does not make itself known.
+
+    Returns:
+        The Trainer; None where something else calls the hooks.
+    """
+    for frame in callers(current_frame()):
+        caller = variable_of(frame, "self")
+        if isinstance(caller, Trainer):
+            return caller
+    return None
+
+
+def _resumed_checkpoint(args: Any, state: Any) -> Path:
+    """The folder that the Trainer has restored: the one that ``train(resume_from_checkpoint=...)`` names."""
+    for frame in callers(current_frame()):
+        if isinstance(variable_of(frame, "self"), Trainer):
+            folder = variable_of(frame, "resume_from_checkpoint")
+            if isinstance(folder, (str, Path)):
+                return Path(folder)
+    return _checkpoint(args, state)
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _run_of(args: Any, state: Any) -> SimpleNamespace:
+    """What the log of a run asks of a trainer."""
+    return SimpleNamespace(log_dir=args.output_dir, is_global_zero=state.is_world_process_zero)
+
+
+def _loss_in(output: Any) -> Tensor | None:
+    """The loss in what a model returns, where the Trainer looks for it.
+
+    Returns:
+        A 0-dim tensor that can be differentiated; None if there is none.
+    """
+    first: Any = None
+    if isinstance(output, Mapping):
+        first = output.get("loss")
+    elif isinstance(output, tuple) and output:
+        first = output[0]
+    if isinstance(first, Tensor) and first.dim() == 0 and first.requires_grad:
+        return first
+    return None

@@ -16,7 +16,7 @@ from eafo_dynamic.policy.options import MOVES, SITES, WHEN, Options
 from eafo_dynamic.policy.schedule import Schedule
 from eafo_dynamic.records import COLUMNS
 
-__all__ = ["CallbackOptions", "GroupOptions", "TrainerCallbackOptions"]
+__all__ = ["CallbackOptions", "GroupOptions", "TrainerCallbackOptions", "WrittenOptions"]
 
 WRITTEN = "What is written"
 
@@ -88,17 +88,9 @@ class GroupOptions(Checked):
 
 
 @options_class
-class CallbackOptions(GroupOptions, Options):  # the fields of the last base come first
-    """Options of ``EAFOCallback``."""
+class WrittenOptions(Checked):
+    """Options of what a callback writes: to the correction log, the trainer's loggers and the console."""
 
-    update_every_n_epochs: int | None = option(
-        default=None,
-        part=WHEN,
-        text="distance between update rounds, in place of `update_every_n_steps`; Lightning only",
-        check=partial(at_least, least=1),
-        unit="epochs",
-        when="to update at the same point of every epoch",
-    )
     log_every_n_steps: int | None = option(
         default=None,
         part=WRITTEN,
@@ -136,15 +128,6 @@ class CallbackOptions(GroupOptions, Options):  # the fields of the last base com
         check=flag,
     )
 
-    @property
-    def schedule(self) -> Schedule:
-        """The options that say when; with ``update_every_n_epochs``, until the training says how long an epoch is."""
-        schedule = super().schedule
-        if self.update_every_n_epochs is None:
-            return schedule
-        period = max(self.update_every_n_steps, self.collect_every_n_steps or 1)
-        return replace(schedule, update_every_n_steps=period)
-
     def conflicts(self) -> Iterator[ConfigError]:
         """Looks for options that cannot work together.
 
@@ -157,7 +140,30 @@ class CallbackOptions(GroupOptions, Options):  # the fields of the last base com
 
 
 @options_class
-class TrainerCallbackOptions(GroupOptions, Options):
+class CallbackOptions(WrittenOptions, GroupOptions, Options):  # the fields of the last base come first
+    """Options of ``EAFOCallback``."""
+
+    update_every_n_epochs: int | None = option(
+        default=None,
+        part=WHEN,
+        text="distance between update rounds, in place of `update_every_n_steps`; Lightning only",
+        check=partial(at_least, least=1),
+        unit="epochs",
+        when="to update at the same point of every epoch",
+    )
+
+    @property
+    def schedule(self) -> Schedule:
+        """The options that say when; with ``update_every_n_epochs``, until the training says how long an epoch is."""
+        schedule = super().schedule
+        if self.update_every_n_epochs is None:
+            return schedule
+        period = max(self.update_every_n_steps, self.collect_every_n_steps or 1)
+        return replace(schedule, update_every_n_steps=period)
+
+
+@options_class
+class TrainerCallbackOptions(WrittenOptions, GroupOptions, Options):
     """Options of ``EAFOTrainerCallback``."""
 
     example: Mapping[str, Any] | None = option(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from eafo_dynamic.errors import ConfigError, EAFOError
+from eafo_dynamic import unwrap
+from eafo_dynamic.cli import main
+from eafo_dynamic.errors import ConfigError, EAFOError, LogError, SiteError
 from eafo_dynamic.records import CorrectionLog
 
 pytest.importorskip("accelerate")
@@ -50,7 +53,7 @@ def make(folder: Path, steps: int, callback: EAFOTrainerCallback, **options: Any
     }
     args = transformers.TrainingArguments(output_dir=str(folder), **{**arguments, **options})
     model = transformers.GPT2LMHeadModel(config)
-    return transformers.Trainer(model, args, train_dataset=Tokens(), callbacks=[callback])
+    return transformers.Trainer(model, args, train_dataset=Tokens(), eval_dataset=Tokens(), callbacks=[callback])
 
 
 def test_eps_learns_in_a_group_of_its_own_and_is_logged(tmp_path: Path) -> None:
@@ -116,5 +119,282 @@ class _StopAt(transformers.TrainerCallback):
 def test_bad_options_and_a_late_callback_are_clear() -> None:
     with pytest.raises(ConfigError, match="policy='x'"):
         EAFOTrainerCallback(policy="x")
+    with pytest.raises(ConfigError, match=r"log_sites='epsilon'.*log_figures"):
+        EAFOTrainerCallback(log_sites=["epsilon"], log_figures=2)
+    with pytest.raises(ConfigError, match="figures are drawn from the log"):
+        EAFOTrainerCallback(log_figures=True, save_log=False)
+    with pytest.raises(LogError, match="no correction log yet"):
+        EAFOTrainerCallback().plot()
     with pytest.raises(EAFOError, match="pass it in callbacks"):
         EAFOTrainerCallback().on_step_end(None, None, None)
+
+
+# ------------------------------------------------------------------ as in Lightning
+
+
+class Spoil(transformers.TrainerCallback):
+    """Makes the loss jump after a step, whatever the corrections do."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            with torch.no_grad():
+                kwargs["model"].transformer.ln_f.weight.mul_(50.0)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_round_after_which_the_loss_jumps_is_undone(tmp_path: Path, accumulated: int) -> None:
+    callback = EAFOTrainerCallback(update_every_n_steps=4, rollback_factor=1.5)
+    trainer = make(tmp_path, 8, callback, gradient_accumulation_steps=accumulated)
+    trainer.add_callback(Spoil(5))
+    trainer.train()
+    rows = CorrectionLog.load(tmp_path).rows
+    undone = {row["step"] for row in rows if "rolled back" in (row["event"] or "")}
+    assert undone == {8}
+    assert not trainer.model._forward_hooks
+
+
+def test_the_loss_of_an_evaluation_is_none_of_the_training(tmp_path: Path) -> None:
+    callback = EAFOTrainerCallback(update_every_n_steps=4, rollback_factor=1.5)
+    trainer = make(tmp_path, 3, callback, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    assert callback.controller is not None
+    assert callback.controller.own_state()["losses"]["count"] == 1  # of step 3: rounds were after steps 1 and 2
+
+
+def smoothed_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+
+
+def test_a_loss_that_cannot_be_seen_is_said_in_one_line(tmp_path: Path) -> None:
+    callback = EAFOTrainerCallback(update_every_n_steps=4, rollback_factor=1.5)
+    trainer = make(tmp_path / "unseen", 2, callback)
+    trainer.compute_loss_func = smoothed_loss
+    with pytest.warns(UserWarning, match=r"rollback_factor=1\.5 has no effect.*observe_loss") as caught:
+        trainer.train()
+    assert sum("rollback_factor" in str(each.message) for each in caught) == 1
+
+    callback = EAFOTrainerCallback(update_every_n_steps=4, rollback_factor=1.5)
+    trainer = make(tmp_path / "told", 8, callback)
+
+    def told(*args: Any, **options: Any) -> torch.Tensor:
+        loss = smoothed_loss(*args, **options) * (3.0 if trainer.state.global_step > 4 else 1.0)
+        assert callback.controller is not None
+        callback.controller.observe_loss(loss)
+        return loss
+
+    trainer.compute_loss_func = told
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="EAFO: rollback_factor")
+        trainer.train()
+    assert "rolled back" in CorrectionLog.load(tmp_path / "told").last()[0]["event"]
+
+
+def test_functions_are_kept_for_figures(tmp_path: Path) -> None:
+    callback = EAFOTrainerCallback(update_every_n_steps=2)
+    make(tmp_path, 12, callback).train()
+    shapes = CorrectionLog.load(tmp_path).shapes("transformer.h.0.mlp.act")
+    assert [shape["step"] for shape in shapes] == [1, 2, 6, 12]  # rounds 1, 2, 4 and the last one, 7
+    pytest.importorskip("matplotlib")
+    assert callback.plot("functions").axes
+    picture = tmp_path / "functions.png"
+    assert main(["log", "plot", str(tmp_path), "--what", "functions", "--out", str(picture)]) == 0
+    assert picture.stat().st_size > 1000
+
+
+def scalars(folder: Path) -> Any:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (events,) = folder.rglob("events.out.tfevents*")
+    found = accumulator.EventAccumulator(str(events))
+    found.Reload()
+    return found
+
+
+def test_metrics_reach_tensorboard_at_update_rounds(tmp_path: Path) -> None:
+    callback = EAFOTrainerCallback(update_every_n_steps=4, log_sites=["eps"], log_figures=True)
+    options = {"report_to": "tensorboard", "logging_strategy": "steps", "logging_steps": 2}
+    make(tmp_path, 8, callback, **options).train()
+    found = scalars(tmp_path)
+    rows = CorrectionLog.load(tmp_path).rows
+    for site in ("transformer.h.0.mlp.act", "transformer.h.1.mlp.act"):
+        sent = [(event.step, event.value) for event in found.Scalars(f"train/eafo/eps/{site}")]
+        assert sent == [(row["step"], pytest.approx(row["eps"])) for row in rows if row["site"] == site]
+    means = found.Scalars("train/eafo/mean_entropy")
+    assert [event.step for event in means] == [1, 2, 4, 8]
+    assert means[-1].value == pytest.approx(sum(row["entropy"] for row in rows[-2:]) / 2)
+    assert [event.step for event in found.Scalars("train/loss")] == [2, 4, 6, 8], "the Trainer's own log is whole"
+    assert {event.step for event in found.Images("eafo/functions")} == {1, 2, 8}
+
+
+def test_aggregates_go_out_as_often_as_asked(tmp_path: Path) -> None:
+    callback = EAFOTrainerCallback(update_every_n_steps=4, log_every_n_steps=3)
+    trainer = make(tmp_path, 8, callback, logging_strategy="epoch")
+    trainer.train()
+    sent = [entry["step"] for entry in trainer.state.log_history if "eafo/mean_eps" in entry]
+    assert sent == [3, 6]
+
+
+def test_without_logging_there_are_no_metrics(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 2, EAFOTrainerCallback(), logging_strategy="no")
+    trainer.train()
+    assert not any("eafo/mean_eps" in entry for entry in trainer.state.log_history)
+
+
+class Images:
+    """Stands in for the packages of Weights & Biases and MLflow."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def Image(self, figure: Any) -> Any:
+        return "image", figure
+
+    def log(self, values: Any) -> None:
+        self.seen.append(values)
+
+    def log_figure(self, figure: Any, file: str) -> None:
+        self.seen.append((figure, file))
+
+
+def test_figures_go_to_the_callbacks_that_take_them() -> None:
+    from types import SimpleNamespace
+
+    from eafo_dynamic.trainers.reports import log_figure
+
+    wandb, mlflow, figure = Images(), Images(), object()
+    assert log_figure(SimpleNamespace(_wandb=wandb), "eafo/functions", figure, 7)
+    assert wandb.seen == [{"eafo/functions": ("image", figure), "train/global_step": 7}]
+    assert log_figure(SimpleNamespace(_ml_flow=mlflow), "eafo/functions", figure, 7)
+    assert mlflow.seen == [(figure, "eafo/functions-7.png")]
+    assert not log_figure(SimpleNamespace(tb_writer=None), "eafo/functions", figure, 7)
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_the_table_of_sites_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], verbose: bool) -> None:
+    make(tmp_path, 1, EAFOTrainerCallback(verbose=verbose)).train()
+    out = capsys.readouterr().out
+    assert out.count("activation sites wrapped") == verbose
+    assert ("transformer.h.1.mlp.act" in out) == verbose
+
+
+def test_the_log_lies_where_it_is_wanted(tmp_path: Path) -> None:
+    make(tmp_path / "run", 2, EAFOTrainerCallback(dirpath=tmp_path / "log")).train()
+    assert CorrectionLog.load(tmp_path / "log").steps == [1, 2]
+    make(tmp_path / "run", 2, EAFOTrainerCallback(save_log=False)).train()
+    assert not (tmp_path / "run" / "eafo").exists()
+
+
+# ------------------------------------------------------------------ interrupted, damaged, another model
+
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "max_grad_norm": 0.0}
+BETWEEN: dict[str, Any] = {"update_every_n_steps": 5, "collect_every_n_steps": 1, "rollback_factor": 1.01}
+
+
+def stopped(folder: Path) -> Path:
+    """A run that was stopped between two rounds.
+
+    Returns:
+        Its checkpoint.
+    """
+    trainer = make(folder, 8, EAFOTrainerCallback(**BETWEEN), **SAVING)
+    trainer.add_callback(_StopAt(3))
+    trainer.train()
+    return folder / "checkpoint-3"
+
+
+def test_a_run_that_is_resumed_elsewhere_goes_on_with_its_state_and_its_log(tmp_path: Path) -> None:
+    whole = make(tmp_path / "whole", 8, EAFOTrainerCallback(**BETWEEN), **SAVING)
+    whole.train()
+    checkpoint = stopped(tmp_path / "first")
+    resumed = make(tmp_path / "second", 8, EAFOTrainerCallback(**BETWEEN), **SAVING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="EAFO")
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+    for (key, one), two in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(one, two), key
+    logs = [CorrectionLog.load(tmp_path / name) for name in ("whole", "second")]
+    assert logs[0].rows == logs[1].rows
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def foreign(path: Path) -> None:
+    torch.save({"weights": torch.zeros(2)}, path)
+
+
+def incomplete(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    del state["losses"]  # which is restored last
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, foreign, incomplete])
+def test_a_damaged_state_is_one_line_and_nothing_of_it_is_applied(tmp_path: Path, damage: Any) -> None:
+    state = stopped(tmp_path) / "eafo_state.pt"
+    log = CorrectionLog.load(tmp_path).rows
+    damage(state)
+    callback = EAFOTrainerCallback(**BETWEEN)
+    trainer = make(tmp_path, 8, callback, **SAVING)
+    assert callback.controller is not None
+    with pytest.raises(SiteError) as caught:
+        trainer.train(resume_from_checkpoint=True)
+    text = str(caught.value)
+    assert str(state) in text and "\n" not in text
+    assert "Resume from an earlier checkpoint, or delete this file" in text
+    assert callback.controller.pace.last < 0
+    assert callback.controller.rounds == 0
+    assert CorrectionLog.load(tmp_path).rows == log
+
+    state.unlink()
+    trainer = make(tmp_path, 8, EAFOTrainerCallback(**BETWEEN), **SAVING)
+    with pytest.warns(UserWarning, match="eafo_state.pt is missing; density estimates start anew"):
+        trainer.train(resume_from_checkpoint=True)
+    assert CorrectionLog.load(tmp_path).steps == [1, 2, 4, 5]
+
+
+def test_the_state_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = stopped(tmp_path) / "eafo_state.pt"
+    before = state.read_bytes()
+    callback = EAFOTrainerCallback(**BETWEEN)
+    trainer = make(tmp_path, 3, callback, **SAVING)
+
+    def full(saved: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", full)
+    trainer.state.global_step = 3
+    with pytest.raises(OSError, match="no space"):
+        callback.on_save(trainer.args, trainer.state, trainer.control)
+    assert state.read_bytes() == before
+    assert [path.name for path in state.parent.iterdir() if "tmp" in path.name] == []
+
+
+def test_another_model_than_the_one_that_was_wrapped_is_refused(tmp_path: Path) -> None:
+    callback = EAFOTrainerCallback()
+    trainer = make(tmp_path, 2, callback)
+    other = transformers.GPT2LMHeadModel(trainer.model.config)
+    trainer = transformers.Trainer(
+        model_init=lambda: transformers.GPT2LMHeadModel(other.config),
+        args=trainer.args,
+        train_dataset=Tokens(),
+        callbacks=[EAFOTrainerCallback()],
+    )
+    with pytest.raises(EAFOError, match=r"model=\.\.\. in place of model_init"):
+        trainer.train()
+
+
+def test_corrections_that_were_taken_out_are_refused(tmp_path: Path) -> None:
+    callback = EAFOTrainerCallback()
+    trainer = make(tmp_path, 2, callback)
+    unwrap(trainer.model)
+    with pytest.raises(EAFOError, match="taken out of the model after the Trainer was made"):
+        trainer.train()
