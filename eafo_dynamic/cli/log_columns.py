@@ -88,6 +88,7 @@ SHOW = [
     "sigma",
     "n",
     "event",
+    "fit_end",
 ]
 SHOW_OPTIONAL = [
     "n",

@@ -22,7 +22,7 @@ from eafo_dynamic.cli.output import emit, emit_facts, is_unicode, sparkline, tab
 from eafo_dynamic.errors import ConfigError, LogError
 from eafo_dynamic.records import CorrectionLog
 from eafo_dynamic.records.names import shortened
-from eafo_dynamic.records.summary import compare_runs, compare_sites, layer_rows, summarise, with_lift
+from eafo_dynamic.records.summary import compare_runs, compare_sites, layer_rows, summarise, with_values
 
 __all__ = [
     "compare",
@@ -104,7 +104,7 @@ def layers(args: argparse.Namespace) -> int:
             rows = [row | {name: sparkline(row[name], 8) for name in TRENDS} for row in rows]
         elif args.format == "csv":
             rows = [{name: value for name, value in row.items() if name not in TRENDS} for row in rows]
-        _emit(args, rows, with_lift(LAYERS, rows) if drawn else None, LAYERS_OPTIONAL, title=str(log.path))
+        _emit(args, rows, with_values(LAYERS, rows) if drawn else None, LAYERS_OPTIONAL, title=str(log.path))
 
     return _shown(args, show)
 
@@ -122,7 +122,7 @@ def show(args: argparse.Namespace) -> int:
     rows = _sorted(log.rows, args)
     limit = TABLE_ROWS if args.limit is None and args.format == "table" else args.limit or len(rows)
     shown = _thinned(rows, limit)
-    names = with_lift(SHOW, shown) if args.format in ("table", "md") else log.columns
+    names = with_values(SHOW, shown) if args.format in ("table", "md") else log.columns
     title = None
     if args.format == "table" and len(log.sites) == 1:
         title, names = _site_title(log), [name for name in names if name != "site"]

@@ -270,6 +270,21 @@ class EAFOController:
         self.records.extend(rows)
         return rows
 
+    def end_rows(self, step: int, epoch: int = 0) -> list[Record]:
+        """Says where a training leaves the corrections, for the end of the log; see ``LogWriter.write_end``.
+
+        Changes nothing: no amplitude, no shape, no estimate, no sample that is waiting for a round.
+
+        Args:
+            step: optimiser steps taken.
+            epoch: for the log.
+
+        Returns:
+            One row per site: eps and lift with their change since the last round, mu and sigma. What a round
+            measures is missing.
+        """
+        return self._rounds.end_rows(step, epoch)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "collects": self.collecting}  # a copy of the model alone collects nothing
 

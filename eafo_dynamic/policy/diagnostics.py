@@ -14,7 +14,7 @@ from eafo_dynamic.density.sample_moments import SampleMoments
 from eafo_dynamic.policy.estimates import OutputEntropy, entropies
 from eafo_dynamic.records.schema import Record
 
-__all__ = ["aggregate", "describe_events", "diagnostics", "snapshot", "to_rows"]
+__all__ = ["aggregate", "describe_events", "diagnostics", "snapshot", "state", "to_rows"]
 
 
 def diagnostics(
@@ -66,6 +66,22 @@ def diagnostics(
         "mu": new.shape[:, 0],
         "sigma": new.shape[:, 1],
     }
+
+
+def state(functions: Functions, last: AmplitudeValues) -> dict[str, Tensor]:
+    """Columns that say what the corrections are, each of shape [S].
+
+    Args:
+        functions: of all sites.
+        last: amplitudes after the previous round.
+
+    Returns:
+        ``eps``, ``delta_eps``, ``mu`` and ``sigma``, and ``lift`` and ``delta_lift`` where terms are free.
+    """
+    columns = {"eps": functions.eps, "delta_eps": functions.eps - last.eps}
+    if functions.lift is not None and last.lift is not None:
+        columns |= {"lift": functions.lift, "delta_lift": functions.lift - last.lift}
+    return {**columns, "mu": functions.shape[:, 0], "sigma": functions.shape[:, 1]}
 
 
 def describe_events(

@@ -16,7 +16,7 @@ from eafo_dynamic.density.running import RunningDensity, make_estimator
 from eafo_dynamic.density.sample_moments import SampleMoments
 from eafo_dynamic.internals.checks import fitting
 from eafo_dynamic.policy.amplitudes import Amplitudes
-from eafo_dynamic.policy.diagnostics import describe_events, diagnostics, to_rows
+from eafo_dynamic.policy.diagnostics import describe_events, diagnostics, state, to_rows
 from eafo_dynamic.policy.estimates import OutputEntropy, Pooled, pooled
 from eafo_dynamic.policy.moves import refreshed, reverted, with_finite_amplitudes
 from eafo_dynamic.policy.options import Options
@@ -146,6 +146,21 @@ class Rounds:
         policies = [policy.name for policy in self._policies]
         tails = [{"policy": name, "event": event} for name, event in zip(policies, events, strict=True)]
         return to_rows(heads, columns, tails)
+
+    @torch.no_grad()
+    def end_rows(self, step: int, epoch: int) -> list[Record]:
+        """What the corrections are now, between rounds; nothing is measured, moved or forgotten.
+
+        Args:
+            step: optimiser steps taken so far, for the log.
+            epoch: for the log.
+
+        Returns:
+            One row per site with the columns of ``diagnostics.state``.
+        """
+        heads: list[Record] = [{"step": step, "epoch": epoch, "site": name} for name in self._bank.names]
+        tails = [{"policy": policy.name} for policy in self._policies]
+        return to_rows(heads, state(self._bank.functions(), self._last), tails)
 
     def forget(self) -> None:
         """Forgets what ties the next round to the last one; call where another training begins."""

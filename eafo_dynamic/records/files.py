@@ -35,17 +35,27 @@ def find_log(run: Path) -> Path:
         run = run.parent if run.name in (MANIFEST, CORRECTIONS) else run
     if not run.is_dir():
         raise LogError(f"{run}: this is a file. Give the folder of a run, the one that holds eafo/")
-    for folder in (run, run / "eafo"):
-        if _is_log(folder):
-            return folder
-    below = sorted(_logs_below(run), key=_changed, reverse=True)
+    if _is_log(run):
+        return run
+    if _is_log(run / "eafo"):
+        # Beside it lie those of runs that wrote while another process was writing there.
+        logs = [run / "eafo", *filter(_is_log, run.glob("eafo-*"))]
+        return _only(logs, run)
+    below = list(_logs_below(run))
     if not below:
         raise LogError(f"{run}: no correction log here (no eafo/{MANIFEST} at or below this folder)")
-    if len(below) > 1:
-        shown = ", ".join(str(folder) for folder in below[:8])
-        more = f", ... ({len(below)} in all)" if len(below) > 8 else ""
-        raise LogError(f"{run}: {len(below)} correction logs below, name one (newest first): {shown}{more}")
-    return below[0]
+    return _only(below, run)
+
+
+def _only(logs: Sequence[Path], run: Path) -> Path:
+    """Return the log if there is only one."""
+    if len(logs) == 1:
+        return logs[0]
+    newest_first = sorted(logs, key=_changed, reverse=True)
+    shown = ", ".join(str(folder) for folder in newest_first[:8])
+    if len(logs) > 8:
+        shown += f", ... ({len(logs)} in all)"
+    raise LogError(f"{run}: {len(logs)} correction logs below, name one (newest first): {shown}")
 
 
 def _is_log(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from eafo_dynamic.errors import LogError
 from eafo_dynamic.records.files import find_log, read_lines, read_manifest
-from eafo_dynamic.records.schema import COLUMNS, CORRECTIONS, MANIFEST, SHAPES
+from eafo_dynamic.records.schema import COLUMNS, CORRECTIONS, FIT_END, MANIFEST, SHAPES
 from eafo_dynamic.records.select import matching_sites
 from eafo_dynamic.records.table import Table
 
@@ -27,6 +27,9 @@ class CorrectionLog:
 
     `CorrectionLog.load(run)` reads it; `select` gives a smaller log of the same kind. A row is one update of
     one site; `COLUMNS` says what each of its values means. Missing values are None.
+
+    Where a fit went on after its last update, the log ends with one more row per site, in which `fit_end` is
+    set: eps, lift, mu and sigma as the fit left them. Nothing was measured for it.
 
     Args:
         path: folder of the log.
@@ -112,10 +115,13 @@ class CorrectionLog:
 
     @property
     def name(self) -> str:
-        """Name of the run: that of the folder which holds the log; of `version_0` and the like, two names."""
-        path = self.path.resolve()
-        run = path.parent if path.name == "eafo" else path
-        return f"{run.parent.name}/{run.name}" if run.name.startswith("version_") else run.name
+        """Name of the run: that of the folder which holds the log; of `version_0` and `eafo-2`, two names."""
+        run = self.path.resolve()
+        if run.name == "eafo":
+            run = run.parent
+        if run.name.startswith(("version_", "eafo-")):
+            return f"{run.parent.name}/{run.name}"
+        return run.name
 
     @property
     def columns(self) -> list[str]:
@@ -136,8 +142,15 @@ class CorrectionLog:
 
     @property
     def steps(self) -> list[int]:
-        """Steps at which any site was updated, ascending."""
+        """Steps of the rows, ascending: those of the updates, and that at which the fit ended."""
         return sorted(set(self._table.column("step")))
+
+    @property
+    def update_steps(self) -> list[int]:
+        """Steps at which any site was updated, ascending."""
+        steps = self._table.column("step")
+        ends = self._table.column(FIT_END)
+        return sorted({step for step, end in zip(steps, ends, strict=True) if end is None})
 
     @property
     def _manifest_sites(self) -> dict[str, Mapping[str, Any]]:
@@ -194,10 +207,18 @@ class CorrectionLog:
         """Return the last row of each site, in the order of `sites`.
 
         Returns:
-            One row a site.
+            One row per site. Where it is that of the end of a fit, what was not measured then (the entropies,
+            moments, `n`, ...) is taken from the last update before it; `event` is not.
         """
-        by_site, columns = self._table.by_site, self.columns
-        return [self._table.row(by_site[site][-1], columns) for site in self.sites]
+        return [self._last_row(self._table.by_site[site]) for site in self.sites]
+
+    def _last_row(self, positions: Sequence[int]) -> dict[str, Any]:
+        row = self._table.row(positions[-1], self.columns)
+        if row.get(FIT_END) is None or len(positions) == 1:
+            return row
+        update = self._table.row(positions[-2], self.columns)
+        known = {name: value for name, value in row.items() if value is not None or name == "event"}
+        return {**update, **known}
 
     def events(self) -> list[dict[str, Any]]:
         """Return the updates at which something was out of the ordinary.

@@ -5,16 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["COLUMNS", "CORRECTIONS", "FORMAT", "MANIFEST", "SCHEMA_VERSION", "SHAPES", "Column", "Record"]
+__all__ = [
+    "COLUMNS",
+    "CORRECTIONS",
+    "FIT_END",
+    "FORMAT",
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "SHAPES",
+    "Column",
+    "Record",
+]
 
 FORMAT = "eafo-correction-log"
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 CORRECTIONS = "corrections.jsonl"
 SHAPES = "shapes.jsonl"
+FIT_END = "fit_end"  # only the rows and snapshots of the end of a fit have this key
 
 Record = dict[str, object]
-"""One row of the correction log: one site at one update round."""
+"""One row of the correction log: one site at one update round, or at the end of a fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +94,12 @@ _COLUMNS = (
     Column("n_nonfinite", "int", "samples", "NaN and infinite pre-activations, left out"),
     Column("policy", "text", "", "policy that moved eps"),
     Column("event", "text", "", "what was out of the ordinary at this update; missing where nothing was"),
+    Column(
+        FIT_END,
+        "text",
+        "",
+        "how the fit ended: completed, interrupted or failed; only in rows that say where it left the model",
+    ),
 )
 
 COLUMNS: dict[str, Column] = {column.name: column for column in _COLUMNS}

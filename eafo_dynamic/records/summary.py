@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import Any
 
 from eafo_dynamic.records.reader import CorrectionLog
-from eafo_dynamic.records.schema import COLUMNS
+from eafo_dynamic.records.schema import COLUMNS, FIT_END
 
 __all__ = [
     "compare_runs",
@@ -19,7 +19,7 @@ __all__ = [
     "layer_rows",
     "run_labels",
     "summarise",
-    "with_lift",
+    "with_values",
 ]
 
 
@@ -39,7 +39,7 @@ def summarise(log: CorrectionLog, top: int = 3) -> dict[str, Any]:
     return {
         "run": str(log.path),
         "steps": [steps[0], steps[-1]],
-        "updates": len(steps),
+        "updates": len(log.update_steps),
         "sites": len(layers),
         "rows": len(log),
         "policies": dict(Counter(layer["policy"] or "unknown policy" for layer in layers)),
@@ -58,21 +58,22 @@ def summarise(log: CorrectionLog, top: int = 3) -> dict[str, Any]:
 
 
 def layer_rows(log: CorrectionLog) -> list[dict[str, Any]]:
-    """Return one row a site: its last row, and how eps and entropy came there.
+    """Return one row per site: its last row, and how eps and entropy came there.
 
     Args:
         log: the run's log.
 
     Returns:
-        Rows in the model's order: the columns of the last row (`event` and `event_step` of the last row that
-        has one), `base`, `updates`, `eps_first`, `entropy_first`, `entropy_change` (nats), `eps_trend` and
-        `entropy_trend` (lists, one value an update).
+        Rows in the model's order: the columns of the last row as `CorrectionLog.last` gives it (`event` and
+        `event_step` of the last row that has one), `base`, `updates`, `eps_first`, `entropy_first`,
+        `entropy_change` (nats), `eps_trend` (a list, one value per row) and `entropy_trend` (a list, one value
+        per update).
     """
     return [_layer_row(log, last) for last in log.last()]
 
 
-def with_lift(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the columns of a table; the one of the second amplitude only where some row has one.
+def with_values(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the columns of a table; `lift` and `fit_end`, which not every log has, only where some row has one.
 
     Args:
         names: columns.
@@ -81,12 +82,15 @@ def with_lift(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]
     Returns:
         The columns that are shown.
     """
-    return [name for name in names if name != "lift" or any(row.get("lift") is not None for row in rows)]
+    sparse = ("lift", FIT_END)
+    return [name for name in names if name not in sparse or any(row.get(name) is not None for row in rows)]
 
 
 def _layer_row(log: CorrectionLog, last: dict[str, Any]) -> dict[str, Any]:
     site = last["site"]
-    eps, entropy = log.series(site, "eps"), log.series(site, "entropy")
+    eps = log.series(site, "eps")
+    is_update = [end is None for end in log.series(site, FIT_END)]
+    entropy = list(compress(log.series(site, "entropy"), is_update))
     steps = log.series(site, "step")
     seen = [(step, event) for step, event in zip(steps, log.series(site, "event"), strict=True) if event]
     event_step, event = seen[-1] if seen else (None, None)
@@ -97,7 +101,7 @@ def _layer_row(log: CorrectionLog, last: dict[str, Any]) -> dict[str, Any]:
         **dict.fromkeys(COLUMNS),
         **last,
         "base": log.site_info(site).get("base"),
-        "updates": len(steps),
+        "updates": sum(is_update),
         "eps_first": _first_known(eps),
         "eps_trend": eps,
         "entropy": entropy_last,

@@ -11,9 +11,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from eafo_dynamic.records.schema import CORRECTIONS, FORMAT, MANIFEST, SCHEMA_VERSION, SHAPES
+from eafo_dynamic.records.lock import FolderLock, lock_folder
+from eafo_dynamic.records.schema import CORRECTIONS, FIT_END, FORMAT, MANIFEST, SCHEMA_VERSION, SHAPES
 
 __all__ = ["LogWriter"]
 
@@ -26,6 +27,8 @@ _SHAPE_DIGITS = 6
 
 # A whole line of this writer, its step first: parsing a gigabyte of JSON on resume would take a minute.
 _OWN_LINE = re.compile(rb'\{"step":(\d{1,18}),[^\0]*\}\n\Z')
+# In a line of the end of a fit; inside a text, such as a site's name, JSON puts a backslash before every quote.
+_END_MARK = f'"{FIT_END}":"'.encode()
 
 
 class LogWriter:
@@ -39,8 +42,12 @@ class LogWriter:
     Logging never stops the training: the first `OSError` (full disk, read-only folder) warns, later ones
     only add to `dropped`.
 
-    The folder's earlier log, if there is one, is continued by `resume`. Without that call the first write
-    moves it to `earlier-1`, `earlier-2`, ... inside the folder: two runs are never mixed, none is lost.
+    Two runs are never mixed, and none is lost:
+
+    - The folder's earlier log, if there is one, is continued by `resume`. Without that call the first write
+      moves it to `earlier-1`, `earlier-2`, ... inside the folder.
+    - While another process writes to the folder, this log goes to a folder of its own beside it, `eafo-2`,
+      `eafo-3`, ..., with a warning. The lock ends with `close` or with the process.
 
     Args:
         dirpath: folder of the log, `<run>/eafo` by custom; made if missing.
@@ -51,6 +58,7 @@ class LogWriter:
         path: folder of the log.
         manifest: the manifest as written.
         dropped: rows that could not be written.
+        put_aside: where the folder's earlier log was moved; None if there was none.
     """
 
     def __init__(self, dirpath: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
@@ -62,9 +70,14 @@ class LogWriter:
             **manifest,
         }
         self.dropped = 0
+        self.put_aside: Path | None = None
+        self._wanted = self.path
+        self._lock: FolderLock | None = None
         self._warned = False
         self._begun = False
         self._restored: tuple[int, Path] | None = None
+        self._last_steps: dict[str, int] = {}  # of the last line of each file
+        self._claim()
         if not _has_rows(self.path):
             self._begin()
 
@@ -91,29 +104,82 @@ class LogWriter:
         """
         self._append(SHAPES, [{"step": step, **row} for row in rows], _SHAPE_DIGITS)
 
+    def write_end(self, step: int, how: str, rows: Sequence[Row], shapes: Sequence[Row]) -> None:
+        """Append the state in which a fit leaves the model, so that the log ends with it.
+
+        Nothing is added to a file that ends with this step already: there the last update came after the
+        last step. `resume` drops what this method has added, so that a resumed run's log is that of a run
+        which was never interrupted.
+
+        Args:
+            step: optimiser steps taken.
+            how: how the fit ended: `completed`, `interrupted` or `failed`.
+            rows: as for `write`; `fit_end` is added.
+            shapes: as for `write_shapes`; `fit_end` is added.
+        """
+        if self._last_steps.get(CORRECTIONS) != step:
+            self.write([{**row, FIT_END: how} for row in rows])
+        if self._last_steps.get(SHAPES) != step:
+            self.write_shapes(step, [{**shape, FIT_END: how} for shape in shapes])
+
     def resume(self, step: int, source: str | os.PathLike[str] | None = None) -> int:
         """Continue the log of an interrupted run after its checkpoint of `step` was restored.
 
-        Rows and snapshots past `step`, a torn last line and damaged lines are dropped. Each file is
-        replaced atomically, so that a kill in between leaves the old or the new one, and a second call
-        gives the same.
+        Rows and snapshots past `step`, those of the end of a fit, a torn last line and damaged lines are
+        dropped. Each file is replaced atomically, so that a kill in between leaves the old or the new one,
+        and a second call gives the same.
 
         Args:
             step: the restored global step; rows of this very step are kept.
-            source: folder of the interrupted run's log where this writer's folder is a new one: its rows
-                are copied first. Ignored if this folder has rows of its own.
+            source: folder of the interrupted run's log where this writer's folder is another one: its rows
+                are copied first. If this folder holds the log of yet another run, that one is put aside.
+                Ignored if `source` has no rows, or if this folder's rows are of the same run.
 
         Returns:
             The number of rows of corrections dropped.
         """
-        self._restored = (step, self.path if source is None or _has_rows(self.path) else Path(source))
+        self._restored = (step, self._origin(source))
         return self._begin()
 
     def close(self) -> None:
-        """Say how many rows are missing, if any; nothing is held open between writes."""
+        """Say how many rows are missing, if any, and let other processes write to the folder."""
+        self._lock = None
         if self.dropped:
             warnings.warn(f"{self.path}: {self.dropped} rows of the correction log are missing", stacklevel=2)
             self.dropped = 0
+
+    def _claim(self) -> None:
+        """Lock the folder, or the first one beside it that nobody uses."""
+        if self._lock is not None:
+            return
+        folder = self.path
+        number = 1
+        try:
+            self._lock = _locked(folder)
+            while self._lock is None:
+                number += 1
+                folder = self._wanted.with_name(f"{self._wanted.name}-{number}")
+                if not _has_rows(folder):
+                    self._lock = _locked(folder)
+        except OSError:
+            return  # `_begin` says what is wrong with the folder
+        if folder != self.path:
+            warnings.warn(
+                f"{self.path}: another process writes its correction log here; this run's log is in {folder}",
+                stacklevel=4,
+            )
+            self.path = folder
+            self._begun = False
+
+    def _origin(self, source: str | os.PathLike[str] | None) -> Path:
+        """Return the folder whose rows `resume` continues."""
+        origin = self._wanted if source is None else Path(source)
+        if os.path.realpath(origin) == os.path.realpath(self.path) or not _has_rows(origin):
+            return self.path
+        if not _has_rows(self.path):
+            return origin
+        same_run = _read_manifest(origin).get("created") == _read_manifest(self.path).get("created")
+        return self.path if same_run else origin
 
     def _begin(self) -> int:
         """Continue the restored run's log, or put an earlier log aside; then write this run's manifest.
@@ -122,32 +188,51 @@ class LogWriter:
             The number of rows dropped because they lie past the restored step.
         """
         past = 0
+        self._last_steps.clear()
+        self._claim()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self._restored is not None:
                 past = self._continue(*self._restored)
             elif _has_rows(self.path):
-                _put_aside(self.path)
+                self.put_aside = _put_aside(self.path)
             _replace(self.path / MANIFEST, [_dump(self.manifest, None)])
             self._begun = True
         except OSError as error:
             self._fail(error, 0)
+        if self._begun and self._lock is None:
+            warnings.warn(
+                f"{self.path}: this folder cannot be locked; do not let another run write its log here", stacklevel=4
+            )
         return past
 
     def _continue(self, step: int, origin: Path) -> int:
+        """Bring the rows of `origin` up to `step` into this folder, and say so in the manifest."""
         old = _read_manifest(origin)
-        created, steps = old.get("created"), old.get("resumed_at_steps")
+        created = old.get("created")
         if isinstance(created, (int, float)):
             self.manifest["created"] = created
-        known = [each for each in steps if isinstance(each, int)] if isinstance(steps, list) else []
+        earlier = old.get("resumed_at_steps")
+        if not isinstance(earlier, list):
+            earlier = []
+        known = [each for each in earlier if isinstance(each, int)]
         self.manifest["resumed_at_steps"] = [*known, step]
-        past = _keep_until(origin / CORRECTIONS, self.path / CORRECTIONS, step)
-        _keep_until(origin / SHAPES, self.path / SHAPES, step)
-        return past
+        if origin != self.path and _has_rows(self.path):
+            self.put_aside = _put_aside(self.path)
+        rows = self._keep(CORRECTIONS, origin, step)
+        self._keep(SHAPES, origin, step)
+        return rows.dropped
+
+    def _keep(self, name: str, origin: Path, step: int) -> _Kept:
+        kept = _keep_until(origin / name, self.path / name, step)
+        if kept.last_step is not None:
+            self._last_steps[name] = kept.last_step
+        return kept
 
     def _append(self, name: str, rows: Sequence[Row], digits: int) -> None:
         if not rows:
             return
+        self._claim()
         if not self._begun:
             self._begin()
         data = b"".join(_dump(row, digits) for row in rows)
@@ -157,6 +242,10 @@ class LogWriter:
             _append_whole(self.path / name, data)
         except OSError as error:
             self._fail(error, len(rows))
+            return
+        step = rows[-1].get("step")
+        if isinstance(step, int):
+            self._last_steps[name] = step
 
     def _fail(self, error: OSError, rows: int) -> None:
         self.dropped += rows
@@ -166,6 +255,11 @@ class LogWriter:
                 f"{self.path}: the correction log cannot be written ({error}); training goes on without it",
                 stacklevel=4,
             )
+
+
+def _locked(folder: Path) -> FolderLock | None:
+    folder.mkdir(parents=True, exist_ok=True)
+    return lock_folder(folder)
 
 
 def _append_whole(path: Path, data: bytes) -> None:
@@ -207,8 +301,20 @@ def _replace(path: Path, chunks: Sequence[bytes] | Iterator[bytes]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _keep_until(source: Path, target: Path, step: int) -> int:
-    """Write the whole lines of `source` with a step of at most `step` to `target`.
+class _Kept(NamedTuple):
+    """What `_keep_until` did.
+
+    Args:
+        dropped: whole lines that were left out: past the step, or of the end of a fit.
+        last_step: step of the last line that was kept; None if none was.
+    """
+
+    dropped: int
+    last_step: int | None
+
+
+def _keep_until(source: Path, target: Path, step: int) -> _Kept:
+    """Write the whole lines of `source` with a step of at most `step` to `target`, but those of the end of a fit.
 
     Args:
         source: file to read; nothing happens if it does not exist.
@@ -216,28 +322,30 @@ def _keep_until(source: Path, target: Path, step: int) -> int:
         step: last step to keep.
 
     Returns:
-        The number of whole lines past `step`.
+        What was dropped and kept.
     """
     if not source.exists():
-        return 0
-    past = damaged = 0
+        return _Kept(0, None)
+    dropped = damaged = 0
+    last_step: int | None = None
 
     def kept() -> Iterator[bytes]:
-        nonlocal past, damaged
+        nonlocal dropped, damaged, last_step
         with source.open("rb") as file:
             for line in file:
                 found = _step_of(line)
                 if found is None:
                     damaged += line.endswith(b"\n")
-                elif found > step:
-                    past += 1
+                elif found > step or _END_MARK in line:
+                    dropped += 1
                 else:
+                    last_step = found
                     yield line if line.endswith(b"\n") else line + b"\n"
 
     _replace(target, kept())
     if damaged:
         warnings.warn(f"{source}: {damaged} damaged lines were dropped on resuming", stacklevel=4)
-    return past
+    return _Kept(dropped, last_step)
 
 
 def _step_of(line: bytes) -> int | None:
@@ -261,8 +369,8 @@ def _has_rows(folder: Path) -> bool:
         return False
 
 
-def _put_aside(folder: Path) -> None:
-    """Move the folder's log into the first free `earlier-<k>` below it."""
+def _put_aside(folder: Path) -> Path:
+    """Move the folder's log into the first free `earlier-<k>` below it, and return that folder."""
     number = 1
     while (folder / f"earlier-{number}").exists():
         number += 1
@@ -271,6 +379,7 @@ def _put_aside(folder: Path) -> None:
     for name in (MANIFEST, SHAPES, CORRECTIONS):
         if (folder / name).exists():
             os.replace(folder / name, aside / name)
+    return aside
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

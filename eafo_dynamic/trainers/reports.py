@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from eafo_dynamic.internals.text import printable
 from eafo_dynamic.policy.diagnostics import aggregate
 from eafo_dynamic.records.schema import Record
 
@@ -14,14 +15,17 @@ FIGURE = "eafo/functions"
 
 
 def announce(what: object) -> None:
-    """Prints a text or a table to the console.
+    """Prints a line or a table to the console.
 
     Args:
-        what: anything that rich can print.
+        what: a line, which is printed as it is, never wrapped; or anything else that rich can print.
     """
     from rich.console import Console
 
-    Console().print(what)
+    if isinstance(what, str):
+        Console().print(printable(what), markup=False, highlight=False, soft_wrap=True)
+    else:
+        Console().print(what)
 
 
 def site_scalars(rows: Iterable[Record], columns: Sequence[str]) -> dict[str, float]:

@@ -1,16 +1,61 @@
-"""The correction log of one trainer's run: where it lies, what it goes on from, what a round adds."""
+"""The correction log of one trainer's run: where it lies, what it continues, what a round adds, how it ends."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eafo_dynamic.errors import LogError
-from eafo_dynamic.records import CorrectionLog, LogWriter
+from eafo_dynamic.policy.controller import EAFOController
+from eafo_dynamic.records import LogWriter
 from eafo_dynamic.records.schema import Record
 
-__all__ = ["RunLog"]
+__all__ = ["RunLog", "run_folder", "run_identity"]
+
+
+def run_folder(trainer: Any) -> Path:
+    """Find the folder of a trainer's run: the one in which ModelCheckpoint makes ``checkpoints``.
+
+    Every run of a logger has a folder of its own there: ``<save_dir>/<name>/<version>``, where the version is
+    the run's id for loggers such as those of Weights & Biases and MLflow.
+
+    Args:
+        trainer: a Lightning Trainer. Call on every rank.
+
+    Returns:
+        The folder; ``default_root_dir`` without a logger.
+    """
+    folder = trainer.log_dir or trainer.default_root_dir  # on every rank: log_dir is a broadcast
+    logger = trainer.logger
+    if logger is None or not trainer.is_global_zero:
+        return Path(folder)
+    save_dir = logger.save_dir
+    own = getattr(logger, "log_dir", None)
+    if own == folder and own != save_dir:
+        return Path(folder)  # TensorBoardLogger and CSVLogger know the folder of their version
+    version = logger.version
+    if not isinstance(version, str):
+        version = f"version_{version}"
+    return Path(save_dir or trainer.default_root_dir) / str(logger.name) / version
+
+
+def run_identity(trainer: Any) -> dict[str, Any]:
+    """Say which run a trainer's is, in the words of its logger.
+
+    Args:
+        trainer: a Lightning Trainer.
+
+    Returns:
+        ``logger`` (its class), ``name`` and ``version``, the run's id for some loggers; empty without a logger.
+    """
+    logger = trainer.logger
+    if logger is None:
+        return {}
+    version = logger.version
+    if not isinstance(version, (int, str)):
+        version = str(version)
+    return {"logger": type(logger).__name__, "name": str(logger.name), "version": version}
 
 
 class RunLog:
@@ -19,23 +64,33 @@ class RunLog:
     Args:
         dirpath: folder of the log; None: ``eafo`` in the run's folder.
         wanted: whether to write at all.
+        say: what to do with a line for the user, such as where the log lies.
 
     Attributes:
         path: folder of the newest log; None before there was one.
     """
 
-    def __init__(self, dirpath: str | Path | None, wanted: bool) -> None:
+    def __init__(self, dirpath: str | Path | None, wanted: bool, say: Callable[[str], None]) -> None:
         self.dirpath = dirpath
         self.wanted = wanted
         self.path: Path | None = None
+        self._say = say
         self._writer: LogWriter | None = None
         self._source: str | None = None
         self._aligned = False
+        self._told_of_earlier = False
 
     @property
     def location(self) -> str | None:
         """Folder of the log that is being written."""
-        return None if self._writer is None else str(self._writer.path)
+        if self._writer is None:
+            return None
+        return str(self._writer.path)
+
+    @property
+    def began(self) -> bool:
+        """Whether rows have been dropped up to the step at which this training begins, so that the log is its own."""
+        return self._writer is not None and self._aligned
 
     def open(self, trainer: Any, about: dict[str, Any]) -> None:
         """Begins a log, or stands ready to continue one.
@@ -44,10 +99,22 @@ class RunLog:
             trainer: the Trainer, on every rank.
             about: what the manifest says.
         """
-        run = trainer.log_dir or trainer.default_root_dir  # on every rank: log_dir is a broadcast
-        if self.wanted and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            self._writer = LogWriter(self.dirpath or Path(run) / "eafo", about)
-            self.path = self._writer.path
+        folder = Path(self.dirpath or run_folder(trainer) / "eafo")  # on every rank
+        if not self.wanted or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+            return
+        self._writer = LogWriter(self._resumed_beside(folder), {**about, "run": run_identity(trainer)})
+        self._told_of_earlier = False
+        self.path = self._writer.path
+
+    def _resumed_beside(self, folder: Path) -> Path:
+        """Return the folder of the resumed log where it is ``eafo-2`` or the like, beside the usual one."""
+        if self._source is None:
+            return folder
+        source = Path(self._source)
+        beside = source.parent.resolve() == folder.parent.resolve()
+        if beside and re.fullmatch(rf"{re.escape(folder.name)}-\d+", source.name) and source.is_dir():
+            return source
+        return folder
 
     def resumed(self, source: object) -> None:
         """Takes note of the log of the run that is resumed; of several, the first is the one.
@@ -55,16 +122,20 @@ class RunLog:
         Args:
             source: its folder, as a checkpoint says it; what is no text says nothing.
         """
-        self._source = self._source or (source if isinstance(source, str) else None)
+        if self._source is None and isinstance(source, str):
+            self._source = source
 
     def align(self, step: int) -> None:
-        """Drops rows that lie past the restored step, once.
+        """Drops rows that lie past the restored step, and says where the log is; once.
 
         Args:
             step: optimiser steps taken.
         """
-        if self._writer is not None and step and not self._aligned:
-            self._writer.resume(step, source=self._source)
+        if self._writer is not None and not self._aligned:
+            if step:
+                self._writer.resume(step, source=self._source)
+            self.path = self._writer.path
+            self._tell("EAFO: the correction log goes to")
         self._aligned = True
 
     def write(self, step: int, rows: Sequence[Record], round_: int, snapshot: Callable[[], list[Record]]) -> bool:
@@ -82,36 +153,46 @@ class RunLog:
         if self._writer is None or not rows:
             return False
         self._writer.write(rows)
-        kept = not round_ & (round_ - 1)
-        if kept:
+        self._tell_of_earlier()
+        is_power_of_two = not round_ & (round_ - 1)
+        if is_power_of_two:
             self._writer.write_shapes(step, snapshot())
-        return kept
+        return is_power_of_two
 
-    def end(self, step: int, rounds: int, snapshot: Callable[[], list[Record]]) -> None:
-        """Keeps the last snapshot.
+    def end(self, step: int, epoch: int, how: str, controller: EAFOController) -> bool:
+        """Adds the state in which the fit leaves the model: a row and a snapshot of every site.
 
         Args:
-            step: optimiser steps taken.
-            rounds: that there have been.
-            snapshot: makes the snapshot's rows.
-        """
-        trained = self._aligned
-        self.align(step)
-        if self._writer is None or not rounds & (rounds - 1):
-            return
-        # a run that was killed after its last step trains no more when it is resumed, and may have got as far as here
-        if trained or not self._has_snapshot(step):
-            self._writer.write_shapes(step, snapshot())
+            step: optimiser steps taken; with none there is nothing to say.
+            epoch: epochs completed.
+            how: ``completed``, ``interrupted`` or ``failed``.
+            controller: of the corrections.
 
-    def _has_snapshot(self, step: int) -> bool:
-        assert self.path is not None
-        try:
-            return any(row["step"] == step for row in CorrectionLog.load(self.path).shapes())
-        except (LogError, OSError):  # what cannot be read will hardly be written; the writer says so
+        Returns:
+            Whether the log ends with the model now.
+        """
+        if self._writer is None or not step:
             return False
+        self.align(step)
+        self._writer.write_end(step, how, controller.end_rows(step, epoch), controller.snapshot())
+        self._tell_of_earlier()
+        return True
 
     def close(self) -> None:
-        """Says how many rows are missing, if any."""
+        """Says where the log is and how many rows are missing, if any."""
         if self._writer is not None:
+            if self._aligned:
+                self._tell("EAFO: the correction log is in")
             self._writer.close()
         self._writer, self._source, self._aligned = None, None, False
+
+    def _tell(self, what: str) -> None:
+        assert self._writer is not None
+        self._say(f"{what} {self._writer.path}")
+
+    def _tell_of_earlier(self) -> None:
+        assert self._writer is not None
+        earlier = self._writer.put_aside
+        if earlier is not None and not self._told_of_earlier:
+            self._told_of_earlier = True
+            self._say(f"EAFO: an earlier run's log in this folder is now in {earlier}")

@@ -63,18 +63,21 @@ def heatmap(log: CorrectionLog, column: str, style: Style = LIGHT) -> Figure:
         style: colours.
 
     Returns:
-        A figure with one line a site, the first site of the model on top, and one field an update. Where
-        there are more than 600 updates, a field is the mean over neighbours.
+        A figure with one line per site, the first site of the model on top, and one field per update and
+        for the end of the fit. Where there are more than 600, a field is the mean over neighbours.
     """
     import numpy
     from matplotlib.figure import Figure
 
-    steps, sites = log.steps, log.sites
+    sites = log.sites
+    known = {site: _known_points(log, site, column) for site in sites}
+    # The end of a fit has a field only in the columns that have a value there.
+    steps = sorted({*log.update_steps, *(step for points in known.values() for step, _ in points)})
     place = {step: number for number, step in enumerate(steps)}
     values = numpy.full((len(sites), len(steps)), numpy.nan)
     for number, site in enumerate(sites):
-        for step, value in zip(log.series(site, "step"), log.series(site, column), strict=True):
-            values[number, place[step]] = numpy.nan if value is None else value
+        for step, value in known[site]:
+            values[number, place[step]] = value
     values, shown = _merged(values, steps)
     figure = Figure(figsize=(8, min(12.0, max(2.6, 1.3 + 0.24 * len(sites)))), layout="constrained")
     axes = figure.add_subplot()
@@ -142,7 +145,7 @@ def trajectories(log: CorrectionLog, column: str, style: Style = LIGHT) -> Figur
     for number, (site, name) in enumerate(zip(sites, shortened(sites, 32), strict=True)):
         values = _numbers(log.series(site, column))
         colour = _colour(number, len(sites), style)
-        marker = "o" if len(values) == 1 else ""
+        marker = "o" if len(_known_points(log, site, column)) == 1 else ""
         axes.plot(log.series(site, "step"), values, color=colour, linewidth=1.5, label=name, marker=marker)
     if any(event for site in sites for event in log.series(site, "event")):
         _mark_events(axes, log, column, style)
@@ -238,10 +241,12 @@ def _draw_changes(axes: Axes, which: str, changes: dict[str, list[tuple[float, f
 
 
 def _draw_sum(axes: Axes, log: CorrectionLog, site: str, colour: Any) -> None:
-    entropy = _numbers(log.series(site, "entropy"))
+    points = _known_points(log, site, "entropy")
+    steps = [step for step, _ in points]
+    entropy = [value for _, value in points]
     found = drift_changes(log, site)
     axes.plot(
-        log.series(site, "step"),
+        steps,
         entropy,
         color=colour,
         linewidth=1.5,
@@ -251,7 +256,7 @@ def _draw_sum(axes: Axes, log: CorrectionLog, site: str, colour: Any) -> None:
         sums = [entropy[0]]
         for predicted, _ in found:
             sums.append(sums[-1] + predicted)
-        axes.plot(log.series(site, "step"), sums, color=colour, linewidth=1.2, linestyle="--")
+        axes.plot(steps, sums, color=colour, linewidth=1.2, linestyle="--")
 
 
 def ranking(log: CorrectionLog, column: str, style: Style = LIGHT) -> Figure:
@@ -317,6 +322,12 @@ def _label(column: str) -> str:
 
 def _counted(sites: Sequence[str]) -> str:
     return sites[0] if len(sites) == 1 else f"{len(sites)} sites"
+
+
+def _known_points(log: CorrectionLog, site: str, column: str) -> list[tuple[int, float]]:
+    """Return (step, value) of the rows in which the column has a value."""
+    points = zip(log.series(site, "step"), log.series(site, column), strict=True)
+    return [(step, value) for step, value in points if value is not None]
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:

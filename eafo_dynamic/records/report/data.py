@@ -81,7 +81,7 @@ def _series(log: CorrectionLog, names: Sequence[str], count: int) -> dict[str, A
                 if number is not None:
                     line[number] = _short(value)
             series[name].append(line)
-    return {"steps": steps, "updates": len(log.steps), "series": series}
+    return {"steps": steps, "updates": len(log.update_steps), "series": series}
 
 
 def _snapshots(log: CorrectionLog, budget: int) -> dict[str, list[dict[str, Any]]]:

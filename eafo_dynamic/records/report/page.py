@@ -13,7 +13,7 @@ from typing import Any
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.records import COLUMNS, CorrectionLog
 from eafo_dynamic.records.report.data import payload
-from eafo_dynamic.records.summary import compare_runs, compare_sites, layer_rows, run_labels, summarise, with_lift
+from eafo_dynamic.records.summary import compare_runs, compare_sites, layer_rows, run_labels, summarise, with_values
 
 __all__ = ["render_report", "write_report"]
 
@@ -161,7 +161,7 @@ def _comparison(logs: Sequence[CorrectionLog]) -> str:
 
 def _layers(log: CorrectionLog) -> str:
     rows = layer_rows(log)
-    columns = ["site", *with_lift(_LAYERS, rows)]
+    columns = ["site", *with_values(_LAYERS, rows)]
     columns[columns.index("eps") + 1 : columns.index("eps") + 1] = ["eps_trend"]
     columns[columns.index("entropy") + 1 : columns.index("entropy") + 1] = ["entropy_trend"]
     return _table("Every site at its last update", rows, columns, chosen="site")

@@ -19,7 +19,7 @@ from eafo_dynamic.apply.manifest import (
     wrap_from_manifest,
 )
 from eafo_dynamic.apply.surgery import is_wrapped, put_back, take_off
-from eafo_dynamic.errors import LogError, SiteError
+from eafo_dynamic.errors import LogError, SiteError, one_line
 from eafo_dynamic.find.sites import SiteReport
 from eafo_dynamic.internals.declared import takes
 from eafo_dynamic.policy.controller import EAFOController
@@ -75,7 +75,7 @@ class EAFOCallback(Callback):
         if options.update_every_n_epochs is not None:
             self._epochs = Epochs(options.update_every_n_epochs)
         self._reporter = Reporter(options.log_every_n_steps, options.log_sites or (), options.log_figures)
-        self._log = RunLog(options.dirpath, options.save_log)
+        self._log = RunLog(options.dirpath, options.save_log, self._say)
         self._resumed: dict[str, Any] | None = None
         self._awaits_batch = ""  # why the sites are not known before the first training batch; empty once they are
         self._earlier: dict[str, Tensor] = {}  # corrections that a model which awaits its batch had before
@@ -251,15 +251,29 @@ class EAFOCallback(Callback):
         return plot(CorrectionLog.load(self._log.path), what, column)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the last shape of every function in the log."""
-        if self.controller is not None:
-            self._log.end(trainer.global_step, self.controller.rounds, self.controller.snapshot)
+        """Ends the log, and the loggers' figures, with the model as the fit leaves it."""
+        self._end(trainer, "completed")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stops collecting and closes the log, also when a run is interrupted by hand."""
+        """Stops collecting, ends and closes the log, also when a run is interrupted by hand."""
         if self.controller is not None:
             self.controller.collecting = False
+        if self._log.began:
+            by_hand = isinstance(exception, (KeyboardInterrupt, SystemExit))
+            try:
+                self._end(trainer, "interrupted" if by_hand else "failed")
+            except Exception as error:  # such as a CUDA device that answers no more: the first exception is the cause
+                warnings.warn(f"EAFO: the log does not end with the model ({one_line(error)})", stacklevel=2)
         self.teardown(trainer, pl_module, "fit")
+
+    def _end(self, trainer: Trainer, how: str) -> None:
+        epoch = max(0, trainer.fit_loop.epoch_progress.current.ready - 1)  # that of the last batch
+        if self.controller is not None and self._log.end(trainer.global_step, epoch, how, self.controller):
+            self._reporter.send_figure(trainer, lambda: self.plot("functions"))
+
+    def _say(self, line: str) -> None:
+        if self.options.verbose:
+            announce(line)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Closes the log; the model keeps its corrections."""
