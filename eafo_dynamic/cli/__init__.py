@@ -1,7 +1,7 @@
 """The command line ``eafo-dynamic``: a LightningCLI for training, and commands that inspect.
 
 Exit codes: 0 done, 1 the training itself failed, 2 wrong input (one line on stderr says what to change),
-130 interrupted.
+130 interrupted by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv: arguments without the program's name; None: those of the process.
+        argv: arguments without the program's name; None: those of this process.
 
     Returns:
         The exit code.
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal cannot print is not an error
     try:
         if arguments and arguments[0] in _TRAINING:
             from eafo_dynamic.cli.fit import train

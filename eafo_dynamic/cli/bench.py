@@ -1,4 +1,4 @@
-"""`eafo-dynamic bench`: what the corrections cost on this machine, beside what one would use otherwise."""
+"""`eafo-dynamic bench`: what the corrections cost on this machine, compared with the alternatives."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def register(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    unknown = [name for name in args.only or [] if name not in GROUPS]
-    if unknown:
-        raise ConfigError("--only", unknown[0], "is no group of measurements", f"Choose from {', '.join(GROUPS)}.")
+    for name in args.only or ():
+        if name not in GROUPS:
+            raise ConfigError("--only", name, "is no group of measurements", f"Choose from {', '.join(GROUPS)}.")
     if args.threads is not None and args.threads < 1:
         raise ConfigError("--threads", args.threads, "must be at least 1", "Leave it out for torch's own choice.")
     for option, path in (("--json", args.json), ("--out", args.out)):
@@ -65,18 +65,20 @@ def _run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     rows = _measured(args.only, args.quick)
+    about = machine()
     if args.json:
-        text = json.dumps({"machine": machine(), "quick": args.quick, "rows": rows}, indent=1)
+        text = json.dumps({"machine": about, "quick": args.quick, "rows": rows}, indent=1)
         Path(args.json).write_text(text + "\n", encoding="utf-8")
     if args.out:
         from eafo_dynamic.experiments.benchmark.figure import draw
 
         draw(rows, args.out)
-    shown = [_shown(row) for row in rows] if args.format == "table" else rows
-    about = machine()
+    if args.format != "table":
+        emit(rows, fmt=args.format)
+        return 0
+    columns = ["group", "case", "beside", "value", "range", "target", "met"]
     title = f"{about['processor']}, {about['threads']} of {about['cores']} cores, torch {about['torch']}"
-    columns = ["group", "case", "beside", "value", "range", "target", "met"] if args.format == "table" else None
-    emit(shown, columns=columns, fmt=args.format, title=title, optional=("range", "group"))
+    emit([_in_words(row) for row in rows], columns=columns, title=title, optional=("range", "group"))
     return 0
 
 
@@ -93,23 +95,30 @@ def _measured(only: list[str] | None, quick: bool) -> list[dict[str, Any]]:
         return run_benchmark(only, quick, report)
 
 
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    target, unit = row["target"], row["unit"]
-    spread = f"{row['low']:.3g} - {row['high']:.3g}" if "low" in row and unit == "x" else None
-    return {
-        **{key: row[key] for key in ("group", "case", "beside")},
+def _in_words(row: dict[str, Any]) -> dict[str, Any]:
+    unit = row["unit"]
+    shown = {
+        "group": row["group"],
+        "case": row["case"],
+        "beside": row["beside"],
         "value": f"{row['value']:.3g} {unit}",
-        "range": spread,
-        "target": None if target is None else f"{target:g} {unit}",
-        "met": None if target is None else "yes" if row["value"] <= target else "no",
+        "range": None,
+        "target": None,
+        "met": None,
     }
+    if "low" in row and unit == "x":
+        shown["range"] = f"{row['low']:.3g} - {row['high']:.3g}"
+    if row["target"] is not None:
+        shown["target"] = f"{row['target']:g} {unit}"
+        shown["met"] = "yes" if row["value"] <= row["target"] else "no"
+    return shown
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers belong to.
+    """The machine that was measured.
 
     Returns:
-        Processor, cores, threads, versions, the back end of a CPU, and the GPU.
+        Processor, cores, threads, versions, the kernels' back end on the CPU, and the GPU (None without one).
     """
     import os
     import platform
@@ -119,13 +128,11 @@ def machine() -> dict[str, Any]:
     from eafo_dynamic.correction.kernels import resolve_backend
     from eafo_dynamic.internals.version import __version__
 
-    names = [platform.processor()]
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")] or names
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
     return {
-        "processor": names[0] or platform.machine(),
+        "processor": _processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -133,5 +140,17 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "eafo_dynamic": __version__,
         "backend": resolve_backend("auto"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu,
     }
+
+
+def _processor() -> str:
+    import platform
+
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""`eafo-dynamic completion`: a script by which a shell completes commands, options and file names."""
+"""`eafo-dynamic completion`: a script that lets a shell complete commands, options and file names."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _DESCRIPTION = """\
 Print a completion script. It is made once: completing starts no Python. The options of fit, validate, test
 and predict are those of LightningCLI."""
 
+_FILE_OPTIONS = ("--config", "--ckpt_path")
 _FILES = ("FILE", "PLAN", "CHECKPOINT", "NAME|FILE")
 _FOLDERS = ("RUN", "DIR")
 
@@ -28,7 +29,7 @@ def register(commands: Commands, whole: Callable[[], argparse.ArgumentParser], t
     Args:
         commands: what `ArgumentParser.add_subparsers` returned.
         whole: makes the parser of the whole command line.
-        training: commands that LightningCLI parses.
+        training: names of the commands that LightningCLI parses.
     """
     parser = commands.add_parser(
         "completion",
@@ -57,7 +58,8 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, training: tu
     for name, command in _commands(parser).items():
         if name in training:
             for option in TRAINING_OPTIONS:
-                command.add_argument(option, metavar="FILE" if option in ("--config", "--ckpt_path") else None)
+                metavar = "FILE" if option in _FILE_OPTIONS else None
+                command.add_argument(option, metavar=metavar)
     _mark_paths(parser, shtab.FILE, shtab.DIRECTORY)
     with quiet_pipe():
         print(shtab.complete(parser, args.shell))
@@ -65,13 +67,19 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, training: tu
 
 
 def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    return next((dict(action.choices or {}) for action in parser._actions if action.nargs == argparse.PARSER), {})
+    """The subcommands of a parser, by name."""
+    for action in parser._actions:
+        if action.nargs == argparse.PARSER:
+            return dict(action.choices or {})
+    return {}
 
 
 def _mark_paths(parser: argparse.ArgumentParser, file: object, folder: object) -> None:
-    """Says which arguments are paths, by the word that the help shows for them."""
+    """Tells shtab which arguments are paths, by their metavar."""
     for action in parser._actions:
-        if action.metavar in (*_FILES, *_FOLDERS):
-            vars(action)["complete"] = file if action.metavar in _FILES else folder
+        if action.metavar in _FILES:
+            vars(action)["complete"] = file
+        elif action.metavar in _FOLDERS:
+            vars(action)["complete"] = folder
     for command in _commands(parser).values():
         _mark_paths(command, file, folder)

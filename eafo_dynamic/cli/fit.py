@@ -14,7 +14,7 @@ def train(argv: Sequence[str] | None) -> int:
     """Runs one training command; the resolved configuration is saved as ``config.yaml`` in the run's folder.
 
     Args:
-        argv: arguments with the command first; None: those of the process.
+        argv: arguments with the command first; None: those of this process.
 
     Returns:
         The exit code.
@@ -25,6 +25,6 @@ def train(argv: Sequence[str] | None) -> int:
     quieten()
     with interruptible():
         cli = configured(None if argv is None else list(argv), run=True, save_config_kwargs={"overwrite": True})
-    if cli.trainer.interrupted:  # where Lightning keeps it to itself
+    if cli.trainer.interrupted:  # Lightning has caught the exception
         raise KeyboardInterrupt
     return 0

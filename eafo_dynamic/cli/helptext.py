@@ -1,4 +1,4 @@
-"""What the help texts of all commands share: examples at their end, and the exit codes."""
+"""Parts of the help text that all commands share: examples at the end, and the exit codes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ EXIT_CODES = {
 
 
 def examples(*lines: str) -> dict[str, Any]:
-    """The options of ``add_parser`` that end a command's help with examples.
+    """Arguments of ``add_parser`` that put examples at the end of a command's help.
 
     Args:
         lines: commands, each without the leading ``eafo-dynamic``.
 
     Returns:
-        Epilog and formatter.
+        ``epilog`` and ``formatter_class``.
 
     Example:
         >>> print(examples("rank --std 2")["epilog"])
@@ -38,7 +38,7 @@ def exit_codes() -> str:
     """The exit codes as text for a terminal.
 
     Returns:
-        One line a code, under a heading.
+        One line per code, under a heading.
     """
     return "\n".join(["exit codes:", *(f"  {code:<5}{meaning}" for code, meaning in EXIT_CODES.items())])
 
@@ -47,12 +47,12 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of examples and refills descriptions to the terminal's width."""
 
     def add_argument(self, action: argparse.Action) -> None:
-        """Makes room for the names of commands, whose indentation argparse forgets."""
+        """Widens the first column by the indentation of the commands' names, which argparse does not count."""
         super().add_argument(action)
         if action.nargs == argparse.PARSER:
             self._action_max_length += 2
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if "\n  " in text:  # lines that are set by hand
+        if "\n  " in text:  # indented lines stay as they are
             return super()._fill_text(text, width, indent)
         return textwrap.fill(" ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent)

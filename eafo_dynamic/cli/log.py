@@ -18,6 +18,8 @@ __all__ = ["columns_help", "register"]
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"  # pyright: ignore[reportPrivateUsage]
 
+_RUN = "folder of a run, or one above a single run"
+
 
 def register(commands: Commands) -> None:
     """Add `log` and its subcommands to the command line.
@@ -52,14 +54,18 @@ def columns_help() -> str:
     """Return the columns of a log with unit and meaning, as text for a terminal.
 
     Returns:
-        One line a column.
+        One line or more per column.
     """
     lines = ["columns of a log [unit; 1 is a pure number]:"]
     margin = max(map(len, COLUMNS)) + 4
     for name, column in COLUMNS.items():
-        text = column.meaning + (f" [{column.unit}]" if column.unit else "")
+        text = column.meaning
+        if column.unit:
+            text += f" [{column.unit}]"
         first, *more = textwrap.wrap(text, 79 - margin)
-        lines += [f"  {name:{margin - 2}}{first}", *(" " * margin + line for line in more)]
+        lines.append(f"  {name:{margin - 2}}{first}")
+        for line in more:
+            lines.append(" " * margin + line)
     return "\n".join(lines)
 
 
@@ -69,15 +75,20 @@ def _add_command(
     run: Callable[[argparse.Namespace], int],
     help_text: str,
 ) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+    parser = verbs.add_parser(name, help=help_text, description=_sentence(help_text))
     parser.set_defaults(run=run)
-    many = name == "compare"
-    where = "folder of a run, or one above a single run"
-    parser.add_argument("runs" if many else "folder", metavar="RUN", nargs="+" if many else None, help=where)
+    if name == "compare":
+        parser.add_argument("runs", metavar="RUN", nargs="+", help=_RUN)
+    else:
+        parser.add_argument("folder", metavar="RUN", help=_RUN)
     add_format_option(parser)
     _add_steps(parser)
     parser.add_argument("--wide", action="store_true", help="a table with all columns and whole names")
     return parser
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
 
 
 def _add_summary(verbs: Commands) -> None:
@@ -87,7 +98,7 @@ def _add_summary(verbs: Commands) -> None:
 
 
 def _add_layers(verbs: Commands) -> None:
-    parser = _add_command(verbs, "layers", log_views.layers, "one row a site: where it is and how it came there")
+    parser = _add_command(verbs, "layers", log_views.layers, "one row per site: where it is and how it came there")
     _add_site(parser)
     _add_sort(parser)
     _add_follow(parser)
@@ -114,7 +125,7 @@ def _add_compare(verbs: Commands) -> None:
     parser = _add_command(verbs, "compare", log_views.compare, "several runs side by side")
     _add_site(parser)
     _add_sort(parser)
-    parser.add_argument("--by", choices=("run", "site"), default="run", help="one row a run (default) or a site")
+    parser.add_argument("--by", choices=("run", "site"), default="run", help="one row per run (default) or per site")
     parser.add_argument(
         "--column", default="entropy", metavar="NAME", help="with --by site: the column to compare (default: entropy)"
     )
@@ -122,9 +133,9 @@ def _add_compare(verbs: Commands) -> None:
 
 def _add_plot(verbs: Commands) -> None:
     text = "a figure of the log as PNG, SVG or PDF"
-    parser = verbs.add_parser("plot", help=text, description=text[0].upper() + text[1:] + ".")
+    parser = verbs.add_parser("plot", help=text, description=_sentence(text))
     parser.set_defaults(run=log_views.plot)
-    parser.add_argument("folder", metavar="RUN", help="folder of a run, or one above a single run")
+    parser.add_argument("folder", metavar="RUN", help=_RUN)
     parser.add_argument(
         "--what", default="heatmap", metavar="FIGURE", help=f"one of {', '.join(FIGURES)} (default: heatmap)"
     )
@@ -142,9 +153,9 @@ def _add_plot(verbs: Commands) -> None:
 
 def _add_report(verbs: Commands) -> None:
     text = "one HTML file with everything, for any browser, offline"
-    parser = verbs.add_parser("report", help=text, description=text[0].upper() + text[1:] + ".")
+    parser = verbs.add_parser("report", help=text, description=_sentence(text))
     parser.set_defaults(run=log_views.report)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, or one above a single run")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=_RUN)
     parser.add_argument("--out", default="report.html", metavar="FILE", help="the HTML file (default: report.html)")
     _add_steps(parser)
     _add_site(parser)
@@ -175,19 +186,21 @@ def _add_follow(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=2.0,
         metavar="SECONDS",
-        help="print again whenever a live run has new rows, looked for every SECONDS (2); Ctrl-C ends",
+        help="print again when a live run has new rows, checked every SECONDS (default: 2); Ctrl-C ends",
     )
 
 
 def _step_range(text: str) -> tuple[int | None, int | None]:
     first, colon, last = text.partition(":")
+    if not colon:
+        last = first
     try:
         low = int(first) if first else None
-        high = (int(last) if last else None) if colon else low
+        high = int(last) if last else None
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no range of steps; write A:B, A:, :B or A") from None
     if low is not None and high is not None and low > high:
-        raise argparse.ArgumentTypeError(f"{text!r} is an empty range: {low} is past {high}")
+        raise argparse.ArgumentTypeError(f"{text!r} is an empty range: {low} is above {high}")
     return low, high
 
 

@@ -1,4 +1,4 @@
-"""Which columns the tables of `eafo-dynamic log` have, and which of them narrow terminals go without."""
+"""The columns of the tables of `eafo-dynamic log`, and those that a narrow terminal leaves out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LABELS = {
     "last_step": "last step",
 }
 TRENDS = ("eps_trend", "entropy_trend")
-# Columns of a table from left to right, and those that a narrow one goes without, the first one first.
+# The columns of a table from left to right; *_OPTIONAL: those that a narrow one leaves out, the first one first.
 LAYERS = [
     "site",
     "base",

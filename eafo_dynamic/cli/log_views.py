@@ -1,4 +1,4 @@
-"""What the commands of `eafo-dynamic log` print."""
+"""The commands of `eafo-dynamic log`: each reads a log and prints a view of it."""
 
 from __future__ import annotations
 
@@ -36,8 +36,11 @@ __all__ = [
 ]
 
 
+_CLEAR = "\x1b[2J\x1b[H"  # clears a terminal and moves to its first line; a pipe gets one table after the other
+
+
 def summary(args: argparse.Namespace) -> int:
-    """Print what `log summary` says, and return the exit code.
+    """Print the run on one screen, and return the exit code.
 
     Args:
         args: the parsed options.
@@ -57,8 +60,11 @@ def summary(args: argparse.Namespace) -> int:
 
 
 def _summary_lines(facts: dict[str, Any]) -> dict[str, str]:
-    """Return the facts in words."""
+    """Return the facts in words, by the name of the line."""
     first, last = facts["steps"]
+    events = str(facts["events"])
+    if facts["events"]:
+        events += f" ({_listed(facts['event_kinds'])})"
     lines = {
         "run": facts["run"],
         "steps": f"{first} to {last}, {facts['updates']} updates",
@@ -68,7 +74,7 @@ def _summary_lines(facts: dict[str, Any]) -> dict[str, str]:
         "largest |eps|": _sites(facts["largest_eps"]),
         "highest entropy": _sites(facts["highest_entropy"]),
         "lowest entropy": _sites(facts["lowest_entropy"]),
-        "events": str(facts["events"]) + (f" ({_listed(facts['event_kinds'])})" if facts["events"] else ""),
+        "events": events,
     }
     if facts["resumed_at_steps"]:
         lines["resumed at step"] = ", ".join(map(str, facts["resumed_at_steps"]))
@@ -84,11 +90,13 @@ def _sites(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    if value is None:
+        return "-"
+    return f"{value:.4g}"
 
 
 def layers(args: argparse.Namespace) -> int:
-    """Print what `log layers` says, and return the exit code.
+    """Print one row per site, and return the exit code.
 
     Args:
         args: the parsed options.
@@ -99,18 +107,19 @@ def layers(args: argparse.Namespace) -> int:
 
     def show(log: CorrectionLog) -> None:
         rows = _sorted(layer_rows(log), args)
-        drawn = args.format in ("table", "md")
-        if drawn:
+        names = None
+        if args.format in ("table", "md"):
             rows = [row | {name: sparkline(row[name], 8) for name in TRENDS} for row in rows]
+            names = with_values(LAYERS, rows)
         elif args.format == "csv":
             rows = [{name: value for name, value in row.items() if name not in TRENDS} for row in rows]
-        _emit(args, rows, with_values(LAYERS, rows) if drawn else None, LAYERS_OPTIONAL, title=str(log.path))
+        _emit(args, rows, names, LAYERS_OPTIONAL, title=str(log.path))
 
     return _shown(args, show)
 
 
 def show(args: argparse.Namespace) -> int:
-    """Print what `log show` says, and return the exit code.
+    """Print the updates of one site or several, and return the exit code.
 
     Args:
         args: the parsed options.
@@ -120,12 +129,20 @@ def show(args: argparse.Namespace) -> int:
     """
     log = load_rows(args.folder, args.steps).select(site=args.site)
     rows = _sorted(log.rows, args)
-    limit = TABLE_ROWS if args.limit is None and args.format == "table" else args.limit or len(rows)
+    if args.limit:
+        limit = args.limit
+    elif args.limit is None and args.format == "table":
+        limit = TABLE_ROWS
+    else:
+        limit = len(rows)
     shown = _thinned(rows, limit)
-    names = with_values(SHOW, shown) if args.format in ("table", "md") else log.columns
+    names = log.columns
+    if args.format in ("table", "md"):
+        names = with_values(SHOW, shown)
     title = None
     if args.format == "table" and len(log.sites) == 1:
-        title, names = _site_title(log), [name for name in names if name != "site"]
+        title = _site_title(log)
+        names = [name for name in names if name != "site"]
     _emit(args, shown, names, SHOW_OPTIONAL, title)
     if len(shown) < len(rows) and args.format == "table":
         sys.stdout.write(f"{len(shown)} of {len(rows)} rows, evenly spaced; --limit 0 shows all\n")
@@ -135,12 +152,15 @@ def show(args: argparse.Namespace) -> int:
 def _site_title(log: CorrectionLog) -> str:
     site = log.sites[0]
     known = log.site_info(site)
-    facts = [f"{name} {known[name]}" for name in ("base", "class_name", "call", "shape") if known.get(name) is not None]
-    return "  ".join([site, *facts])
+    parts = [site]
+    for name in ("base", "class_name", "call", "shape"):
+        if known.get(name) is not None:
+            parts.append(f"{name} {known[name]}")
+    return "  ".join(parts)
 
 
 def events(args: argparse.Namespace) -> int:
-    """Print what `log events` says, and return the exit code.
+    """Print the updates at which something unusual happened, and return the exit code.
 
     Args:
         args: the parsed options.
@@ -158,7 +178,7 @@ def events(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Print what `log compare` says, and return the exit code.
+    """Print several runs side by side, and return the exit code.
 
     Args:
         args: the parsed options.
@@ -169,19 +189,12 @@ def compare(args: argparse.Namespace) -> int:
     logs = [_selected(load_rows(run, args.steps), args) for run in args.runs]
     if args.by == "run":
         rows = compare_runs(logs)
-        names, optional = list(rows[0]), COMPARE_OPTIONAL
-    else:
-        if not any(args.column in log.columns for log in logs):
-            _refuse_column("--column", args.column, sorted({name for log in logs for name in log.columns}))
-        rows = compare_sites(logs, args.column)
-        names, optional = list(rows[0]), []
-    _emit(
-        args,
-        _sorted(rows, args),
-        names,
-        optional,
-        None if args.by == "run" else f"{args.column} at each site's last update",
-    )
+        _emit(args, _sorted(rows, args), list(rows[0]), COMPARE_OPTIONAL, None)
+        return 0
+    if not any(args.column in log.columns for log in logs):
+        _refuse_column("--column", args.column, sorted({name for log in logs for name in log.columns}))
+    rows = compare_sites(logs, args.column)
+    _emit(args, _sorted(rows, args), list(rows[0]), [], f"{args.column} at each site's last update")
     return 0
 
 
@@ -249,12 +262,14 @@ def _with_rows(log: CorrectionLog, steps: tuple[int | None, int | None] | None) 
 
 
 def _selected(log: CorrectionLog, args: argparse.Namespace) -> CorrectionLog:
-    return log.select(site=args.site) if args.site else log
+    if not args.site:
+        return log
+    return log.select(site=args.site)
 
 
 def _shown(args: argparse.Namespace, show: Callable[[CorrectionLog], None]) -> int:
-    """Return 0 after showing the log, again whenever it grows if `args.follow` says so."""
-    live = CorrectionLog.load(args.folder)  # once: rows that come while it is shown are new to it
+    """Show the log, with `args.follow` again whenever it grows, and return 0."""
+    live = CorrectionLog.load(args.folder)  # once: rows that are written while it is shown are found by refresh
     show(_selected(_with_rows(live, args.steps), args))
     if args.follow is None:
         return 0
@@ -262,9 +277,10 @@ def _shown(args: argparse.Namespace, show: Callable[[CorrectionLog], None]) -> i
         while True:
             time.sleep(args.follow)
             if live.refresh():
-                # Clear the screen and go home; a pipe gets the tables one after the other.
-                sys.stdout.write("\x1b[2J\x1b[H" if sys.stdout.isatty() else "\n")
-                part = live if args.steps is None else live.select(steps=args.steps)
+                sys.stdout.write(_CLEAR if sys.stdout.isatty() else "\n")
+                part = live
+                if args.steps is not None:
+                    part = live.select(steps=args.steps)
                 show(_selected(part, args))
     except KeyboardInterrupt:
         return 0
@@ -306,6 +322,9 @@ def _emit(
         emit(rows, columns=names, fmt=args.format, title=title, labels=LABELS, width=10_000)
         return
     width = table_width()
-    sites = shortened([str(row.get("site")) for row in rows], max(20, width * 3 // 10), "…" if is_unicode() else "*")
-    short = [{**row, "site": site} if "site" in row else row for row, site in zip(rows, sites, strict=True)]
+    ellipsis = "…" if is_unicode() else "*"
+    sites = shortened([str(row.get("site")) for row in rows], max(20, width * 3 // 10), ellipsis)
+    short: list[dict[str, Any]] = []
+    for row, site in zip(rows, sites, strict=True):
+        short.append({**row, "site": site} if "site" in row else row)
     emit(short, columns=names, title=title, optional=optional, labels=LABELS, hint="; --wide shows all")

@@ -1,4 +1,4 @@
-"""``eafo-dynamic merge``: the model of a checkpoint, its corrections baked in, in a file for deployment."""
+"""``eafo-dynamic merge``: writes the model of a checkpoint, its corrections merged in, for deployment."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
+_PLAIN = "the plain activation"
+_IN_GRAPH = "in the graph"
 _CONFIG = "config.yaml"
-_LEVELS = 4  # folders from a checkpoint up to its run's
+_LEVELS = 4  # how many folders above a checkpoint are searched for it
 
 
 def register(commands: Any) -> None:
@@ -49,7 +51,7 @@ def register(commands: Any) -> None:
         help="a checkpoint of eafo-dynamic fit, or of a Trainer with an EAFOCallback",
     )
     parser.add_argument(
-        "--output", required=True, metavar="FILE", help="where to: .pt, .ckpt, .safetensors, .pt2, .onnx"
+        "--output", required=True, metavar="FILE", help="file to write: .pt, .ckpt, .safetensors, .pt2, .onnx"
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--config", metavar="FILE", help="the run's configuration; default: config.yaml in its folder")
@@ -79,15 +81,12 @@ def _run(args: argparse.Namespace) -> int:
     model.eval()
     plan = plan_of(model)
     rows = _rows(model, plan)
-    example = _example(args, model, data) if plan.calls or file.suffix in GRAPH_FORMATS else ()
+    example: tuple[Any, ...] = ()
+    if plan.calls or file.suffix in GRAPH_FORMATS:
+        example = _example(args, model, data)
     save_merged(merge(model, *example), file, *example)
-    optional = ("shape", "sigma", "mu")
-    emit(
-        rows,
-        fmt=args.format,
-        optional=optional,
-        title=f"{len(rows)} sites of {Path(args.checkpoint).name} merged into {file}",
-    )
+    title = f"{len(rows)} sites of {Path(args.checkpoint).name} merged into {file}"
+    emit(rows, fmt=args.format, optional=("shape", "sigma", "mu"), title=title)
     return 0
 
 
@@ -98,15 +97,17 @@ def _checkpoint(path: str) -> Mapping[str, Any]:
 
     try:
         saved = cast(object, torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        raise ConfigError("checkpoint", path, "does not exist", "Give a .ckpt file of a Trainer.") from None
     except Exception as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({_line(error)})"
-        raise ConfigError("checkpoint", path, reason, "Give a .ckpt file of a Trainer.") from None
+        problem = f"cannot be read ({_message(error)})"
+        raise ConfigError("checkpoint", path, problem, "Give a .ckpt file of a Trainer.") from None
     if not isinstance(saved, Mapping) or CHECKPOINT_KEY not in saved or "state_dict" not in saved:
         raise ConfigError("checkpoint", path, "holds no corrections", "Give one saved by a run with an EAFOCallback.")
     return cast("Mapping[str, Any]", saved)
 
 
-def _line(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
@@ -123,12 +124,12 @@ def _model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
 def _config(args: argparse.Namespace) -> Path:
     if args.config is not None:
         return Path(args.config)
-    folders = list(Path(args.checkpoint).resolve().parents)[:_LEVELS]
-    found = next((folder / _CONFIG for folder in folders if (folder / _CONFIG).is_file()), None)
-    if found is None:
-        problem = f"has no {_CONFIG} in its folder or one of the {_LEVELS - 1} above"
-        raise ConfigError("checkpoint", args.checkpoint, problem, "Name it with --config, or a factory with --model.")
-    return found
+    for folder in list(Path(args.checkpoint).resolve().parents)[:_LEVELS]:
+        file = folder / _CONFIG
+        if file.is_file():
+            return file
+    problem = f"has no {_CONFIG} in its folder or one of the {_LEVELS - 1} above"
+    raise ConfigError("checkpoint", args.checkpoint, problem, "Name it with --config, or a factory with --model.")
 
 
 def _configured(file: Path) -> tuple[nn.Module, Any]:
@@ -139,15 +140,15 @@ def _configured(file: Path) -> tuple[nn.Module, Any]:
     try:
         config: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError("--config", str(file), f"cannot be read ({_line(error)})", "Give a YAML file.") from None
+        raise ConfigError("--config", str(file), f"cannot be read ({_message(error)})", "Give a YAML file.") from None
     if not isinstance(config, Mapping) or "model" not in config:
         raise ConfigError("--config", str(file), "has no model", "Give the config.yaml of a run of eafo-dynamic fit.")
     quieten()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
-    # nothing of the run's own trainer: its callbacks and loggers would act here
+    # not the run's own trainer, whose callbacks and loggers would act here
     quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "barebones": False}
     parts = {key: config[key] for key in ("model", "data") if config.get(key) is not None}
-    # the parts are given in so many words; LightningCLI warns that the command line has others
+    # LightningCLI warns that the arguments of this process are not used, which is what is wanted
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     made = configured({**parts, "trainer": quiet}, run=False, save_config_callback=None, seed_everything_default=False)
     return made.model, made.datamodule
@@ -160,8 +161,8 @@ def _apply(model: nn.Module, checkpoint: Mapping[str, Any], path: str) -> None:
         apply_from_checkpoint(model, checkpoint)
     except CompoundingError:
         raise
-    except RuntimeError as error:  # torch's own, and SiteError: the weights or the sites do not fit
-        problem = f"is of another model than this {type(model).__name__} ({_line(error)})"
+    except RuntimeError as error:  # torch's, and SiteError: the weights or the sites do not fit
+        problem = f"is of another model than this {type(model).__name__} ({_message(error)})"
         mend = "Give the configuration or the factory that the checkpoint was trained with."
         raise ConfigError("checkpoint", path, problem, mend) from None
 
@@ -173,7 +174,9 @@ def _example(args: argparse.Namespace, model: nn.Module, data: Any) -> tuple[Any
         return (torch.zeros(args.shape),)
     given = getattr(model, "example_input_array", None)
     if given is not None:
-        return given if isinstance(given, tuple) else (given,)
+        if isinstance(given, tuple):
+            return cast("tuple[Any, ...]", given)
+        return (given,)
     if data is None:
         problem = "needs an example input, and the model has no example_input_array"
         raise ConfigError("--output", args.output, problem, "Give its shape, for example --shape 2,3,32,32.")
@@ -182,35 +185,48 @@ def _example(args: argparse.Namespace, model: nn.Module, data: Any) -> tuple[Any
         data.setup("fit")
         batch = next(iter(data.train_dataloader()))
     except Exception as error:
-        problem = f"the configuration's data cannot be read for an example ({_line(error)})"
+        problem = f"the configuration's data cannot be read for an example ({_message(error)})"
         raise ConfigError("--shape", None, problem, "Give one, for example --shape 2,3,32,32.") from None
-    return ((batch[0] if isinstance(batch, (list, tuple)) else batch)[:2],)
+    if isinstance(batch, (list, tuple)):
+        batch = cast("list[Any]", batch)[0]
+    return (batch[:2],)
 
 
 def _rows(model: nn.Module, plan: MergePlan) -> list[dict[str, object]]:
-    """One row a site: its correction, and what it becomes."""
+    """One row per site: its correction, and what it becomes."""
     from eafo_dynamic.apply.surgery import hosted_sites, site_source
     from eafo_dynamic.correction.bases import as_base
 
-    became: dict[str, str] = {}
-    for baked in plan.baked:
-        kind = "CorrectedCalls" if baked.orders else "CorrectedActivation"
-        for site in baked.sites:
-            became[site] = kind if baked.functions else "the plain activation"
-    became |= dict.fromkeys(plan.calls, "in the graph")
-    if plan.calls:
-        became = {site: "in the graph" if text.startswith("Corrected") else text for site, text in became.items()}
+    becomes = _becomes(plan)
     rows: list[dict[str, object]] = []
     for host, site in hosted_sites(model):
-        eps, table, lift = (getattr(host, site.keys[k]) for k in (0, 2, 3))
-        mu, sigma = getattr(host, site.keys[1]).tolist()
+        eps, moments, table, lift = (getattr(host, key) for key in site.keys[:4])
+        mu, sigma = moments.tolist()
         row: dict[str, object] = {"site": site.name, "base": str(as_base(site_source(model, site)))}
-        amplitudes = {"eps": eps, "lift": lift}
-        row |= {name: float(each.detach().mean()) for name, each in amplitudes.items() if each is not None}
-        row |= {"mu": mu, "sigma": sigma}
-        row |= {
-            "shape": "closed form" if table is None else "table",
-            "becomes": became.get(site.name, "the plain activation"),
-        }
+        if eps is not None:
+            row["eps"] = float(eps.detach().mean())
+        if lift is not None:
+            row["lift"] = float(lift.detach().mean())
+        row["mu"] = mu
+        row["sigma"] = sigma
+        row["shape"] = "closed form" if table is None else "table"
+        row["becomes"] = becomes.get(site.name, _PLAIN)
         rows.append(row)
     return rows
+
+
+def _becomes(plan: MergePlan) -> dict[str, str]:
+    """What each site becomes, by its name."""
+    becomes: dict[str, str] = {}
+    for baked in plan.baked:
+        if not baked.functions:
+            kind = _PLAIN
+        elif plan.calls:  # an exported graph holds the corrected modules too
+            kind = _IN_GRAPH
+        elif baked.orders:
+            kind = "CorrectedCalls"
+        else:
+            kind = "CorrectedActivation"
+        becomes |= dict.fromkeys(baked.sites, kind)
+    becomes |= dict.fromkeys(plan.calls, _IN_GRAPH)
+    return becomes

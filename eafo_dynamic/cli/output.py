@@ -49,7 +49,7 @@ def add_format_option(parser: argparse.ArgumentParser) -> None:
 def emit(
     rows: Sequence[Row],
     *,
-    columns: Sequence[str] | None = None,
+    columns: Iterable[str] | None = None,
     fmt: str = "table",
     title: str | None = None,
     optional: Sequence[str] = (),
@@ -66,12 +66,13 @@ def emit(
         title: heading of a table; not printed in the other formats.
         optional: columns that a table may leave out where the terminal is too narrow, the first one first.
             The other formats never leave any out.
-        labels: headings of a table for columns whose name is too long for one; the other formats have the
-            names.
-        width: characters of a table; None for the terminal's.
-        hint: how to see the columns that a table left out, to end the line that names them.
+        labels: shorter headings for a table, by column; the other formats have the columns' names.
+        width: number of characters of a table's line; None for the terminal's.
+        hint: how to see the columns that a table left out; it ends the line that names them.
     """
-    names = list(columns) if columns is not None else list(dict.fromkeys(name for row in rows for name in row))
+    if columns is None:
+        columns = dict.fromkeys(name for row in rows for name in row)
+    names = list(columns)
     with quiet_pipe():
         if fmt == "json":
             plain = [{name: _json_value(row.get(name)) for name in names} for row in rows]
@@ -90,19 +91,22 @@ def sparkline(values: Sequence[float | None], width: int = 10) -> str:
 
     Args:
         values: the series; None and NaN leave a blank.
-        width: number of characters at most; longer series are averaged over equal stretches.
+        width: largest number of characters; longer series are averaged over equal parts.
 
     Returns:
-        One character a stretch, low to high over the series' own range; a constant series is a flat line.
+        One character per part, from low to high over the series' own range; a constant series is a flat line.
         ASCII characters where stdout cannot print blocks.
     """
     blocks = _BLOCKS if is_unicode() else _ASCII_BLOCKS
-    means = [_mean(part) for part in _stretches(values, width)]
+    means = [_mean(part) for part in _equal_parts(values, width)]
     known = [value for value in means if value is not None]
     if not known:
         return ""
-    low, high = min(known), max(known)
-    scale = (len(blocks) - 1) / (high - low) if high > low else 0.0
+    low = min(known)
+    high = max(known)
+    scale = 0.0
+    if high > low:
+        scale = (len(blocks) - 1) / (high - low)
     return "".join(" " if value is None else blocks[round((value - low) * scale)] for value in means)
 
 
@@ -121,7 +125,7 @@ def is_unicode() -> bool:
 
 @contextmanager
 def quiet_pipe() -> Generator[None]:
-    """End in silence where the reader of a pipe has had enough, as `head` does.
+    """End without an error where the reader of a pipe has closed it, as `head` does.
 
     Yields:
         Nothing; a broken pipe inside is not an error.
@@ -129,19 +133,23 @@ def quiet_pipe() -> Generator[None]:
     try:
         yield
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit, and would complain then.
+        # The interpreter flushes stdout once more at exit, which would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _stretches(values: Sequence[float | None], width: int) -> list[Sequence[float | None]]:
-    count = min(width, len(values))
-    edges = [len(values) * number // count for number in range(count + 1)] if count else []
+def _equal_parts(values: Sequence[float | None], most: int) -> list[Sequence[float | None]]:
+    count = min(most, len(values))
+    if count == 0:
+        return []
+    edges = [len(values) * number // count for number in range(count + 1)]
     return [values[first:last] for first, last in itertools.pairwise(edges)]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None and math.isfinite(value)]
-    return math.fsum(known) / len(known) if known else None
+    if not known:
+        return None
+    return math.fsum(known) / len(known)
 
 
 def _json_value(value: object) -> object:
@@ -165,10 +173,11 @@ def _write_csv(rows: Sequence[Row], names: Sequence[str]) -> None:
 
 
 def _write_markdown(rows: Sequence[Row], names: Sequence[str]) -> None:
-    right = _numeric_columns(rows, names)
-    lines = [names, ["---:" if name in right else "---" for name in names]]
+    numeric = _numeric_columns(rows, names)
     columns = [_texts([row.get(name) for row in rows]) for name in names]
-    lines += [[cell.replace("|", "\\|") for cell in cells] for cells in zip(*columns, strict=True)]
+    lines = [names, ["---:" if name in numeric else "---" for name in names]]
+    for cells in zip(*columns, strict=True):
+        lines.append([cell.replace("|", "\\|") for cell in cells])
     for line in lines:
         sys.stdout.write("| " + " | ".join(" ".join(cell.split()) for cell in line) + " |\n")
 
@@ -186,17 +195,17 @@ def _write_table(
     from rich.table import Table
     from rich.text import Text
 
-    heads = {name: labels.get(name, name) for name in names}
+    headings = {name: labels.get(name, name) for name in names}
     cells = {name: _texts([row.get(name) for row in rows]) for name in names}
-    shown = _fitting({name: [heads[name], *cells[name]] for name in names}, list(names), optional, width)
-    right = _numeric_columns(rows, shown)
+    shown = _fitting({name: [headings[name], *cells[name]] for name in names}, optional, width)
+    numeric = _numeric_columns(rows, shown)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for name in shown:
-        side = "right" if name in right else "left"
-        # Names of sites are folded, never cut: they are copied into the next command.
-        table.add_column(Text(heads[name]), justify=side, overflow="fold", no_wrap=name in right)
+        side = "right" if name in numeric else "left"
+        # Names of sites are folded, never cut: users copy them into the next command.
+        table.add_column(Text(headings[name]), justify=side, overflow="fold", no_wrap=name in numeric)
     for values in zip(*(cells[name] for name in shown), strict=True):
-        table.add_row(*(Text(value) for value in values))
+        table.add_row(*map(Text, values))
     if title:
         _print(width, Text(title, style="bold"))
     _print(width, table)
@@ -206,10 +215,10 @@ def _write_table(
 
 
 def emit_facts(facts: Mapping[str, str], fmt: str = "table") -> None:
-    """Print names and what is to be said of them.
+    """Print names, each with a text beside it.
 
     Args:
-        facts: texts by name; a text of several lines stays in its column.
+        facts: texts by name; the lines of a longer text stay in their column.
         fmt: `table`, or `md` for a Markdown table.
     """
     with quiet_pipe():
@@ -228,10 +237,10 @@ def emit_facts(facts: Mapping[str, str], fmt: str = "table") -> None:
 
 
 def table_width() -> int:
-    """Return the characters a table may take.
+    """Return the number of characters that a table's line may have.
 
     Returns:
-        The terminal's width; 80 in a pipe, unless the environment's COLUMNS says otherwise.
+        The terminal's width; 80 in a pipe, unless the environment variable COLUMNS says otherwise.
     """
     from rich.console import Console
 
@@ -239,7 +248,7 @@ def table_width() -> int:
 
 
 def _print(width: int, part: Any) -> None:
-    """Print a rich object without the blanks that fill their lines: pipes and golden files do without."""
+    """Print a rich object without the blanks at the end of its lines."""
     from rich.console import Console
 
     console = Console(file=sys.stdout, highlight=False, width=width)
@@ -248,40 +257,52 @@ def _print(width: int, part: Any) -> None:
     sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
 
 
-def _fitting(cells: Mapping[str, Sequence[str]], names: list[str], optional: Sequence[str], width: int) -> list[str]:
-    """Return the names without as many of the optional ones, the first one first, as it takes to fit."""
+def _fitting(cells: Mapping[str, Sequence[str]], optional: Sequence[str], width: int) -> list[str]:
+    """Return the columns that fit: optional ones are left out, the first one first, as far as necessary."""
     from rich.cells import cell_len
 
-    wide = {name: max(map(cell_len, cells[name])) + 2 for name in names}
+    widths = {name: max(map(cell_len, texts)) + 2 for name, texts in cells.items()}
     for name in optional:
-        if sum(wide[shown] for shown in names) - 2 <= width:
+        if sum(widths.values()) - 2 <= width:
             break
-        if name in names:
-            names.remove(name)
-    return names
+        widths.pop(name, None)
+    return list(widths)
 
 
 def _numeric_columns(rows: Sequence[Row], names: Sequence[str]) -> set[str]:
     found: set[str] = set()
     for name in names:
-        values = [row.get(name) for row in rows]
-        known: list[Any] = [value for value in values if value is not None]
-        if known and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in known):
+        known = [row[name] for row in rows if row.get(name) is not None]
+        if known and all(map(_is_number, known)):
             found.add(name)
     return found
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _texts(values: Sequence[object]) -> list[str]:
-    """Return a column's values as text: numbers with as many decimals as give the largest four digits."""
+    """Return a column's values as text: numbers with as many decimals as show four digits of the largest."""
     sizes = [abs(value) for value in values if isinstance(value, float) and math.isfinite(value)]
     largest = max(sizes, default=0.0)
-    digits = math.floor(math.log10(largest)) if largest else 3
-    decimals = 4 - digits if digits >= 0 else 3 - digits
-    style = f".{decimals}f" if 1 <= decimals <= 7 else ".4g"
+    exponent = 3
+    if largest > 0:
+        exponent = math.floor(math.log10(largest))
+    decimals = 3 - exponent
+    if exponent >= 0:
+        decimals += 1  # never fewer than one for numbers below 10,000
+    style = ".4g"
+    if 1 <= decimals <= 7:
+        style = f".{decimals}f"
     return [_text(value, style) for value in values]
 
 
 def _text(value: object, style: str) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None:
         return "-"
-    return format(value, style) if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    if math.isnan(value):
+        return "-"
+    return format(value, style)

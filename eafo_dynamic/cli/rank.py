@@ -1,4 +1,4 @@
-"""`eafo-dynamic rank`: which activation leaves how much entropy, for a given pre-activation density."""
+"""`eafo-dynamic rank`: activations by the entropy of their output, for a given pre-activation density."""
 
 from __future__ import annotations
 
@@ -17,8 +17,18 @@ __all__ = ["register"]
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"  # pyright: ignore[reportPrivateUsage]
 
 DEFAULT = (
-    *("relu", "leaky_relu", "gelu", "silu", "mish", "hardswish"),
-    *("tanh", "softplus", "elu", "normal_cdf", "sigmoid", "identity"),
+    "relu",
+    "leaky_relu",
+    "gelu",
+    "silu",
+    "mish",
+    "hardswish",
+    "tanh",
+    "softplus",
+    "elu",
+    "normal_cdf",
+    "sigmoid",
+    "identity",
 )
 
 _DESCRIPTION = """\
@@ -54,7 +64,7 @@ def register(commands: Commands) -> None:
         nargs="+",
         default=list(DEFAULT),
         metavar="NAME",
-        help="which ones; all: every known one",
+        help="names of activations; all: every known one (default: twelve common ones)",
     )
     parser.add_argument(
         "--resolution",
@@ -93,12 +103,13 @@ def _source(args: argparse.Namespace) -> Source:
             if value is not None:
                 raise ConfigError(option, value, f"does not go with {given}", "Leave one of them out.")
     if args.site and not args.log:
-        raise ConfigError("--site", args.site, "needs --log", "Name the run whose sites are meant.")
+        raise ConfigError("--site", args.site, "needs --log", "Name the run that has these sites.")
     if args.log:
         return from_log(args.log, args.site)
     if args.samples:
         return from_file(args.samples)
-    mean, std = args.mean or 0.0, 1.0 if args.std is None else args.std
+    mean = 0.0 if args.mean is None else args.mean
+    std = 1.0 if args.std is None else args.std
     return from_density("normal", mean, std)
 
 
@@ -107,13 +118,13 @@ def ranking(source: Source, activations: list[str], resolution: float) -> list[d
 
     Args:
         source: pre-activations.
-        activations: names; "all" for every known one.
+        activations: names of activations; "all" for every known one.
         resolution: r, in standard deviations of the output.
 
     Returns:
-        Rows with rank, activation, entropy (its mean over the sites; lowest and highest with several),
-        atom_mass, continuous_entropy (nats; missing where nothing is continuous) and d_entropy_d_eps, what
-        the correction would do per unit of eps.
+        Rows with rank, activation, entropy (mean over the sites [nats]; lowest and highest with several sites),
+        atom_mass, continuous_entropy ([nats]; None where the output has no continuous part) and d_entropy_d_eps,
+        the change of the entropy per unit of eps.
     """
     from eafo_dynamic.correction.bases import activation_names, as_base
 
@@ -135,13 +146,14 @@ def _entropies(base: Any, source: Source, resolution: float) -> dict[str, Any]:
     mixed = output.mixed
     u = (source.points - density.mean[:, None]) / density.std[:, None]
     slope = output.gradient(density.std[:, None] * correction_shape(base, density, resolution=resolution)(u))
-    spread = {"lowest": float(mixed.entropy.min()), "highest": float(mixed.entropy.max())}
+    row: dict[str, Any] = {"activation": str(base), "entropy": float(mixed.entropy.mean())}
+    if len(source.names) > 1:
+        row["lowest"] = float(mixed.entropy.min())
+        row["highest"] = float(mixed.entropy.max())
+    row["atom_mass"] = float(mixed.atom_mass.mean())
+    row["continuous_entropy"] = None
     continuous = float(mixed.continuous_entropy.mean())
-    return {
-        "activation": str(base),
-        "entropy": float(mixed.entropy.mean()),
-        **(spread if len(source.names) > 1 else {}),
-        "atom_mass": float(mixed.atom_mass.mean()),
-        "continuous_entropy": continuous if math.isfinite(continuous) else None,
-        "d_entropy_d_eps": float(slope.mean()),
-    }
+    if math.isfinite(continuous):
+        row["continuous_entropy"] = continuous
+    row["d_entropy_d_eps"] = float(slope.mean())
+    return row

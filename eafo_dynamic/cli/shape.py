@@ -1,4 +1,4 @@
-"""`eafo-dynamic shape`: an activation, its correction and what the correction does, for a given density."""
+"""`eafo-dynamic shape`: an activation, its correction and the correction's effect, for a given density."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["register", "study"]
 
-_ROUTE = "the paper's formula, by the score of the output, or the first where the base allows it (auto, default)"
+_ROUTE = "analytic: the paper's formula; score: by the score of the output; auto (default): the first where it exists"
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"  # pyright: ignore[reportPrivateUsage]
 
@@ -30,7 +30,7 @@ def register(commands: Commands) -> None:
 
     parser = commands.add_parser(
         "shape",
-        help="show an activation's correction and what it does, for a given pre-activation density",
+        help="show an activation's correction and its effect, for a given pre-activation density",
         description="Show an activation's correction, the corrected function and the densities around them.",
         **examples(
             "shape gelu --std 1.4 --out gelu.png",
@@ -95,20 +95,20 @@ def _source(args: argparse.Namespace) -> Source:
 
 
 def study(activation: str, source: Source, *, eps: float, route: str = "auto", resolution: float = 0.1) -> Study:
-    """Everything that the figure and the summary of a correction show.
+    """The curves and numbers that the figure and the summary of a correction show.
 
     Args:
-        activation: its name.
+        activation: name of the activation.
         source: pre-activations of one site.
         eps: amplitude of the correction.
         route: "auto", "analytic" or "score".
         resolution: r, in standard deviations of the output.
 
     Returns:
-        Curves and numbers.
+        The curves and numbers.
 
     Raises:
-        ConfigError: eps is not finite, or another argument cannot work.
+        ConfigError: if eps is not finite, or another argument cannot work.
     """
     import math
 
@@ -123,7 +123,8 @@ def study(activation: str, source: Source, *, eps: float, route: str = "auto", r
         raise ConfigError("--eps", eps, "is not a number", "The default is 0.3.")
     base = as_base(activation)
     shape = correction_shape(base, source.density, route, resolution)  # pyright: ignore[reportArgumentType]
-    mean, std = source.density.mean[:, None], source.density.std[:, None]
+    mean = source.density.mean[:, None]
+    std = source.density.std[:, None]
     direction = std * shape((source.points - mean) / std)
     before = SmoothedOutput(base(source.points), resolution, sampled=source.sampled)
     after = SmoothedOutput(base(source.points) + eps * direction, resolution, sampled=source.sampled)
@@ -171,6 +172,7 @@ def _summary(result: Study) -> dict[str, object]:
 
 
 def _curve(result: Study) -> list[dict[str, object]]:
+    """Every tenth point of the curves, one row per point."""
     columns = ("u", "z", "density", "ghat", "base", "corrected")
-    series = [getattr(result, name)[::10] for name in columns]
-    return [dict(zip(columns, values, strict=True)) for values in zip(*series, strict=True)]
+    curves = [getattr(result, name)[::10] for name in columns]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*curves, strict=True)]

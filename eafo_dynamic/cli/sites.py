@@ -1,4 +1,4 @@
-"""``eafo-dynamic sites``: the dry run; which activations a model has and which would be wrapped."""
+"""``eafo-dynamic sites``: which activations a model has, and which of them would be wrapped."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 from eafo_dynamic.errors import ConfigError
 
 __all__ = ["make", "register", "shape"]
+
+
+_PATTERNS = "class names, ends of module names or regular expressions"
 
 
 def register(commands: Any) -> None:
@@ -41,18 +44,20 @@ def register(commands: Any) -> None:
         "--shape",
         type=shape,
         metavar="N,N,...",
-        help="run a forward on zeros of this shape, for example 2,3,32,32, to see shared and functional calls",
+        help="run the model on zeros of this shape, for example 2,3,32,32, to see shared and functional calls",
     )
-    pattern = "class names, ends of module names or regular expressions of the sites to "
     parser.add_argument(
-        "--target-modules", nargs="+", metavar="PATTERN", help=f"{pattern}wrap (default: every hidden one)"
+        "--target-modules",
+        nargs="+",
+        metavar="PATTERN",
+        help=f"sites to wrap: {_PATTERNS} (default: every hidden one)",
     )
-    parser.add_argument("--exclude-modules", nargs="+", metavar="PATTERN", help=f"{pattern}leave alone")
+    parser.add_argument("--exclude-modules", nargs="+", metavar="PATTERN", help=f"sites to leave alone: {_PATTERNS}")
     parser.add_argument(
         "--functional",
         choices=["wrap", "warn", "off"],
         default="wrap",
-        help="activations called as functions: wrap them too (default), only warn of them, or leave them",
+        help="activations called as functions: wrap them too (default), only warn about them, or leave them",
     )
     add_format_option(parser)
     parser.set_defaults(run=_run)
@@ -77,7 +82,9 @@ def _run(args: argparse.Namespace) -> int:
     from eafo_dynamic.find.sites import Selection, find_sites
 
     model = make(args.model)
-    example = () if args.shape is None else (torch.zeros(args.shape),)
+    example: tuple[torch.Tensor, ...] = ()
+    if args.shape is not None:
+        example = (torch.zeros(args.shape),)
     selection = Selection(args.target_modules, args.exclude_modules, functional=args.functional)
     report = find_sites(model, *example, selection=selection)
     title = f"{len(report.wrapped)} of {len(report.sites)} activation sites would be wrapped. {report.note}".strip()
@@ -86,7 +93,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def make(path: str) -> Any:
-    """What a factory returns.
+    """Calls a factory that returns a model.
 
     Args:
         path: ``package.module:callable``; the working directory may hold the package.
@@ -103,6 +110,5 @@ def make(path: str) -> Any:
         factory = getattr(importlib.import_module(module_name), attribute)
         return factory()
     except Exception as error:
-        raise ConfigError(
-            "model", path, f"cannot be made ({type(error).__name__}: {error})", "Give package.module:callable."
-        ) from None
+        problem = f"cannot be made ({type(error).__name__}: {error})"
+        raise ConfigError("model", path, problem, "Give package.module:callable.") from None

@@ -1,4 +1,4 @@
-"""Pre-activations for `rank` and `shape`: a named density, a file of samples, a run's log."""
+"""Pre-activations for `rank` and `shape`: from a named density, a file of samples, or the log of a run."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Source:
 
     Args:
         label: what they are, for a title.
-        names: one name a site.
+        names: one name per site.
         points: pre-activations, float64, shape [sites, n].
-        sampled: whether they are random draws; if not they are quantiles of a known density.
+        sampled: whether they are random samples; if not, they are quantiles of a known density.
         density: their density, for the correction.
     """
 
@@ -41,7 +41,7 @@ class Source:
 
 
 def from_density(name: str, mean: float = 0.0, std: float = 1.0) -> Source:
-    """A named density with this mean and standard deviation, as 8001 quantiles.
+    """A named density with a mean and a standard deviation, as 8001 quantiles.
 
     Args:
         name: one of `DENSITIES`.
@@ -52,7 +52,7 @@ def from_density(name: str, mean: float = 0.0, std: float = 1.0) -> Source:
         The source; its density is Gaussian for "normal", a histogram for the others.
 
     Raises:
-        ConfigError: unknown name, or a standard deviation that is not positive.
+        ConfigError: for an unknown name, or a standard deviation that is not positive.
     """
     import torch
 
@@ -65,8 +65,7 @@ def from_density(name: str, mean: float = 0.0, std: float = 1.0) -> Source:
         raise ConfigError("--std", std, "is not a positive number", "Give a standard deviation above 0.")
     points = (mean + std * _standard(name))[None]
     if name == "normal":
-        both = torch.tensor([[mean], [std]], dtype=torch.float64)
-        density = Gaussian(both[0], both[1])
+        density = Gaussian(torch.tensor([mean], dtype=torch.float64), torch.tensor([std], dtype=torch.float64))
     else:
         density = histogram(points, weights=torch.ones_like(points))
     return Source(f"{name} density, mean {mean:g}, std {std:g}", (name,), points, False, density)
@@ -76,17 +75,18 @@ def _standard(name: str) -> Tensor:
     """Return the quantiles of a named density with mean 0 and standard deviation 1."""
     import torch
 
-    unit = _quantiles()[name]((torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES)
-    return (unit - unit.mean()) / unit.std(correction=0)
+    probabilities = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
+    quantiles = _quantile_functions()[name](probabilities)
+    return (quantiles - quantiles.mean()) / quantiles.std(correction=0)
 
 
-def _quantiles() -> dict[str, Callable[[Tensor], Tensor]]:
+def _quantile_functions() -> dict[str, Callable[[Tensor], Tensor]]:
     import torch
 
-    def student_t3(share: Tensor) -> Tensor:
+    def student_t3(probability: Tensor) -> Tensor:
         # Hill's substitution t = sqrt(3) tan(theta) turns the distribution function into
-        # theta + sin(theta) cos(theta) = pi (share - 1/2), solved by Newton's method.
-        target = torch.pi * (share - 0.5)
+        # theta + sin(theta) cos(theta) = pi (probability - 1/2), solved by Newton's method.
+        target = torch.pi * (probability - 0.5)
         theta = target / 2
         for _ in range(60):
             slope = 2 * torch.cos(theta).square()
@@ -94,13 +94,17 @@ def _quantiles() -> dict[str, Callable[[Tensor], Tensor]]:
             theta = (theta - step).clamp(-torch.pi / 2 + 1e-9, torch.pi / 2 - 1e-9)
         return 3**0.5 * torch.tan(theta)
 
-    def bimodal(share: Tensor) -> Tensor:
-        # Two normal halves of standard deviation 0.4 at -1 and 1, by bisection.
-        low, high = torch.full_like(share, -8.0), torch.full_like(share, 8.0)
+    def bimodal(probability: Tensor) -> Tensor:
+        # Half normal around -1, half around 1, both with standard deviation 0.4; by bisection.
+        low = torch.full_like(probability, -8.0)
+        high = torch.full_like(probability, 8.0)
         for _ in range(60):
             middle = (low + high) / 2
-            below = sum(torch.special.ndtr((middle - centre) / 0.4) for centre in (-1.0, 1.0)) / 2
-            low, high = torch.where(below < share, middle, low), torch.where(below < share, high, middle)
+            left = torch.special.ndtr((middle + 1) / 0.4)
+            right = torch.special.ndtr((middle - 1) / 0.4)
+            too_low = (left + right) / 2 < probability
+            low = torch.where(too_low, middle, low)
+            high = torch.where(too_low, high, middle)
         return (low + high) / 2
 
     return {
@@ -112,16 +116,16 @@ def _quantiles() -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def from_file(path: str) -> Source:
-    """Samples from a file: `.npy`, or text with numbers separated by blanks, commas or line ends.
+    """Samples from a file: `.npy`, or text with numbers separated by blanks, commas, semicolons or line ends.
 
     Args:
-        path: the file; the shape does not matter; values that are not finite are left out.
+        path: the file. The shape of its array does not matter; values that are not finite are left out.
 
     Returns:
         The source, with a smoothed histogram as its density.
 
     Raises:
-        ConfigError: the file is missing, holds no numbers or a constant.
+        ConfigError: if the file is missing, or holds no two different numbers.
     """
     import numpy
     import torch
@@ -130,18 +134,27 @@ def from_file(path: str) -> Source:
 
     file = Path(path)
     try:
-        values = numpy.load(file, allow_pickle=False) if file.suffix == ".npy" else _numbers(file)
-        flat = numpy.asarray(values, dtype=numpy.float64).ravel()
+        flat = numpy.asarray(_values(file), dtype=numpy.float64).ravel()
     except (OSError, ValueError, TypeError, EOFError) as error:
         problem = f"cannot be read as samples ({error})"
         raise ConfigError("--samples", path, problem, "Give a .npy file or a text file of numbers.") from None
     flat = flat[numpy.isfinite(flat)]
     if flat.size < 2 or flat.min() == flat.max():
-        problem = f"holds {flat.size} finite numbers" + (", all equal" if flat.size > 1 else "")
+        problem = f"holds {flat.size} finite numbers"
+        if flat.size > 1:
+            problem += ", all equal"
         raise ConfigError("--samples", path, problem, "Give at least two different samples.")
     points = torch.from_numpy(flat)[None]
     label = f"{flat.size} samples of {file.name}, mean {flat.mean():.3g}, std {flat.std():.3g}"
     return Source(label, (file.name,), points, True, histogram(points))
+
+
+def _values(file: Path) -> object:
+    import numpy
+
+    if file.suffix == ".npy":
+        return numpy.load(file, allow_pickle=False)
+    return _numbers(file)
 
 
 def _numbers(file: Path) -> list[float]:
@@ -169,10 +182,10 @@ def from_log(run: str, site: str | None = None) -> Source:
         site: pattern of the sites wanted; None for all.
 
     Returns:
-        The source, one site a row.
+        The source, one row per site.
 
     Raises:
-        ConfigError: no site has a density.
+        ConfigError: if no site has a mean and a standard deviation.
     """
     import torch
 
@@ -180,10 +193,12 @@ def from_log(run: str, site: str | None = None) -> Source:
     from eafo_dynamic.records import CorrectionLog
 
     log = CorrectionLog.load(run)
-    chosen = log.select(site=site) if site is not None else log
+    if site is not None:
+        log = log.select(site=site)
     found: dict[str, tuple[float, float]] = {}
-    for row in chosen.last():
-        mean, std = (row.get(name) for name in ("mean", "std"))
+    for row in log.last():
+        mean = row.get("mean")
+        std = row.get("std")
         if isinstance(mean, (int, float)) and isinstance(std, (int, float)) and std > 0:
             found[str(row["site"])] = (float(mean), float(std))
     if not found:

@@ -1,7 +1,7 @@
-"""What the corrections cost on this machine, beside what one would use otherwise.
+"""What the corrections cost on this machine, compared with the alternatives.
 
-Every number is a ratio of two things measured in alternation in one run, as the median over pairs, so that whatever
-else the machine does meets both alike.
+A ratio is the median over pairs of measurements, taken in alternation in one run, so that whatever else the machine
+does affects both of a pair in the same way.
 """
 
 from eafo_dynamic.experiments.benchmark.cases import GROUPS, run_benchmark

@@ -1,4 +1,4 @@
-"""One figure of a benchmark: ratios beside their targets, and how the cost grows."""
+"""The figure of a benchmark: ratios with their targets, and how the cost grows."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["draw"]
 
 
 def draw(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Draws ratios as bars with their quartiles, targets as ticks, and the growth as lines.
+    """Draws ratios as bars with their quartiles, targets as ticks, and the growth of the cost as lines.
 
     Args:
         rows: from ``run_benchmark``.
-        path: where to: .png, .svg or .pdf.
+        path: file to write: .png, .svg or .pdf.
     """
     import matplotlib.pyplot as plt
 
@@ -27,9 +27,11 @@ def draw(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
     growth = [row for row in rows if "over" in row]
     overs = list(dict.fromkeys(row["over"] for row in growth))
     with drawing(LIGHT):
-        height = 0.24 * len(ratios) + 1.2 + (2.4 if growth else 0.0)
-        figure = plt.figure(figsize=(6.5, max(height, 3.0)), layout="constrained")
-        grid = figure.add_gridspec(2, max(len(overs), 1), height_ratios=[height - 2.4, 2.4 if growth else 1e-3])
+        bars_height = 0.24 * len(ratios) + 1.2
+        growth_height = 2.4 if growth else 0.0
+        figure = plt.figure(figsize=(6.5, max(bars_height + growth_height, 3.0)), layout="constrained")
+        heights = [max(bars_height, 1e-3), max(growth_height, 1e-3)]  # [inches]; matplotlib takes no 0
+        grid = figure.add_gridspec(2, max(len(overs), 1), height_ratios=heights)
         if ratios:
             _bars(figure.add_subplot(grid[0, :]), ratios)
         for column, over in enumerate(overs):
@@ -42,14 +44,19 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     from eafo_dynamic.records.figures.style import LIGHT
 
     for place, row in enumerate(rows):
-        met = row["target"] is None or row["value"] <= row["target"]
-        colour = LIGHT.faint if row["target"] is None else LIGHT.lines[0] if met else LIGHT.lines[1]
+        target = row["target"]
+        if target is None:
+            colour = LIGHT.faint
+        elif row["value"] <= target:
+            colour = LIGHT.lines[0]
+        else:
+            colour = LIGHT.lines[1]
         axes.barh(place, row["value"], color=colour, height=0.7)
         if "low" in row:
             axes.plot([row["low"], row["high"]], [place, place], color=LIGHT.ink, linewidth=1)
-        if row["target"] is not None:
-            axes.plot([row["target"]] * 2, [place - 0.45, place + 0.45], color=LIGHT.ink, linewidth=2)
-        end = max(row["value"], row.get("high", 0.0), row["target"] or 0.0)
+        if target is not None:
+            axes.plot([target, target], [place - 0.45, place + 0.45], color=LIGHT.ink, linewidth=2)
+        end = max(row["value"], row.get("high", 0.0), target or 0.0)
         axes.annotate(f" {row['value']:.2f}", (end, place), va="center", fontsize=7)
     labels = [f"{row['case']} / {row['beside']}" for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
@@ -64,4 +71,4 @@ def _line(axes: Axes, over: str, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel(over)
-    axes.set_ylabel("us a site and step")
+    axes.set_ylabel("us per site and step")

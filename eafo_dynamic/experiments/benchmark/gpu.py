@@ -1,4 +1,4 @@
-"""The same activations on a CUDA device, over the time that copies on it take which move as many bytes."""
+"""The same activations on a CUDA device, relative to the time of copies that move as many bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eafo_dynamic.experiments.benchmark.timing import time_in_pairs
 
 __all__ = ["gpu_cases"]
 
-_REPLAYS = 10  # between two looks at the clock
+_REPLAYS = 10  # per measurement
 _CHANNELS = 256
 
 
@@ -33,8 +33,9 @@ def gpu_cases(quick: bool) -> Iterator[Row]:
     n, pairs = (1 << 22, 5) if quick else (1 << 28, 11)
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         source = torch.randn(n // _CHANNELS, _CHANNELS, dtype=dtype, device=device)
-        grad, target = torch.randn_like(source), torch.empty_like(source)
-        copy = _waited_for(lambda target=target, source=source: target.copy_(source))
+        grad = torch.randn_like(source)
+        target = torch.empty_like(source)
+        copy = _replayed(lambda target=target, source=source: target.copy_(source))
         channels = CRReLU()
         channels.eps = nn.Parameter(torch.full((_CHANNELS,), 0.01))
         units: dict[str, nn.Module] = {
@@ -53,14 +54,14 @@ def gpu_cases(quick: bool) -> Iterator[Row]:
         }
         for case, unit in units.items():
             graph = _captured(both_ways(unit.to(device), source.detach().requires_grad_(), grad))
-            yield above_floor(f"{case}, {name}", _waited_for(graph.replay), copy, pairs, _REPLAYS)
+            yield above_floor(f"{case}, {name}", _replayed(graph.replay), copy, pairs, _REPLAYS)
         found = time_in_pairs(copy, copy, pairs)
         moved = 2 * source.nbytes * _REPLAYS
         yield row(f"copy of {source.nbytes >> 20} MB, {name}", "", 1e-6 * moved / found.beside_ms, None, "GB/s")
 
 
 def _captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of what a function does."""
+    """A CUDA graph of what a function does."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -73,8 +74,8 @@ def _captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _waited_for(run: Callable[[], object]) -> Callable[[], None]:
-    """The same several times in a row, and to its end."""
+def _replayed(run: Callable[[], object]) -> Callable[[], None]:
+    """A function that runs another one `_REPLAYS` times, and waits until the device has finished."""
 
     def repeated() -> None:
         for _ in range(_REPLAYS):

@@ -1,4 +1,4 @@
-"""What an activation needs of the memory, and how far it is from the time that moving its numbers takes at least."""
+"""The memory that an activation needs, and its time relative to the least that moving its numbers takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["floor_cases", "memory_cases"]
 
 
 def _units() -> dict[str, tuple[nn.Module, float | None]]:
-    """What is held against GELU, with the targets."""
+    """The activations that are compared with GELU, with their targets."""
     return {
         "CRReLU": (CRReLU(), 1.01),
         "GELU with a table": (Corrected(nn.GELU()), 1.01),
@@ -28,20 +28,25 @@ def _units() -> dict[str, tuple[nn.Module, float | None]]:
 
 
 def memory_cases(quick: bool) -> Iterator[Row]:
-    """What the autograd graph keeps for the backward, and the peak of a step beyond what there is before it."""
+    """Memory that the autograd graph keeps for the backward, and the peak of a step above what is used before it."""
     z = torch.randn(1000, 1000).requires_grad_()
-    one = kept_bytes(lambda: nn.GELU()(z))
+    kept_by_gelu = kept_bytes(lambda: nn.GELU()(z))
     for name, (module, target) in _units().items():
-        yield row(f"kept by {name}", "GELU", kept_bytes(lambda module=module: module(z)) / one, target)
+        kept = kept_bytes(lambda module=module: module(z))
+        yield row(f"kept by {name}", "GELU", kept / kept_by_gelu, target)
     x = torch.randn(512 if quick else 4096, 256)
-    one = peak_bytes(_step(nn.GELU(), x))
+    peak_of_gelu = peak_bytes(_step(nn.GELU(), x))
     for name, (module, target) in _units().items():
-        yield row(f"peak of a step with {name}", "GELU", peak_bytes(_step(module, x)) / one, target)
+        peak = peak_bytes(_step(module, x))
+        yield row(f"peak of a step with {name}", "GELU", peak / peak_of_gelu, target)
 
 
 def _step(activation: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Forward and backward of four wide layers, gradients made anew."""
-    model = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(256, 256), activation)], nn.Linear(256, 1))
+    """Forward and backward of four wide layers, with newly allocated gradients."""
+    layers: list[nn.Module] = []
+    for _ in range(4):
+        layers += [nn.Linear(256, 256), activation]
+    model = nn.Sequential(*layers, nn.Linear(256, 1))
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -51,7 +56,7 @@ def _step(activation: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def floor_cases(quick: bool) -> Iterator[Row]:
-    """Forward and backward over the time that copies take which move as many bytes; below 1 what is cached helps.
+    """Forward and backward, relative to the time of copies that move as many bytes; below 1 where caches help.
 
     Yields:
         Ratios, and the bandwidths of copies of several sizes.
@@ -72,20 +77,27 @@ def floor_cases(quick: bool) -> Iterator[Row]:
     }
     for name, module in units.items():
         yield _above_floor(name, module, z, grad, pairs)
-    half, half_grad = z.detach().to(torch.bfloat16).requires_grad_(), grad.to(torch.bfloat16)
+    half = z.detach().to(torch.bfloat16).requires_grad_()
+    half_grad = grad.to(torch.bfloat16)
     yield _above_floor(f"CRReLU, bfloat16, {backend}", CRReLU(), half, half_grad, pairs)
     yield from _bandwidths(quick)
 
 
 def _above_floor(name: str, module: nn.Module, z: Tensor, grad: Tensor, pairs: int) -> Row:
-    source, target = z.detach(), torch.empty_like(grad)
+    source = z.detach()
+    target = torch.empty_like(grad)
     return above_floor(name, both_ways(module, z, grad), lambda: target.copy_(source), pairs)
 
 
 def _bandwidths(quick: bool) -> Iterator[Row]:
-    """Bytes read and written in a second by copies."""
-    for megabytes in (1, 8) if quick else (1, 8, 64):
+    """Bytes that copies read and write per second."""
+    sizes = (1, 8) if quick else (1, 8, 64)
+    for megabytes in sizes:
         source = torch.zeros(megabytes << 18)
         target = torch.empty_like(source)
-        found = time_in_pairs(lambda a=target, b=source: a.copy_(b), lambda a=target, b=source: a.copy_(b), 7)
+
+        def copy(target: Tensor = target, source: Tensor = source) -> Tensor:
+            return target.copy_(source)
+
+        found = time_in_pairs(copy, copy, 7)
         yield row(f"copy of {megabytes} MB", "", 2e-6 * (megabytes << 20) / found.beside_ms, None, "GB/s")

@@ -1,4 +1,4 @@
-"""What one would use in place of the corrections: the same thing in three lines, learnable units, other collectors."""
+"""The alternatives: CRReLU in three lines, learnable activations, other collectors of statistics."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Pade(nn.Module):
 
 
 def hook_statistics(z: Tensor) -> list[float]:
-    """What a forward hook of the kind used in teaching keeps of every batch: mean, deviation and a histogram.
+    """The statistics of a typical forward hook from a tutorial: mean, standard deviation and a histogram.
 
     Args:
         z: pre-activations.
@@ -59,7 +59,7 @@ def observer() -> nn.Module | None:
     """Torch's own histogram observer, where this torch still has it.
 
     Returns:
-        An observer; None without one.
+        An observer; None where this torch has none.
     """
     try:
         from torch.ao.quantization import HistogramObserver

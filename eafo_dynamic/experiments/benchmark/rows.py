@@ -1,4 +1,4 @@
-"""What a measurement is written down as, and the three comparisons that most of them are."""
+"""The row of a measurement, and the comparisons that most measurements are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eafo_dynamic.experiments.benchmark.timing import time_in_pairs
 
 __all__ = ["Eager", "Row", "above_floor", "both_ways", "compare", "row"]
 
-_MOVED = 5  # numbers an element: z in, f out; z and the gradient in, the gradient out
+_MOVED = 5  # numbers moved per element: z read, f written; z and a gradient read, a gradient written
 
 Row = dict[str, Any]
 """One measurement: group, case, beside, value (a ratio unless the unit says otherwise), low, high, ms, beside_ms, unit,
@@ -26,7 +26,7 @@ def row(case: str, beside: str, value: float, target: float | None = None, unit:
 
     Args:
         case: what was measured.
-        beside: what it is held against; empty where it stands for itself.
+        beside: what it is compared with; empty if nothing.
         value: the result.
         target: what it should not exceed.
         unit: of the result; "x" for a ratio.
@@ -54,7 +54,7 @@ def compare(
         case: name of the first.
         beside: name of the second.
         first: what is measured.
-        second: what it is held against.
+        second: what it is compared with.
         pairs: number of pairs.
         target: what the ratio should not exceed.
         cpu: see :func:`time_in_pairs`.
@@ -68,46 +68,52 @@ def compare(
 
 
 def above_floor(case: str, run: Callable[[], object], copy: Callable[[], object], pairs: int, repeats: int = 1) -> Row:
-    """The time of a forward and a backward over that of copies which move as many bytes; see :func:`time_in_pairs`.
+    """The time of a forward and a backward relative to copies that move as many bytes; see :func:`time_in_pairs`.
 
     Args:
         case: name of what is measured.
         run: one forward and one backward.
         copy: copies a tensor of the size and dtype of the pre-activations.
         pairs: number of pairs.
-        repeats: how many of each a call of ``run`` and one of ``copy`` stand for.
+        repeats: how often one call of ``run`` repeats the forward and backward, and one of ``copy`` the copy.
 
     Returns:
-        The row, times those of one.
+        The row; its times are those of one repetition.
     """
     found = time_in_pairs(run, copy, pairs)
-    floor = _MOVED / 2  # a copy moves two numbers an element
-    times = {"ms": found.ms / repeats, "beside_ms": floor * found.beside_ms / repeats}
-    more = {"low": found.low / floor, "high": found.high / floor, **times}
-    return row(case, "floor", found.ratio / floor, None, "x", **more)
+    copies = _MOVED / 2  # a copy moves two numbers per element
+    more = {
+        "low": found.low / copies,
+        "high": found.high / copies,
+        "ms": found.ms / repeats,
+        "beside_ms": copies * found.beside_ms / repeats,
+    }
+    return row(case, "floor", found.ratio / copies, None, "x", **more)
 
 
 def both_ways(module: Callable[[Tensor], Tensor], z: Tensor, grad: Tensor) -> Callable[[], None]:
-    """Forward and backward of a module, its parameters included.
+    """Forward and backward of a module, with the gradients of its parameters.
 
     Args:
-        module: what is run.
+        module: the module.
         z: its input, which requires a gradient.
-        grad: gradient by its output.
+        grad: gradient with respect to its output.
 
     Returns:
         A function that runs both.
     """
-    parameters = list(module.parameters()) if isinstance(module, nn.Module) else []
+    inputs = [z]
+    if isinstance(module, nn.Module):
+        inputs += module.parameters()
 
     def run() -> None:
-        torch.autograd.grad(module(z), [z, *parameters], grad)
+        torch.autograd.grad(module(z), inputs, grad)
 
     return run
 
 
 class Eager(nn.Module):
-    """A corrected activation that must not use the compiled kernel.
+    """A corrected activation computed by torch's operations, without the compiled kernel.
 
     Args:
         inner: the activation.

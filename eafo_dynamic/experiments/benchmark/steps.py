@@ -1,4 +1,4 @@
-"""Whole training steps of three kinds of models, with the corrections and without."""
+"""Whole training steps of three kinds of models, with and without the corrections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["refill", "step_cases"]
 
 
 def _models(quick: bool) -> dict[str, tuple[nn.Module, Tensor, Tensor, int]]:
-    """Models with a batch of inputs and targets, and a number of pairs: one is off by some 3 %."""
+    """Models, each with inputs, targets and a number of pairs; a single pair is off by some 3 %."""
     torch.manual_seed(0)
     classes = torch.randint(0, 10, (64,))
     if quick:
@@ -62,39 +62,58 @@ def _step(
 
 
 def step_cases(quick: bool) -> Iterator[Row]:
-    """CPU time of a step with default options over that of the plain model; rounds are added at their share."""
+    """CPU time of a step with default options relative to the plain model's, update rounds included at their share."""
     for name, (model, x, y, pairs) in _models(quick).items():
         plain, _ = _step(model, x, y)
-        ours = copy.deepcopy(model)
-        controller = EAFOController.attach(ours)
-        step, count = _step(ours, x, y, controller)
-        found = time_in_pairs(step, plain, pairs, cpu=True)
-        for site in controller.sites:
-            site.collector.drain()
-        period = controller.options.update_every_n_steps
-        count[0] = period * (count[0] // period + 1) - 2
-        controller.collecting = True
-        for _ in range(1 if quick else 3):
-            step()
-            count[0] -= 1
-        round_ms = milliseconds(lambda controller=controller: controller.update(1), 5, refill(controller))
-        share = round_ms / period / found.beside_ms
-        spread = {"low": found.low + share, "high": found.high + share, "ms": found.ms, "beside_ms": found.beside_ms}
-        yield row(name, "plain", found.ratio + share, 1.03, "x", **spread, round_share=share)
-        others = [(f"{name}, merged", _merged(model), 1.01), (f"{name}, torch's SiLU for ReLU", _smooth(model), None)]
-        for case, other, target in others:
-            if other is not None:
-                yield compare(case, "plain", _step(other, x, y)[0], plain, pairs, target, cpu=True)
+        yield _corrected_step(name, model, x, y, plain, pairs, filling_steps=1 if quick else 3)
+        merged, _ = _step(_merged(model), x, y)
+        yield compare(f"{name}, merged", "plain", merged, plain, pairs, 1.01, cpu=True)
+        smooth = _with_silu(model)
+        if smooth is not None:
+            step, _ = _step(smooth, x, y)
+            yield compare(f"{name}, torch's SiLU for ReLU", "plain", step, plain, pairs, None, cpu=True)
+
+
+def _corrected_step(
+    name: str, model: nn.Module, x: Tensor, y: Tensor, plain: Callable[[], None], pairs: int, filling_steps: int
+) -> Row:
+    ours = copy.deepcopy(model)
+    controller = EAFOController.attach(ours)
+    step, count = _step(ours, x, y, controller)
+    found = time_in_pairs(step, plain, pairs, cpu=True)
+    for site in controller.sites:
+        site.collector.drain()
+    # Steps just before a round, in which samples are collected.
+    period = controller.options.update_every_n_steps
+    count[0] = period * (count[0] // period + 1) - 2
+    controller.collecting = True
+    for _ in range(filling_steps):
+        step()
+        count[0] -= 1
+    round_ms = milliseconds(lambda: controller.update(1), 5, refill(controller))
+    round_share = round_ms / period / found.beside_ms
+    return row(
+        name,
+        "plain",
+        found.ratio + round_share,
+        1.03,
+        "x",
+        low=found.low + round_share,
+        high=found.high + round_share,
+        ms=found.ms,
+        beside_ms=found.beside_ms,
+        round_share=round_share,
+    )
 
 
 def refill(controller: EAFOController) -> Callable[[], None]:
-    """What gives every site the samples again that it has now.
+    """A function that gives every site the samples again that it has now.
 
     Args:
-        controller: with samples.
+        controller: a controller whose sites have samples.
 
     Returns:
-        Call it before each round that is measured; collecting is measured by itself.
+        The function; call it before each round that is measured, as collecting is measured by itself.
     """
     pending = [(site.collector, site.collector.pending()) for site in controller.sites]
 
@@ -111,11 +130,17 @@ def _merged(model: nn.Module) -> nn.Module:
     return merge(ours)
 
 
-def _smooth(model: nn.Module) -> nn.Module | None:
-    """The model with torch's own SiLU, which has to keep its input, where it has ReLUs; None where it has none."""
+def _with_silu(model: nn.Module) -> nn.Module | None:
+    """A copy with torch's SiLU, which has to keep its input, in place of its ReLUs; None if it has none."""
     other = copy.deepcopy(model)
-    found = [(parent, name, each) for parent in other.modules() for name, each in parent.named_children()]
-    relus = [(parent, name, each) for parent, name, each in found if isinstance(each, nn.ReLU)]
-    for parent, name, each in relus:
-        setattr(parent, name, nn.SiLU(each.inplace))
-    return other if relus else None
+    relus = [
+        (parent, name, child)
+        for parent in other.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ReLU)
+    ]
+    if not relus:
+        return None
+    for parent, name, relu in relus:
+        setattr(parent, name, nn.SiLU(relu.inplace))
+    return other

@@ -1,4 +1,4 @@
-"""Two things timed in alternation, and the memory that a backward keeps."""
+"""Measures time, of two functions in alternation or of one, and memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 __all__ = ["TimeRatio", "kept_bytes", "milliseconds", "peak_bytes", "settle_allocator", "time_in_pairs"]
 
-_LEAST = 2e-3  # seconds: what is shorter is repeated within one measurement
+_LEAST = 2e-3  # [s]; shorter functions are repeated within one measurement
 
 
 class TimeRatio(NamedTuple):
-    """Two things measured in alternation.
+    """The times of two functions measured in alternation.
 
     Args:
         ms: median time of the first, in milliseconds.
@@ -39,34 +39,45 @@ def time_in_pairs(
 ) -> TimeRatio:
     """Times two functions in alternation, the order changing from pair to pair.
 
-    Each is run once untimed before it is timed, so that neither pays for what the other has left in the caches.
+    Each is run once untimed before it is timed, so that neither suffers from what the other has left in the caches.
+    With ``cpu`` it is not.
 
     Args:
         first: what is measured.
-        second: what it is held against.
+        second: what it is compared with.
         pairs: number of pairs, at least 2.
-        cpu: whether to count the process's CPU time in place of the time on the clock, for what takes long while other
+        cpu: whether to measure the CPU time of this process instead of wall time, for long functions while other
             jobs run.
 
     Returns:
         Medians and quartiles.
     """
     clock = time.process_time if cpu else time.perf_counter
-    times: tuple[list[float], list[float]] = [], []
-    repeats = [_repeats(function) for function in (first, second)]
+    repeats_of_first = _repeats(first)
+    repeats_of_second = _repeats(second)
+
+    def measured(function: Callable[[], object], repeats: int) -> float:
+        if not cpu:
+            function()
+        start = clock()
+        for _ in range(repeats):
+            function()
+        return (clock() - start) / repeats
+
+    times_of_first: list[float] = []
+    times_of_second: list[float] = []
     for pair in range(pairs):
-        for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            function = (first, second)[which]
-            if not cpu:
-                function()
-            start = clock()
-            for _ in range(repeats[which]):
-                function()
-            times[which].append((clock() - start) / repeats[which])
-    ratios = [one / two for one, two in zip(*times, strict=True)]
+        if pair % 2 == 0:
+            times_of_first.append(measured(first, repeats_of_first))
+            times_of_second.append(measured(second, repeats_of_second))
+        else:
+            times_of_second.append(measured(second, repeats_of_second))
+            times_of_first.append(measured(first, repeats_of_first))
+    ratios = [one / two for one, two in zip(times_of_first, times_of_second, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    mine, other = (1e3 * statistics.median(each) for each in times)
-    return TimeRatio(mine, other, middle, low, high)
+    return TimeRatio(
+        1e3 * statistics.median(times_of_first), 1e3 * statistics.median(times_of_second), middle, low, high
+    )
 
 
 def _repeats(function: Callable[[], object]) -> int:
@@ -79,10 +90,10 @@ def _repeats(function: Callable[[], object]) -> int:
 def settle_allocator() -> None:
     """Brings the C library's allocator into the state that it has in a training run.
 
-    glibc hands blocks back to the system, and pays for fresh pages each time, until it has seen a large one go; then
-    it keeps blocks of that size. Whichever came first would otherwise pay for all.
+    glibc returns large blocks to the system, and has to ask for new pages each time, until it has seen such a block
+    freed; then it keeps blocks of that size. The first case would otherwise be slow for this reason alone.
     """
-    torch.empty(31 << 18).zero_()  # just under the 32 MiB from which on it always asks the system
+    torch.empty(31 << 18).zero_()  # just under 32 MiB, above which glibc always asks the system
 
 
 def milliseconds(
@@ -93,8 +104,8 @@ def milliseconds(
     Args:
         function: what is measured.
         runs: how many times.
-        before: what is done before each run, untimed.
-        cpu: whether to count CPU time, in which threads that wait for each other count too; else time on the clock.
+        before: called before each run, untimed.
+        cpu: whether to measure CPU time, in which threads that wait for each other count too; otherwise wall time.
 
     Returns:
         Milliseconds.
@@ -111,10 +122,10 @@ def milliseconds(
 
 
 def kept_bytes(function: Callable[[], Tensor]) -> int:
-    """Bytes that the autograd graph of a result keeps for its backward, each memory counted once.
+    """Bytes that the autograd graph of a result keeps for its backward, each block of memory counted once.
 
     Args:
-        function: makes the result.
+        function: computes the result.
 
     Returns:
         Bytes.
@@ -133,7 +144,7 @@ def kept_bytes(function: Callable[[], Tensor]) -> int:
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """The most memory for tensors that a function has taken at one time, beyond what there is before it.
+    """The most memory that a function uses for tensors at one time, above what is used before it.
 
     Args:
         function: what is measured; it is run once before.
@@ -142,7 +153,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
         Bytes, counted by torch's profiler at every allocation.
     """
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:
-        function()  # under the profiler too: it knows the size of a block only when it has seen it allocated
+        function()  # also profiled: the profiler knows the size of a block only if it has seen it allocated
         with torch.autograd.profiler.record_function("measured"):
             function()
     results: Any = profiler
