@@ -23,7 +23,7 @@ from eafo_dynamic.experiments import Classifier
 from eafo_dynamic.experiments.compare.cell import finished, result_path, run_cell
 from eafo_dynamic.experiments.compare.compose import compose, differences, flat
 from eafo_dynamic.experiments.compare.plan import Plan, read_plan
-from eafo_dynamic.experiments.compare.runner import cells, run
+from eafo_dynamic.experiments.compare.runner import Failure, cells, run
 from eafo_dynamic.experiments.compare.witness import weights_hash
 
 ROOT = Path(__file__).parents[2]
@@ -92,12 +92,28 @@ def test_cell_alone_equals_the_cell_among_others(small: Plan, tmp_path: Path) ->
     assert kept(alone, "learned", 1)["metrics"] == kept(small, "learned", 1)["metrics"]
 
 
-def test_parallel_processes_give_the_same_results(small: Plan, tmp_path: Path) -> None:
-    plan = plan_of(tmp_path)
-    chosen = cells(plan, ["relu", "learned"], [1])
-    assert run(plan, chosen, jobs=2) == []
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, list[Failure]]:
+    """Two cells that can be trained, and two that cannot, in two processes; to start them takes long."""
+    bad = {"eafo": {"target_modules": ["nope"]}}
+    clip = {"set": {"trainer.gradient_clip_algorithm": "nonsense"}}
+    arms = {"relu": None, "bad": bad, "clip": clip, "learned": SMALL["arms"]["learned"]}
+    plan = plan_of(tmp_path_factory.mktemp("parallel plan"), arms=arms, seeds=[1])
+    return plan, run(plan, cells(plan), jobs=2)
+
+
+def test_parallel_processes_give_the_same_results(small: Plan, parallel: tuple[Plan, list[Failure]]) -> None:
+    plan, _ = parallel
     for arm in ("relu", "learned"):
         assert kept(plan, arm, 1)["metrics"] == kept(small, arm, 1)["metrics"]
+
+
+def test_a_bad_cell_leaves_the_others_and_says_the_same_in_any_process(parallel: tuple[Plan, list[Failure]]) -> None:
+    plan, failures = parallel
+    assert [finished(plan, arm, 1) for arm in plan.arms] == [True, False, False, True]
+    assert sorted(failures) == sorted(run(plan, cells(plan), jobs=1))
+    assert {failure.what for failure in failures} == {"bad, seed 1", "clip, seed 1"}
+    assert any("target_modules='nope' matches no activation" in failure.why for failure in failures)
 
 
 def test_finished_cells_are_kept_and_changed_plans_refused(small: Plan, tmp_path: Path) -> None:
@@ -132,7 +148,7 @@ def test_killed_run_goes_on(small: Plan, tmp_path: Path) -> None:
     child.wait()
     done = {path: path.stat().st_mtime_ns for path in plan.directory.rglob("result.json")}
     assert 0 < len(done) < len(cells(plan)), "killed too late to show anything"
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    assert main(command[3:]) == 0
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in done.items())
     for arm, seed in cells(plan):
         assert kept(plan, arm.name, seed)["metrics"] == kept(small, arm.name, seed)["metrics"]

@@ -16,9 +16,8 @@ import pytest
 import yaml
 
 from eafo_dynamic import errors
-from eafo_dynamic.experiments.compare.cell import finished
 from eafo_dynamic.experiments.compare.plan import Plan, read_plan
-from eafo_dynamic.experiments.compare.runner import _in_processes, cells, run
+from eafo_dynamic.experiments.compare.runner import _in_processes
 
 ROOT = Path(__file__).parents[2]
 ERRORS = [
@@ -91,19 +90,6 @@ def test_a_killed_process_takes_no_other_cell_with_it(tmp_path: Path) -> None:
         "cell 1": "its process was killed; run the same command again",
         "unsendable": "TypeError: cannot leave its process",
     }
-
-
-@pytest.mark.slow
-def test_a_bad_cell_leaves_the_others_and_says_the_same_in_any_process(tmp_path: Path) -> None:
-    bad = {"eafo": {"target_modules": ["nope"]}}
-    arms = {"relu": {}, "bad": bad, "clip": {"set": {"trainer.gradient_clip_algorithm": "nonsense"}}, "gelu": {}}
-    arms["gelu"] = {"activation": "gelu"}
-    plan = plan_of(tmp_path, arms, settings={"trainer.max_epochs": 1})
-    beside = run(plan, cells(plan), jobs=2)
-    assert [finished(plan, arm, 0) for arm in plan.arms] == [True, False, False, True]
-    assert sorted(beside) == sorted(run(plan, cells(plan), jobs=1))
-    assert {failure.what for failure in beside} == {"bad, seed 0", "clip, seed 0"}
-    assert any("target_modules='nope' matches no activation" in failure.why for failure in beside)
 
 
 @pytest.mark.slow
