@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +18,30 @@ __all__ = [
     "interruptible",
     "legible",
     "one_line",
+    "printable",
 ]
+
+# C0 and C1 control characters and DELETE: a terminal acts on them. Line ends and tabs are what they seem.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    r"""Replace control characters by their codes, so that a terminal shows them instead of acting on them.
+
+    Args:
+        text: such as the name of a site; module names may hold any character.
+
+    Returns:
+        The text, with `\x1b` for an escape character. Line ends and tabs stay.
+    """
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class EAFOError(Exception):
     """Base of every error that this package raises for a user's input; the command line exits with 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the message as it stands: a subclass may have been made from other arguments."""

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from eafo_dynamic.apply.recompute import check_compiled_part, region_since
 from eafo_dynamic.apply.site import Site
 from eafo_dynamic.correction.kernels import is_correctable, known_function
-from eafo_dynamic.errors import SiteError
+from eafo_dynamic.errors import SiteError, printable
 from eafo_dynamic.find.functional import function_name, is_inplace, with_input_first
 from eafo_dynamic.find.places import Calls, Places
 from eafo_dynamic.find.written import Node, Tracker
@@ -332,8 +332,9 @@ def _tell_of_parts(frame: _Frame) -> None:
     for key in sorted(frame.calls.guessed):
         most = len(frame.owner.eafo_routes[key])
         if frame.calls.counts[key] < most:
+            name = printable(key.lstrip(":"))
             warnings.warn(
-                f"EAFO: {key.lstrip(':')} is called less often than in training, which calls it {most} times, and the "
+                f"EAFO: {name} is called less often than in training, which calls it {most} times, and the "
                 "calls get the corrections of the first ones. If these are other calls, as where a part of the model "
                 "runs alone, run it in predict_step, or give every call an activation module of its own.",
                 stacklevel=4,

@@ -27,7 +27,7 @@ from eafo_dynamic.apply.frames import (
 )
 from eafo_dynamic.apply.site import Site, describe_state
 from eafo_dynamic.correction.kernels import is_correctable, known_module, prepare
-from eafo_dynamic.errors import CompoundingError, SiteError
+from eafo_dynamic.errors import CompoundingError, SiteError, printable
 from eafo_dynamic.find.functional import unbound
 from eafo_dynamic.find.places import Places
 from eafo_dynamic.find.wrapped import ACTIVATION, ENTRY_POINTS, Wrapped, class_before, derived_class, rebased
@@ -229,8 +229,9 @@ def _uncompiled(
 ) -> Any:
     """Runs an entry point as it runs without torch.compile, and says so: slower, but never silently uncorrected."""
     names = " and ".join(sorted(owner.eafo_uncompiled))
+    owner_name = printable(owner.eafo_name or type(owner).__name__)
     warnings.warn(
-        f"EAFO: {owner.eafo_name or type(owner).__name__} is not compiled: torch.compile hides its {names} from the "
+        f"EAFO: {owner_name} is not compiled: torch.compile hides its {names} from the "
         "correction. Write x.relu_() for F.relu_(x), x.tanh() for F.tanh(x), nn.Hardswish()(x) for F.hardswish(x) "
         "to compile it.",
         stacklevel=2,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eafo_dynamic.apply.kept import CHECKPOINT_KEY, keep_sites
 from eafo_dynamic.apply.surgery import hosted_sites, unwrap, wrap
-from eafo_dynamic.errors import CompoundingError, SiteError, legible
+from eafo_dynamic.errors import CompoundingError, SiteError, legible, printable
 from eafo_dynamic.find.functional import WRITTEN, function_base
 from eafo_dynamic.find.sites import MAX_CALLS, FoundSite, SiteReport, find_sites
 
@@ -215,7 +215,8 @@ def _warn_of_losses(saved: Mapping[str, Any], report: SiteReport) -> None:
 
 
 def _warn(changes: list[str], mend: str) -> None:
-    warnings.warn(f"EAFO: the model has changed since the checkpoint: {'; '.join(changes)}. {mend}", stacklevel=4)
+    shown = printable("; ".join(changes))
+    warnings.warn(f"EAFO: the model has changed since the checkpoint: {shown}. {mend}", stacklevel=4)
 
 
 def _changes(then: Mapping[str, FoundSite], now: Mapping[str, FoundSite]) -> list[str]:

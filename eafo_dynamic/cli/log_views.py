@@ -19,7 +19,7 @@ from eafo_dynamic.cli.log_columns import (
     TRENDS,
 )
 from eafo_dynamic.cli.output import emit, emit_facts, is_unicode, sparkline, table_width
-from eafo_dynamic.errors import ConfigError, LogError
+from eafo_dynamic.errors import ConfigError, LogError, printable
 from eafo_dynamic.records import CorrectionLog
 from eafo_dynamic.records.names import shortened
 from eafo_dynamic.records.summary import compare_runs, compare_sites, layer_rows, summarise, with_values
@@ -250,7 +250,7 @@ def load_rows(run: str, steps: tuple[int | None, int | None] | None) -> Correcti
 def _with_rows(log: CorrectionLog, steps: tuple[int | None, int | None] | None) -> CorrectionLog:
     """Return the part of a log that `load_rows` promises."""
     for note in log.notes:
-        sys.stderr.write(f"note: {note}\n")
+        sys.stderr.write(f"note: {printable(note)}\n")
     if not len(log):
         raise LogError(f"{log.path}: the log has no rows yet; the first come with the first update")
     if steps is None:

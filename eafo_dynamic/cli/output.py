@@ -13,6 +13,8 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from eafo_dynamic.errors import printable
+
 __all__ = [
     "FORMATS",
     "add_format_option",
@@ -76,7 +78,9 @@ def emit(
     with quiet_pipe():
         if fmt == "json":
             plain = [{name: _json_value(row.get(name)) for name in names} for row in rows]
-            sys.stdout.write(json.dumps(plain, indent=2, ensure_ascii=not is_unicode()) + "\n")
+            text = json.dumps(plain, indent=2, ensure_ascii=not is_unicode())
+            # JSON writes \u001b itself, but leaves DELETE and C1 control characters as they are.
+            sys.stdout.write((printable(text) if sys.stdout.isatty() else text) + "\n")
         elif fmt == "csv":
             _write_csv(rows, names)
         elif fmt == "md":
@@ -169,7 +173,10 @@ def _write_csv(rows: Sequence[Row], names: Sequence[str]) -> None:
     writer.writerow(names)
     for row in rows:
         values = [_json_value(row.get(name)) for name in names]
-        writer.writerow(["" if value is None else value for value in values])
+        cells = ["" if value is None else value for value in values]
+        if sys.stdout.isatty():
+            cells = [printable(cell) if isinstance(cell, str) else cell for cell in cells]
+        writer.writerow(cells)
 
 
 def _write_markdown(rows: Sequence[Row], names: Sequence[str]) -> None:
@@ -207,7 +214,7 @@ def _write_table(
     for values in zip(*(cells[name] for name in shown), strict=True):
         table.add_row(*map(Text, values))
     if title:
-        _print(width, Text(title, style="bold"))
+        _print(width, Text(printable(title), style="bold"))
     _print(width, table)
     left_out = [name for name in names if name not in shown]
     if left_out:
@@ -231,7 +238,7 @@ def emit_facts(facts: Mapping[str, str], fmt: str = "table") -> None:
 
             grid = Table.grid(padding=(0, 2))
             for name, text in facts.items():
-                grid.add_row(Text(name, style="bold"), Text(text, overflow="fold"))
+                grid.add_row(Text(name, style="bold"), Text(printable(text), overflow="fold"))
             _print(table_width(), grid)
         sys.stdout.flush()
 
@@ -302,7 +309,7 @@ def _text(value: object, style: str) -> str:
     if value is None:
         return "-"
     if not isinstance(value, float):
-        return str(value)
+        return printable(str(value))
     if math.isnan(value):
         return "-"
     return format(value, style)

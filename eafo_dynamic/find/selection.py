@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from eafo_dynamic.errors import ConfigError, PatternError
+from eafo_dynamic.errors import ConfigError, PatternError, printable
 from eafo_dynamic.find.written import written_node
 from eafo_dynamic.internals.checks import pattern
 
@@ -221,13 +221,15 @@ class SiteReport:
             The table.
         """
         from rich.table import Table
+        from rich.text import Text
 
         title = f"{len(self.wrapped)} of {len(self.sites)} activation sites wrapped"
         table = Table(title=title, caption=self.note or None, title_justify="left", caption_justify="left")
         for column in ("site", "kind", "base", "shape", "role", "status", "reason"):
             table.add_column(column, overflow="fold")
         for row in self.rows():
-            table.add_row(*map(str, row.values()), style=None if row["status"] == "wrapped" else "dim")
+            cells = [Text(printable(str(value))) for value in row.values()]
+            table.add_row(*cells, style=None if row["status"] == "wrapped" else "dim")
         return table
 
     def __str__(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from eafo_dynamic.errors import printable
 from eafo_dynamic.records.schema import Record
 
 __all__ = ["History", "SiteList"]
@@ -60,10 +61,11 @@ def _html(rows: Sequence[Record], caption: str) -> str:
 
 def _table(rows: Sequence[Record], caption: str) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=caption, title_justify="left")
     for name in rows[0] if rows else {}:
         table.add_column(name)
     for row in rows:
-        table.add_row(*map(_text, row.values()))
+        table.add_row(*(Text(printable(_text(value))) for value in row.values()))
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from eafo_dynamic.internals.text import printable
+from eafo_dynamic.errors import printable
 from eafo_dynamic.policy.diagnostics import aggregate
 from eafo_dynamic.records.schema import Record
 
