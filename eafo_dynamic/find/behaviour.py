@@ -14,7 +14,7 @@ from eafo_dynamic.correction.bases import Base, activation_types, as_base
 from eafo_dynamic.find.probe import forked_random_states
 from eafo_dynamic.find.wrapped import CarriesCorrection, plain_view
 
-__all__ = ["is_soft_cap", "looks_like_activation", "may_call_functions"]
+__all__ = ["is_soft_cap", "is_straight", "looks_like_activation", "may_call_functions"]
 
 _CONTAINERS = (nn.ModuleDict, ParametrizationList)
 _MOST = 2**16  # parameters of an activation: a few a channel
@@ -79,6 +79,24 @@ def is_soft_cap(base: Base) -> bool:
         values = base(z)
     cap = values[-1]
     return bool(cap > 0) and float(cap) != 1.0 and torch.allclose(values, cap * torch.tanh(z / cap))
+
+
+def is_straight(base: Base) -> bool:
+    """Whether the values of a function lie on a straight line, whatever its slope is said to be.
+
+    A gradient scaler, ``x * 0.1 + x.detach() * 0.9``, is the identity with a derivative of 0.1.
+
+    Args:
+        base: any.
+
+    Returns:
+        Whether they do.
+    """
+    z = torch.linspace(-30.0, 30.0, 1201, dtype=torch.float64, device="cpu")
+    with torch.no_grad():
+        values = base(z)
+    line = torch.lerp(values[0], values[-1], (z - z[0]) / (z[-1] - z[0]))
+    return torch.allclose(values, line, rtol=1e-6, atol=1e-6)
 
 
 def _is_small(module: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from eafo_dynamic.find.functional import (
 from eafo_dynamic.find.lineage import Lineage, in_method, is_product
 from eafo_dynamic.find.places import chain
 from eafo_dynamic.find.probe import structural_copy
+from eafo_dynamic.find.roles import assign_roles
 from eafo_dynamic.find.trace import SOFT_CAP, Call, Frame, Trace
 from eafo_dynamic.find.wrapped import ENTRY_POINTS, CarriesCorrection
 from eafo_dynamic.find.written import WRITTEN, Made, Tracker, parts
@@ -68,10 +69,10 @@ class _Thread(threading.local):
 class _Listener(TorchFunctionMode):
     """Sees every torch function of the run and writes down those that are activations."""
 
-    def __init__(self, activations: Mapping[str, str]) -> None:
+    def __init__(self, activations: Mapping[str, str], lineage: Lineage) -> None:
         super().__init__()
         self.trace = Trace()
-        self.lineage: Lineage | None = None  # from the first step on: forwards alone have no loss
+        self.lineage = lineage
         self.activations = activations
         self.here = _Thread()
 
@@ -90,8 +91,7 @@ class _Listener(TorchFunctionMode):
         name, call = function_name(func), None
         if name is not None and _is_pointwise_call(args, kwargs, out):
             call = self._note(running, func, name, args, kwargs, out)
-        if self.lineage is not None:
-            self.lineage.step(func, args, kwargs, out, call)
+        self.lineage.step(func, args, kwargs, out, call)
         if isinstance(out, Tensor):
             self._follow(running, func, args, kwargs, out)
         return out
@@ -129,11 +129,13 @@ class _Listener(TorchFunctionMode):
         if all(each.frame.module != name or not each.frame.is_forward for each in running):
             trace.forwards[name] += 1
         inside = running[-1].inside or name in self.activations or isinstance(module, CarriesCorrection)
+        if not inside and next(module.children(), None) is not None:
+            self.lineage.entered(name, (args, kwargs))
         out = self._framed(name, True, inside, call, args, kwargs)
         if noted is not None and isinstance(out, Tensor):
             running[-1].made[id(out)] = (out, noted)
-            if self.lineage is not None:
-                self.lineage.step(None, args, kwargs, out, noted)
+            self.lineage.step(None, args, kwargs, out, noted)
+        self.lineage.left(out, name, outermost=not any(each.frame.is_forward for each in running))
         return out
 
     def step(self, name: str, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -149,7 +151,7 @@ class _Listener(TorchFunctionMode):
         Returns:
             What it returns.
         """
-        self.lineage = self.lineage or Lineage(module)
+        self.lineage.stepped = True
         out = self._framed(name, False, self.here.running[-1].inside, call, args, kwargs)
         self.lineage.returned(out)
         return out
@@ -214,7 +216,7 @@ class _Listener(TorchFunctionMode):
         if call.function is None:
             here = caller_of(here)  # past the activation's own forward, which is not in the path
         call.places = chain(here, _ENTRIES, _traced.__code__)
-        call.in_method = self.lineage is not None and in_method(here, _ENTRIES)
+        call.in_method = self.lineage.stepped and in_method(here, _ENTRIES)
         self.trace.calls.append(call)
         return call
 
@@ -231,8 +233,7 @@ class _Listener(TorchFunctionMode):
             call = Call(running.frame.module, self.path(), size_of(out), WRITTEN, parameters)
             call.channel_dim, call.refusal = channel_dim(made.root), _unknown_to_backward()
             self._noted(call)
-            if self.lineage is not None:
-                self.lineage.made(out, call)
+            self.lineage.made(out, call)
             for inner in _calls_inside(running, made):
                 inner.role, inner.reason = "part", "part of a written-out activation"
         name = getattr(func, "__name__", "")
@@ -331,8 +332,8 @@ _WANTS_GRADIENT = ("require grad", "requires_grad", "requires grad")  # of torch
 
 
 def _traced(model: nn.Module, activations: Mapping[str, str], run: Callable[[nn.Module], object], grad: bool) -> Trace:
-    listener = _Listener(activations)
     with structural_copy(model) as probe, torch.set_grad_enabled(grad):
+        listener = _Listener(activations, Lineage(probe))
         _listen(probe, listener)
         with (
             warnings.catch_warnings(),
@@ -342,8 +343,7 @@ def _traced(model: nn.Module, activations: Mapping[str, str], run: Callable[[nn.
         ):
             warnings.simplefilter("ignore")  # they concern the dry run (no gradient), or come again in training
             run(probe)
-    if listener.lineage is not None:
-        listener.lineage.judge(listener.trace, probe)
+    assign_roles(listener.trace, listener.lineage, model)
     return listener.trace
 
 

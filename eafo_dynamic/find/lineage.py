@@ -1,24 +1,35 @@
-"""Which activation calls of a dry run end in the loss: the loss is made of their results, and no layer takes them."""
+"""What becomes of the result of each activation call in a dry run, until a layer with weights takes it.
+
+Every torch function of the run is followed. A tensor *carries* the calls that it comes from with no layer in between,
+each with what is certain about its sign (``ranges``). What happens to a tensor is noted in the ``Uses`` of the calls
+that it carries; ``roles`` decides from these.
+"""
 
 from __future__ import annotations
 
 import inspect
 import weakref
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from eafo_dynamic.find.channels import CONVOLUTIONS
-from eafo_dynamic.find.trace import Call, Trace
+from eafo_dynamic.find.ranges import Sign, asks_for_values, inside_distribution, name_of, needing, sign_after
+from eafo_dynamic.find.trace import Call
 from eafo_dynamic.internals.torch_internals import caller_of, code_of, variable_of
 
-__all__ = ["Lineage", "in_method", "is_product"]
+__all__ = ["Affine", "Lineage", "Uses", "in_method", "is_product", "learns"]
 
 _PRODUCTS = CONVOLUTIONS | {
     "linear", "bilinear", "matmul", "rmatmul", "mm", "bmm", "mv", "addmm", "addbmm", "addmv", "baddbmm", "inner",
     "tensordot", "einsum", "cdist", "scaled_dot_product_attention", "multi_head_attention_forward",
+}  # fmt: skip
+_COMPARED = {
+    "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "poisson_nll_loss", "kl_div", "gaussian_nll_loss",
 }  # fmt: skip
 
 
@@ -31,19 +42,76 @@ def is_product(func: Any) -> bool:
     Returns:
         Whether it does.
     """
-    return getattr(func, "__name__", "").strip("_") in _PRODUCTS
+    return name_of(func) in _PRODUCTS
+
+
+class Affine(NamedTuple):
+    """scale * f(z) + shift, for the result f(z) of a call."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+
+@dataclass
+class Uses:
+    """What becomes of the result of one activation call.
+
+    Args:
+        layer: whether a layer with weights takes it, or a product with another result.
+        needs: the function that needs its range, lest it gives NaN; empty if there is none.
+        asks: what looks at its values as such: a comparison, a rounding, a distribution; empty if nothing does.
+        affine: what it is scaled and shifted to by numbers.
+        factor: what it is scaled and shifted to where it multiplies another tensor.
+        compared: whether a loss compares it with data.
+        replaces: the module that takes it where it takes data at another time, as a discriminator does.
+        returned: whether the outermost forward returns it.
+        unflattened: whether it has more dimensions there, as an image made by a linear layer.
+        summed: whether a forward that makes it returns one number made of it.
+        width: channels before and after the layer that made its pre-activation.
+    """
+
+    layer: bool = False
+    needs: str = ""
+    asks: str = ""
+    affine: set[Affine] = field(default_factory=set)
+    factor: set[Affine] = field(default_factory=set)
+    compared: bool = False
+    replaces: str = ""
+    returned: bool = False
+    unflattened: bool = False
+    summed: bool = False
+    width: tuple[int, int] | None = None
+
+
+class _Carried(NamedTuple):
+    """How a tensor carries a call: what is certain of its sign, and whether a product without weights came before."""
+
+    sign: Sign
+    direct: bool
 
 
 class _Known(NamedTuple):
-    """What is known of a tensor: the calls it comes from with no layer in between, and whether only weights made it."""
+    """What is known of a tensor.
+
+    Args:
+        tensor: the tensor.
+        calls: the calls it comes from with no layer in between.
+        weight: whether only weights made it.
+        learned: whether a layer with weights came before it, so that it is no data.
+        affine: the one call that it is a scaled and shifted result of, if it is nothing else.
+        width: channels before and after the last layer.
+    """
 
     tensor: weakref.ref[Tensor]
-    calls: frozenset[Call]
-    weight: bool
+    calls: Mapping[Call, _Carried]
+    weight: bool = False
+    learned: bool = False
+    affine: tuple[Call, Affine] | None = None
+    width: tuple[int, int] | None = None
 
 
 class Lineage:
-    """The activation calls that each tensor comes from with no layer in between.
+    """Follows the results of activation calls.
 
     A layer is a function that is given a parameter of several numbers, or what was made of parameters and buffers
     alone; or one that sums over products and gives several numbers.
@@ -53,14 +121,27 @@ class Lineage:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.uses: dict[Call, Uses] = {}
+        self.stepped = False
         self._buffers = {id(buffer) for buffer in model.buffers()}
         self._of: dict[int, _Known] = {}
-        self._learned_from: set[Call] = set()
         self._counted: set[Call] = set()
         self._returned: set[Call] | None = None
+        self._entries: dict[str, list[tuple[tuple[int, ...], frozenset[Call], bool]]] = {}
+
+    def of(self, call: Call) -> Uses:
+        """What has become of a call's result so far.
+
+        Args:
+            call: an activation call.
+
+        Returns:
+            Its uses.
+        """
+        return self.uses.setdefault(call, Uses())
 
     def step(self, func: Any, args: Any, kwargs: Any, out: Any, call: Call | None = None) -> None:
-        """Takes down one function.
+        """Takes in one function.
 
         Args:
             func: the torch function; None for an activation module.
@@ -71,31 +152,98 @@ class Lineage:
         """
         given = list(_tensors((args, kwargs)))
         made = list(_tensors(given[:1] if out is None else out))  # x[0] = y gives None
-        calls = frozenset[Call]().union(*map(self._calls, given))
+        carried = self._carried(given)
+        if carried and func is not None:
+            self._note_needs(func, args, kwargs, out)
         weights = [tensor for tensor in given if self._is_weight(tensor)]
         several = any(tensor.numel() > 1 for tensor in made)
-        if any(tensor.numel() > 1 for tensor in weights) or (several and is_product(func)):
-            self._learned_from |= calls
-            calls = frozenset()
+        weighted = any(tensor.numel() > 1 for tensor in weights)
+        learned = any(self._is_learned(tensor) for tensor in given)
+        width = self._width(given)
+        if weighted or (several and is_product(func)):
+            for each, how in carried.items():
+                self.of(each).layer |= how.direct
+            carried = {} if weighted else {each: _Carried(how.sign, False) for each, how in carried.items()}
+            learned = learned or (weighted and (is_product(func) or learned))
+            width = _layer_width(func, args, made) or width
+        elif func is not None:
+            carried = {
+                each: _Carried(sign_after(func, args, kwargs, how.sign), how.direct) for each, how in carried.items()
+            }
+        if isinstance(out, Tensor) and not (out.is_floating_point() or out.is_complex()):
+            carried = {}  # a mask or an index is no result any more
+        affine = self._affine(func, args, kwargs)
         if call is not None:
-            calls |= {call}
+            # what comes after an activation depends on that one's range
+            carried = {each: _Carried(max(how.sign, Sign.CLAMPED), how.direct) for each, how in carried.items()}
+            carried[call] = _Carried(Sign.ANY, True)
+            affine = call, Affine()
+            self.of(call).width = width
+        if affine is not None:
+            self.of(affine[0]).affine.add(affine[1])
         only_weights = bool(weights) and all(self._is_weight(each) or id(each) in self._buffers for each in given)
-        for tensor in made if calls or only_weights else ():
-            self._of[id(tensor)] = _Known(weakref.ref(tensor), calls, only_weights)
+        for tensor in made if carried or only_weights or learned else ():
+            self._of[id(tensor)] = _Known(weakref.ref(tensor), carried, only_weights, learned, affine, width)
             if tensor.numel() == 1:
-                self._counted |= calls
+                self._counted |= {each for each, how in carried.items() if how.direct}
 
     def made(self, out: Tensor, call: Call) -> None:
-        """Takes down that a written-out activation is complete.
+        """Takes in that a written-out activation is complete.
 
         Args:
-            out: its result, of a function that has been taken down.
+            out: its result, of a function that has been taken in.
             call: the activation.
         """
-        self._of[id(out)] = _Known(weakref.ref(out), self._calls(out) | {call}, False)
+        known = self._known(out)
+        calls = {} if known is None else dict(known.calls)
+        calls[call] = _Carried(Sign.ANY, True)
+        width = None if known is None else known.width
+        self.of(call).width = width
+        learned = known is not None and known.learned
+        self._of[id(out)] = _Known(weakref.ref(out), calls, False, learned, (call, Affine()), width)
+
+    def is_learned(self, tensor: Tensor) -> bool:
+        """Whether a tensor comes out of a layer with weights, so that it is no data.
+
+        Args:
+            tensor: any.
+
+        Returns:
+            Whether it does.
+        """
+        return self._is_learned(tensor)
+
+    def entered(self, name: str, values: Any) -> None:
+        """Takes in that a module's forward begins.
+
+        Args:
+            name: FQN of the module.
+            values: what it is given.
+        """
+        tensor = next(_tensors(values), None)
+        if tensor is not None and tensor.is_floating_point():
+            entry = (tuple(tensor.shape[1:]), self._calls(tensor), not self._is_learned(tensor))
+            self._entries.setdefault(name, []).append(entry)
+
+    def left(self, out: Any, name: str, outermost: bool) -> None:
+        """Takes in that a module's forward has ended.
+
+        Args:
+            out: what it returns.
+            name: FQN of the module.
+            outermost: whether no other forward is around it.
+        """
+        for tensor in _tensors(out):
+            for call in self._calls(tensor):
+                uses = self.of(call)
+                if tensor.dim() == 0 and any(frame.module == name for frame in call.path):
+                    uses.summed = True
+                if outermost:
+                    uses.returned = True
+                    uses.unflattened |= tensor.dim() > max(2, len(call.shape))
 
     def returned(self, out: Any) -> None:
-        """Takes down what a step returns: the loss, alone or as an entry ``loss``.
+        """Takes in what a step returns: the loss, alone or as an entry ``loss``.
 
         Args:
             out: anything.
@@ -105,40 +253,131 @@ class Lineage:
             if tensor.numel() == 1:
                 self._returned = (self._returned or set()) | self._calls(tensor)
 
+    def losses(self) -> set[Call]:
+        """The calls that the loss is made of; of any single number, where no step returns a loss."""
+        ends = self._counted if self._returned is None else self._returned
+        return {call for call in ends if not self.of(call).layer}
+
+    def replacements(self) -> dict[Call, str]:
+        """Calls whose results a module takes that it takes data in place of, with the module's name."""
+        found: dict[Call, str] = {}
+        for name, entries in self._entries.items():
+            data = {shape for shape, calls, is_data in entries if is_data and not calls}
+            for shape, calls, _ in entries:
+                if shape in data:
+                    found.update({call: name for call in calls if all(f.module != name for f in call.path)})
+        return found
+
+    def _note_needs(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        for tensor in _tensors(needing(func, args, kwargs)):
+            known = self._known(tensor)
+            for call, how in {} if known is None else known.calls.items():
+                if how.sign is Sign.ANY:
+                    self.of(call).needs = self.of(call).needs or name_of(func)
+        asks = asks_for_values(func, args, out)
+        distribution = inside_distribution()
+        tensors = list(_tensors((args, kwargs)))
+        for tensor in tensors:
+            for call in self._calls(tensor):
+                if distribution:
+                    self.of(call).needs = self.of(call).needs or "a distribution"
+                elif asks:
+                    self.of(call).asks = self.of(call).asks or asks
+        if name_of(func) in _COMPARED and not all(self._is_learned(tensor) for tensor in tensors):
+            for tensor in tensors:
+                for call in self._calls(tensor):
+                    self.of(call).compared = True
+
+    def _affine(self, func: Any, args: Any, kwargs: Any) -> tuple[Call, Affine] | None:
+        """The scaled and shifted result of a call that a function of numbers gives; notes products with tensors."""
+        name = name_of(func)
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        numbers = [float(arg) for arg in args if isinstance(arg, (int, float))]
+        if name in ("mul", "multiply", "imul", "rmul") and len(tensors) == 2:
+            self._note_product(tensors)
+            return None
+        if len(tensors) != 1 or len(numbers) != 1 or len(args) != 2 or kwargs:
+            return None
+        known = self._known(tensors[0])
+        if known is None or known.affine is None:
+            return None
+        call, (scale, shift) = known.affine
+        number = numbers[0]
+        if name in ("add", "radd", "iadd"):
+            return call, Affine(scale, shift + number)
+        if name in ("sub", "subtract", "isub") and isinstance(args[0], Tensor):
+            return call, Affine(scale, shift - number)
+        if name in ("rsub", "sub"):
+            return call, Affine(-scale, number - shift)
+        if name in ("mul", "multiply", "rmul", "imul"):
+            return call, Affine(scale * number, shift * number)
+        if name in ("div", "divide", "true_divide", "truediv", "itruediv") and number:
+            return call, Affine(scale / number, shift / number)
+        return None
+
+    def _note_product(self, tensors: list[Tensor]) -> None:
+        for tensor, other in (tensors, tensors[::-1]):
+            known = self._known(tensor)
+            if known is not None and known.affine is not None and tensor is not other:
+                self.of(known.affine[0]).factor.add(known.affine[1])
+
+    def _width(self, given: list[Tensor]) -> tuple[int, int] | None:
+        for tensor in given:
+            known = self._known(tensor)
+            if known is not None and known.width is not None:
+                return known.width
+        return None
+
     def _known(self, tensor: Tensor) -> _Known | None:
         known = self._of.get(id(tensor))
         return known if known is not None and known.tensor() is tensor else None
 
+    def _carried(self, given: list[Tensor]) -> dict[Call, _Carried]:
+        carried: dict[Call, _Carried] = {}
+        for tensor in given:
+            known = self._known(tensor)
+            for call, how in {} if known is None else known.calls.items():
+                before = carried.get(call, how)
+                carried[call] = _Carried(min(before.sign, how.sign), before.direct or how.direct)
+        return carried
+
     def _calls(self, tensor: Tensor) -> frozenset[Call]:
+        """The calls that a tensor comes from with neither a layer nor a product in between."""
         known = self._known(tensor)
-        return frozenset() if known is None else known.calls
+        return frozenset() if known is None else frozenset(call for call, how in known.calls.items() if how.direct)
 
     def _is_weight(self, tensor: Tensor) -> bool:
         known = self._known(tensor)
         return isinstance(tensor, nn.Parameter) or (known is not None and known.weight)
 
-    def judge(self, trace: Trace, model: nn.Module) -> None:
-        """Gives the role `loss` to the calls that are parts of one, made by a step or a module without weights.
-
-        They are the ones that the loss is made of, while no layer was given what was made of them. Where no step
-        returns a loss, as in manual optimisation, any single number may be one.
-
-        Args:
-            trace: what the run wrote down; the roles in it change.
-            model: what ran.
-        """
-        learn = {name for name, module in model.named_modules() if _learns(module)}
-        losses = (self._counted if self._returned is None else self._returned) - self._learned_from
-        for call in trace.calls:
-            stepped = any(frame.instance and not frame.is_forward for frame in call.path)
-            within = call.in_method or any(frame.is_forward and frame.module in learn for frame in call.path)
-            if call.role == "hidden" and stepped and not within and call in losses:
-                call.role, call.reason = "loss", "part of a loss: no layer comes after it"
+    def _is_learned(self, tensor: Tensor) -> bool:
+        known = self._known(tensor)
+        return known is not None and known.learned
 
 
-def _learns(module: nn.Module) -> bool:
-    """Whether a module has weights; a temperature or a margin is one number."""
-    return any(parameter.numel() > 1 for parameter in module.parameters())
+def _layer_width(func: Any, args: Any, made: list[Tensor]) -> tuple[int, int] | None:
+    """Channels that a linear layer or a convolution takes and gives."""
+    name = name_of(func)
+    if not args or not isinstance(args[0], Tensor) or not made or not made[0].dim() or not args[0].dim():
+        return None
+    if name == "linear":
+        return args[0].shape[-1], made[0].shape[-1]
+    if name in CONVOLUTIONS:
+        dim = -1 - int(name[-2])
+        return args[0].shape[dim], made[0].shape[dim]
+    return None
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether a module has weights; a temperature or a margin is one number.
+
+    Args:
+        module: any.
+
+    Returns:
+        Whether it has.
+    """
+    return any(is_lazy(parameter) or parameter.numel() > 1 for parameter in module.parameters())
 
 
 def in_method(frame: FrameType | None, entries: Collection[CodeType]) -> bool:
@@ -161,14 +400,15 @@ def in_method(frame: FrameType | None, entries: Collection[CodeType]) -> bool:
                 others.append(owner)
         frame = caller_of(frame)
     entered = None if frame is None else variable_of(frame, "module")
-    return any(other is not entered and _learns(other) for other in others)
+    return any(other is not entered and learns(other) for other in others)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
-        yield values
+        if not is_lazy(values):
+            yield values
     elif isinstance(values, (list, tuple)):
-        for value in values:
+        for value in cast("list[Any]", values):
             yield from _tensors(value)
     elif isinstance(values, dict):
         yield from _tensors(list(values.values()))

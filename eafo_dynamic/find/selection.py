@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,8 +32,9 @@ class FoundSite:
         shape: shape of the pre-activation without its first dimension; None where no example was run.
         inplace: whether the activation overwrites its input.
         role: ``hidden``; ``gate`` for functions onto (0, 1) such as sigmoid, for gated cells and for transforms of
-            parameters; ``loss`` for what a step makes its loss of, no layer in between; ``unknown`` for what might be
-            either.
+            parameters; ``range`` for what goes into a root, a logarithm, a division or a distribution, or is the
+            model's output; ``loss`` for what the loss is made of, no layer in between; ``unknown`` for what might be
+            any of these. See ``roles``.
         wrapped: whether it is selected for correction.
         reason: why it is not, or what to know about it.
         kind: ``module`` (called once), ``shared`` (called several times), ``function``, ``written`` (out) or
@@ -126,7 +128,15 @@ class Selection:
             for each in _patterns(getattr(self, option)):
                 if not any(matches(each, site) for site in sites):
                     raise PatternError(option, each, names)
-        return [self._mark(site, model.get_submodule(site.module)) for site in sites]
+        marked = [self._mark(site, model.get_submodule(site.module)) for site in sites]
+        asked = [f"{site.name} ({site.reason})" for site in marked if site.wrapped and site.role == "range"]
+        if asked:
+            warnings.warn(
+                f"EAFO corrects {', '.join(asked)}, since target_modules names it. A correction may leave the range "
+                "that is needed there: watch for NaN, or take it out of target_modules.",
+                stacklevel=3,
+            )
+        return marked
 
     def _mark(self, site: FoundSite, module: nn.Module) -> FoundSite:
         targets = _patterns(self.target_modules)

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.correction.bases import as_base
-from eafo_dynamic.find.behaviour import is_soft_cap, looks_like_activation, may_call_functions
+from eafo_dynamic.find.behaviour import is_soft_cap, is_straight, looks_like_activation, may_call_functions
 from eafo_dynamic.find.dryrun import trace_calls
 from eafo_dynamic.find.functional import function_base, is_function_of_name
 from eafo_dynamic.find.places import shortest
 from eafo_dynamic.find.probe import forked_random_states
+from eafo_dynamic.find.roles import is_rectifier
 from eafo_dynamic.find.selection import FoundSite, Selection, SiteReport, matches
 from eafo_dynamic.find.trace import SOFT_CAP, Call, Frame, Trace
-from eafo_dynamic.find.unreached import taken_over
+from eafo_dynamic.find.unreached import is_named, taken_over
 from eafo_dynamic.find.wrapped import CarriesCorrection, Wrapped, is_activation, plain_view
 from eafo_dynamic.find.written import WRITTEN
 from eafo_dynamic.internals.torch_internals import tree_map
@@ -37,6 +38,7 @@ MAX_CALLS = 64
 recurrent loop over a sequence would otherwise have a site a time step."""
 
 _OUTSIDE = "called outside any forward, where its calls cannot be told apart; call it from a forward"
+_NOT_SEEN = "without an example it is not seen whether this is a hidden activation or an output"
 _OPAQUE = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -95,7 +97,10 @@ def _copied(value: object) -> object:
 
 def _static_sites(model: nn.Module) -> tuple[list[FoundSite], str]:
     """Sites of the module tree, and what it cannot tell."""
-    found = [*(_describe(name, module) for name, module in _activations(model).items()), *_opaque(model)]
+    found = [
+        *(_without_use(_describe(name, each), model) for name, each in _activations(model).items()),
+        *_opaque(model),
+    ]
     note = "No example input was run: an activation that is called several times a forward is one site."
     callers = [
         name or "(root)"
@@ -106,6 +111,13 @@ def _static_sites(model: nn.Module) -> tuple[list[FoundSite], str]:
         shown = ", ".join(callers[:6]) + (f" and {len(callers) - 6} more" if len(callers) > 6 else "")
         note += f" Functional calls are not seen; these modules seem to make some: {shown}."
     return found, note
+
+
+def _without_use(site: FoundSite, model: nn.Module) -> FoundSite:
+    """A site of which nobody has seen what becomes of its result: hidden only if it is a rectifier."""
+    if site.role != "hidden" or not site.wrapped or is_rectifier(as_base(plain_view(model.get_submodule(site.module)))):
+        return site
+    return replace(site, role="unknown", reason=_NOT_SEEN)
 
 
 def _names_functions(module: nn.Module) -> bool:
@@ -160,7 +172,7 @@ def _describe(name: str, module: nn.Module) -> FoundSite:
             role, note = "unknown", SOFT_CAP
         if corrected:
             reason = "corrected already"
-        elif base.traits.affine:
+        elif base.traits.affine or is_straight(base):
             reason = "affine: nothing to correct"
         elif "forward" in vars(module):
             reason = "forward is replaced on the instance, which hides the class's; wrap before replacing it"
@@ -213,11 +225,19 @@ def _dynamic_sites(model: nn.Module, run: Callable[[nn.Module], object]) -> tupl
     shared = {site.module for site in sites if site.kind == "shared"}
     for name, site in described.items():
         if not trace.forwards[name] and name not in shared:
-            sites.append(replace(site, reason=site.reason or "not reached by the example input"))
+            sites.append(_unreached(site, model, trace))
         elif name in trace.refused and all(each.module != name for each in sites):
             why = f"the example calls it with what cannot be corrected: {trace.refused[name]}"
             sites.append(replace(site, reason=site.reason or why))
     return [*sites, *_hidden_in_code(trace), *_opaque(model)], ""
+
+
+def _unreached(site: FoundSite, model: nn.Module, trace: Trace) -> FoundSite:
+    """A site that the example did not reach; a spare module, which no code names, would get a parameter in vain."""
+    if not is_named(model, site.module, trace.forwards):
+        reason = "not reached by the example input, and no code of the model names it"
+        return replace(site, wrapped=False, reason=site.reason or reason)
+    return replace(site, reason=site.reason or "not reached by the example input")
 
 
 def _hidden_in_code(trace: Trace) -> list[FoundSite]:

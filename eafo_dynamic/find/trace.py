@@ -38,7 +38,7 @@ class Call:
         inplace: whether the function overwrites its input.
         hidden_from_compiler: whether torch.compile would not show the call.
         channel_dim: dimension of the channels of the pre-activation, where it is known.
-        role: hidden, gate, loss or unknown.
+        role: hidden, gate, range, loss or unknown; see ``roles``. ``part`` of a written-out activation.
         reason: why it is not hidden.
         refusal: why it cannot be corrected, whatever its role.
         places: where in the code it is made, innermost first, a list for each forward of the path.

@@ -6,15 +6,20 @@ module shows without a run; which functions the code calls, and how often it cal
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import CodeType
 
 from torch import nn
 
 from eafo_dynamic.find.selection import FoundSite
 from eafo_dynamic.find.wrapped import plain_view
 
-__all__ = ["taken_over"]
+__all__ = ["is_named", "taken_over"]
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_BY_NAME = {"getattr", "children", "named_children", "modules", "named_modules", "get_submodule", "_modules"}
 
 
 def taken_over(model: nn.Module, reached: Sequence[str], sites: Sequence[FoundSite]) -> list[FoundSite]:
@@ -46,6 +51,42 @@ def taken_over(model: nn.Module, reached: Sequence[str], sites: Sequence[FoundSi
                 used.add(site.name)
                 found.append(site)
     return found
+
+
+def is_named(model: nn.Module, name: str, reached: Mapping[str, int]) -> bool:
+    """Whether a module that did not run may run another time: the code around it names it.
+
+    Args:
+        model: the model.
+        name: FQN of the module.
+        reached: how often each module ran.
+
+    Returns:
+        Whether a method of a module around it uses its name, or goes through all modules that there are.
+    """
+    holder, _, attribute = name.rpartition(".")
+    if not name or reached.get(name, 0):
+        return True
+    around = [holder[:end] for end, letter in enumerate(f"{holder}.") if letter == "."] if holder else []
+    kinds = {type(plain_view(model.get_submodule(each))) for each in ["", *around]}
+    if isinstance(model.get_submodule(holder), _CONTAINERS) or any(_uses(kind, attribute) for kind in kinds):
+        return is_named(model, holder, reached)
+    return False
+
+
+def _uses(kind: type[nn.Module], attribute: str) -> bool:
+    own = [each for each in kind.__mro__ if not each.__module__.startswith("torch.nn.modules.module")]
+    methods = [value for each in own for name, value in vars(each).items() if name != "__init__"]
+    codes = [code for method in methods for code in _codes(getattr(inspect.unwrap(method), "__code__", None))]
+    return any(attribute in code.co_names or _BY_NAME & set(code.co_names) for code in codes)
+
+
+def _codes(code: object) -> Iterator[CodeType]:
+    """The code of a function, and of the functions inside it."""
+    if isinstance(code, CodeType):
+        yield code
+        for constant in code.co_consts:
+            yield from _codes(constant)
 
 
 def _own_code(module: nn.Module) -> bool:

@@ -30,12 +30,13 @@ Node = tuple[Any, ...]
 """An expression of one tensor: ``("mul", "x", ("sigmoid", ("mul", 1.702, "x")))``; ``"x"`` is the tensor,
 ``"?"`` a scalar tensor such as a learnable beta."""
 
-_KERNELS = {"sigmoid", "tanh", "erf", "hardsigmoid"}
+_KERNELS = {"sigmoid", "tanh", "erf", "hardsigmoid", "relu6"}
 _UNARY: dict[str, Callable[..., Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "erf": torch.erf,
     "hardsigmoid": F.hardsigmoid,
+    "relu6": F.relu6,
     "softplus": F.softplus,
     "square": torch.square,
     "neg": torch.neg,
@@ -205,7 +206,9 @@ class Tracker:
         Returns:
             The written-out activation that the call completes; None if it completes none.
         """
-        if func not in _OPERATIONS or kwargs or not isinstance(out, Tensor):
+        if func not in _OPERATIONS or not isinstance(out, Tensor):
+            return None
+        if any(value is not False for value in kwargs.values()):  # inplace=False says nothing
             return None
         name, reflected = _OPERATIONS[func]
         if len(args) != (1 if name in _UNARY else 2):

@@ -1,0 +1,230 @@
+"""Each activation call is known for what it is: hidden, a gate, what needs a range, or a part of a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.distributions import Normal
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from eafo_dynamic import EAFOCallback
+from eafo_dynamic.find.sites import Selection, SiteReport, find_sites
+
+
+class Net(nn.Module):
+    """Layers, and a forward that is given."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 8)
+        self.head, self.norm = nn.Linear(16, 1), nn.BatchNorm1d(16)
+        self.tanh, self.softplus, self.relu6 = nn.Tanh(), nn.Softplus(), nn.ReLU6()
+        self.given = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.given(self, x)
+
+
+def example() -> Tensor:
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+def report_of(forward: Callable[[Any, Tensor], Any], **selection: Any) -> SiteReport:
+    torch.manual_seed(0)
+    return find_sites(Net(forward), example(), selection=Selection(**selection))
+
+
+def roles_of(report: SiteReport) -> list[str]:
+    return [site.role for site in report.sites if site.role != "part" and "not reached" not in site.reason]
+
+
+def linear_attention(m: Any, x: Tensor) -> Tensor:
+    q, k = F.elu(m.two(m.one(x))) + 1, F.elu(m.three(m.one(x)).repeat(1, 2)) + 1
+    weights = q @ k.T
+    return m.three((weights @ m.one(x)) / weights.sum(-1, keepdim=True))
+
+
+def squashed_actor(m: Any, x: Tensor) -> Tensor:
+    a = torch.tanh(m.two(m.one(x)))
+    return m.head(a) - torch.log(1 - a * a + 1e-6).sum(-1)
+
+
+def squared_distance(m: Any, x: Tensor) -> Tensor:
+    h = F.relu(m.one(x))
+    return m.head(h) + (h - h.flip(0)).square().sum(-1, keepdim=True).sqrt()
+
+
+def root_mean_square(m: Any, x: Tensor) -> Tensor:
+    h = F.silu(m.one(x))
+    return m.head(h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def softmax_by_hand(m: Any, x: Tensor) -> Tensor:
+    h = F.relu(m.one(x)).exp()
+    return m.head(h / h.sum(-1, keepdim=True))
+
+
+RANGES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "a root": lambda m, x: (F.relu(m.head(m.one(x))) + 1e-3).sqrt(),
+    "a power": lambda m, x: m.two(F.relu(m.one(x)) ** 0.45),
+    "a logarithm": lambda m, x: torch.log(m.softplus(m.one(x)) + 1e-6),
+    "a logarithm behind a minus": squashed_actor,
+    "a division": lambda m, x: m.two(m.one(x) / m.softplus(m.one(x))),
+    "one over it": lambda m, x: 1 / (F.relu(m.one(x)) + 1),
+    "linear attention": linear_attention,
+    "elu + 1 alone": lambda m, x: m.two(F.elu(m.one(x)) + 1),
+    "a distribution": lambda m, x: Normal(m.head(m.one(x)), m.softplus(m.head(m.one(x)))).rsample(),
+    "a comparison": lambda m, x: m.two(x.repeat(1, 2) * (F.relu(m.one(x)) > 0.5)),
+    "a variance": lambda m, x: F.gaussian_nll_loss(m.head(m.one(x)), x[:, :1], m.softplus(m.head(m.one(x)))),
+    "an image": lambda m, x: m.tanh(m.one(x)).view(4, 1, 4, 4),
+    "few outputs": lambda m, x: 2.0 * torch.tanh(m.head(m.one(x))),
+    "a positive output": lambda m, x: (m.head(m.one(x)), m.softplus(m.head(m.one(x)))),
+}
+GATES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "relu6 over 6, after the product": lambda m, x: m.two(m.one(x) * F.relu6(m.two(m.one(x)) + 3) / 6),
+    "relu6 over 6": lambda m, x: m.two(m.one(x) * (F.relu6(m.two(m.one(x)) + 3) / 6)),
+    "a module of relu6": lambda m, x: m.two(m.one(x) * m.relu6(m.two(m.one(x)) + 3) * (1 / 6)),
+    "hardtanh from 0 to 1": lambda m, x: m.two(m.one(x) * F.hardtanh(m.two(m.one(x)) + 0.5, 0, 1)),
+    "tanh from 0 to 1": lambda m, x: m.two(m.one(x) * (torch.tanh(m.two(m.one(x))) + 1) / 2),
+    "tanh by a module": lambda m, x: m.two(m.one(x) * (0.5 * m.tanh(m.two(m.one(x))) + 0.5)),
+}
+HIDDEN: dict[str, Callable[[Any, Tensor], Any]] = {
+    "a layer": lambda m, x: m.two(F.relu(m.one(x))),
+    "a norm and a layer": lambda m, x: m.two(m.norm(torch.tanh(m.one(x)))),
+    "shapes, sums and dropout": lambda m, x: m.two(F.dropout(F.gelu(m.one(x)).view(4, 4, 4).flatten(1)) + m.one(x)),
+    "a distance beside the layer": squared_distance,
+    "a root mean square": root_mean_square,
+    "softmax": lambda m, x: m.head(F.relu(m.one(x)).softmax(-1)),
+    "softmax by hand": softmax_by_hand,
+    "a unit vector": lambda m, x: m.head(F.normalize(F.relu(m.one(x)))),
+    "a mask of it": lambda m, x: m.head((lambda h: h * (h > 0.1))(F.relu(m.one(x)))),
+    "returned beside the layer": lambda m, x: (lambda h: (m.head(h), h))(torch.tanh(m.one(x))),
+    "features": lambda m, x: F.relu(m.three(m.one(x))),
+    "squashed features": lambda m, x: torch.tanh(m.two(m.one(x))),
+    "a gate's other factor": lambda m, x: m.two(F.relu(m.one(x)) * torch.tanh(m.two(m.one(x)))),
+    "hardswish of a relu6": lambda m, x: m.two((lambda h: h * F.relu6(h + 3) / 6)(m.one(x))),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_what_needs_a_range_is_left_alone(name: str) -> None:
+    report = report_of(RANGES[name])
+    assert not report.wrapped or "not reached" in report.wrapped[0].reason, report
+    assert set(roles_of(report)) == {"range"}
+    assert all(site.reason for site in report.skipped)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gates_are_left_alone(name: str) -> None:
+    assert roles_of(report_of(GATES[name])) == ["gate"]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_a_layer_takes_is_hidden(name: str) -> None:
+    found = roles_of(report_of(HIDDEN[name]))
+    assert found and set(found) <= {"hidden", "gate"} and "hidden" in found
+
+
+def test_a_hinge_inside_forward_is_a_loss() -> None:
+    report = report_of(lambda m, x: F.relu(1 - m.head(F.relu(m.one(x)))).mean())
+    assert roles_of(report) == ["hidden", "loss"]
+
+
+def test_a_gradient_scaler_is_no_activation() -> None:
+    class Scaler(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 0.1 + x.detach() * 0.9
+
+    report = find_sites(nn.Sequential(nn.Linear(8, 8), Scaler(), nn.Linear(8, 8)), example())
+    assert [(site.wrapped, site.reason) for site in report.sites] == [(False, "affine: nothing to correct")]
+
+
+def test_a_generator_makes_images() -> None:
+    layers = nn.ConvTranspose2d(8, 8, 4), nn.ReLU(), nn.ConvTranspose2d(8, 3, 4, 2), nn.Tanh()
+    report = find_sites(nn.Sequential(*layers), torch.randn(2, 8, 1, 1))
+    assert roles_of(report) == ["hidden", "range"]
+    assert "output of the model" in report.skipped[0].reason
+
+
+def test_a_pattern_overrides_the_role_and_warns_once() -> None:
+    with pytest.warns(UserWarning, match=r"root|sqrt") as warned:
+        report = report_of(RANGES["a root"], target_modules="relu")
+    assert [site.name for site in report.wrapped] == [":relu"]
+    assert len(warned) == 1
+
+
+class Step(LightningModule):
+    """A training step that is given."""
+
+    def __init__(self, step: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
+        self.mean, self.sd = nn.Linear(16, 1), nn.Sequential(nn.Linear(16, 1), nn.Softplus())
+        self.generator = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.2), nn.Linear(8, 8), nn.Tanh())
+        self.critic = nn.Sequential(nn.Linear(8, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
+        self.counts = nn.Sequential(nn.Linear(8, 1), nn.ReLU())
+        self.encoder = nn.Sequential(nn.Linear(8, 2), nn.Tanh())
+        self.decoder = nn.Sequential(nn.Linear(2, 8))
+        self.given = step
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.given(self, batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+def likelihood(m: Any, x: Tensor) -> Tensor:
+    h = m.body(x)
+    return -Normal(m.mean(h), m.sd(h)).log_prob(x[:, :1]).mean()
+
+
+def adversaries(m: Any, x: Tensor) -> Tensor:
+    fake = m.generator(x[:, :4])
+    return m.critic(fake).mean() - m.critic(fake.detach()).mean() + m.critic(x).mean()
+
+
+STEPS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, str]]] = {
+    "the scale of a normal": (likelihood, {"body.1": "hidden", "sd.1": "range"}),
+    "a generator beside its critic": (
+        adversaries,
+        {"generator.1": "hidden", "generator.3": "range", "critic.1": "hidden"},
+    ),
+    "counts": (lambda m, x: F.mse_loss(m.counts(x), x[:, :1].abs()), {"counts.1": "range"}),
+    "a code": (lambda m, x: F.mse_loss(m.decoder(m.encoder(x)), x), {"encoder.1": "hidden"}),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_roles_in_a_training_step(name: str, tmp_path: Path) -> None:
+    step, expected = STEPS[name]
+    torch.manual_seed(0)
+    callback = EAFOCallback(verbose=False, save_log=False)
+    data = DataLoader(TensorDataset(torch.randn(32, 8)), 8)
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        max_epochs=5, callbacks=[callback], default_root_dir=tmp_path, enable_model_summary=False, **quiet
+    )
+    trainer.fit(Step(step), data)
+    assert callback.controller is not None
+    sites = callback.controller.report.sites
+    assert {site.name.partition("#")[0]: site.role for site in sites if "not reached" not in site.reason} == expected
+
+
+class TestStatic:
+    """Without an example nobody sees what a result is for."""
+
+    def test_rectifiers_are_wrapped_and_the_rest_is_named(self) -> None:
+        rectifiers = (nn.ReLU(), nn.LeakyReLU(), nn.ReLU6(), nn.GELU(), nn.SiLU(), nn.Mish(), nn.ELU(), nn.SELU())
+        others = (nn.Tanh(), nn.Softplus(), nn.Softsign(), nn.Hardtanh())
+        report = find_sites(nn.Sequential(*rectifiers, *others))
+        assert [site.class_name for site in report.wrapped] == [type(each).__name__ for each in rectifiers]
+        assert [site.class_name for site in report.skipped] == [type(each).__name__ for each in others]
+        assert all("example" in site.reason and site.role == "unknown" for site in report.skipped)
