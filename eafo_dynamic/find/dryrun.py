@@ -26,6 +26,7 @@ from eafo_dynamic.find.functional import (
     with_input_first,
 )
 from eafo_dynamic.find.lineage import Lineage, in_method, is_product
+from eafo_dynamic.find.observers import silence_observers
 from eafo_dynamic.find.places import chain
 from eafo_dynamic.find.probe import structural_copy
 from eafo_dynamic.find.roles import assign_roles
@@ -338,6 +339,7 @@ _WANTS_GRADIENT = ("require grad", "requires_grad", "requires grad")  # of torch
 def _traced(model: nn.Module, activations: Mapping[str, str], run: Callable[[nn.Module], object], grad: bool) -> Trace:
     with structural_copy(model) as probe, torch.set_grad_enabled(grad):
         listener = _Listener(activations, Lineage(probe))
+        silence_observers(probe)
         _listen(probe, listener)
         with (
             warnings.catch_warnings(),

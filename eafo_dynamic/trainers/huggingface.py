@@ -21,6 +21,7 @@ from eafo_dynamic.internals.torch_internals import callers, current_frame, hide_
 from eafo_dynamic.policy.controller import EAFOController
 from eafo_dynamic.records import CorrectionLog
 from eafo_dynamic.records.schema import Record
+from eafo_dynamic.trainers.huggingface_example import batch_report
 from eafo_dynamic.trainers.optim import own_group
 from eafo_dynamic.trainers.options import TrainerCallbackOptions
 from eafo_dynamic.trainers.replicas import Replicas, everyones
@@ -74,7 +75,11 @@ class EAFOTrainerCallback(TrainerCallback):
         """Wraps the model, before the optimiser is built and before the model is handed to DistributedDataParallel."""
         model = kwargs["model"]
         self._trainer = _calling_trainer()
-        report = find_sites(model, selection=self.options.selection, **(self.options.example or {}))
+        selection = self.options.selection
+        if self.options.example is not None:
+            report = find_sites(model, selection=selection, **self.options.example)
+        else:
+            report = batch_report(self._trainer, model, selection)
         self.controller = EAFOController(model, self.options, report)
         if world_size() > 1:
             self._replicas = Replicas(model, self._amplitudes)

@@ -170,8 +170,8 @@ class TrainerCallbackOptions(WrittenOptions, GroupOptions, Options):
         default=None,
         part=SITES,
         text=(
-            "keyword inputs of one forward, to find activations that are called several times; `None`: a static "
-            "search; Hugging Face only"
+            "keyword inputs of one forward, to find all activation calls; `None`: the first items of the training "
+            "data; Hugging Face only"
         ),
         check=_inputs,
     )

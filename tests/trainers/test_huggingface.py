@@ -398,3 +398,70 @@ def test_corrections_that_were_taken_out_are_refused(tmp_path: Path) -> None:
     unwrap(trainer.model)
     with pytest.raises(EAFOError, match="taken out of the model after the Trainer was made"):
         trainer.train()
+
+
+class Frames(torch.utils.data.Dataset[dict[str, Any]]):
+    """Sounds with their text, or text alone; a column that no model asks for; says what was read."""
+
+    def __init__(self, sounds: bool) -> None:
+        self.sounds = sounds
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.read.append(index)
+        ids = torch.randint(3, 40, (6,))
+        if self.sounds:
+            return {"input_features": torch.randn(8, 60), "labels": ids, "name": "x"}
+        return {"input_ids": ids, "labels": ids, "name": "x"}
+
+
+def mamba() -> Any:
+    return transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)
+    )
+
+
+def whisper() -> Any:
+    sizes = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    sizes |= dict.fromkeys(("encoder_layers", "decoder_layers"), 2)
+    sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "d_model"), 16)
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = transformers.WhisperConfig(
+        vocab_size=50, num_mel_bins=8, max_source_positions=30, max_target_positions=16, **sizes, **tokens
+    )
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(("make_model", "calls"), [(mamba, 6), (whisper, 6)])
+def test_the_first_items_show_functional_calls_and_leave_no_trace(tmp_path: Path, make_model: Any, calls: int) -> None:
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    torch.manual_seed(0)
+    model, data, callback = make_model(), Frames(make_model is whisper), EAFOTrainerCallback()
+    seen: list[str] = []
+    model.register_forward_hook(lambda module, args, out: seen.append("forward"))
+    torch.manual_seed(5)
+    transformers.Trainer(model, args, train_dataset=data)
+    plain = torch.get_rng_state()
+    torch.manual_seed(5)
+    data.read.clear()
+    transformers.Trainer(model, args, train_dataset=data, callbacks=[callback])
+    assert torch.equal(torch.get_rng_state(), plain)
+    assert data.read == [0, 1]
+    assert callback.controller is not None and callback.controller.report.dynamic
+    assert len(callback.controller.report.wrapped) == calls
+    assert all(p.grad is None for p in model.parameters())
+    assert seen == []
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_without_data_the_tree_alone_is_searched_and_a_warning_says_so(tmp_path: Path) -> None:
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.warns(UserWarning, match=r"module tree only.*example="):
+        transformers.Trainer(make_gpt2(), args, callbacks=[EAFOTrainerCallback()])
+
+
+def make_gpt2() -> Any:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2))

@@ -1,0 +1,66 @@
+"""Hooks that only look on do not fire in a dry run; those that change something do."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import weight_norm
+
+from eafo_dynamic.find.sites import find_sites
+
+SEEN: list[object] = []
+
+
+def keeps(module: nn.Module, args: Any, out: Tensor) -> None:
+    """Keeps what it sees."""
+    if out.requires_grad:
+        return
+    SEEN.append(out.mean())
+
+
+def named(name: str, module: nn.Module, args: Any, out: Tensor) -> None:
+    SEEN.append(name)
+
+
+class Counter:
+    """A hook with a state."""
+
+    def __call__(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        SEEN.append(type(module).__name__)
+
+    def count(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        SEEN.append(1)
+
+
+OBSERVERS: dict[str, Callable[..., Any]] = {
+    "a function": keeps,
+    "a partial": functools.partial(named, "one"),
+    "an object": Counter(),
+    "a method": Counter().count,
+    "a lambda": lambda module, args, out: SEEN.append(out),
+}
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_hooks_that_only_look_on_do_not_fire(name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[0].register_forward_hook(OBSERVERS[name])
+    SEEN.clear()
+    assert [site.name for site in find_sites(model, torch.randn(2, 4)).wrapped] == ["1"]
+    assert SEEN == []
+    model(torch.randn(2, 4).requires_grad_(name != "a function"))
+    assert len(model[0]._forward_hooks) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_hooks_that_change_something_fire() -> None:
+    model = nn.Sequential(weight_norm(nn.Linear(4, 4)), nn.Identity(), nn.Linear(4, 4))
+    model[0].register_forward_hook(lambda module, args, out: F.relu(out))
+    model[1].register_forward_pre_hook(lambda module, args: (args[0].repeat(1, 2)[:, :4],))
+    assert [site.name for site in find_sites(model, torch.randn(2, 4)).wrapped] == [":relu"]
