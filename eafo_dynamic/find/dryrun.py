@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from eafo_dynamic.correction.kernels import describe, is_correctable, size_of
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.find.beneath import listening, uncompiled
 from eafo_dynamic.find.channels import channel_dim, mark_channels
+from eafo_dynamic.find.expressions import keep_expressions
 from eafo_dynamic.find.foreign import foreign_function
 from eafo_dynamic.find.functional import (
     function_name,
@@ -32,7 +34,7 @@ from eafo_dynamic.find.probe import structural_copy
 from eafo_dynamic.find.roles import assign_roles
 from eafo_dynamic.find.trace import SOFT_CAP, Call, Frame, Trace
 from eafo_dynamic.find.wrapped import ENTRY_POINTS, CarriesCorrection
-from eafo_dynamic.find.written import WRITTEN, Made, Tracker, parts
+from eafo_dynamic.find.written import WRITTEN, Made, Tracker, bends, parts
 from eafo_dynamic.internals.torch_internals import caller_of, code_of, current_frame
 
 __all__ = ["trace_calls"]
@@ -51,6 +53,8 @@ class _Running:
         # by id; the tensors are kept, so that no number is given twice
         self.made: dict[int, tuple[Tensor, Call]] = {}
         self.constants: dict[int, Tensor] = {}
+        self.expressions: dict[int, tuple[Tensor, Call]] = {}
+        self.of_modules: dict[int, Tensor] = {}
 
     def call_that_made(self, tensor: Tensor) -> Call | None:
         return self.made.get(id(tensor), (tensor, None))[1]
@@ -139,6 +143,8 @@ class _Listener(TorchFunctionMode):
         if noted is not None and isinstance(out, Tensor):
             running[-1].made[id(out)] = (out, noted)
             self.lineage.step(None, args, kwargs, out, noted)
+            if self.activations[name] in ("sigmoid", "hardsigmoid"):
+                self._follow_module(running[-1], self.activations[name], (*args, *kwargs.values())[0], out)
         self.lineage.left(out, name, outermost=not any(each.frame.is_forward for each in running))
         return out
 
@@ -231,19 +237,55 @@ class _Listener(TorchFunctionMode):
         if tensors and not is_product(func) and all(running.is_constant(tensor) for tensor in tensors):
             running.constants[id(out)] = out
         before = [running.tracker.find(tensor) for tensor in tensors]
-        made = running.tracker.step(func, args, kwargs, out)
+        name = getattr(func, "__name__", "")
+        overwrites = name == "mul_"
+        made = running.tracker.step(torch.mul if overwrites else func, args, kwargs, out)
+        of_module = any(id(tensor) in running.of_modules for tensor in tensors)
         if made is not None and is_correctable(made.root):
-            values = tuple(float(scalar.detach()) for scalar in made.scalars)
-            parameters: dict[str, object] = {"expression": made.node, "constants": values}
-            call = Call(running.frame.module, self.path(), size_of(out), WRITTEN, parameters)
-            call.channel_dim, call.refusal = channel_dim(made.root), _unknown_to_backward()
-            self._noted(call)
-            self.lineage.made(out, call)
+            call = self._expression(running, made)
+            call.refusal = _OVERWRITES if overwrites else _OF_MODULE if of_module else _unknown_to_backward()
+            self._within(running, tensors)
             for inner in _calls_inside(running, made):
                 inner.role, inner.reason = "part", "part of a written-out activation"
-        name = getattr(func, "__name__", "")
+        else:
+            self._follow_expression(running, tensors, out, of_module)
         if name.strip("_") in ("mul", "multiply", "div", "true_divide", "rmul"):
             self._judge_product(running, name, args, tensors, before)
+
+    def _expression(self, running: _Running, made: Made) -> Call:
+        """Writes down a written-out activation."""
+        values = tuple(float(scalar.detach()) for scalar in made.scalars)
+        parameters: dict[str, object] = {"expression": made.node, "constants": values}
+        call = Call(running.frame.module, self.path(), size_of(made.out), WRITTEN, parameters)
+        call.channel_dim = channel_dim(made.root)
+        self.lineage.made(made.out, call)
+        return self._noted(call)
+
+    def _follow_expression(self, running: _Running, tensors: list[Tensor], out: Tensor, of_module: bool) -> None:
+        """Writes down what may be a written-out activation, unless a larger expression turns out to have it in it."""
+        made = running.tracker.find(out)
+        if made is None or made.out is not out:
+            return
+        if of_module:
+            running.of_modules[id(out)] = out
+        self._within(running, tensors)
+        if bends(made.node) and out.is_floating_point() and is_correctable(made.root):
+            call = self._expression(running, made)
+            call.role = "open" if self.lineage.is_learned(made.root) else "data"
+            call.refusal = _unknown_to_backward()
+            running.expressions[id(out)] = (out, call)
+
+    def _within(self, running: _Running, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            known = running.expressions.get(id(tensor))
+            if known is not None:
+                known[1].role = "inner"
+
+    def _follow_module(self, running: _Running, name: str, value: Any, out: Tensor) -> None:
+        """Follows the result of a gate that is a module as that of a function."""
+        function = torch.sigmoid if name == "sigmoid" else F.hardsigmoid
+        running.tracker.step(function, (value,), {}, out)
+        running.of_modules[id(out)] = out
 
     def _function(self, call: Call) -> str:
         return self.activations[call.module] if call.function is None else call.function
@@ -261,6 +303,8 @@ class _Listener(TorchFunctionMode):
                 call.role, call.reason = "unknown", SOFT_CAP
 
 
+_OVERWRITES = "written out in place, which leaves no pre-activation; write x * x.sigmoid()"
+_OF_MODULE = "written out with a module, which is no part of an expression; call torch.sigmoid, or nn.SiLU as a whole"
 _ENTRIES = (_Listener.forward.__code__, _Listener.step.__code__)
 
 
@@ -349,6 +393,7 @@ def _traced(model: nn.Module, activations: Mapping[str, str], run: Callable[[nn.
         ):
             warnings.simplefilter("ignore")  # they concern the dry run (no gradient), or come again in training
             run(probe)
+    keep_expressions(listener.trace)
     assign_roles(listener.trace, listener.lineage, model)
     return listener.trace
 

@@ -76,6 +76,10 @@ def assign_roles(trace: Trace, lineage: Lineage, model: nn.Module) -> None:
             continue
         image = _Image(_base_of(call, model))
         call.role, call.reason = _role(call, uses, image)
+        if call.role == "hidden" and call.guessed and not uses.layer:
+            call.role, call.reason = "unknown", "looks like an activation, but no layer is seen to take its result"
+        elif call.role == "hidden" and call.guessed and uses.asks:
+            call.role, call.reason = "unknown", f"looks like an activation, but its result goes into {uses.asks} too"
 
 
 def _role(call: Call, uses: Uses, image: _Image) -> tuple[str, str]:

@@ -44,6 +44,7 @@ class Call:
         places: where in the code it is made, innermost first, a list for each forward of the path.
         returned: for each forward of the path, its children that have returned, and how many of them before the call.
         in_method: whether a method of another module than the innermost of the path makes it.
+        guessed: whether only its behaviour says that it is an activation: ``torch.where(x > 0, x, 0.1 * x)``.
     """
 
     module: str
@@ -60,6 +61,7 @@ class Call:
     places: list[list[str]] = field(default_factory=list)
     returned: list[tuple[list[str], int]] = field(default_factory=list)
     in_method: bool = False
+    guessed: bool = False
 
 
 @dataclass

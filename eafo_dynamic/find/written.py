@@ -21,7 +21,7 @@ from eafo_dynamic.correction.bases import Base, as_base
 from eafo_dynamic.correction.kernels import size_of
 from eafo_dynamic.errors import SiteError
 
-__all__ = ["WRITTEN", "Made", "Node", "Tracker", "Written", "parts", "written_base", "written_node"]
+__all__ = ["WRITTEN", "Made", "Node", "Tracker", "Written", "acts", "bends", "parts", "written_base", "written_node"]
 
 WRITTEN = "written"
 """Stands for the function's name where the activation is written out."""
@@ -41,6 +41,11 @@ _UNARY: dict[str, Callable[..., Tensor]] = {
     "square": torch.square,
     "neg": torch.neg,
     "exp": torch.exp,
+    "expm1": torch.expm1,
+    "sin": torch.sin,
+    "atan": torch.atan,
+    "abs": torch.abs,
+    "zeros_like": torch.zeros_like,
 }
 _BINARY: dict[str, Callable[..., Any]] = {
     "mul": operator.mul,
@@ -48,13 +53,26 @@ _BINARY: dict[str, Callable[..., Any]] = {
     "sub": operator.sub,
     "div": operator.truediv,
     "pow": operator.pow,
+    "maximum": lambda a, b: torch.maximum(*_as_tensors(a, b)),
+    "minimum": lambda a, b: torch.minimum(*_as_tensors(a, b)),
+    "gt": operator.gt,
+    "lt": operator.lt,
+    "ge": operator.ge,
+    "le": operator.le,
 }
+_TERNARY: dict[str, Callable[..., Any]] = {"where": torch.where}
+_OPERANDS = dict.fromkeys(_UNARY, 1) | dict.fromkeys(_BINARY, 2) | dict.fromkeys(_TERNARY, 3)
+_BENDS = {"exp", "expm1", "sin", "atan", "abs", "maximum", "minimum", "gt", "lt", "ge", "le", "where"}
 _DEEPEST = 32  # operations inside each other
 _REFLECTED = {"__radd__": "add", "__rmul__": "mul", "__rsub__": "sub", "__rdiv__": "div", "__rtruediv__": "div"}
 
 
 def _operation_table() -> dict[Any, tuple[str, bool]]:
-    spellings = {name: name for name in (*_UNARY, *_BINARY)}
+    spellings = {name: name for name in _OPERANDS}
+    spellings |= {"clamp": "clamp", "clip": "clamp", "clamp_min": "maximum", "clamp_max": "minimum"}
+    spellings |= {"arctan": "atan", "absolute": "abs", "__abs__": "abs", "greater": "gt", "less": "lt"}
+    spellings |= {"greater_equal": "ge", "less_equal": "le"}
+    spellings |= {f"__{name}__": name for name in ("gt", "lt", "ge", "le")}
     spellings |= {"multiply": "mul", "true_divide": "div", "divide": "div", "subtract": "sub", "__pow__": "pow"}
     spellings |= {"__mul__": "mul", "__add__": "add", "__sub__": "sub", "__truediv__": "div", "__neg__": "neg"}
     spellings |= {"special_expit": "sigmoid", "expit": "sigmoid"}
@@ -72,6 +90,7 @@ def _operation_table() -> dict[Any, tuple[str, bool]]:
 
 
 _OPERATIONS = _operation_table()
+_CLAMPS = {func for func, (name, _) in _OPERATIONS.items() if name == "clamp"}
 
 
 def written_node(parameters: Mapping[str, object]) -> Node:
@@ -91,8 +110,8 @@ def _as_node(saved: Any, depth: int = 0) -> Any:
     if depth and (saved in ("x", "?") or isinstance(saved, (int, float))):
         return saved if isinstance(saved, str) else float(saved)
     parts: list[Any] = list(saved) if isinstance(saved, (list, tuple)) else []
-    operands = 1 if parts and parts[0] in list(_UNARY) else 2
-    if len(parts) != 1 + operands or parts[0] not in [*_UNARY, *_BINARY] or depth > _DEEPEST:
+    operands = _OPERANDS.get(parts[0], 0) if parts and isinstance(parts[0], str) else 0
+    if not operands or len(parts) != 1 + operands or depth > _DEEPEST:
         raise SiteError(f"{reprlib.repr(saved)} is no expression of a written-out activation.")
     return (parts[0], *(_as_node(part, depth + 1) for part in parts[1:]))
 
@@ -130,7 +149,17 @@ def _evaluate(node: Any, z: Tensor, constants: Iterator[float]) -> Any:
         return node
     name, *operands = cast("tuple[Any, ...]", node)
     values = [_evaluate(operand, z, constants) for operand in operands]
-    return _UNARY[name](*values) if name in _UNARY else _BINARY[name](*values)
+    for table in (_UNARY, _BINARY, _TERNARY):
+        if name in table:
+            return table[name](*values)
+    raise SiteError(f"{name} is no operation of a written-out activation.")
+
+
+def _as_tensors(a: Any, b: Any) -> tuple[Tensor, Tensor]:
+    """Two operands, of which one may be a number, as tensors of one dtype and device."""
+    like = a if isinstance(a, Tensor) else b
+    first = torch.as_tensor(a, dtype=like.dtype, device=like.device)
+    return first, torch.as_tensor(b, dtype=like.dtype, device=like.device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -147,7 +176,7 @@ def written_base(node: Node, constants: tuple[float, ...]) -> Base:
     written = Written(node, constants)
     z = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
     value = written(z)
-    for known in ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "hardswish"):
+    for known in ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "hardswish", "relu", "elu", "softsign"):
         base = as_base(known)
         if torch.allclose(base(z), value, rtol=1e-6, atol=1e-6):
             return base
@@ -167,13 +196,15 @@ class Tracker:
     """Follows the pointwise operations of one frame, and says when they complete a written-out activation.
 
     Args:
-        wanted: expressions worth remembering; None: all. Remembered tensors live as long as the frame.
+        wanted: expressions worth remembering; None: all. Remembered tensors live as long as the frame. Those that are
+            part of no other are activations.
     """
 
-    __slots__ = ("_by_id", "made", "wanted")
+    __slots__ = ("_by_id", "_ends", "made", "wanted")
 
     def __init__(self, wanted: Collection[Node] | None = None) -> None:
         self.wanted = wanted
+        self._ends = frozenset[Node]() if wanted is None else _ends(frozenset(wanted))
         self.made: list[Made] = []
         # the tensors are kept, so that no number is given twice
         self._by_id: dict[int, Made] | None = {} if wanted is None else None
@@ -208,10 +239,12 @@ class Tracker:
         """
         if func not in _OPERATIONS or not isinstance(out, Tensor):
             return None
+        if func in _CLAMPS:
+            return self._clamp(args, kwargs, out)
         if any(value is not False for value in kwargs.values()):  # inplace=False says nothing
             return None
         name, reflected = _OPERATIONS[func]
-        if len(args) != (1 if name in _UNARY else 2):
+        if len(args) != _OPERANDS[name]:
             return None
         terms: list[Any] = []
         scalars: list[tuple[Tensor, ...]] = []
@@ -242,11 +275,77 @@ class Tracker:
         made = Made(out, root, (name, *terms), tuple(scalar for each in scalars for scalar in each))
         if name == "mul" and _completes(terms):
             return made
+        return self._remembered(made)
+
+    def _clamp(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> Made | None:
+        """``x.clamp(low, high)`` as a maximum and a minimum; a bound that is None is left out."""
+        given = dict(zip(("input", "min", "max"), args, strict=False)) | dict(kwargs)
+        if not set(given) <= {"input", "min", "max"} or not isinstance(given.get("input"), Tensor):
+            return None
+        low, high = given.get("min"), given.get("max")
+        if low is None:
+            return None if high is None else self.step(torch.minimum, (given["input"], high), {}, out)
+        if high is None:
+            return self.step(torch.maximum, (given["input"], low), {}, out)
+        known = self.find(given["input"])
+        if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
+            return None
+        root, inner, scalars = (given["input"], "x", ()) if known is None else known[1:]
+        made = Made(out, root, ("minimum", ("maximum", inner, float(low)), float(high)), scalars)
+        return self._remembered(made)
+
+    def _remembered(self, made: Made) -> Made | None:
+        if made.node in self._ends:
+            return made
         if self._by_id is not None:
-            self._by_id[id(out)] = made
+            self._by_id[id(made.out)] = made
         elif self.wanted is not None and made.node in self.wanted:
             self.made.append(made)
         return None
+
+
+@functools.lru_cache(maxsize=256)
+def _ends(wanted: frozenset[Node]) -> frozenset[Node]:
+    """The expressions that are part of no other one."""
+    inner = {part for node in wanted for part in parts(node)}
+    return wanted - inner
+
+
+def bends(node: Any) -> bool:
+    """Whether an expression may be an activation that is not made of sigmoid, tanh or the like.
+
+    Args:
+        node: the expression.
+
+    Returns:
+        Whether there is a kink, a wave or an exponential in it, and no function that has a site of its own.
+    """
+    names = {each[0] for each in (node, *parts(node))}
+    return bool(names & _BENDS) and not names & {*_KERNELS, "softplus"}
+
+
+def acts(node: Node, constants: tuple[float, ...]) -> bool:
+    """Whether an expression behaves like an activation: finite, neither straight nor in steps, no faster than 2 |z|.
+
+    Even functions, such as ``x.abs()`` or ``x * x``, are distances more often than activations.
+
+    Args:
+        node: the expression.
+        constants: values of the scalar tensors in it, from left to right.
+
+    Returns:
+        Whether it does.
+    """
+    z = torch.linspace(-30.0, 30.0, 2401, dtype=torch.float64, device="cpu")
+    with torch.no_grad():
+        values = Written(node, constants)(z)
+    if values.dtype != z.dtype or not bool(values.isfinite().all()) or float(values.abs().max()) > 60.0:
+        return False
+    near = values[z.abs() <= 6.0]
+    even = torch.allclose(near, near.flip(0))
+    straight = torch.allclose(near.diff(), near.diff().mean().expand(len(near) - 1), atol=1e-9)
+    steps = int((near.diff().abs() < 1e-12).sum()) > len(near) - 4
+    return not even and not straight and not steps
 
 
 def _completes(terms: list[Any]) -> bool:

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from eafo_dynamic import EAFOCallback
+from eafo_dynamic.apply.surgery import wrap
 from eafo_dynamic.find.sites import Selection, SiteReport, find_sites
+from tests.zoo.score import bit_differences
 
 
 class Net(nn.Module):
@@ -25,7 +27,7 @@ class Net(nn.Module):
         super().__init__()
         self.one, self.two, self.three = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 8)
         self.head, self.norm = nn.Linear(16, 1), nn.BatchNorm1d(16)
-        self.tanh, self.softplus, self.relu6 = nn.Tanh(), nn.Softplus(), nn.ReLU6()
+        self.tanh, self.softplus, self.relu6, self.sigmoid = nn.Tanh(), nn.Softplus(), nn.ReLU6(), nn.Sigmoid()
         self.given = forward
 
     def forward(self, x: Tensor) -> Any:
@@ -130,6 +132,88 @@ def test_gates_are_left_alone(name: str) -> None:
 def test_what_a_layer_takes_is_hidden(name: str) -> None:
     found = roles_of(report_of(HIDDEN[name]))
     assert found and set(found) <= {"hidden", "gate"} and "hidden" in found
+
+
+def snake(h: Tensor) -> Tensor:
+    return h + torch.sin(2.0 * h) ** 2 / 2.0
+
+
+WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "clamp": lambda h: h.clamp(min=0),
+    "clamp_min": lambda h: torch.clamp_min(h, 0.0),
+    "maximum": lambda h: torch.maximum(h, torch.tensor(0.0)),
+    "maximum with zeros": lambda h: torch.maximum(h, torch.zeros_like(h)),
+    "where": lambda h: torch.where(h > 0, h, 0.1 * h),
+    "a mask": lambda h: h * (h > 0),
+    "elu": lambda h: torch.where(h > 0, h, torch.exp(h) - 1),
+    "silu by an exponential": lambda h: h / (1 + torch.exp(-h)),
+    "softsign": lambda h: h / (1 + h.abs()),
+    "sine": lambda h: torch.sin(h),
+    "arc tangent": lambda h: torch.atan(h),
+    "snake": snake,
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_written_out_functions_are_corrected(name: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = WRITTEN[name](m.one(x))
+        return m.three(WRITTEN[name](m.two(h)) + h)
+
+    torch.manual_seed(0)
+    model, x = Net(forward), example()
+    report = find_sites(model, x)
+    assert [site.kind for site in report.wrapped] == ["written", "written"]
+    assert bit_differences(model, lambda m: m(x), True) == []
+    plain = model(x)
+    inner = WRITTEN[name](model.two(WRITTEN[name](model.one(x)))).detach()
+    seen: list[Tensor] = []
+    model.three.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    hosted = wrap(model, report, 0.0)
+    assert torch.equal(model(x), plain)
+    for host, site in hosted:
+        nn.init.constant_(getattr(host, site.keys[0]), 0.3)
+        assert not torch.equal(model(x), plain)
+        nn.init.zeros_(getattr(host, site.keys[0]))
+    assert inner.shape == seen[0].shape
+
+
+LISTED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
+    "in place": (lambda m, x: m.two((lambda h: h.mul_(h.sigmoid()))(m.one(x))), "in place"),
+    "by a module": (lambda m, x: m.two((lambda h: h * m.sigmoid(h))(m.one(x))), "with a module"),
+    "alone and inside another": (
+        lambda m, x: m.two(torch.sin(m.one(x)) + (lambda h: h + torch.sin(h))(m.one(x))),
+        "both alone and inside",
+    ),
+    "a clamp of a loss": (lambda m, x: m.head(m.one(x)).clamp(min=0).mean(), "loss"),
+    "an output": (lambda m, x: m.head(m.one(x)).clamp(-1, 1), "output"),
+    "coordinates": (lambda m, x: (lambda c: m.two(c - c.floor()))(m.one(x).clamp(0, 9)), "rounding"),
+    "a denominator": (lambda m, x: m.two(m.one(x) / m.head(m.one(x)).clamp(min=1e-3)), "div"),
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_what_cannot_be_corrected_is_listed_with_the_reason(name: str) -> None:
+    forward, words = LISTED[name]
+    reasons = [site.reason for site in report_of(forward).skipped if site.kind == "written"]
+    assert reasons and any(words in reason for reason in reasons), reasons
+
+
+NOTHING: dict[str, Callable[[Any, Tensor], Any]] = {
+    "positions": lambda m, x: m.two(m.one(x) + torch.sin(torch.arange(16) / 3.0)),
+    "fourier features of data": lambda m, x: m.one((x * 2.0).sin()),
+    "a clamp of data": lambda m, x: m.one(x.clamp(min=0)),
+    "a bound against overflow": lambda m, x: m.two(m.one(x).clamp(-1e4, 1e4)),
+    "a standard deviation": lambda m, x: m.two(m.one(x) + torch.randn(16) * (0.5 * m.two(m.one(x))).exp()),
+    "a masked score": lambda m, x: m.two(torch.where(m.one(x).detach() > 9, m.one(x), -1e9)),
+    "a norm": lambda m, x: (lambda h: m.two(h / (h.norm(dim=-1, keepdim=True) + 1)))(m.one(x)),
+    "a distance": lambda m, x: m.two((m.one(x) - m.one(x + 1)).abs()),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_other_pointwise_functions_are_not_taken_for_activations(name: str) -> None:
+    assert not report_of(NOTHING[name]).wrapped
 
 
 def test_a_hinge_inside_forward_is_a_loss() -> None:
