@@ -27,7 +27,7 @@ from eafo_dynamic.find.evidence import Evidence
 from eafo_dynamic.find.functional import function_base
 from eafo_dynamic.find.sites import FoundSite, SiteReport, find_sites
 from eafo_dynamic.find.wrapped import ACTIVATION, OWNER, plain_view
-from eafo_dynamic.find.written import WRITTEN, parts, written_node
+from eafo_dynamic.find.written import WRITTEN, wanted_for, written_node
 
 __all__ = [
     "disabled",
@@ -170,8 +170,7 @@ def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> 
         if found.hidden_from_compiler:
             target.eafo_uncompiled |= {found.class_name}
         if found.kind == "written":
-            node = written_node(found.parameters)
-            target.eafo_written |= {node, *parts(node)}
+            target.eafo_written |= wanted_for(written_node(found.parameters))
     channels = _channels(found) if form.per_channel else None
     site.register(host, as_base(site_source(model, site)), form, channels, _device(model, found))
     owner.eafo_sites.append(site)

@@ -21,7 +21,19 @@ from eafo_dynamic.correction.bases import Base, as_base
 from eafo_dynamic.correction.kernels import size_of
 from eafo_dynamic.errors import SiteError
 
-__all__ = ["WRITTEN", "Made", "Node", "Tracker", "Written", "acts", "bends", "parts", "written_base", "written_node"]
+__all__ = [
+    "WRITTEN",
+    "Made",
+    "Node",
+    "Tracker",
+    "Written",
+    "acts",
+    "bends",
+    "parts",
+    "wanted_for",
+    "written_base",
+    "written_node",
+]
 
 WRITTEN = "written"
 """Stands for the function's name where the activation is written out."""
@@ -30,6 +42,23 @@ Node = tuple[Any, ...]
 """An expression of one tensor: ``("mul", "x", ("sigmoid", ("mul", 1.702, "x")))``; ``"x"`` is the tensor,
 ``"?"`` a scalar tensor such as a learnable beta."""
 
+
+def _as_tensors(a: Any, b: Any) -> tuple[Tensor, Tensor]:
+    """Two operands, of which one may be a number, as tensors of one dtype and device."""
+    like = a if isinstance(a, Tensor) else b
+    first = torch.as_tensor(a, dtype=like.dtype, device=like.device)
+    return first, torch.as_tensor(b, dtype=like.dtype, device=like.device)
+
+
+def _maximum(a: Any, b: Any) -> Tensor:
+    return torch.maximum(*_as_tensors(a, b))
+
+
+def _minimum(a: Any, b: Any) -> Tensor:
+    return torch.minimum(*_as_tensors(a, b))
+
+
+_END = "end"
 _KERNELS = {"sigmoid", "tanh", "erf", "hardsigmoid", "relu6"}
 _UNARY: dict[str, Callable[..., Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -53,8 +82,8 @@ _BINARY: dict[str, Callable[..., Any]] = {
     "sub": operator.sub,
     "div": operator.truediv,
     "pow": operator.pow,
-    "maximum": lambda a, b: torch.maximum(*_as_tensors(a, b)),
-    "minimum": lambda a, b: torch.minimum(*_as_tensors(a, b)),
+    "maximum": _maximum,
+    "minimum": _minimum,
     "gt": operator.gt,
     "lt": operator.lt,
     "ge": operator.ge,
@@ -155,13 +184,6 @@ def _evaluate(node: Any, z: Tensor, constants: Iterator[float]) -> Any:
     raise SiteError(f"{name} is no operation of a written-out activation.")
 
 
-def _as_tensors(a: Any, b: Any) -> tuple[Tensor, Tensor]:
-    """Two operands, of which one may be a number, as tensors of one dtype and device."""
-    like = a if isinstance(a, Tensor) else b
-    first = torch.as_tensor(a, dtype=like.dtype, device=like.device)
-    return first, torch.as_tensor(b, dtype=like.dtype, device=like.device)
-
-
 @functools.lru_cache(maxsize=256)
 def written_base(node: Node, constants: tuple[float, ...]) -> Base:
     """The base of a written-out activation; one that is known by a name has that name.
@@ -196,15 +218,14 @@ class Tracker:
     """Follows the pointwise operations of one frame, and says when they complete a written-out activation.
 
     Args:
-        wanted: expressions worth remembering; None: all. Remembered tensors live as long as the frame. Those that are
-            part of no other are activations.
+        wanted: expressions worth remembering, from ``wanted_for``; None: all. Remembered tensors live as long as the
+            frame.
     """
 
-    __slots__ = ("_by_id", "_ends", "made", "wanted")
+    __slots__ = ("_by_id", "made", "wanted")
 
     def __init__(self, wanted: Collection[Node] | None = None) -> None:
         self.wanted = wanted
-        self._ends = frozenset[Node]() if wanted is None else _ends(frozenset(wanted))
         self.made: list[Made] = []
         # the tensors are kept, so that no number is given twice
         self._by_id: dict[int, Made] | None = {} if wanted is None else None
@@ -295,7 +316,7 @@ class Tracker:
         return self._remembered(made)
 
     def _remembered(self, made: Made) -> Made | None:
-        if made.node in self._ends:
+        if self.wanted is not None and (_END, made.node) in self.wanted:
             return made
         if self._by_id is not None:
             self._by_id[id(made.out)] = made
@@ -304,11 +325,16 @@ class Tracker:
         return None
 
 
-@functools.lru_cache(maxsize=256)
-def _ends(wanted: frozenset[Node]) -> frozenset[Node]:
-    """The expressions that are part of no other one."""
-    inner = {part for node in wanted for part in parts(node)}
-    return wanted - inner
+def wanted_for(node: Node) -> set[Node]:
+    """What a Tracker must remember to recognise a written-out activation.
+
+    Args:
+        node: its expression.
+
+    Returns:
+        The expression, its parts, and a mark that it is complete.
+    """
+    return {node, *parts(node), (_END, node)}
 
 
 def bends(node: Any) -> bool:

@@ -178,6 +178,15 @@ def test_written_out_functions_are_corrected(name: str) -> None:
     assert inner.shape == seen[0].shape
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_corrects_written_out_functions_too() -> None:
+    torch.manual_seed(0)
+    model, x = Net(lambda m, x: m.three(WRITTEN["where"](m.two(WRITTEN["clamp"](m.one(x)))))), example()
+    wrap(model, find_sites(model, x), 0.3)
+    compiled: Any = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
 LISTED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "in place": (lambda m, x: m.two((lambda h: h.mul_(h.sigmoid()))(m.one(x))), "in place"),
     "by a module": (lambda m, x: m.two((lambda h: h * m.sigmoid(h))(m.one(x))), "with a module"),
@@ -300,6 +309,26 @@ def test_roles_in_a_training_step(name: str, tmp_path: Path) -> None:
     assert callback.controller is not None
     sites = callback.controller.report.sites
     assert {site.name.partition("#")[0]: site.role for site in sites if "not reached" not in site.reason} == expected
+
+
+class Spare(nn.Module):
+    """Has an activation that nothing uses, and one that another branch uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.act = nn.Linear(8, 8), nn.Linear(8, 8), nn.ReLU()
+        self.spare, self.other, self.more = nn.ReLU(), nn.GELU(), nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.act(self.one(x)) if x.sum() < 1e6 else self.other(self.one(x)))
+
+
+def test_a_spare_module_gets_no_parameter() -> None:
+    report = find_sites(Spare(), example())
+    assert [site.name for site in report.wrapped] == ["act", "other"]
+    assert {site.name: site.reason for site in report.skipped} == dict.fromkeys(
+        ("spare", "more.1"), "not reached by the example input, and no code of the model names it"
+    )
 
 
 class TestStatic:
