@@ -83,6 +83,15 @@ POINTS = [
 # without accumulation: rows of step 9 and its snapshot are written, and the newest checkpoint is that of step 8
 AHEAD = Point("log ahead of the checkpoint", "training_process:Net.training_step", "before", 11)
 
+# after step 13, whose rows are those of the end of the fit: the last round ran after step 12, as the last checkpoint
+ENDING = [
+    Point("after the last step", f"{_CALLBACK}.on_fit_end", "before", 1),
+    Point("before the rows of the end", f"{_WRITER}:LogWriter.write_end", "before", 1),
+    Point("in the middle of a row of the end", f"{_WRITER}:os.write", "torn", 1, '"fit_end"'),
+    Point("between the rows and the snapshot of the end", f"{_WRITER}:LogWriter.write_shapes", "before", 4),
+    Point("after the log's end", f"{_WRITER}:LogWriter.write_end", "after", 1),
+]
+
 # what a run does only when it goes on after another has died
 RESUMING = [
     Point(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from children import KILLED, run, succeed
-from crash_points import AHEAD, POINTS, RESUMING, Point, prepare
+from crash_points import AHEAD, ENDING, POINTS, RESUMING, Point, prepare
 from tally import Tally
 
 from eafo_dynamic.records import CorrectionLog
@@ -89,6 +89,26 @@ def test_a_run_killed_anywhere_resumes_equal(point: Point, whole: Path, tmp_path
     assert not (tmp_path / "final.pt").exists()
     succeed(tmp_path, resume=True, **OPTIONS)
     assert_equal_runs(whole, tmp_path)
+    tally("crash points tried")
+    tally("runs resumed equal")
+
+
+@pytest.fixture(scope="module")
+def whole_past_its_last_round(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ending")
+    succeed(folder, **{**OPTIONS, "steps": 13})
+    assert CorrectionLog.load(folder).steps == [1, 2, 3, 6, 9, 12, 13]
+    return folder
+
+
+@pytest.mark.parametrize("point", ENDING, ids=lambda point: point.name)
+def test_a_run_killed_as_its_log_ends_resumes_equal(
+    point: Point, whole_past_its_last_round: Path, tmp_path: Path, tally: Tally
+) -> None:
+    options = {**OPTIONS, "steps": 13}
+    assert run(tmp_path, prepare=prepare, point=point, **options) == [KILLED]
+    succeed(tmp_path, resume=True, **options)
+    assert_equal_runs(whole_past_its_last_round, tmp_path)
     tally("crash points tried")
     tally("runs resumed equal")
 
