@@ -119,9 +119,11 @@ class Hosting(Wrapped):
         return ", ".join(part for part in parts if part)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves and casts as ever, but the sites' tensors stay float32 where the rest of the model becomes half.
+        """Moves and casts as ever, but for two things that concern the sites' tensors.
 
-        Half precision would swallow the optimiser's small steps of an amplitude.
+        They stay float32 where the rest of the model becomes half: half precision would swallow the optimiser's small
+        steps of an amplitude. And when they leave the meta device, as by ``to_empty``, they get the values that they
+        had when the model was wrapped: a checkpoint of the plain model would not fill them.
 
         Returns:
             The module.
@@ -137,7 +139,10 @@ class Hosting(Wrapped):
                 if now.grad is not None:
                     now.grad.data = now.grad.data.to(torch.float32)
         for site in self.eafo_sites:
-            prepare(getattr(host, site.keys[0]).device, site.switch.backend)
+            eps = site.keys[0]
+            if before[eps].is_meta and not getattr(host, eps).is_meta:
+                site.reset(host)
+            prepare(getattr(host, eps).device, site.switch.backend)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -149,6 +154,19 @@ class Hosting(Wrapped):
         own = {prefix + key for site in self.eafo_sites for key in site.keys}
         if not own & set(state_dict):
             missing[:] = [key for key in missing if key not in own]
+
+
+def _reset_parameters(self: Any) -> None:
+    """Initialises the module as its own class does, and the sites' tensors as when the model was wrapped.
+
+    Who makes a model on the meta device calls this for every module that has it. An owner has it only if its own class
+    does: where there is none, some callers go on to a module's children.
+    """
+    own = getattr(self.eafo_class, "reset_parameters", None)
+    if own is not None:
+        own(self)
+    for site in self.eafo_sites:
+        site.reset(self)
 
 
 class _Activation(Hosting):
@@ -294,11 +312,14 @@ def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
     body.update(eafo_shared=True)
     body.update(eafo_functions=frozenset(), eafo_uncompiled=frozenset(), eafo_written=frozenset())
     if kind == ACTIVATION:
+        body["reset_parameters"] = _reset_parameters
         return derived_class(cls.__name__, (_Activation, cls), body)
     for name in ENTRY_POINTS:
         method = unbound(cls, name)
         if method is not None:
             body[name] = _counted(method, name)
+    if hasattr(cls, "reset_parameters"):
+        body["reset_parameters"] = _reset_parameters
     if issubclass(cls, nn.TransformerEncoderLayer):
         body["activation_relu_or_gelu"] = _FastPath()
     return derived_class(cls.__name__, (Hosting, cls), body)

@@ -140,6 +140,7 @@ class Site:
         collector: sample of the pre-activations.
         function: name and hyper-parameters of a functional call; None where a module is called.
         enabled: whether the correction acts.
+        start: eps and table that the site begins with; None if it was pickled by version 0.1.0.
     """
 
     name: str
@@ -149,6 +150,7 @@ class Site:
     collector: Collector = field(default_factory=Collector)
     function: tuple[str, dict[str, object]] | None = None
     enabled: bool = True
+    start: tuple[float, Tensor | None] | None = field(default=None, init=False, repr=False)
     _zero_seen: tuple[tuple[tuple[int, int | None], ...], bool] | None = field(default=None, init=False, repr=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -180,8 +182,27 @@ class Site:
         host.register_parameter(eps_key, nn.Parameter(eps))
         host.register_buffer(shape_key, torch.tensor([0.0, 1.0], dtype=dtype, device=device))
         table = None if form.free else shape_table(base, standard_normal(), form.tabulated)
-        register(host, table_key, None if table is None else table.to(device))
+        self.start = (float(form.eps_init), table)
+        register(host, table_key, None if table is None else table.to(device, copy=True))
         register(host, lift_key, nn.Parameter(torch.zeros(size, dtype=dtype, device=device)) if form.free else None)
+
+    @torch.no_grad()
+    def reset(self, host: nn.Module) -> None:
+        """Gives the site's tensors the values that they had when the model was wrapped.
+
+        Args:
+            host: where they are registered.
+        """
+        if self.start is None:
+            return
+        eps_init, table_then = self.start
+        eps, shape, table, lift = self.tensors(host)
+        eps.fill_(eps_init)
+        shape.copy_(torch.tensor([0.0, 1.0], dtype=shape.dtype, device="cpu"))
+        if table is not None and table_then is not None:
+            table.copy_(table_then)
+        if lift is not None:
+            lift.zero_()
 
     def unregister(self, host: nn.Module) -> None:
         """Removes the site's tensors from its host.

@@ -20,6 +20,7 @@ from eafo_dynamic.find.sites import SiteReport, find_sites
 from eafo_dynamic.internals.declared import named
 from eafo_dynamic.internals.version import package_versions
 from eafo_dynamic.policy.amplitudes import assigned
+from eafo_dynamic.policy.attachment import OptimizerWatch, refuse_replicas
 from eafo_dynamic.policy.diagnostics import snapshot
 from eafo_dynamic.policy.options import Options
 from eafo_dynamic.policy.round import Rounds
@@ -68,12 +69,16 @@ class EAFOController:
         self.pace = Pace()
         hosted = wrap(model, self.report, self.options.eps_init, backend=self.options.backend, **self.options.form)
         self.bank = Bank(model, hosted)
+        self._watch: OptimizerWatch | None = None
         self._prepare()
 
     @classmethod
     @named(Options)
     def attach(cls, model: nn.Module, *example_args: Any, **options: Any) -> EAFOController:
         """Wraps a model; one that is wrapped already keeps the corrections it has learned.
+
+        Call it before the optimiser is made, so that the optimiser gets the amplitudes, and before
+        DistributedDataParallel wraps the model. At the first ``step`` a warning says if no optimiser has them.
 
         Args:
             model: any module.
@@ -82,11 +87,16 @@ class EAFOController:
 
         Returns:
             The controller; call ``step(global_step)`` after each optimiser step.
+
+        Raises:
+            SiteError: if DistributedDataParallel has wrapped the model already.
         """
+        refuse_replicas(model)
         checked = Options(**options)
         earlier = take_off(model)
         controller = cls(model, checked, find_sites(model, *example_args, selection=checked.selection))
         put_back(model, earlier)
+        controller._watch = OptimizerWatch(model, lambda: controller.trained)
         return controller
 
     def _prepare(self) -> None:
@@ -213,6 +223,8 @@ class EAFOController:
         Returns:
             The rows of this update round; empty if there was none.
         """
+        if self._watch is not None and self._watch.is_done():
+            self._watch = None
         if global_step == self.pace.last:
             done = not due or (self.records and self.records[-1]["step"] == global_step)
             return [] if done or not self.schedule.updates(global_step, due=due) else self.update(global_step, epoch)
@@ -286,7 +298,8 @@ class EAFOController:
         return self._rounds.end_rows(step, epoch)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "collects": self.collecting}  # a copy of the model alone collects nothing
+        # a copy of the model alone collects nothing; what watches the optimisers of the process cannot be copied
+        return {**vars(self), "collects": self.collecting, "_watch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

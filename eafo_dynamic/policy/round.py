@@ -77,7 +77,9 @@ class Rounds:
         usable = _has_spread(moments)
 
         # the functions now, the entropy H_r of their outputs, and dH_r/d amplitude (Theory, section 4, (1'))
-        functions, broken = with_finite_amplitudes(self._bank.functions(self._kernel), self._last)
+        functions = self._bank.functions(self._kernel)
+        self._last = _beside(self._last, functions)
+        functions, broken = with_finite_amplitudes(functions, self._last)
         outputs, directions = functions.outputs_and_directions(samples, self._workspace)
         entropy = OutputEntropy(outputs, self._options.resolution, self._kernel, self._workspace)
         by_amplitude = torch.stack([entropy.gradient(direction) for direction in directions])
@@ -207,6 +209,14 @@ class Rounds:
             before = {name: fitting(value, getattr(now, name)) for name, value in state["undo"].items()}
             self._replaced = replace(now, **before)
         self.losses.load_state_dict(state["losses"])
+
+
+def _beside(last: AmplitudeValues, functions: Functions) -> AmplitudeValues:
+    """Amplitudes on the device of the functions: the model may have moved since, or have left the meta device."""
+    if last.eps.is_meta:
+        return functions.amplitudes
+    lift = None if last.lift is None else last.lift.to(functions.eps.device)
+    return AmplitudeValues(last.eps.to(functions.eps.device), lift)
 
 
 def _has_spread(moments: SampleMoments) -> Tensor:

@@ -1,0 +1,143 @@
+"""Mistakes of attaching too late, in a loop of one's own: said once, where they would cost a whole training."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from eafo_dynamic.errors import SiteError
+
+__all__ = ["OptimizerWatch", "refuse_replicas"]
+
+_FIRST_ATTACH = (
+    "Attach first, then wrap: controller = EAFOController.attach(model); model = DistributedDataParallel(model)."
+)
+
+
+def refuse_replicas(model: nn.Module) -> None:
+    """Refuses a model that DistributedDataParallel has wrapped already.
+
+    It has listed the parameters whose gradients it averages, so that the amplitudes would drift apart on the ranks.
+
+    Args:
+        model: about to be wrapped.
+
+    Raises:
+        SiteError: if the model is a DistributedDataParallel, has one inside, or has modules that are inside one.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise SiteError(f"{type(model).__name__} is wrapped in DistributedDataParallel already. {_FIRST_ATTACH}")
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return  # nobody can have made one
+    if _is_replicated(model):
+        gc.collect()  # one that nobody uses any more does not count
+        if _is_replicated(model):
+            raise SiteError(
+                f"a DistributedDataParallel has wrapped this {type(model).__name__} already. {_FIRST_ATTACH}"
+            )
+
+
+def _is_replicated(model: nn.Module) -> bool:
+    """Whether a DistributedDataParallel of this process has the model, or a part of it."""
+    # by type(), since isinstance asks an object's own __class__, which may do anything
+    replicas: list[Any] = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    own = {id(module) for module in model.modules()}
+    return any(id(module) in own for each in replicas for module in each.modules())
+
+
+class OptimizerWatch:
+    """Warns once if amplitudes that the loss should train are in no optimiser.
+
+    An optimiser that has stepped the parameters around a site and does not hold the site's amplitude has been made
+    before it. Where none has stepped those parameters, as in the turns of a GAN, nothing is known yet.
+
+    Args:
+        model: the wrapped model.
+        trained: called for the amplitudes that the loss trains, by their parameter names; a model that is moved may
+            have new ones.
+    """
+
+    def __init__(self, model: nn.Module, trained: Callable[[], Mapping[str, nn.Parameter]]) -> None:
+        self._model = model
+        self._trained = trained
+        self._settled: set[str] = set()  # amplitudes that have been seen in an optimiser
+        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._steps = 0
+        handle = register_optimizer_step_post_hook(_noting(weakref.ref(self)))
+        self._stop = weakref.finalize(self, handle.remove)
+
+    def note(self, optimizer: Optimizer) -> None:
+        """Takes note of an optimiser that has stepped, any of the process.
+
+        Args:
+            optimizer: it.
+        """
+        self._stepped.add(optimizer)
+
+    def is_done(self) -> bool:
+        """Looks at the optimisers that have stepped so far, and warns; call it after each step.
+
+        Returns:
+            Whether there is nothing left to look for.
+        """
+        self._steps += 1
+        if self._steps & (self._steps - 1):
+            return False  # looks after steps 1, 2, 4, 8, ..., since it goes through all parameters
+        amplitudes = self._trained()
+        waiting = [name for name in amplitudes if name not in self._settled]
+        groups = [group for optimizer in self._stepped for group in optimizer.param_groups]
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        missed: list[str] = []
+        for name in waiting:
+            if id(amplitudes[name]) in held:
+                self._settled.add(name)
+            elif amplitudes[name].requires_grad and self._is_stepped_around(name, amplitudes, held):
+                missed.append(name)
+        if missed:
+            warnings.warn(
+                f"EAFO: {len(missed)} of {len(amplitudes)} amplitudes are in no optimiser and stay as they are, first "
+                f"of them {missed[0]}: the optimiser was made before attach, or leaves them out. Make it after attach, "
+                "or call own_group([optimizer], controller.amplitudes, model); or attach with policy='entropy', which "
+                "needs no optimiser.",
+                stacklevel=3,
+            )
+        done = bool(missed) or self._settled >= amplitudes.keys()
+        if done:
+            self._stop()
+        return done
+
+    def _is_stepped_around(self, name: str, amplitudes: Mapping[str, nn.Parameter], held: set[int]) -> bool:
+        """Whether an optimiser holds what is trained in the nearest module around an amplitude that trains anything."""
+        own = {id(amplitude) for amplitude in amplitudes.values()}
+        while name:
+            name = name.rpartition(".")[0]
+            around = [
+                parameter
+                for parameter in self._model.get_submodule(name).parameters()
+                if parameter.requires_grad and id(parameter) not in own
+            ]
+            if around:
+                return any(id(parameter) in held for parameter in around)
+        return False
+
+
+def _noting(watch: weakref.ref[OptimizerWatch]) -> Any:
+    """A hook of all optimisers that keeps neither the watch nor its model alive."""
+
+    def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # in a compiled step nothing can be noted
+        watching = watch()
+        if watching is not None:
+            watching.note(optimizer)
+
+    return note
