@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Container, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.errors import ConfigError, one_line
 from eafo_dynamic.internals.torch_internals import OTHERS_PER_GROUP, RATES_PER_GROUP, inner_schedulers
 from eafo_dynamic.trainers.options import GroupOptions
 
@@ -38,66 +39,105 @@ def own_group(
 ) -> list[str]:
     """Moves every amplitude that trains into a parameter group of its own, and all of them out of other groups.
 
-    An amplitude goes to the optimiser that holds it; one that no optimiser holds, to the optimiser of its
-    nearest relatives in the module tree. The group copies the options of the group it comes from, but for
-    learning rates and weight_decay; amplitudes from several groups (decayed and not, backbone and head) get
-    one group for each. Schedulers keep one entry a group: each of their per-group lists gets the entry of that
-    group. So the learning rate of eps stays lr_multiple times that of its relatives at every step, unless the
-    scheduler has a bound in absolute terms, such as CosineAnnealingLR's eta_min above 0. On a CPU a group of Adam or
-    AdamW is stepped by torch's fused kernel where ``fused`` and ``foreach`` were left to torch. Run twice, it changes
-    nothing.
+    lr(amplitude) = lr_multiple * lr(group it comes from), at every step of every schedule, unless the schedule has a
+    bound in absolute terms, such as ``eta_min`` above 0 of CosineAnnealingLR.
+
+    An amplitude goes to the optimiser that holds it. One that no optimiser holds goes to the optimiser of its nearest
+    relatives in the module tree. The new group has the options of the group it comes from, except learning rates and
+    weight_decay. Amplitudes from several groups, such as backbone and head, get one group for each. Schedulers have one
+    entry for each group, and get one for the new group. On a CPU a group of Adam or AdamW is stepped by torch's fused
+    kernel where ``fused`` and ``foreach`` were left to torch. A second call changes nothing.
 
     Args:
         optimizers: the optimisers, no step taken yet.
         amplitudes: eps of every site by its parameter name in the model.
         model: the model they belong to.
         trained: names of those that train, now or once their frozen layer is unfrozen. One that does not train now and
-            that no optimiser holds is left to who unfreezes its layer: ``add_param_group(layer.parameters())`` has it.
+            is in no optimiser is left alone: ``add_param_group(layer.parameters())`` adds it with its layer.
         schedulers: learning-rate schedulers of these optimisers.
         lr: learning rate of the group before any schedule; None: that of the group it comes from, times
             lr_multiple.
         lr_multiple: see lr.
         weight_decay: of the group.
         save_ungrouped: whether the state_dicts of optimisers and schedulers have the groups that there were before,
-            for trainers that restore them before they let anyone regroup (Hugging Face's).
-        by_relatives: whether an amplitude goes to its nearest relatives even where an optimiser holds it: in a run that
-            made its amplitudes after its optimisers, and in its resumed parts, so that both have the same groups.
+            for trainers that restore them before anything can be regrouped (Hugging Face's).
+        by_relatives: whether an amplitude goes to its nearest relatives even where an optimiser holds it. For a run
+            whose amplitudes were made after its optimisers, and for its resumed parts, so that both have the same
+            groups.
 
     Returns:
-        Notes, one line each, about what could not be done.
+        What could not be done: at most one line about amplitudes in an LBFGS, and one about amplitudes that no
+        optimiser can take, such as Muon, which steps matrices only.
 
     Raises:
         ConfigError: if a number is out of range.
     """
-    checked = GroupOptions(lr=lr, lr_multiple=lr_multiple, weight_decay=weight_decay)
+    options = GroupOptions(lr=lr, lr_multiple=lr_multiple, weight_decay=weight_decay)
     plain: list[Optimizer] = [_unwrapped(optimizer) for optimizer in optimizers]
-    held = {id(p) for optimizer in plain for group in optimizer.param_groups for p in group["params"]}
-    later = () if trained is None else trained
-    moving = {name: p for name, p in amplitudes.items() if p.requires_grad or (name in later and id(p) in held)}
-    homes, notes = _homes(plain, moving, model, by_relatives)
-    flat = _flatten(schedulers)
+    places = _find_places(plain, _to_be_moved(plain, amplitudes, trained), model, by_relatives)
+    all_schedulers = _flatten(schedulers)
+    refusals: list[str] = []
     for optimizer in plain:
-        if isinstance(optimizer, torch.optim.LBFGS) or _grouped(optimizer):
+        if isinstance(optimizer, torch.optim.LBFGS) or _is_grouped(optimizer):
             continue
-        before, mine = len(optimizer.param_groups), _of(optimizer, flat)
-        groups = {
-            index: _copied(optimizer.param_groups[index], checked)
-            for index in sorted({index for home, index in homes.values() if home is optimizer})
-        }
+        groups_before = len(optimizer.param_groups)
+        # options first: they may be refused, and the optimiser is to be whole then
+        new_groups = _new_groups(optimizer, places.of, options)
         if save_ungrouped:
             optimizer.register_state_dict_post_hook(_Ungrouped(optimizer))
-        _take_out(optimizer, amplitudes, homes)
-        for number, (source, (group, scale)) in enumerate(groups.items(), start=1):
-            members = {name: amplitudes[name] for name, home in homes.items() if home == (optimizer, source)}
-            # monitors of learning rates refuse two groups of one name
-            group["name"] = GROUP_NAME if number == 1 else f"{GROUP_NAME}-{number}"
-            _add(optimizer, source, members, group)
-            for scheduler in mine:
-                _extend(scheduler, len(optimizer.param_groups) - 1, source, scale)
-        if save_ungrouped and groups:
-            for scheduler in mine:
-                _save_first(scheduler, before)
+        _take_out(optimizer, amplitudes, places.of)
+        schedulers_here = [each for each in all_schedulers if _unwrapped(getattr(each, "optimizer", None)) is optimizer]
+        for source, (group, ratio) in new_groups.items():
+            members = {name: amplitudes[name] for name, place in places.of.items() if place == (optimizer, source)}
+            why = _add(optimizer, source, members, group)
+            if why:
+                places.nowhere.extend(members)
+                refusals.append(why)
+                continue
+            for scheduler in schedulers_here:
+                _extend(scheduler, len(optimizer.param_groups) - 1, source, ratio)
+        if save_ungrouped and new_groups:
+            for scheduler in schedulers_here:
+                _save_first(scheduler, groups_before)
+    return _notes(places.in_lbfgs, places.nowhere, refusals)
+
+
+def _notes(in_lbfgs: Sequence[str], nowhere: Sequence[str], refusals: Sequence[str]) -> list[str]:
+    """One line for all amplitudes of a kind."""
+    notes: list[str] = []
+    if in_lbfgs:
+        notes.append(
+            f"LBFGS has one parameter group only: {_listed(in_lbfgs)} share its options, and lr, lr_multiple and "
+            "weight_decay do nothing. Take another optimiser, or policy='entropy', which needs none"
+        )
+    if nowhere:
+        reasons = "".join(f" ({why})" for why in refusals)
+        notes.append(
+            f"no optimiser can take {_listed(nowhere)}: they stay as they are{reasons}. Let an optimiser that steps single "
+            "numbers, such as AdamW, have a part of the model (LBFGS, Muon and SparseAdam step none), or take "
+            "policy='entropy', which needs none"
+        )
     return notes
+
+
+def _listed(names: Sequence[str], shown: int = 3) -> str:
+    text = ", ".join(names[:shown])
+    if len(names) > shown:
+        text += f" and {len(names) - shown} more"
+    return text
+
+
+def _to_be_moved(
+    optimizers: Sequence[Optimizer], amplitudes: dict[str, nn.Parameter], trained: Container[str] | None
+) -> dict[str, nn.Parameter]:
+    """Amplitudes that train now, and those that will and that an optimiser holds already."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    moving: dict[str, nn.Parameter] = {}
+    for name, parameter in amplitudes.items():
+        trains_later = trained is not None and name in trained
+        if parameter.requires_grad or (trains_later and id(parameter) in held):
+            moving[name] = parameter
+    return moving
 
 
 class _Ungrouped:
@@ -127,7 +167,7 @@ class _Ungrouped:
         return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _grouped(optimizer: Optimizer) -> bool:
+def _is_grouped(optimizer: Optimizer) -> bool:
     return any(group.get("name") == GROUP_NAME for group in optimizer.param_groups)
 
 
@@ -142,49 +182,67 @@ def _unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
-def _homes(
-    optimizers: Sequence[Optimizer], amplitudes: dict[str, nn.Parameter], model: nn.Module, by_relatives: bool
-) -> tuple[dict[str, tuple[Optimizer, int]], list[str]]:
-    """Optimiser and group that each amplitude comes from, or that its nearest relative is in.
+class _Place(NamedTuple):
+    """A parameter group: its optimiser and its number there."""
 
-    Returns:
-        Homes by name, without those that have none, and notes about these.
+    optimizer: Optimizer
+    number: int
+
+
+@dataclass
+class _Places:
+    """Where amplitudes go.
+
+    Args:
+        of: the group that each amplitude comes from, or that its nearest relative is in, by name.
+        in_lbfgs: names of those that stay in the one group of an LBFGS.
+        nowhere: names of those that no optimiser can take.
     """
-    holds = {
-        id(p): (optimizer, index)
+
+    of: dict[str, _Place] = field(default_factory=dict)
+    in_lbfgs: list[str] = field(default_factory=list)
+    nowhere: list[str] = field(default_factory=list)
+
+
+def _find_places(
+    optimizers: Sequence[Optimizer], amplitudes: dict[str, nn.Parameter], model: nn.Module, by_relatives: bool
+) -> _Places:
+    place_of = {
+        id(parameter): _Place(optimizer, number)
         for optimizer in optimizers
-        for index, group in enumerate(optimizer.param_groups)
-        for p in group["params"]
+        for number, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
     }
     if by_relatives:
-        mine = {id(p) for p in amplitudes.values()}
-        holds = {key: home for key, home in holds.items() if key not in mine}
-    takes = {key: home for key, home in holds.items() if _takes_scalars(home[0])}
-    homes: dict[str, tuple[Optimizer, int]] = {}
-    notes: list[str] = []
-    for name, parameter in amplitudes.items():
-        home = holds.get(id(parameter))
-        if home is not None and isinstance(home[0], torch.optim.LBFGS):
-            notes.append(f"LBFGS has one parameter group only: {name} shares its learning rate")
-        home = home or _nearest(name, takes, model)
-        if home is None and optimizers:
-            notes.append(f"no optimiser can take {name}: it stays as it is")
-        elif home is not None:
-            homes[name] = home
-    return homes, notes
+        for amplitude in amplitudes.values():
+            place_of.pop(id(amplitude), None)
+    places_for_numbers = {key: place for key, place in place_of.items() if _steps_numbers(place.optimizer)}
+    found = _Places()
+    for name, amplitude in amplitudes.items():
+        place = place_of.get(id(amplitude))
+        if place is not None and isinstance(place.optimizer, torch.optim.LBFGS):
+            found.in_lbfgs.append(name)
+            found.of[name] = place
+            continue
+        place = places_for_numbers.get(id(amplitude)) or _nearest(name, places_for_numbers, model)
+        if place is not None:
+            found.of[name] = place
+        elif optimizers:
+            found.nowhere.append(name)
+    return found
 
 
-def _nearest(name: str, holds: dict[int, tuple[Optimizer, int]], model: nn.Module) -> tuple[Optimizer, int] | None:
+def _nearest(name: str, places: dict[int, _Place], model: nn.Module) -> _Place | None:
+    """The group of a parameter in the smallest module around an amplitude that has any."""
     while name:
         name = name.rpartition(".")[0]
-        relatives = model.get_submodule(name).parameters()
-        home = next((holds[id(p)] for p in relatives if id(p) in holds), None)
-        if home is not None:
-            return home
+        for relative in model.get_submodule(name).parameters():
+            if id(relative) in places:
+                return places[id(relative)]
     return None
 
 
-def _takes_scalars(optimizer: Optimizer) -> bool:
+def _steps_numbers(optimizer: Optimizer) -> bool:
     """Whether an optimiser accepts a new 0-dim parameter with a dense gradient.
 
     Returns:
@@ -201,6 +259,24 @@ def _remove(group: dict[str, Any], ids: set[int]) -> None:
     group["params"] = [group["params"][i] for i in keep]
 
 
+def _new_groups(
+    optimizer: Optimizer, places: dict[str, _Place], options: GroupOptions
+) -> dict[int, tuple[dict[str, Any], Any]]:
+    """Options of the groups that an optimiser gets, one for each group that amplitudes come from.
+
+    Returns:
+        By the number of that group: the options, and the ratio of the learning rates.
+    """
+    sources = sorted({place.number for place in places.values() if place.optimizer is optimizer})
+    groups: dict[int, tuple[dict[str, Any], Any]] = {}
+    for number, source in enumerate(sources, start=1):
+        group, ratio = _copied(optimizer.param_groups[source], options)
+        # monitors of learning rates refuse two groups of one name
+        group["name"] = GROUP_NAME if number == 1 else f"{GROUP_NAME}-{number}"
+        groups[source] = group, ratio
+    return groups
+
+
 def _copied(origin: dict[str, Any], options: GroupOptions) -> tuple[dict[str, Any], Any]:
     """Options of a new group after those of another.
 
@@ -208,38 +284,59 @@ def _copied(origin: dict[str, Any], options: GroupOptions) -> tuple[dict[str, An
         The options, and the ratio of the learning rates.
     """
     group = {key: value for key, value in origin.items() if key not in ("params", "param_names")}
-    # a warm-up may already have scaled lr down from initial_lr
-    scale = options.lr_multiple
+    ratio = options.lr_multiple
     if options.lr is not None:
-        scale = options.lr / _positive(origin.get("initial_lr", origin["lr"]))
+        # a warm-up may already have scaled lr down from initial_lr
+        ratio = options.lr / _positive(origin.get("initial_lr", origin["lr"]))
     for key in _RATES:
         if key in group:
-            group[key] = group[key] * scale
+            group[key] = group[key] * ratio
     if "weight_decay" in group:
         group["weight_decay"] = options.weight_decay
-    return group, scale
+    return group, ratio
 
 
-def _take_out(optimizer: Optimizer, amplitudes: dict[str, nn.Parameter], homes: Container[str]) -> None:
+def _take_out(optimizer: Optimizer, amplitudes: dict[str, nn.Parameter], places: Container[str]) -> None:
     ids = {id(p) for p in amplitudes.values()}
     for group in optimizer.param_groups:
         _remove(group, ids)
     for name, p in amplitudes.items():
-        if name not in homes:
+        if name not in places:
             optimizer.state.pop(p, None)  # of a parameter in no group it would break state_dict
 
 
-def _add(optimizer: Optimizer, source: int, amplitudes: dict[str, nn.Parameter], group: dict[str, Any]) -> None:
-    named = "param_names" in optimizer.param_groups[source]
-    parameters: list[Any] = list(amplitudes.items()) if named else list(amplitudes.values())
-    fused = {"fused": True} if _fuses(optimizer, group, amplitudes) else {}
-    optimizer.add_param_group({**group, **fused, "params": parameters})
+def _add(optimizer: Optimizer, source: int, amplitudes: dict[str, nn.Parameter], group: dict[str, Any]) -> str:
+    """Adds a group to an optimiser.
+
+    Returns:
+        Why the optimiser, one that is not torch's own, refuses single numbers; empty if it has taken them.
+    """
+    parameters: list[Any] = list(amplitudes.values())
+    if "param_names" in optimizer.param_groups[source]:
+        parameters = list(amplitudes.items())
+    if _fuses(optimizer, group, amplitudes):
+        group = {**group, "fused": True}
+    before = len(optimizer.param_groups)
+    try:
+        optimizer.add_param_group({**group, "params": parameters})
+    except (ValueError, TypeError, RuntimeError, AssertionError, IndexError) as error:
+        del optimizer.param_groups[before:]
+        for parameter in amplitudes.values():
+            optimizer.state.pop(parameter, None)
+        return f"{type(optimizer).__name__} refuses them, {one_line(error)}"
     if isinstance(optimizer, torch.optim.Adagrad):
-        # alone among torch's optimisers it makes the state of its parameters when it is built
-        new = [p for p in amplitudes.values() if p not in optimizer.state]
-        options = {key: group[key] for key in ("initial_accumulator_value", "fused") if key in group}
-        if new:
-            optimizer.state.update(torch.optim.Adagrad(new, **options).state)
+        _add_state_of_adagrad(optimizer, amplitudes, group)
+    return ""
+
+
+def _add_state_of_adagrad(
+    optimizer: torch.optim.Adagrad, amplitudes: dict[str, nn.Parameter], group: dict[str, Any]
+) -> None:
+    """Makes the state of new parameters, which alone among torch's optimisers Adagrad makes when it is built."""
+    new = [p for p in amplitudes.values() if p not in optimizer.state]
+    options = {key: group[key] for key in ("initial_accumulator_value", "fused") if key in group}
+    if new:
+        optimizer.state.update(torch.optim.Adagrad(new, **options).state)
 
 
 def _fuses(optimizer: Optimizer, group: dict[str, Any], amplitudes: dict[str, nn.Parameter]) -> bool:
@@ -250,11 +347,15 @@ def _fuses(optimizer: Optimizer, group: dict[str, Any], amplitudes: dict[str, nn
     Returns:
         Whether the group may be fused.
     """
-    open_to_it = "fused" in group and group["fused"] is None and group.get("foreach") is None
-    kind = next((kind for kind in (torch.optim.AdamW, torch.optim.Adam) if isinstance(optimizer, kind)), None)
-    if kind is None or not open_to_it or group.get("differentiable"):
+    left_to_torch = "fused" in group and group["fused"] is None and group.get("foreach") is None
+    if not left_to_torch or group.get("differentiable"):
         return False
-    return all(p.is_cpu and p.is_floating_point() for p in amplitudes.values()) and _fuses_on_cpu(kind)
+    if not all(p.is_cpu and p.is_floating_point() for p in amplitudes.values()):
+        return False
+    for kind in (torch.optim.AdamW, torch.optim.Adam):
+        if isinstance(optimizer, kind):
+            return _fuses_on_cpu(kind)
+    return False
 
 
 @functools.cache
@@ -289,28 +390,26 @@ def _flatten(schedulers: Iterable[Any]) -> list[Any]:
     return flat
 
 
-def _of(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[Any]:
-    return [each for each in schedulers if _unwrapped(getattr(each, "optimizer", None)) is optimizer]
-
-
 def _save_first(scheduler: Any, count: int) -> None:
     """Lets a scheduler save the entries of the first ``count`` parameter groups only."""
     kind = type(scheduler)
 
     def state_dict(self: Any) -> dict[str, Any]:
         state: dict[str, Any] = kind.state_dict(self)
-        names = (*RATES_PER_GROUP, *OTHERS_PER_GROUP)
-        return {k: v[:count] if isinstance(v, list) and k.endswith(names) else v for k, v in state.items()}
+        for name, value in state.items():
+            if isinstance(value, list) and name.endswith((*RATES_PER_GROUP, *OTHERS_PER_GROUP)):
+                state[name] = value[:count]
+        return state
 
     # schedulers save every attribute of the instance, so that the method cannot be one
     scheduler.__class__ = type(kind.__name__, (kind,), {"state_dict": state_dict})
 
 
-def _extend(scheduler: Any, count: int, source: int, scale: Any) -> None:
+def _extend(scheduler: Any, count: int, source: int, ratio: Any) -> None:
     """Gives every per-group list of a scheduler an entry for the new group."""
     for name, value in vars(scheduler).items():
         if isinstance(value, list) and len(value) == count:
             if name.endswith(RATES_PER_GROUP):
-                value.append(value[source] * scale)
+                value.append(value[source] * ratio)
             elif name.endswith(OTHERS_PER_GROUP):
                 value.append(value[source])

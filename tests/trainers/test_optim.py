@@ -453,8 +453,9 @@ def test_lbfgs_keeps_its_one_group_and_a_note_says_so() -> None:
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
     notes = own_group([optimizer], amplitudes(model), model, lr_multiple=1.0)
     assert len(optimizer.param_groups) == 1
-    assert len(notes) == 2 and all("LBFGS has one parameter group only" in note for note in notes)
-    assert "0.act.eafo_0_eps" in notes[0]
+    (note,) = notes
+    assert note.startswith("LBFGS has one parameter group only: 0.act.eafo_0_eps, 1.act.eafo_0_eps share its options")
+    assert "policy='entropy'" in note and "\n" not in note
     x = torch.randn(5, 3)
 
     def closure() -> Tensor:
@@ -475,8 +476,50 @@ def test_optimisers_that_cannot_take_a_scalar_are_passed_over() -> None:
     adam = torch.optim.Adam([p for p in model.parameters() if p.dim() == 1], lr=0.1)
     assert own_group([lbfgs, adam], amplitudes(model), model) == []
     assert len(own(adam)[0]["params"]) == 2
-    (note, _) = own_group([torch.optim.LBFGS(matrices)], amplitudes(model), model)
-    assert note == "no optimiser can take 0.act.eafo_0_eps: it stays as it is"
+    (note,) = own_group([torch.optim.LBFGS(matrices)], amplitudes(model), model)
+    assert note.startswith("no optimiser can take 0.act.eafo_0_eps, 1.act.eafo_0_eps: they stay as they are. ")
+    assert "AdamW" in note and "policy='entropy'" in note and "\n" not in note
+
+
+def test_many_amplitudes_are_one_line() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Layer() for _ in range(12)))
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    (note,) = own_group([torch.optim.LBFGS(matrices)], amplitudes(model), model)
+    assert "2.act.eafo_0_eps and 9 more: they stay" in note
+
+
+def test_an_optimiser_of_sparse_gradients_gives_its_amplitudes_away() -> None:
+    model = make_model()
+    sparse = torch.optim.SparseAdam(amplitudes(model).values())
+    (note,) = own_group([sparse], amplitudes(model), model)
+    assert note.startswith("no optimiser can take")
+    assert sparse.param_groups[0]["params"] == []
+    adam = torch.optim.Adam([p for p in model.parameters() if p.dim()], lr=0.1)
+    assert own_group([torch.optim.SparseAdam(amplitudes(model).values()), adam], amplitudes(model), model) == []
+    assert len(own(adam)[0]["params"]) == 2
+
+
+class MatricesOnly(torch.optim.SGD):
+    """As many a research optimiser: refuses what is no matrix, after it has taken it."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.dim() != 2:
+                raise AssertionError("matrices only")
+
+
+def test_an_optimiser_that_refuses_them_stays_whole() -> None:
+    model = make_model()
+    optimizer = MatricesOnly([p for p in model.parameters() if p.dim() == 2], lr=0.1)
+    scheduler = SCHEDULES["StepLR"](optimizer)
+    (note,) = own_group([optimizer], amplitudes(model), model, schedulers=[scheduler])
+    assert note.startswith("no optimiser can take 0.act.eafo_0_eps, 1.act.eafo_0_eps")
+    assert "(MatricesOnly refuses them, AssertionError: matrices only)" in note and "\n" not in note
+    assert len(optimizer.param_groups) == len(scheduler.base_lrs) == 1
+    optimizer.load_state_dict(optimizer.state_dict())
+    list(train(model, optimizer, scheduler, 2))
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
@@ -484,8 +527,10 @@ def test_muon_takes_matrices_only() -> None:
     model = make_model()
     muon = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=0.1)
     adam = torch.optim.Adam([p for p in model.parameters() if p.dim() == 1], lr=0.01)
-    own_group([muon, adam], amplitudes(model), model, lr_multiple=1.0)
+    assert own_group([muon, adam], amplitudes(model), model, lr_multiple=1.0) == []
     assert own(muon) == [] and own(adam)[0]["lr"] == 0.01
+    (note,) = own_group([torch.optim.Muon(muon.param_groups[0]["params"])], amplitudes(model), model)
+    assert note.startswith("no optimiser can take 0.act.eafo_0_eps, 1.act.eafo_0_eps")
 
 
 def test_a_wrapped_optimiser_is_looked_through() -> None:
