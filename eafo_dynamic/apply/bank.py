@@ -14,11 +14,11 @@ from eafo_dynamic.apply.site import Site, describe_state
 from eafo_dynamic.apply.surgery import hosted_sites, site_source
 from eafo_dynamic.correction.bases import Base, as_base
 from eafo_dynamic.correction.kernels import RoundKernel
-from eafo_dynamic.correction.stacked import Functions
+from eafo_dynamic.correction.stacked import AmplitudeValues, Functions
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.internals.torch_internals import clamp_all_, copy_all_
 
-__all__ = ["Bank"]
+__all__ = ["Bank", "moved_channels"]
 
 _MOST_ELEMENTS = 1 << 48  # of a tensor
 
@@ -134,19 +134,31 @@ class Bank:
                 kernel=kernel,
             )
 
-    def commit(self, old: Functions, new: Functions) -> None:
+    def channels(self) -> AmplitudeValues | None:
+        """The amplitudes of every channel, where a site has several.
+
+        Returns:
+            Eps and lift, float32, each of shape [S, C], C the most channels of a site: one with fewer repeats its first
+            amplitude. None where every site has one amplitude.
+        """
+        if not any(amplitude.dim() for amplitude in self.amplitudes):
+            return None
+        return AmplitudeValues(_padded(self.eps, self.device), _padded(self.lifts, self.device) if self.lifts else None)
+
+    def commit(self, old: Functions, new: Functions, bound: float = math.inf) -> None:
         """Writes functions back into the model, in place.
 
         Args:
             old: what ``functions`` gave before.
             new: what to write.
+            bound: largest absolute amplitude of a channel; see :func:`moved_channels`.
         """
         eps, shapes, tables, lifts = map(_present, self._columns())
         with torch.no_grad():
-            copy_all_(eps, _moved(eps, old.eps, new.eps))
+            copy_all_(eps, _moved(eps, old.eps, new.eps, bound))
             copy_all_(shapes, new.shape.unbind())
             if old.lift is not None and new.lift is not None:
-                copy_all_(lifts, _moved(lifts, old.lift, new.lift))
+                copy_all_(lifts, _moved(lifts, old.lift, new.lift, bound))
             if tables:
                 copy_all_(tables, new.tables.unbind())
 
@@ -220,14 +232,37 @@ def _present(column: Sequence[Tensor | None]) -> list[Tensor]:
     return [each for each in column if each is not None]
 
 
-def _moved(amplitudes: Sequence[Tensor], old: Tensor, new: Tensor) -> list[Tensor]:
-    """Where every site's move takes its amplitude; channels keep their differences."""
-    if not any(each.dim() for each in amplitudes):
-        return list(new.unbind())
-    return [
-        torch.where(each.isfinite(), each, before) + (after - before) if each.dim() else after
-        for each, before, after in zip(amplitudes, old, new, strict=True)
-    ]
+def moved_channels(channels: Tensor, before: Tensor, after: Tensor, bound: float) -> Tensor:
+    """Where each channel's amplitude goes when their mean moves: they keep their differences, within the bound.
+
+    Args:
+        channels: amplitudes, shape [..., C]; one that is not finite counts as the mean before.
+        before: mean before, shape [...].
+        after: mean after, shape [...].
+        bound: largest absolute amplitude.
+
+    Returns:
+        Amplitudes, shape [..., C].
+    """
+    kept = torch.where(channels.isfinite(), channels, before.unsqueeze(-1))
+    return (kept + (after - before).unsqueeze(-1)).clamp(-bound, bound)
+
+
+def _moved(amplitudes: Sequence[Tensor], old: Tensor, new: Tensor, bound: float) -> list[Tensor]:
+    """Where every site's move takes its amplitude, or those of its channels."""
+    moved = list(new.unbind())
+    for place, amplitude in enumerate(amplitudes):
+        if amplitude.dim():
+            before, after = old[place].to(amplitude.device), new[place].to(amplitude.device)
+            moved[place] = moved_channels(amplitude, before, after, bound)
+    return moved
+
+
+def _padded(amplitudes: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Amplitudes of all channels, float32, shape [S, C]; see ``Bank.channels``."""
+    width = max(amplitude.numel() for amplitude in amplitudes)
+    rows = [amplitude.detach().reshape(-1).to(device, torch.float32) for amplitude in amplitudes]
+    return torch.stack([torch.cat([row, row[:1].expand(width - len(row))]) for row in rows])
 
 
 def _means(amplitudes: Sequence[Tensor]) -> list[Tensor]:

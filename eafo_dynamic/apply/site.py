@@ -26,7 +26,8 @@ from eafo_dynamic.correction.kernels import (
     resolve_backend,
     values_of,
 )
-from eafo_dynamic.correction.shape import correction_shape, is_closed_form, table_half_width, tabulate
+from eafo_dynamic.correction.shape import correction_shape, is_closed_form
+from eafo_dynamic.correction.table import table_half_width, tabulate
 from eafo_dynamic.density.collector import Collector
 from eafo_dynamic.density.estimators import Density, Gaussian
 from eafo_dynamic.internals.torch_internals import (

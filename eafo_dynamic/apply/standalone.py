@@ -19,7 +19,7 @@ from eafo_dynamic.apply.site import (
 )
 from eafo_dynamic.correction.bases import as_base
 from eafo_dynamic.correction.kernels import Terms, correction_value, is_correctable, known_module, per_channel, prepare
-from eafo_dynamic.correction.shape import table_half_width
+from eafo_dynamic.correction.table import table_half_width
 from eafo_dynamic.density.estimators import Density
 from eafo_dynamic.errors import CompoundingError
 from eafo_dynamic.find.wrapped import CarriesCorrection

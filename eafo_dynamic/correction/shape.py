@@ -1,7 +1,8 @@
-"""The EAFO correction shape ghat(u), by the analytic or the score route, and its table (Theory, section 4).
+"""The EAFO correction shape ghat(u) of a base and a density, by the analytic or the score route (Theory, section 4).
 
-A shape belongs to a base and a density; c(z) = eps * sigma * ghat((z - mu) / sigma) corrects the base.
-Shapes carry the sign of (3): with a ReLU and a Gaussian density ghat(u) = u exp(-u^2 / 2), which is
+    c(z) = eps * sigma * ghat((z - mu) / sigma)                                                              (3)
+
+corrects the base. Shapes carry the sign of (3): with a ReLU and a Gaussian density ghat(u) = u exp(-u^2 / 2), which is
 CRReLU's, and the output's differential entropy at fixed bandwidth falls for eps < 0.
 """
 
@@ -15,115 +16,22 @@ from torch import Tensor
 
 from eafo_dynamic.correction.bases import Base, as_base, derivatives
 from eafo_dynamic.correction.kernels import RoundKernel
+from eafo_dynamic.correction.table import GRID_HALF_WIDTH, GRID_STEP, Shape, cubic_pieces, faded, steepest_slope
 from eafo_dynamic.density.estimators import Density, Gaussian
-from eafo_dynamic.entropy.grids import fourier_size, smooth, to_double, transform
+from eafo_dynamic.entropy.grids import fourier_size, smooth, transform
 from eafo_dynamic.entropy.output import SmoothedOutput
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.internals.torch_internals import constant_result
 
-__all__ = [
-    "HALF_WIDTH",
-    "KNOTS",
-    "Route",
-    "Shape",
-    "choose_route",
-    "correction_shape",
-    "evaluate_table",
-    "is_closed_form",
-    "table_half_width",
-    "tabulate",
-]
+__all__ = ["Route", "choose_route", "correction_shape", "is_closed_form"]
 
 Route = Literal["auto", "analytic", "score"]
 
-HALF_WIDTH = 8.0  # L, in standard deviations of the pre-activation
-KNOTS = 257  # of the table: 16 intervals per standard deviation
-
-_GRID_STEP = 1 / 32  # of the grid on which a shape is computed
-_GRID_HALF_WIDTH = 8.0
-_SCORE_REFINEMENT = 2  # the score route transports mass on a grid this much finer
-_TAPER = 1.0  # standard deviations over which shapes and tables fade out at their ends
+# How many points per GRID_STEP each route works with. The analytic one resolves how f''/f' turns where f saturates
+# within a few hundredths of a standard deviation; the score route moves mass from point to point.
+_ANALYTIC_REFINEMENT = 4
+_SCORE_REFINEMENT = 2
 _SQRT_2PI = math.sqrt(2 * math.pi)
-
-
-@constant_result
-def table_half_width() -> float:
-    """HALF_WIDTH; torch.compile with dynamic=True takes any other global number for one that may change.
-
-    Returns:
-        The same.
-    """
-    return HALF_WIDTH
-
-
-class Shape:
-    """A correction shape ghat, one a site, in standardised coordinates.
-
-    ``shape(u)`` is continuous with a continuous slope, has no unit, its largest |slope| is ``gain`` and
-    it is 0 beyond 8 standard deviations.
-
-    Args:
-        pieces: cubics on the 512 intervals of [-8, 8], shape [sites, 4, 512]; None for u exp(-u^2 / 2).
-        gain: largest |slope|, shape [sites]: 1 where the correction is clear, falling smoothly to 0
-            where it is not told apart from none; 0 for a site whose density is missing.
-        route: which route made it.
-    """
-
-    def __init__(self, pieces: Tensor | None, gain: Tensor, route: Literal["analytic", "score"]) -> None:
-        self._pieces = pieces
-        self.gain = gain
-        self.route = route
-
-    @property
-    def closed_form(self) -> bool:
-        """Whether the shape is exactly u exp(-u^2 / 2)."""
-        return self._pieces is None
-
-    def __call__(self, u: Tensor) -> Tensor:
-        """ghat(u).
-
-        Args:
-            u: standardised pre-activations, shape [m] or [sites, m].
-
-        Returns:
-            Shape, float64, [sites, m].
-        """
-        u = self._points(u)
-        if self._pieces is None:
-            return self.gain[..., None] * (u * torch.exp(-0.5 * u.square()))
-        return _evaluate(self._pieces, u, _GRID_HALF_WIDTH, order=0)
-
-    def slope(self, u: Tensor) -> Tensor:
-        """D ghat / d u.
-
-        Args:
-            u: standardised pre-activations, shape [m] or [sites, m].
-
-        Returns:
-            Slope, float64, [sites, m]; at most 1 in magnitude.
-        """
-        u = self._points(u)
-        if self._pieces is None:
-            return self.gain[..., None] * ((1 - u.square()) * torch.exp(-0.5 * u.square()))
-        return _evaluate(self._pieces, u, _GRID_HALF_WIDTH, order=1)
-
-    def at_nodes(self, count: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Values and slopes at equally spaced points of [-8, 8], if these are nodes of the pieces; 0 at the last.
-
-        Args:
-            count: number of points, ends included.
-
-        Returns:
-            Both float64, shape [sites, count]; None for both where a point lies inside a piece, or there are no pieces.
-        """
-        if self._pieces is None or self._pieces.shape[-1] % (count - 1):
-            return None, None
-        nodes = self._pieces[..., :2, :: self._pieces.shape[-1] // (count - 1)]
-        values, slopes = torch.nn.functional.pad(nodes, (0, 1)).unbind(-2)
-        return values, slopes / _GRID_STEP
-
-    def _points(self, u: Tensor) -> Tensor:
-        return to_double(u).to(self.gain.device).expand(*self.gain.shape, u.shape[-1])
+_GAUSSIAN_SLOPE_NORM = 0.376  # L2 norm of p_u' of a Gaussian
 
 
 def is_closed_form(base: Base, density: Density) -> bool:
@@ -165,16 +73,26 @@ def correction_shape(
 ) -> Shape:
     """The correction shape ghat of (3), normalised to largest |slope| 1.
 
-    Analytic: ghat = -sqrt(2 pi) [p_u' - p_u sigma f'' f' / (f'^2 + delta^2)], delta = r sigma |f''| / 2,
-    so that f' counts as known up to its change over half a resolution length, and the ratio is at most
-    1 / r. Score: ghat = -sqrt(2 pi) sigma |f'| p_u sbar_r(f(z)), which tends to the analytic one as r
-    falls, for monotone f. Both are then smoothed with a Gaussian of width r, except where f is piecewise
-    linear and the route analytic (there ghat is -sqrt(2 pi) p_u').
+    Analytic route, with L = sigma f''/f' the slope of log f' per standard deviation:
 
-    Where the two parts of ghat cancel to less than their noise, at the worst activation of section 3,
-    normalising would blow up estimation noise: the ratio rho of their sum to their size (L2 over u) is
-    compared with a floor, and the gain rises smoothly from 0 at rho = floor to 1 at rho = 3 floor; floor
-    = 0.02 + 1.5 times the density's relative noise.
+        ghat = -sqrt(2 pi) [p_u' - p_u L / (1 + (r L / 2)^2)]
+
+    which is f'' f' / (f'^2 + delta^2) with delta = r sigma |f''| / 2: f' counts as known up to its change over half a
+    resolution length, and the ratio is at most 1 / r. L is in closed form for torch's own activations, so that it
+    holds where they saturate and f' is 0 in floating point; the shape is then exact to 1 % of its peak up to sigma =
+    50. For other functions L is made of f' and f'' by automatic differentiation, and is 0 where f' is: one that
+    saturates within the data (tanh does so at |z| = 19) has a wrong shape there. Give it the score route.
+
+    Score route:
+
+        ghat = -sqrt(2 pi) sigma |f'| p_u sbar_r(f(z))
+
+    which tends to the analytic one as r falls, for monotone f. Both are then smoothed with a Gaussian of width r,
+    except where f is piecewise linear and the route analytic: there ghat is -sqrt(2 pi) p_u'.
+
+    Where the two parts of ghat cancel to less than their noise, at the worst activation of section 3, normalising
+    would blow up estimation noise. With rho the ratio of their sum to their size (L2 over u), the gain rises smoothly
+    from 0 at rho = floor to 1 at rho = 3 floor; floor = 0.02 + 1.5 times the density's relative noise.
 
     Args:
         base: the base activation, or its name.
@@ -201,44 +119,68 @@ def correction_shape(
     if not 1e-3 <= resolution <= 1:
         raise ConfigError("resolution", resolution, "is outside [0.001, 1]", "The default is 0.1.")
     chosen = choose_route(base) if route == "auto" else route
-    if chosen == "analytic" and is_closed_form(base, density):
-        return Shape(None, density.mean.isfinite().double(), "analytic")
-    u = _grid(1, density.mean)
-    if chosen == "analytic":
-        raw, size = _analytic(base, density, u, resolution)
-    else:
-        raw, size = _score(base, density, u, resolution, kernel)
-    smoothed = not (chosen == "analytic" and base.traits.piecewise_linear)
-    return _normalise(raw, size, density, resolution if smoothed else 0.0, chosen)
+    if chosen == "score":
+        raw, size = _score(base, density, resolution, kernel)
+        return _normalised(raw, size, density, resolution, chosen)
+    if is_closed_form(base, density):
+        return Shape(None, density.mean.isfinite().double(), chosen)
+    if base.traits.piecewise_linear:  # p_u' is smooth already
+        raw, size = _analytic(base, density, resolution, refinement=1)
+        return _normalised(raw, size, density, 0.0, chosen)
+    raw, size = _analytic(base, density, resolution, _ANALYTIC_REFINEMENT)
+    return _normalised(raw, size, density, resolution, chosen, _ANALYTIC_REFINEMENT)
 
 
-def _grid(refinement: int, like: Tensor) -> Tensor:
-    count = round(2 * _GRID_HALF_WIDTH / _GRID_STEP) * refinement + 1
-    return torch.linspace(-_GRID_HALF_WIDTH, _GRID_HALF_WIDTH, count, dtype=like.dtype, device=like.device)
+def _grid(refinement: int, density: Density) -> Tensor:
+    """Points of [-8, 8], ``refinement`` per GRID_STEP."""
+    count = round(2 * GRID_HALF_WIDTH / GRID_STEP) * refinement + 1
+    like = density.mean
+    return torch.linspace(-GRID_HALF_WIDTH, GRID_HALF_WIDTH, count, dtype=like.dtype, device=like.device)
 
 
 def _known(density: Density) -> tuple[Tensor, Tensor]:
-    """Return mean and std of every site as columns, 0 where missing."""
+    """Mean and std of every site as columns, 0 where missing."""
     return torch.nan_to_num(density.mean)[..., None], torch.nan_to_num(density.std)[..., None]
 
 
-def _analytic(base: Base, density: Density, u: Tensor, resolution: float) -> tuple[Tensor, Tensor]:
-    """Return raw ghat, and the size that its two parts have before they cancel."""
-    mean, std = _known(density)
-    _, first, second = derivatives(base, mean + std * u)
-    second = second * std
-    bound = first.square() + (0.5 * resolution * second).square()
-    ratio = torch.where(bound > 0, second * first / bound.clamp(min=1e-300), 0.0)
+def _norm(values: Tensor, step: float = GRID_STEP) -> Tensor:
+    """L2 norm over u of values on a grid of that step."""
+    return (values.square().sum(-1) * step).sqrt()
+
+
+def _analytic(base: Base, density: Density, resolution: float, refinement: int) -> tuple[Tensor, Tensor]:
+    """Raw ghat on the refined grid, and the size that its two parts have before they cancel."""
+    u, step = _grid(refinement, density), GRID_STEP / refinement
     p, dp = density.pdf(u), density.dpdf(u)
-    return -_SQRT_2PI * (dp - p * ratio), _SQRT_2PI * (_norm(dp) + _norm(p * ratio))
+    saturating = p * _bounded_log_slope(base, density, u, step, resolution)
+    return -_SQRT_2PI * (dp - saturating), _SQRT_2PI * (_norm(dp, step) + _norm(saturating, step))
 
 
-def _score(
-    base: Base, density: Density, u: Tensor, resolution: float, kernel: RoundKernel | None
-) -> tuple[Tensor, Tensor]:
-    """Return raw ghat, and the size that it would have with the score of a unit Gaussian's scale."""
+def _bounded_log_slope(base: Base, density: Density, u: Tensor, step: float, resolution: float) -> Tensor:
+    """L / (1 + (r L / 2)^2), L = sigma f''/f', at points that lie a step apart."""
     mean, std = _known(density)
-    fine = _grid(_SCORE_REFINEMENT, u)
+    z = mean + std * u
+    if base.log_slope is None:
+        _, first, second = derivatives(base, z)
+        second = second * std
+        bound = first.square() + (0.5 * resolution * second).square()
+        return torch.where(bound > 0, second * first / bound.clamp(min=1e-300), 0.0)
+
+    def bounded(log_slope: Tensor) -> Tensor:
+        return log_slope / (1 + (0.5 * resolution * log_slope).square())
+
+    below, above = base.log_slope
+    if below is above:
+        return bounded(std * below(z))
+    # f''/f' jumps at z = 0: each point stands for the cell around it, of which this share lies above 0
+    share = (z / (std * step).clamp(min=1e-300) + 0.5).clamp(0, 1)
+    return torch.lerp(bounded(std * below(z.clamp(max=0))), bounded(std * above(z.clamp(min=0))), share)
+
+
+def _score(base: Base, density: Density, resolution: float, kernel: RoundKernel | None) -> tuple[Tensor, Tensor]:
+    """Raw ghat, and the size that it would have with the score of a unit Gaussian's scale."""
+    mean, std = _known(density)
+    u, fine = _grid(1, density), _grid(_SCORE_REFINEMENT, density)
     output, slope = derivatives(base, mean + std * fine, order=1)[:2]
     # float32 is ample for positions on a grid and twice as fast
     spread, score = _spread_and_score(output.float(), density.pdf(fine), resolution, kernel)
@@ -261,111 +203,33 @@ def _spread_and_score(
     return smoothed.std.double()[..., None], smoothed.score
 
 
-def _norm(values: Tensor) -> Tensor:
-    return (values.square().sum(-1) * _GRID_STEP).sqrt()
-
-
-def _normalise(raw: Tensor, size: Tensor, density: Density, width: float, route: Literal["analytic", "score"]) -> Shape:
-    """Return the shape smoothed, scaled to slope 1 and faded out below its floor."""
-    nodes = raw.shape[-1]
-    length = fourier_size(nodes + 64)
-    spectrum = transform(torch.nan_to_num(raw).reshape(-1, nodes), length)
-    variance = (width / _GRID_STEP) ** 2
-    values = smooth(spectrum, variance, length)[:, :nodes].reshape(raw.shape)
-    slopes = smooth(spectrum, variance, length, 1)[:, :nodes].reshape(raw.shape)  # per step
-    pieces = _pieces(*_faded(values, slopes, _grid(1, raw), _GRID_HALF_WIDTH, _GRID_STEP))
-    steepest = _steepest_slope(pieces) / _GRID_STEP
-    floor = 0.02 + 1.5 * torch.nan_to_num(density.derivative_noise(), nan=math.inf) / 0.376
+def _normalised(
+    raw: Tensor,
+    size: Tensor,
+    density: Density,
+    width: float,
+    route: Literal["analytic", "score"],
+    refinement: int = 1,
+) -> Shape:
+    """The shape smoothed with a Gaussian of that width, scaled to slope 1 and faded out below its floor."""
+    values, slopes = _smoothed(raw, width, refinement)
+    pieces = cubic_pieces(*faded(values, slopes, _grid(1, density), GRID_HALF_WIDTH, GRID_STEP))
+    steepest = steepest_slope(pieces) / GRID_STEP
+    floor = 0.02 + 1.5 * torch.nan_to_num(density.derivative_noise(), nan=math.inf) / _GAUSSIAN_SLOPE_NORM
     ratio = _norm(values) / size.clamp(min=1e-300)
     t = ((ratio / floor - 1) / 2).clamp(0, 1)
     gain = torch.where(steepest > 1e-12, t * t * (3 - 2 * t), 0.0)
     return Shape(pieces * (gain / steepest.clamp(min=1e-12))[..., None, None], gain, route)
 
 
-def tabulate(shape: Shape, half_width: float = HALF_WIDTH, knots: int = KNOTS) -> Tensor:
-    """Piecewise cubic coefficients of a shape, with value and slope 0 at both ends.
-
-    On interval i of [-L, L], with t in [0, 1] from its left end, ghat = a0 + t (a1 + t (a2 + t a3)). The
-    table is continuous with a continuous slope; its largest |slope| is that of the shape, and never
-    above 1. A taper over the outermost standard deviation brings it to 0.
-
-    Args:
-        shape: the shape.
-        half_width: L, in standard deviations.
-        knots: number of knots K, ends included.
-
-    Returns:
-        Coefficients, float64, shape [sites, 4, K - 1].
-
-    Raises:
-        ConfigError: half_width or knots cannot carry a shape.
-    """
-    if knots < 9:
-        raise ConfigError("knots", knots, "is too few for a shape", f"Use 9 or more; the default is {KNOTS}.")
-    if not half_width > _TAPER:
-        raise ConfigError("half_width", half_width, "leaves no room for the taper", "The default is 8.")
-    step = 2 * half_width / (knots - 1)
-    values, slopes = shape.at_nodes(knots) if half_width == _GRID_HALF_WIDTH else (None, None)
-    u = torch.linspace(-half_width, half_width, knots, dtype=torch.float64, device=shape.gain.device)
-    if values is None or slopes is None:
-        values, slopes = shape(u), shape.slope(u)
-    table = _pieces(*_faded(values, slopes * step, u, half_width, step))
-    return table / (_steepest_slope(table) / step).clamp(min=1.0)[..., None, None]
-
-
-def _faded(values: Tensor, slopes: Tensor, u: Tensor, half_width: float, step: float) -> tuple[Tensor, Tensor]:
-    """Return values and slopes per step, brought smoothly to 0 over the outermost standard deviation."""
-    t = ((half_width - u.abs()) / _TAPER).clamp(0, 1)
-    fade, fall = t * t * (3 - 2 * t), -u.sign() * 6 * t * (1 - t) * (step / _TAPER)
-    return values * fade, slopes * fade + values * fall
-
-
-def _pieces(values: Tensor, slopes: Tensor) -> Tensor:
-    """Return cubics with these values and slopes (per interval) at the knots, shape [..., 4, knots - 1]."""
-    v0, v1, d0, d1 = values[..., :-1], values[..., 1:], slopes[..., :-1], slopes[..., 1:]
-    rise = v1 - v0
-    return torch.stack([v0, d0, 3 * rise - 2 * d0 - d1, d0 + d1 - 2 * rise], dim=-2)
-
-
-def _steepest_slope(table: Tensor) -> Tensor:
-    """Largest |slope| of tables [sites, 4, intervals], per interval length, shape [sites]."""
-    _, a1, a2, a3 = table.unbind(-2)
-    # The slope is a parabola in t: its extremes are at the ends and at its vertex. A vertex at infinity is an end.
-    vertex = (a2 / (-3 * a3)).clamp_(0, 1).nan_to_num_(nan=0.0)
-    inner = a1 + vertex * (2 * a2 + vertex * 3 * a3)
-    first, last, between = (part.abs().amax(-1) for part in (a1, a1 + 2 * a2 + 3 * a3, inner))
-    return torch.maximum(torch.maximum(first, last), between)
-
-
-def evaluate_table(table: Tensor, u: Tensor, half_width: float = HALF_WIDTH) -> Tensor:
-    """ghat(u) read off a table; 0 outside [-L, L] and for NaN.
-
-    The plain reference that the fused kernels are held against.
-
-    Args:
-        table: coefficients, shape [sites, 4, K - 1] or [4, K - 1].
-        u: standardised pre-activations, shape [sites, m] or [m], accordingly.
-        half_width: L of the table.
-
-    Returns:
-        Shape, [sites, m] or [m], dtype of the table.
-    """
-    return _evaluate(table, u, half_width, order=0)
-
-
-def _evaluate(table: Tensor, u: Tensor, half_width: float, order: Literal[0, 1]) -> Tensor:
-    """Return the value or the slope of piecewise cubics, 0 outside [-half_width, half_width]."""
-    intervals = table.shape[-1]
-    per_unit = intervals / (2 * half_width)
-    position = (u.to(table.dtype) + half_width) * per_unit
-    within = position.clamp(0, intervals)
-    index = within.nan_to_num(nan=0.0).int().clamp(max=intervals - 1)  # by way of int32, which is vectorised
-    t = within - index
-    index = index.long().expand(*table.shape[:-2], u.shape[-1])
-    if table.dim() > 2:
-        site = torch.arange(math.prod(table.shape[:-2]), device=u.device)
-        index = index + intervals * site.view(*table.shape[:-2], 1)
-    # from one row of all sites: a lookup along one dimension is several times faster than a gather along the last
-    a0, a1, a2, a3 = (row.reshape(-1).index_select(0, index.reshape(-1)).view(index.shape) for row in table.unbind(-2))
-    value = a0 + t * (a1 + t * (a2 + t * a3)) if order == 0 else (a1 + t * (2 * a2 + t * 3 * a3)) * per_unit
-    return torch.where(position == within, value, 0.0)  # false for NaN too
+def _smoothed(raw: Tensor, width: float, refinement: int) -> tuple[Tensor, Tensor]:
+    """Values and slopes (per GRID_STEP) on the grid, of raw values on a finer one, smoothed by a Gaussian."""
+    nodes = raw.shape[-1]
+    length = fourier_size(nodes + 64 * refinement)
+    spectrum = transform(torch.nan_to_num(raw).reshape(-1, nodes), length)
+    variance = (width * refinement / GRID_STEP) ** 2
+    coarse = slice(None, nodes, refinement)
+    values = smooth(spectrum, variance, length)[:, coarse]
+    slopes = smooth(spectrum, variance, length, 1)[:, coarse] * refinement
+    sites = raw.shape[:-1]
+    return values.reshape(*sites, -1), slopes.reshape(*sites, -1)

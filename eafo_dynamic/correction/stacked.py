@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eafo_dynamic.correction.bases import Base
 from eafo_dynamic.correction.kernels import MAX_U, Known, RoundKernel, RoundOperands, Workspace, bell, known_pointwise
-from eafo_dynamic.correction.shape import HALF_WIDTH, evaluate_table
+from eafo_dynamic.correction.table import HALF_WIDTH, evaluate_table
 
 __all__ = ["AmplitudeValues", "Functions"]
 

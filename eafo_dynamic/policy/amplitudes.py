@@ -49,12 +49,13 @@ class Amplitudes:
 
     Attributes:
         follows: sites whose shape follows their data, shape [S], bool.
+        adds_gradient: whether the entropy gradient of some site is added to its eps.grad.
     """
 
     def __init__(self, bank: Bank, policies: Sequence[Policy]) -> None:
         self._bank, self._policies = bank, list(policies)
         self.follows = torch.tensor([policy.follows_data for policy in policies], device="cpu")
-        self._adds_gradient = any(policy.adds_gradient for policy in policies)
+        self.adds_gradient = any(policy.adds_gradient for policy in policies)
         self._trains_all = all(policy.trains_eps for policy in policies)
         self._rows: dict[Policy, list[int]] = {}
         for row, policy in enumerate(policies):
@@ -72,26 +73,30 @@ class Amplitudes:
         return [amplitude for amplitude, policy in self._pairs() if policy.trains_eps]
 
     def before_step(self, frozen: bool, gradient: Tensor | None, optimizer: torch.optim.Optimizer | None) -> None:
-        """Adds to the gradients that the optimiser is about to use, or drops them.
+        """Adds weight * dH_r/d amplitude to the gradients that the optimiser is about to use, or drops them.
+
+        Where C channels have an amplitude each, dH_r/d amplitude is that of their common amplitude, and each gets its
+        share of it, 1 / C: moving all by the same step changes H_r by that step times the sum.
 
         Args:
             frozen: whether nothing may move any more.
             gradient: dH_r/d amplitude, shape [terms, S]; None before the first round.
             optimizer: the one that is about to step; None: all.
         """
-        if not frozen and self._trains_all and not self._adds_gradient:
+        if not frozen and self._trains_all and not self.adds_gradient:
             return  # as nearly always: there is nothing to look for
         for amplitude, policy in self._pairs():
             if frozen or not policy.trains_eps:  # who unfreezes a model's layers makes every eps trainable as well
                 amplitude.grad = None
-        if not frozen and self._adds_gradient and gradient is not None:
+        if not frozen and self.adds_gradient and gradient is not None:
             groups = [] if optimizer is None else optimizer.param_groups
             steps = {id(p) for group in groups for p in group["params"]}
             for (amplitude, policy), rise in zip(self._pairs(), gradient.flatten(), strict=True):
                 # what another optimiser steps would get it twice
                 mine = optimizer is None or id(amplitude) in steps
                 if policy.adds_gradient and mine and amplitude.requires_grad:
-                    extra = (policy.adds_gradient * rise).to(amplitude.dtype).expand(amplitude.shape)
+                    share = policy.adds_gradient * rise / amplitude.numel()
+                    extra = share.to(amplitude.dtype).expand(amplitude.shape)
                     amplitude.grad = extra.clone() if amplitude.grad is None else amplitude.grad + extra
 
     def moved(self, amplitudes: Tensor, gradient: Tensor) -> Tensor:

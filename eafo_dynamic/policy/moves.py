@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from eafo_dynamic.correction.shape import correction_shape, tabulate
+from eafo_dynamic.correction.shape import correction_shape
 from eafo_dynamic.correction.stacked import AmplitudeValues, Functions
+from eafo_dynamic.correction.table import tabulate
 from eafo_dynamic.density.estimators import Density
 
 __all__ = ["refreshed", "reverted", "with_finite_amplitudes"]

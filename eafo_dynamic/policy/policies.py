@@ -123,6 +123,10 @@ class Entropy(Policy):
 class Hybrid(Policy):
     """As ``learned``, with weight * dH_r/d eps added to eps.grad: the loss plus weight times the site's entropy.
 
+    dH_r/d eps is estimated at an update round, for the functions that the round leaves, and added at every step until
+    the next one. With ``per_channel`` each of a site's C channels gets its share, weight / C * dH_r/d eps: H_r is then
+    a function of the channels' mean amplitude.
+
     Args:
         weight: lambda, in units of the loss per nat; negative favours higher entropy.
 

@@ -42,8 +42,9 @@ class Rounds:
         amplitudes: the sites' amplitudes under their policies.
         density: the running estimate of every site's density.
         losses: the training loss since the last round, for ``rollback_factor``.
-        gradient: dH_r/d amplitude of the last round in nats, shape [terms, S], 0 where a site had too few samples;
-            None before the first round.
+        gradient: dH_r/d amplitude in nats, shape [terms, S], 0 where a site had too few samples: of the functions that
+            the last round left where a policy adds it to eps.grad, else of those that it found. None before the
+            first round.
         count: rounds so far.
     """
 
@@ -80,22 +81,23 @@ class Rounds:
         functions = self._bank.functions(self._kernel)
         self._last = _beside(self._last, functions)
         functions, broken = with_finite_amplitudes(functions, self._last)
-        outputs, directions = functions.outputs_and_directions(samples, self._workspace)
-        entropy = OutputEntropy(outputs, self._options.resolution, self._kernel, self._workspace)
-        by_amplitude = torch.stack([entropy.gradient(direction) for direction in directions])
-        self.gradient = torch.where(usable, by_amplitude, 0.0).nan_to_num().to(functions.eps.dtype)
+        entropy, by_amplitude = self._entropy_and_gradient(functions, samples)
+        self.gradient = _where_usable(by_amplitude, usable)
 
         # the functions wanted: the earlier ones if the last round made the loss jump, else what the policies ask for
         undone = self._replaced if self.losses.jumped(collected.losses) else None
         if undone is not None:
             wanted = reverted(functions, undone, self._trained(functions))
         else:
-            wanted = self._with_moved_amplitudes(functions, usable)
+            wanted = self._with_moved_amplitudes(functions, self.gradient, usable)
             wanted = self._with_followed_shapes(wanted, samples, moments, usable)
 
         # as much of the way as the trust region admits
-        new, fraction = bounded_move(functions, wanted, self._region)
-        self._bank.commit(functions, new)
+        channels = self._bank.channels()
+        new, fraction = bounded_move(functions, wanted, self._region, channels)
+        self._bank.commit(functions, new, self._region.max_eps)
+        if channels is not None:
+            new = self._bank.functions(self._kernel)  # a channel at its bound stayed there, which changes the mean
 
         # rows of the log
         columns = diagnostics(samples, moments, entropy, functions, new, self._last, by_amplitude)
@@ -104,7 +106,10 @@ class Rounds:
             moments.n, usable, fraction, undone is not None, collected.nonfinite, broken, collected.passed_over
         )
 
-        # what the next round needs
+        # what the optimiser's steps and the next round need
+        if self.amplitudes.adds_gradient:
+            _, by_amplitude = self._entropy_and_gradient(new, samples)
+            self.gradient = _where_usable(by_amplitude, usable)
         may_undo = self._options.rollback_factor is not None and undone is None
         self._replaced = functions if may_undo else None
         self._last = new.amplitudes
@@ -117,12 +122,17 @@ class Rounds:
         losses = self.losses.drain().to(self._bank.device)
         return pooled(drained, losses, passed_over, self._options.samples_per_site, self._kernel)
 
-    def _with_moved_amplitudes(self, functions: Functions, usable: Tensor) -> Functions:
+    def _entropy_and_gradient(self, functions: Functions, samples: Tensor) -> tuple[OutputEntropy, Tensor]:
+        """H_r of the functions' outputs, and dH_r/d amplitude, shape [terms, S]; good until the next call."""
+        outputs, directions = functions.outputs_and_directions(samples, self._workspace)
+        entropy = OutputEntropy(outputs, self._options.resolution, self._kernel, self._workspace)
+        return entropy, torch.stack([entropy.gradient(direction) for direction in directions])
+
+    def _with_moved_amplitudes(self, functions: Functions, gradient: Tensor, usable: Tensor) -> Functions:
         """The functions with amplitudes where the policies want them; those that the loss trains stay."""
-        assert self.gradient is not None
-        wanted = replace(functions, eps=self._moved(functions.eps, self.gradient[0], usable))
+        wanted = replace(functions, eps=self._moved(functions.eps, gradient[0], usable))
         if functions.lift is not None:
-            wanted = replace(wanted, lift=self._moved(functions.lift, self.gradient[1], usable))
+            wanted = replace(wanted, lift=self._moved(functions.lift, gradient[1], usable))
         return wanted
 
     def _moved(self, amplitudes: Tensor, gradient: Tensor, usable: Tensor) -> Tensor:
@@ -217,6 +227,11 @@ def _beside(last: AmplitudeValues, functions: Functions) -> AmplitudeValues:
         return functions.amplitudes
     lift = None if last.lift is None else last.lift.to(functions.eps.device)
     return AmplitudeValues(last.eps.to(functions.eps.device), lift)
+
+
+def _where_usable(by_amplitude: Tensor, usable: Tensor) -> Tensor:
+    """A gradient, 0 where samples did not suffice for it; float32, as amplitudes are."""
+    return torch.where(usable, by_amplitude, 0.0).nan_to_num().to(torch.float32)
 
 
 def _has_spread(moments: SampleMoments) -> Tensor:

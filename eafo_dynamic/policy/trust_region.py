@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eafo_dynamic.correction.shape import HALF_WIDTH, KNOTS
-from eafo_dynamic.correction.stacked import Functions
+from eafo_dynamic.apply.bank import moved_channels
+from eafo_dynamic.correction.stacked import AmplitudeValues, Functions
+from eafo_dynamic.correction.table import HALF_WIDTH, KNOTS
 
 __all__ = ["TrustRegion", "bounded_move"]
 
@@ -55,35 +56,66 @@ class TrustRegion:
         return torch.where(allowed.any(0), fractions[first], 0.0)
 
 
-def bounded_move(old: Functions, new: Functions, region: TrustRegion) -> tuple[Functions, Tensor]:
+def bounded_move(
+    old: Functions, new: Functions, region: TrustRegion, channels: AmplitudeValues | None = None
+) -> tuple[Functions, Tensor]:
     """The largest tried part of a move that keeps max over z of |c_taken(z) - c_old(z)| / sigma within max_delta.
 
-    sigma is the larger one of the functions taken and the old ones; z runs over the tables' range of both, knot by
-    knot. A function that is not finite or has no scale is never taken.
+    sigma is the larger one of the functions taken and the old ones; z runs over the range of both tables, knot by
+    knot. Where channels have amplitudes of their own, the bound holds for the function of every channel. A function
+    that is not finite or has no scale is never taken.
 
     Args:
         old: the functions now.
         new: the functions wanted.
         region: the bounds.
+        channels: amplitudes of all channels now, from ``Bank.channels``; None where every site has one.
 
     Returns:
         The functions to take and the part of the way, shape [S]; 0 where nothing was admissible.
     """
-    jumps = [_jump(old, new)]
+    jumps = [_jump(old, new, region, channels)]
     if bool((jumps[0] <= region.max_delta).all()):  # as nearly always: then the smaller parts need no look
         return new, torch.ones_like(old.eps)
     fractions = torch.tensor(_FRACTIONS, device=old.eps.device, dtype=old.eps.dtype)
-    jumps += [_jump(old, old.towards(new, part.expand_as(old.eps))) for part in fractions[1:]]
+    for part in fractions[1:]:
+        between = old.towards(new, part.expand_as(old.eps))
+        jumps.append(_jump(old, between, region, channels))
     fraction = region.admissible(torch.stack(jumps), fractions)
     return old.towards(new, fraction), fraction
 
 
-def _jump(old: Functions, new: Functions) -> Tensor:
+def _jump(old: Functions, new: Functions, region: TrustRegion, channels: AmplitudeValues | None) -> Tensor:
     """Max |c_new - c_old| / sigma, shape [S]; NaN where the new function cannot be used."""
     # every second point is a knot of the tables, the others lie between
     grid = torch.linspace(-HALF_WIDTH, HALF_WIDTH, 2 * KNOTS - 1, device=old.eps.device, dtype=old.eps.dtype)
     z = torch.cat([side.shape[:, :1] + side.sigma * grid for side in (old, new)], dim=-1)
-    jump = (new.correction(z) - old.correction(z)).abs().amax(-1) / torch.maximum(old.sigma, new.sigma)[:, 0]
-    finite = new.eps.isfinite() if new.lift is None else (new.eps + new.lift).isfinite()
+    if channels is None:
+        change = (new.correction(z) - old.correction(z)).abs().amax(-1)
+    else:
+        change = _largest_change_of_a_channel(z, old, new, region, channels)
+    jump = change / torch.maximum(old.sigma, new.sigma)[:, 0]
+    finite = new.eps.isfinite()
+    if new.lift is not None:
+        finite &= new.lift.isfinite()
     sound = finite & new.shape.isfinite().all(-1) & (new.shape[:, 1] > 0)
     return torch.where(sound, jump, math.nan)
+
+
+def _largest_change_of_a_channel(
+    z: Tensor, old: Functions, new: Functions, region: TrustRegion, channels: AmplitudeValues
+) -> Tensor:
+    """Max over channels and z of |c_new - c_old|, shape [S]."""
+    amplitudes_before, amplitudes_after = [], []
+    for of_channels, mean_before, mean_after in zip(channels, old.amplitudes, new.amplitudes, strict=True):
+        if of_channels is not None and mean_before is not None and mean_after is not None:
+            amplitudes_before.append(moved_channels(of_channels, mean_before, mean_before, math.inf))
+            amplitudes_after.append(moved_channels(of_channels, mean_before, mean_after, region.max_eps))
+    before, after = torch.stack(amplitudes_before, -1), torch.stack(amplitudes_after, -1)  # [S, C, terms]
+    directions_before, directions_after = torch.stack(old.directions(z), 1), torch.stack(new.directions(z), 1)
+    # site by site: all together would take S times C times 2052 numbers
+    largest = [
+        (after[site] @ directions_after[site] - before[site] @ directions_before[site]).abs().max()
+        for site in range(len(z))
+    ]
+    return torch.stack(largest)

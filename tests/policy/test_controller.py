@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from eafo_dynamic.correction.kernels.native import native_kernel
 from eafo_dynamic.correction.kernels.rounds import compiled_rounds
-from eafo_dynamic.entropy import resolution_entropy
+from eafo_dynamic.entropy import entropy_gradient, resolution_entropy
 from eafo_dynamic.errors import ConfigError, EAFOError, PatternError, SiteError
 from eafo_dynamic.policy import Entropy, Hybrid, Rule
 from eafo_dynamic.policy.controller import EAFOController
@@ -123,13 +123,32 @@ def test_static_is_the_papers_function_throughout_training() -> None:
 def test_hybrid_adds_the_entropy_gradient_to_eps_grad() -> None:
     z = standard_normal(4096)
     controller = attach(OneSite(nn.ReLU()), policy=Hybrid(weight=0.3), update_every_n_steps=1)
-    (row,) = drive(controller, z, 1)
+    drive(controller, z, 1)
     (eps,) = controller.amplitudes.values()
     controller.model(z).sum().backward()
     assert eps.grad is not None
     plain = eps.grad.clone()
     controller.before_optimizer_step(1)
-    torch.testing.assert_close(eps.grad - plain, torch.tensor(0.3 * row["d_entropy_d_eps"]), rtol=1e-4, atol=1e-5)
+    functions = controller.bank.functions()  # as the round has left them
+    gradient = entropy_gradient(functions.outputs(z.view(1, -1)), functions.direction(z.view(1, -1)))
+    torch.testing.assert_close(eps.grad - plain, 0.3 * gradient[0], rtol=1e-3, atol=1e-4)
+
+
+def test_hybrid_follows_the_shape_that_the_round_has_put_in_place() -> None:
+    """Before the first round the shape is that of z ~ N(0, 1); the gradient in use is not its own."""
+    z = 4 * standard_normal(4096) + 2
+    controller = attach(OneSite(nn.ReLU()), policy=Hybrid(weight=1.0), update_every_n_steps=1, max_delta=math.inf)
+    before = controller.bank.functions()
+    (row,) = drive(controller, z, 1)
+    controller.before_optimizer_step(1)
+    (eps,) = controller.amplitudes.values()
+    after, rows = controller.bank.functions(), z.view(1, -1)
+    of_old = float(entropy_gradient(before.outputs(rows), before.direction(rows)))
+    of_new = float(entropy_gradient(after.outputs(rows), after.direction(rows)))
+    assert abs(of_old - of_new) > 0.02
+    assert eps.grad is not None
+    assert eps.grad.item() == pytest.approx(of_new, abs=2e-3)
+    assert row["d_entropy_d_eps"] == pytest.approx(of_old, abs=2e-3), "the log has that of the functions found"
 
 
 def test_frozen_never_changes() -> None:

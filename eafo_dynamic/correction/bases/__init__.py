@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from eafo_dynamic.correction.bases.descriptor import Base, Derivatives, Traits, derivatives, traits
+from eafo_dynamic.correction.bases.descriptor import Base, Derivatives, LogSlope, Traits, derivatives, traits
 from eafo_dynamic.correction.bases.registry import activation_names, activation_types, as_base, register_activation
 
 __all__ = [
     "Base",
     "Derivatives",
+    "LogSlope",
     "Traits",
     "activation_names",
     "activation_types",

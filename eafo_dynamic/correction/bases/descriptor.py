@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Base", "Derivatives", "Pointwise", "Traits", "derivatives", "probe_points", "traits"]
+__all__ = ["Base", "Derivatives", "LogSlope", "Pointwise", "Traits", "derivatives", "probe_points", "traits"]
 
 Pointwise = Callable[[Tensor], Tensor]
 
@@ -22,6 +22,18 @@ class Derivatives(NamedTuple):
     value: Tensor
     first: Tensor
     second: Tensor
+
+
+class LogSlope(NamedTuple):
+    """d/dz log f' = f''/f' in closed form, for where f saturates and f' is 0 in floating point.
+
+    Args:
+        below: for z < 0, and continued to 0.
+        above: for z > 0, and continued to 0; the same function where f''/f' has no jump at 0.
+    """
+
+    below: Pointwise
+    above: Pointwise
 
 
 class Traits(NamedTuple):
@@ -55,6 +67,7 @@ class Base:
         params: hyper-parameters, part of the identity, as sorted (name, value) pairs.
         key: tells unregistered functions apart (the callable, or the module's type and state).
         label: name with the hyper-parameters that differ from the default; what ``str`` shows.
+        log_slope: f''/f' in closed form; None where it is not known, or needs none.
     """
 
     name: str
@@ -62,6 +75,7 @@ class Base:
     params: tuple[tuple[str, object], ...] = ()
     key: object = field(default=None, repr=False)
     label: str = field(default="", compare=False, repr=False)
+    log_slope: LogSlope | None = field(default=None, compare=False, repr=False)
 
     def __call__(self, z: Tensor) -> Tensor:
         """f(z).

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eafo_dynamic.correction.bases.descriptor import Base, Pointwise, probe_points
+from eafo_dynamic.correction.bases.descriptor import Base, LogSlope, Pointwise, probe_points
+from eafo_dynamic.correction.bases.log_slopes import LOG_SLOPES
 from eafo_dynamic.errors import ConfigError
 
 __all__ = ["activation_names", "activation_types", "as_base", "register_activation"]
@@ -22,26 +23,36 @@ _Kind = TypeVar("_Kind", bound="type[nn.Module] | Pointwise")
 
 
 class _Entry(NamedTuple):
-    """A registered function: its name, its functional form, its hyper-parameters with their defaults."""
+    """A registered function: its name, its functional form, its hyper-parameters with their defaults.
+
+    log_slope makes f''/f' from the hyper-parameters.
+    """
 
     name: str
     function: Callable[..., Tensor]
     defaults: Mapping[str, object] = {}
+    log_slope: Callable[..., LogSlope] | None = None
 
     def base(self, values: Mapping[str, object]) -> Base:
         given = [_number(values.get(key, default)) for key, default in self.defaults.items()]
-        return _made(self.name, self.function, tuple(self.defaults.items()), *given)
+        return _made(self.name, self.function, self.log_slope, tuple(self.defaults.items()), *given)
 
 
 @functools.lru_cache(maxsize=256, typed=True)  # every update round asks for that of every site
 def _made(
-    name: str, function: Callable[..., Tensor], defaults: tuple[tuple[str, object], ...], *values: object
+    name: str,
+    function: Callable[..., Tensor],
+    log_slope: Callable[..., LogSlope] | None,
+    defaults: tuple[tuple[str, object], ...],
+    *values: object,
 ) -> Base:
     used = {key: value for (key, _), value in zip(defaults, values, strict=True)}
     changed = {key: used[key] for key, default in defaults if used[key] != _number(default)}
     shown = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed.items())
     fn = functools.partial(function, **used) if used else function
-    return Base(name, fn, tuple(sorted(used.items())), label=f"{name}({shown})" if shown else name)
+    label = f"{name}({shown})" if shown else name
+    closed = None if log_slope is None else log_slope(**used)
+    return Base(name, fn, tuple(sorted(used.items())), label=label, log_slope=closed)
 
 
 def _number(value: object) -> object:
@@ -70,20 +81,20 @@ _BY_TYPE: dict[type[nn.Module], _Entry] = {
     nn.ReLU: _Entry("relu", F.relu),
     nn.ReLU6: _Entry("relu6", F.relu6),
     nn.LeakyReLU: _Entry("leaky_relu", F.leaky_relu, {"negative_slope": 0.01}),
-    nn.ELU: _Entry("elu", F.elu, {"alpha": 1.0}),
-    nn.SELU: _Entry("selu", F.selu),
-    nn.CELU: _Entry("celu", F.celu, {"alpha": 1.0}),
+    nn.ELU: _Entry("elu", F.elu, {"alpha": 1.0}, log_slope=LOG_SLOPES["elu"]),
+    nn.SELU: _Entry("selu", F.selu, log_slope=LOG_SLOPES["selu"]),
+    nn.CELU: _Entry("celu", F.celu, {"alpha": 1.0}, log_slope=LOG_SLOPES["celu"]),
     nn.GELU: _Entry("gelu", F.gelu, {"approximate": "none"}),
     nn.SiLU: _Entry("silu", F.silu),
     nn.Mish: _Entry("mish", F.mish),
     nn.Hardswish: _Entry("hardswish", F.hardswish),
     nn.Hardtanh: _Entry("hardtanh", F.hardtanh, {"min_val": -1.0, "max_val": 1.0}),
     nn.Hardsigmoid: _Entry("hardsigmoid", F.hardsigmoid),
-    nn.Softplus: _Entry("softplus", F.softplus, {"beta": 1.0, "threshold": 20.0}),
-    nn.Softsign: _Entry("softsign", F.softsign),
-    nn.Tanh: _Entry("tanh", torch.tanh),
-    nn.Sigmoid: _Entry("sigmoid", torch.sigmoid),
-    nn.LogSigmoid: _Entry("logsigmoid", F.logsigmoid),
+    nn.Softplus: _Entry("softplus", F.softplus, {"beta": 1.0, "threshold": 20.0}, log_slope=LOG_SLOPES["softplus"]),
+    nn.Softsign: _Entry("softsign", F.softsign, log_slope=LOG_SLOPES["softsign"]),
+    nn.Tanh: _Entry("tanh", torch.tanh, log_slope=LOG_SLOPES["tanh"]),
+    nn.Sigmoid: _Entry("sigmoid", torch.sigmoid, log_slope=LOG_SLOPES["sigmoid"]),
+    nn.LogSigmoid: _Entry("logsigmoid", F.logsigmoid, log_slope=LOG_SLOPES["logsigmoid"]),
     nn.Softshrink: _Entry("softshrink", F.softshrink, {"lambd": 0.5}),
     nn.Hardshrink: _Entry("hardshrink", F.hardshrink, {"lambd": 0.5}),
     nn.Tanhshrink: _Entry("tanhshrink", F.tanhshrink),
@@ -113,7 +124,7 @@ def _fill_tables() -> None:
     gelu_tanh = _Entry("gelu_tanh", functools.partial(F.gelu, approximate="tanh"))
     for name, entry in {
         "gelu_tanh": gelu_tanh,
-        "normal_cdf": _Entry("normal_cdf", _normal_cdf),
+        "normal_cdf": _Entry("normal_cdf", _normal_cdf, log_slope=LOG_SLOPES["normal_cdf"]),
         "quick_gelu": _Entry("quick_gelu", _quick_gelu),
         "squared_relu": _Entry("squared_relu", _squared_relu),
         "relu2": _Entry("squared_relu", _squared_relu),
