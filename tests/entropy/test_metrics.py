@@ -217,3 +217,55 @@ def test_wrong_number_of_channels_is_refused() -> None:
     for shape in ((2, 4, 5), (6,)):
         with pytest.raises(ConfigError, match=r"^num_channels=3"):
             fed(torch.zeros(shape), num_channels=3)
+
+
+@pytest.mark.parametrize("resolution", [0.1, 0.03, 0.01, 0.003])
+@pytest.mark.parametrize("shift", [0.0, 1.0, 10.0])
+def test_every_resolution_has_bins_that_are_fine_enough(resolution: float, shift: float) -> None:
+    """Against the entropy of the samples themselves, also with a mean of ten standard deviations."""
+    a = torch.from_numpy(np.random.default_rng(0).standard_normal(20000)).float() + shift
+    expected = float(resolution_entropy(a, resolution))
+    assert float(fed(a, resolution=resolution).compute()) == pytest.approx(expected, abs=5e-3)
+
+
+def test_a_mean_too_many_standard_deviations_away_is_no_silent_error() -> None:
+    a = outputs("gelu")
+    with pytest.warns(UserWarning, match=r"ActivationEntropy: 100% of the outputs .* Subtract a constant"):
+        fed(a + 1000).compute()
+    fed(a + 1000 - 1000).compute()
+    fed(torch.full((100,), 1000.0)).compute()  # a constant has no bin that is too wide
+
+
+def test_positions_in_bins_keep_their_mean_beyond_two_to_the_24_samples() -> None:
+    """float32 sums stop growing there, and the mean position would fall by a fifth here."""
+    value = torch.full((1 << 20,), 1 + 0.999 / 64)
+    metric = fed(value)
+    before = float(metric.offsets.max()) / float(metric.counts.max())
+    for _ in range(4):
+        metric.merge_state(copy.deepcopy(metric))
+    for _ in range(4):
+        metric.update(value)
+    assert int(metric.counts.max()) == 20 << 20
+    after = float(metric.offsets.max()) / float(metric.counts.max())
+    assert after == pytest.approx(before, rel=1e-6)
+
+
+def test_chunks_and_merges_are_equal_to_the_last_bit() -> None:
+    a = outputs("gelu")
+    whole, parts = fed(a), fed(*a.split(37))
+    assert torch.equal(whole.offsets, parts.offsets)
+    assert torch.equal(whole.compute(), parts.compute())
+
+
+def test_a_persistent_state_of_version_010_is_read() -> None:
+    metric = fed(outputs("gelu"))
+    metric.persistent(True)
+    state = metric.state_dict()
+    state["offsets"] = (state["offsets"].double() / 2**20).float()
+    loaded = ActivationEntropy()
+    loaded.load_state_dict(state)
+    assert loaded.offsets.dtype == torch.int64
+    loaded.update(torch.empty(0))
+    assert float(loaded.compute()) == pytest.approx(float(metric.compute()), abs=1e-6)
+    with pytest.raises(ConfigError, match=r"^resolution=0\.01: the saved state has"):
+        ActivationEntropy(0.01).load_state_dict(state)
