@@ -284,7 +284,12 @@ def histogram(samples: Tensor, weights: Tensor | None = None, bandwidth: float |
 
     The bandwidth rule is the normal-reference optimum for the derivative p_u', which is what the
     correction reads: b = s (4 / (5 n))^(1/7), s = min(1, IQR / 1.349), between 1/8 and 1 standard
-    deviations (0.29 for 4096 normal samples). Bias of p_u': b^2 p_u''' / 2, falling as n^(-2/7).
+    deviations (0.29 for 4096 normal samples). Bias of p_u': b^2 p_u''' / 2, falling as n^(-2/7) while b is above 1/8.
+
+    The rule is that of a normal density: features narrower than b are smoothed away, and b follows the spread, which
+    heavy tails and far modes widen. Error of p_u' (root mean square, as a share of its L2 norm) at n = 256 and 4096:
+    normal 0.26, 0.13; Student's t with 3 degrees of freedom 0.43, 0.20; lognormal of spread 1/2 0.45, 0.26; two modes
+    2.7 apart, 0.5 and 0.6 wide, 0.67, 0.42; lognormal of spread 1 0.91, 0.80. Give a smaller ``bandwidth`` there.
 
     Args:
         samples: pre-activations, shape [..., n]; non-finite ones are missing.
