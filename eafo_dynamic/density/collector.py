@@ -1,4 +1,4 @@
-"""What one site keeps of its batches between two update rounds.
+"""The sample of pre-activations that one site keeps between two update rounds.
 
 A site keeps a sample of its pre-activations, never a running sum: entropy, density and correction then all come
 from the same numbers, and merging over steps, chunks or ranks is concatenation.
@@ -132,8 +132,8 @@ class Collector:
     def observe(self, z: Tensor) -> None:
         """Takes a sample of one batch of pre-activations.
 
-        Inside a transform such as ``torch.func.vmap`` nothing is taken: its tensors die with it. Nor is it of a tensor
-        without data.
+        Takes nothing inside a transform such as ``torch.func.vmap``, whose tensors do not outlive it, and nothing of a
+        tensor without data.
 
         Args:
             z: pre-activations, any shape and layout, floating point.
@@ -167,8 +167,7 @@ class Collector:
             device = chunks[0].values.device  # replicas of one module may have left samples on several
             parts = [(chunk.values.to(device), _units(chunk, self.channel_dim).to(device)) for chunk in chunks]
             values, units = (torch.cat(part) for part in zip(*parts, strict=True))
-        wide = torch.promote_types(values.dtype, torch.float32)
-        return (values if values.dtype == wide else values.to(wide)), units
+        return values.to(torch.promote_types(values.dtype, torch.float32)), units
 
     def pending(self) -> list[tuple[Tensor, list[int], bool]]:
         """The sample as tensors and primitives, for a checkpoint between two rounds; it stays where it is.
@@ -206,7 +205,12 @@ def _units(chunk: _Chunk, dim: int | None) -> Tensor:
         Units, shape [count], int64.
     """
     rank = len(chunk.shape)
-    dim = (1 if rank >= 4 else rank - 1) if dim is None or rank < 2 else dim % rank
+    if dim is not None and rank >= 2:
+        dim = dim % rank
+    elif rank >= 4:
+        dim = 1
+    else:
+        dim = rank - 1
     return _kept_units(chunk.shape, chunk.values.numel(), chunk.channels_last, chunk.values.device, dim)
 
 
@@ -216,6 +220,7 @@ def _kept_units(shape: tuple[int, ...], count: int, channels_last: bool, device:
     if dim < 0:
         return place
     if channels_last:  # the places count along dimension 1 first
-        sizes.append(sizes.pop(1))
-        dim = len(sizes) - 1 if dim == 1 else dim - 1
+        order = [0, *range(2, len(sizes)), 1]
+        sizes = [sizes[each] for each in order]
+        dim = order.index(dim)
     return (place // math.prod(sizes[dim + 1 :])) % sizes[dim]

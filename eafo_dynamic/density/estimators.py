@@ -56,11 +56,12 @@ def moments(samples: Tensor, weights: Tensor | None = None) -> Moments:
         (2.0, 2.0, 1.0)
     """
     standard = Standardised.of(samples, weights)
-    return Moments(*(m.reshape(samples.shape[:-1]) for m in (standard.count, standard.mean, standard.std)))
+    sites = samples.shape[:-1]
+    return Moments(standard.count.reshape(sites), standard.mean.reshape(sites), standard.std.reshape(sites))
 
 
 class Density(ABC):
-    """Density p_u of u = (z - mean) / std, one a site.
+    """Density p_u of u = (z - mean) / std, one per site.
 
     Args:
         mean: location of z, shape [sites] (any leading shape), units of z; NaN for a site without samples.
@@ -123,7 +124,7 @@ class Density(ABC):
 
         Args:
             new: the newer estimate, of the same kind.
-            weight: weight of the new one in [0, 1]; a number or one a site.
+            weight: weight of the new one in [0, 1]; a number, or one per site.
 
         Returns:
             A density of the same kind; ``count`` is the effective number of samples behind it.
@@ -276,7 +277,9 @@ def gaussian(samples: Tensor, weights: Tensor | None = None) -> Gaussian:
         0.3989
     """
     found = moments(samples, weights)
-    return Gaussian(found.mean, found.std, found.count if weights is None else None)
+    if weights is not None:
+        return Gaussian(found.mean, found.std)
+    return Gaussian(found.mean, found.std, found.count)
 
 
 def histogram(samples: Tensor, weights: Tensor | None = None, bandwidth: float | Tensor | None = None) -> Histogram:
@@ -295,7 +298,7 @@ def histogram(samples: Tensor, weights: Tensor | None = None, bandwidth: float |
         samples: pre-activations, shape [..., n]; non-finite ones are missing.
         weights: nonnegative weights that broadcast against the samples; None for 1 each. Weighted points
             count as a quadrature of a known density.
-        bandwidth: b in standard deviations, a number or one a site, in [1/16, 1]; None for the rule (1/8
+        bandwidth: b in standard deviations, a number or one per site, in [1/16, 1]; None for the rule (1/8
             for a quadrature).
 
     Returns:
@@ -316,14 +319,16 @@ def histogram(samples: Tensor, weights: Tensor | None = None, bandwidth: float |
         chosen = mass.new_full(sites, 1 / 8)
     else:
         chosen = _bandwidth(mass, standard.count[:, 0])
-    mean, std, count = (m.reshape(sites) for m in (standard.mean, standard.std, standard.count))
+    count = None
+    if weights is None:
+        count = standard.count.reshape(sites)
     return Histogram(
-        mean,
-        std,
+        standard.mean.reshape(sites),
+        standard.std.reshape(sites),
         mass.reshape(*sites, mass.shape[1]),
         chosen.reshape(sites),
         out.reshape(sites),
-        count if weights is None else None,
+        count,
     )
 
 
@@ -339,7 +344,9 @@ def _grid_mass(standard: Standardised) -> tuple[Tensor, Tensor]:
         standard.unit,
     )
     inside = (position >= 1) & (position <= nodes)
-    weight = inside.to(position.dtype) if standard.weight is None else standard.weight * inside
+    weight = inside.to(position.dtype)
+    if standard.weight is not None:
+        weight = standard.weight * inside
     mass = Splines(position.clamp(1, nodes)).deposit(weight, nodes + 2)[:, 1:-1] / standard.total
     out = torch.where(standard.count > 0, 1 - weight.sum(1, keepdim=True) / standard.total, 0.0)
     return mass, out

@@ -17,11 +17,11 @@ def stack_samples(samples: Sequence[Tensor], limit: int) -> Tensor:
     """Stacks samples of unequal length, the shorter ones filled with NaN.
 
     Args:
-        samples: one tensor [n_s] a site.
-        limit: number of samples kept of each, at most; a longer one is thinned, all stretches of it alike.
+        samples: one tensor per site, shape [n_s].
+        limit: most samples that are kept of each; a longer one is thinned evenly.
 
     Returns:
-        Shape [sites, n]; of one tensor for all sites a view.
+        Shape [sites, n]; a view where all sites share one tensor.
     """
     thinned = [_thin(values, limit) for values in samples]
     if len(thinned) > 1 and all(values is thinned[0] for values in thinned):  # as units of equal sites are
@@ -49,7 +49,9 @@ def world_size() -> int:
         1 where there is no process group.
     """
     distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 1
+    return distributed.get_world_size()
 
 
 def gather_ranks(samples: Tensor, width: int) -> Tensor:
@@ -73,10 +75,10 @@ def gather_ranks(samples: Tensor, width: int) -> Tensor:
 
 
 def pool_ranks(samples: Sequence[Tensor], width: int, beside: Tensor) -> tuple[Sequence[Tensor], Tensor]:
-    """Samples of all ranks side by side, and what else they have to say, by one collective.
+    """Samples of all ranks side by side, and further numbers of each rank, by one collective.
 
     Args:
-        samples: this rank's, each of shape [sites, n] with n <= width, NaN where missing; of any dtype on any rank.
+        samples: of this rank, each of shape [sites, n] with n <= width, NaN where missing; dtypes may differ.
         width: columns a rank contributes, equal on all ranks.
         beside: further numbers of this rank, shape [sites, k].
 

@@ -59,12 +59,12 @@ class RunningDensity:
         self.rounds: Tensor | None = None
 
     def follow(self, samples: Tensor, usable: Tensor, stats: SampleMoments | None = None) -> Density:
-        """Takes in the samples of one round.
+        """Updates the estimate with the samples of one round.
 
         Args:
             samples: pre-activations, shape [S, n], NaN where missing.
             usable: sites whose samples may count, shape [S], bool.
-            stats: moments of the samples, if somebody has them already.
+            stats: moments of the samples, where they are known already.
 
         Returns:
             The estimate after it.
@@ -88,7 +88,9 @@ class RunningDensity:
             The state; the density only where it is one of this package's own kinds.
         """
         kind = type(self.density).__name__
-        tensors = {k: v for k, v in vars(self.density).items() if isinstance(v, Tensor)} if kind in _KINDS else None
+        tensors = None
+        if kind in _KINDS:
+            tensors = {name: value for name, value in vars(self.density).items() if isinstance(value, Tensor)}
         return {"rounds": self.rounds, "kind": kind, "density": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any], like: Tensor) -> None:
@@ -96,7 +98,7 @@ class RunningDensity:
 
         Args:
             state: from ``state_dict``.
-            like: any numbers of the sites, shape [S], where they live.
+            like: a tensor of shape [S] on the device of the sites.
         """
         if state["density"] is None:
             self.rounds = self.density = None

@@ -1,4 +1,4 @@
-"""What the samples of all sites say directly: their moments, and the units that never fired."""
+"""Moments of the samples of all sites, and the fraction of units that never fired."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ def sample_moments(samples: Tensor) -> SampleMoments:
         nothing = torch.full(n.shape, math.nan, dtype=torch.float64, device=samples.device)
         return SampleMoments(n, nothing, nothing, nothing, nothing)
     low, finite = samples.amin(-1, keepdim=True), None
-    if not bool((low - samples.amax(-1, keepdim=True)).isfinite().all()):  # the few passes more where one is missing
+    n = torch.full_like(low[..., 0], samples.shape[-1], dtype=torch.long)
+    if not bool((low - samples.amax(-1, keepdim=True)).isfinite().all()):  # only where a sample is missing
         finite = samples.isfinite()
+        n = finite.sum(-1)
         low = samples.where(finite, math.inf).amin(-1, keepdim=True)
         low = low.where(low.isfinite(), 0.0)
     low = low.double()
-    n = torch.full_like(low[..., 0], samples.shape[-1], dtype=torch.long) if finite is None else finite.sum(-1)
     values = _only(samples.double() - low, finite)
     mean = values.sum(-1) / n
     centred = _only(values.sub_(mean.unsqueeze(-1)), finite)
@@ -59,7 +60,9 @@ def sample_moments(samples: Tensor) -> SampleMoments:
 
 
 def _only(values: Tensor, mask: Tensor | None) -> Tensor:
-    return values if mask is None else values.where(mask, 0.0)
+    if mask is None:
+        return values
+    return values.where(mask, 0.0)
 
 
 def dead_fraction(values: Tensor, units: Tensor, per_unit: int = 8) -> float:
@@ -68,10 +71,10 @@ def dead_fraction(values: Tensor, units: Tensor, per_unit: int = 8) -> float:
     Args:
         values: pre-activations, shape [n]; NaN ones are left out.
         units: unit of each, shape [n].
-        per_unit: samples a unit needs on average for the answer to mean something.
+        per_unit: samples per unit, on average, below which the answer would mean nothing.
 
     Returns:
-        The fraction, in [0, 1]; NaN with fewer than ``per_unit`` samples a unit.
+        The fraction, in [0, 1]; NaN with fewer than ``per_unit`` samples per unit.
     """
     return float(dead_fractions(values.unsqueeze(0), units.unsqueeze(0), per_unit))
 
@@ -85,10 +88,10 @@ def dead_fractions(values: Tensor, units: Tensor, per_unit: int = 8) -> Tensor:
     Args:
         values: pre-activations, shape [S, n]; NaN ones are left out.
         units: unit of each, shape [S, n], int64.
-        per_unit: samples a unit needs on average for the answer to mean something.
+        per_unit: samples per unit, on average, below which the answer would mean nothing.
 
     Returns:
-        The fractions, float32, shape [S]; NaN with fewer than ``per_unit`` samples a unit.
+        The fractions, float32, shape [S]; NaN with fewer than ``per_unit`` samples per unit.
     """
     sites, n = values.shape
     if not n:
@@ -99,8 +102,8 @@ def dead_fractions(values: Tensor, units: Tensor, per_unit: int = 8) -> Tensor:
     if sites * width > _MOST_CELLS:  # units of a site that are few among many numbers
         present, units = units.unique(return_inverse=True)
         width = len(present)
-    known = (values == values).to(values.dtype)
-    # sums of what is not negative are above zero where one term is, in any order
+    known = (~values.isnan()).to(values.dtype)
+    # a sum of terms that are not negative is above zero exactly where one of them is, in any order of summation
     positive = values.nan_to_num(0.0).clamp(min=0.0)
     present, fired = ((_sums(part, units, width) > 0).sum(1) for part in (known, positive))
     dead = (present - fired) / present

@@ -23,7 +23,7 @@ def assigned(policy: str | Policy | Sequence[Rule], found: Sequence[FoundSite]) 
         found: the sites that are wrapped.
 
     Returns:
-        One a site.
+        One policy per site.
 
     Raises:
         PatternError: if a rule matches no site.
@@ -33,11 +33,14 @@ def assigned(policy: str | Policy | Sequence[Rule], found: Sequence[FoundSite]) 
     for rule in rules:
         if found and not any(matches(rule.sites, site) for site in found):
             raise PatternError("policy.sites", rule.sites, [site.module for site in found])
-    chosen = [next((rule.policy for rule in rules if matches(rule.sites, site)), None) for site in found]
-    if None in chosen:
-        open_sites = [site.name for site, policy in zip(found, chosen, strict=True) if policy is None]
-        raise ConfigError("policy", open_sites[0], "matches none of the rules", "End the list with sites: '.*'.")
-    return [make_policy(policy) for policy in chosen if policy is not None]
+    return [_first_match(rules, site) for site in found]
+
+
+def _first_match(rules: Sequence[Rule], site: FoundSite) -> Policy:
+    for rule in rules:
+        if matches(rule.sites, site):
+            return make_policy(rule.policy)
+    raise ConfigError("policy", site.name, "matches none of the rules", "End the list with sites: '.*'.")
 
 
 class Amplitudes:
@@ -45,7 +48,7 @@ class Amplitudes:
 
     Args:
         bank: the sites; those whose policy leaves eps to the loss become trainable, the others fixed.
-        policies: one a site.
+        policies: one per site.
 
     Attributes:
         follows: sites whose shape follows their data, shape [S], bool.
@@ -89,15 +92,22 @@ class Amplitudes:
             if frozen or not policy.trains_eps:  # who unfreezes a model's layers makes every eps trainable as well
                 amplitude.grad = None
         if not frozen and self.adds_gradient and gradient is not None:
-            groups = [] if optimizer is None else optimizer.param_groups
-            steps = {id(p) for group in groups for p in group["params"]}
-            for (amplitude, policy), rise in zip(self._pairs(), gradient.flatten(), strict=True):
-                # what another optimiser steps would get it twice
-                mine = optimizer is None or id(amplitude) in steps
-                if policy.adds_gradient and mine and amplitude.requires_grad:
-                    share = policy.adds_gradient * rise / amplitude.numel()
-                    extra = share.to(amplitude.dtype).expand(amplitude.shape)
-                    amplitude.grad = extra.clone() if amplitude.grad is None else amplitude.grad + extra
+            self._add(gradient, optimizer)
+
+    def _add(self, gradient: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        """Adds weight * dH_r/d amplitude where a policy asks for it and this optimiser is the one that steps."""
+        stepped: set[int] = set()
+        if optimizer is not None:
+            stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for (amplitude, policy), slope in zip(self._pairs(), gradient.flatten(), strict=True):
+            mine = optimizer is None or id(amplitude) in stepped  # with several optimisers it would be added twice
+            if not policy.adds_gradient or not mine or not amplitude.requires_grad:
+                continue
+            share = policy.adds_gradient * slope / amplitude.numel()
+            added = share.to(amplitude.dtype).expand(amplitude.shape).clone()
+            if amplitude.grad is not None:
+                added += amplitude.grad
+            amplitude.grad = added
 
     def moved(self, amplitudes: Tensor, gradient: Tensor) -> Tensor:
         """Where the policies want amplitudes to be.
@@ -111,7 +121,8 @@ class Amplitudes:
         """
         moved = amplitudes.clone()
         for policy, rows in self._rows.items():
-            everywhere = len(rows) == len(moved)  # as nearly always: no need to pick rows
-            part = slice(None) if everywhere else rows
-            moved[part] = policy.move(amplitudes[part], gradient[part])
+            if len(rows) == len(moved):  # one policy for all sites, as nearly always
+                moved[:] = policy.move(amplitudes, gradient)
+                return moved
+            moved[rows] = policy.move(amplitudes[rows], gradient[rows])
         return moved

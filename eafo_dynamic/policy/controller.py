@@ -70,7 +70,11 @@ class EAFOController:
         hosted = wrap(model, self.report, self.options.eps_init, backend=self.options.backend, **self.options.form)
         self.bank = Bank(model, hosted)
         self._watch: OptimizerWatch | None = None
-        self._prepare()
+        self._rounds = Rounds(self.bank, self.policies, self.options)
+        self._switch = self.bank.sites[0].switch
+        self._switch.backend = self.options.backend
+        self._share_out_samples()
+        self.expect(0)
 
     @classmethod
     @named(Options)
@@ -99,18 +103,13 @@ class EAFOController:
         controller._watch = OptimizerWatch(model, lambda: controller.trained)
         return controller
 
-    def _prepare(self) -> None:
-        self._set_quota()
-        self._rounds = Rounds(self.bank, self.policies, self.options)
-        self._switch = self.bank.sites[0].switch
-        self._switch.backend = self.options.backend
-        self.expect(0)
-
-    def _set_quota(self) -> None:
-        period = max(self.schedule.collect_period, self.pace.stride)
-        collects = max(1, math.ceil(self.schedule.update_every_n_steps / period))
+    def _share_out_samples(self) -> None:
+        """Sets how many samples each site takes from one batch, so that a round has ``samples_per_site`` of it."""
+        steps_between_batches = max(self.schedule.collect_period, self.pace.stride)
+        batches = max(1, math.ceil(self.schedule.update_every_n_steps / steps_between_batches))
+        quota = math.ceil(self.options.samples_per_site / (batches * world_size()))
         for site in self.bank.sites:
-            site.collector.quota = math.ceil(self.options.samples_per_site / (collects * world_size()))
+            site.collector.quota = quota
 
     def reschedule(self, schedule: Schedule) -> None:
         """Changes when rounds run.
@@ -119,7 +118,7 @@ class EAFOController:
             schedule: the new schedule.
         """
         self.schedule = schedule
-        self._set_quota()
+        self._share_out_samples()
 
     @property
     def sites(self) -> SiteList:
@@ -166,7 +165,7 @@ class EAFOController:
         """Every site's function on a grid, with the density it was fitted to.
 
         Returns:
-            One row a site, as the log keeps them; see ``diagnostics.snapshot``.
+            One row per site, as the log keeps them; see ``diagnostics.snapshot``.
         """
         return snapshot(self.bank.names, self.bank.functions(), self._rounds.density.density)
 
@@ -208,7 +207,7 @@ class EAFOController:
     def _forget(self) -> None:
         self._rounds.forget()
         self.pace = Pace()
-        self._set_quota()
+        self._share_out_samples()
 
     def step(self, global_step: int, epoch: int = 0, due: bool | None = None) -> list[Record]:
         """Call after each optimiser step (or after each micro-batch: only a changed step counts).
@@ -226,17 +225,25 @@ class EAFOController:
         if self._watch is not None and self._watch.is_done():
             self._watch = None
         if global_step == self.pace.last:
-            done = not due or (self.records and self.records[-1]["step"] == global_step)
-            return [] if done or not self.schedule.updates(global_step, due=due) else self.update(global_step, epoch)
+            return self._update_at_the_same_step(global_step, epoch, due)
         if global_step < self.pace.last:  # another training
             self._forget()
         stride, since = self.pace.stride, self.pace.advance(global_step)
         self.bank.bound(self.trust_region.max_eps)
-        rows = self.update(global_step, epoch) if self.schedule.updates(global_step, since, due) else []
+        rows: list[Record] = []
+        if self.schedule.updates(global_step, since, due):
+            rows = self.update(global_step, epoch)
         if self.pace.stride != stride:
-            self._set_quota()
+            self._share_out_samples()
         self.expect(global_step)
         return rows
+
+    def _update_at_the_same_step(self, global_step: int, epoch: int, due: bool | None) -> list[Record]:
+        """A round that falls due when no optimiser has stepped since the last call, as at the end of an epoch."""
+        has_run = bool(self.records) and self.records[-1]["step"] == global_step
+        if not due or has_run or not self.schedule.updates(global_step, due=due):
+            return []
+        return self.update(global_step, epoch)
 
     def expect(self, global_step: int, due: bool = False) -> None:
         """Lets the coming batch leave samples if the schedule says so; ``step`` does it too.
@@ -245,8 +252,9 @@ class EAFOController:
             global_step: optimiser steps taken so far.
             due: whether a round is due after that batch, whatever its number.
         """
-        samples = self.schedule.collects(global_step, self.pace.stride, self.pace.overrun)
-        self._switch.collecting = samples or (due and self.schedule.updates(global_step + 1, due=True))
+        collects = self.schedule.collects(global_step, self.pace.stride, self.pace.overrun)
+        has_round = due and self.schedule.updates(global_step + 1, due=True)
+        self._switch.collecting = collects or has_round
 
     def before_optimizer_step(self, global_step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Call between backward and the optimiser's step, for the policies and options that touch eps.grad.
@@ -311,13 +319,16 @@ class EAFOController:
         Returns:
             The state. Eps, mu, sigma and tables are in the model's own state_dict.
         """
+        ranks = None
+        if world_size() == 1:
+            ranks = [self.own_state()]
         return {
             **self._rounds.state_dict(),
             "last_step": self.pace.last,
             "stride": self.pace.stride,
             "overrun": self.pace.overrun,
             "sites": self.bank.names,
-            "ranks": [self.own_state()] if world_size() == 1 else None,
+            "ranks": ranks,
         }
 
     def own_state(self) -> dict[str, Any]:
@@ -347,9 +358,12 @@ class EAFOController:
         self.bank.check_names(list(state["sites"]))
         self.pace = Pace(*map(int, (state["last_step"], state.get("stride", 1), state.get("overrun", 0))))
         self._rounds.load_state_dict(state)
-        # whether there are as many ranks now as there were or not, all that they had seen is shared out
-        mine = (state["ranks"] or [])[torch.distributed.get_rank() if world_size() > 1 else 0 :: world_size()]
+        # all that the ranks had seen is shared out, also if there were more or fewer of them
+        rank = 0
+        if world_size() > 1:
+            rank = torch.distributed.get_rank()
+        mine = (state["ranks"] or [])[rank :: world_size()]
         self.bank.restore_pending([each["pending"] for each in mine])
         self._rounds.losses.load_own_states([each["losses"] for each in mine])
-        self._set_quota()
+        self._share_out_samples()
         self.expect(self.pace.last)

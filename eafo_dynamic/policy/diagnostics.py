@@ -142,7 +142,7 @@ def to_rows(
         tails: last entries of each row.
 
     Returns:
-        One row a site.
+        One row per site.
     """
     first, *others = columns.values()
     table = torch.stack([first.to(torch.float64), *others], dim=-1).tolist()  # all become what the first one is
@@ -166,13 +166,15 @@ def snapshot(sites: Sequence[str], functions: Functions, density: Density | None
         points: of the grid.
 
     Returns:
-        One row a site: site, eps, mu, sigma, z, base, function and, with a density, u and pdf (per standard deviation).
+        One row per site: site, eps, mu, sigma, z, base, function; with a density u and pdf, per standard deviation.
     """
     u = torch.linspace(-4.0, 4.0, points, dtype=functions.eps.dtype, device=functions.eps.device)
     z = functions.shape[:, :1] + functions.sigma * u
     corrected = functions.outputs(z)
     base = corrected - functions.correction(z)
-    pdf = None if density is None else density.pdf(u)
+    pdf = None
+    if density is not None:
+        pdf = density.pdf(u)
     rows: list[Record] = []
     for row, name in enumerate(sites):
         mu, sigma = functions.shape[row].tolist()

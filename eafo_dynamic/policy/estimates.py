@@ -30,7 +30,7 @@ class Pooled(NamedTuple):
         dead: fraction of units that never fired, shape [S].
         nonfinite: samples that were not finite, before any were left out, int64, shape [S].
         losses: sum and number of losses, shape [2].
-        passed_over: kinds of values that no rank could correct, one text a site, None where there was none.
+        passed_over: kinds of values that some rank could not correct, one text per site, None where there was none.
     """
 
     samples: Tensor
@@ -48,7 +48,7 @@ def pooled(
     limit: int,
     kernel: RoundKernel | None = None,
 ) -> Pooled:
-    """What the ranks have collected, put together; the only collective of a round.
+    """Puts together what all ranks have collected: the only collective of a round.
 
     Args:
         drained: samples and units of every site of this rank, from ``Collector.drain``.
@@ -61,17 +61,21 @@ def pooled(
         The samples of all ranks, and what they say.
     """
     device = losses.device
-    values = [sample if sample.device == device else sample.to(device) for sample, _ in drained]
+    values = [sample.to(device) for sample, _ in drained]
     lengths = [sample.numel() for sample in values]
     padded = stack_samples(values, max(lengths))
     own = moments_of_sites(padded, kernel)
     width = math.ceil(limit / world_size())
-    stacked = padded if max(lengths) <= width else stack_samples(values, width)
+    stacked = padded
+    if max(lengths) > width:
+        stacked = stack_samples(values, width)
     units = stack_samples(_as_floats([each for _, each in drained], device), width)
     nonfinite = torch.tensor(lengths, device=device) - own.n
     beside = torch.cat([nonfinite.unsqueeze(1), losses.expand(len(values), 2), _as_codes(passed_over, device)], dim=1)
     (samples, owners), beside = pool_ranks((stacked, units), width, beside)
-    stats = own if samples is padded else moments_of_sites(samples, kernel)
+    stats = own
+    if samples is not padded:
+        stats = moments_of_sites(samples, kernel)
     numbers, codes = beside.split([3, _LETTERS], dim=-1)
     sums = numbers.sum(1)
     dead = dead_fractions_of_sites(samples, owners, kernel)
@@ -88,13 +92,19 @@ def _as_texts(codes: Tensor) -> list[str | None]:
     """The texts of all ranks from their numbers, shape [S, ranks, _LETTERS]; each once, one after the other."""
     if not codes.any():  # as nearly always
         return [None] * len(codes)
-    every = [[bytes(map(int, text)).rstrip(b"\0").decode(errors="ignore") for text in site] for site in codes.tolist()]
-    return [", ".join(dict.fromkeys(filter(None, texts))) or None for texts in every]
+    joined: list[str | None] = []
+    for of_ranks in codes.tolist():
+        texts = [bytes(map(int, code)).rstrip(b"\0").decode(errors="ignore") for code in of_ranks]
+        joined.append(", ".join(dict.fromkeys(filter(None, texts))) or None)
+    return joined
 
 
 def _as_floats(units: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Units in float32, which is exact, so that they travel with the samples; equal sites share theirs."""
-    made = {id(each): each.to(device, torch.float32) for each in {id(each): each for each in units}.values()}
+    made: dict[int, Tensor] = {}
+    for each in units:
+        if id(each) not in made:
+            made[id(each)] = each.to(device, torch.float32)
     return [made[id(each)] for each in units]
 
 
@@ -157,7 +167,9 @@ class OutputEntropy:
         self.outputs = outputs
         self.resolution = resolution
         self.kernel = kernel
-        self._kernel = kernel if kernel is not None and kernel.takes(outputs) else None
+        self._kernel = None
+        if kernel is not None and kernel.takes(outputs):
+            self._kernel = kernel
 
     @functools.cached_property
     def _smoothed(self) -> SmoothedOutput:
@@ -180,7 +192,9 @@ class OutputEntropy:
     def entropy(self) -> Tensor:
         """H_r in nats, shape [S]."""
         found = self._plain
-        return self._smoothed.entropy if found is None else found.column("entropy").to(self.outputs.dtype)
+        if found is None:
+            return self._smoothed.entropy
+        return found.column("entropy").to(self.outputs.dtype)
 
     @property
     def mixed(self) -> MixedEntropy:
@@ -189,12 +203,19 @@ class OutputEntropy:
         if self._kernel is None or found is None:
             return self._smoothed.mixed
         count = found.column("count")
-        complete = bool((count == self.outputs.shape[1]).all())
-        values = self.outputs if complete else self.outputs.where(self.outputs.isfinite(), math.inf)
+        values = self.outputs
+        if bool((count < values.shape[1]).any()):  # where a sample is missing: it sorts behind the others
+            values = values.where(values.isfinite(), math.inf)
         ordered = sort_rows(values, self.workspace.like(values, "second"))
         both = self._kernel.spacings(ordered, count, torch.finfo(values.dtype).eps)
         mass, rest = both.to(values.dtype).unbind(1)
         return MixedEntropy(mass, rest, self.entropy)
+
+    def _score_for(self, values: Tensor) -> Smoothed | None:
+        """The smoothed score where the compiled functions take these values as well."""
+        if self._kernel is None or not self._kernel.takes(values):
+            return None
+        return self._scored
 
     def gradient(self, direction: Tensor) -> Tensor:
         """First-order change of H_r when the outputs move along a direction, equation (1').
@@ -205,7 +226,7 @@ class OutputEntropy:
         Returns:
             dH_r/d eps in nats, shape [S].
         """
-        found = self._scored if self._kernel is not None and self._kernel.takes(direction) else None
+        found = self._score_for(direction)
         if self._kernel is None or found is None:
             return self._smoothed.gradient(direction)
         return self._kernel.gradient(self.outputs, found, direction, self.resolution).to(self.outputs.dtype)
@@ -219,7 +240,7 @@ class OutputEntropy:
         Returns:
             Nats, shape [S].
         """
-        found = self._scored if self._kernel is not None and self._kernel.takes(outputs) else None
+        found = self._score_for(outputs)
         if self._kernel is None or found is None:
             return self.gradient(outputs - self.outputs)
         change = self._kernel.gradient(self.outputs, found, outputs, self.resolution, moved=True)
@@ -240,5 +261,5 @@ def entropies(outputs: Tensor, others: Tensor, resolution: float, kernel: RoundK
     """
     if kernel is not None and kernel.takes(outputs, others):
         return [OutputEntropy(each, resolution, kernel).entropy for each in (outputs, others)]
-    # in one go: most of what a round costs is then the number of its operations
+    # both at once: without the compiled functions a round costs about as much as it has operations
     return list(SmoothedOutput(torch.cat([outputs, others]), resolution).entropy.chunk(2))

@@ -115,7 +115,9 @@ class Entropy(Policy):
             Amplitudes after the step.
         """
         step = self.rate * gradient / (1.0 + gradient.abs())
-        return eps + step if self.ascent else eps - step
+        if self.ascent:
+            return eps + step
+        return eps - step
 
 
 @final

@@ -52,8 +52,10 @@ class LossWatch:
         Args:
             state: from ``state_dict``.
         """
-        before = state["before"]
-        self._before, self._blamed = None if before is None else float(before), bool(state["blamed"])
+        self._before = None
+        if state["before"] is not None:
+            self._before = float(state["before"])
+        self._blamed = bool(state["blamed"])
 
     def own_state(self) -> dict[str, Any]:
         """What this rank has seen since the last round; a tensor on the CPU and primitives only.
@@ -73,8 +75,9 @@ class LossWatch:
         self._count = sum(int(state["count"]) for state in states)
 
     def _total(self) -> Tensor:
-        total = self._sum
-        return total if isinstance(total, Tensor) else torch.tensor(total, dtype=torch.float32, device="cpu")
+        if isinstance(self._sum, Tensor):
+            return self._sum
+        return torch.tensor(self._sum, dtype=torch.float32, device="cpu")
 
     def drain(self) -> Tensor:
         """Hands out the losses since the last call and forgets them.
@@ -90,18 +93,20 @@ class LossWatch:
     def jumped(self, losses: Tensor | None = None) -> bool:
         """Whether the losses since the last call are worse than those before it by more than the factor.
 
-        Losses that are not finite are a jump always. Other losses that stay high after a jump, when the round has
-        been undone, had another cause: they are the new level.
+        Losses that are not finite always are a jump. Other losses that stay high after the round has been undone had
+        another cause: they are the new level.
 
         Args:
-            losses: sum and number over all ranks, which so come to the same decision; None: what ``drain`` gives here.
+            losses: sum and number over all ranks, so that they come to the same decision; None: what ``drain`` gives.
 
         Returns:
             Whether the last round should be undone.
         """
         if self.factor is None:
             return False
-        total, count = (self.drain() if losses is None else losses).tolist()
+        if losses is None:
+            losses = self.drain()
+        total, count = losses.tolist()
         if not count:
             return False
         mean = total / count

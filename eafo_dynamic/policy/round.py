@@ -85,7 +85,9 @@ class Rounds:
         self.gradient = _where_usable(by_amplitude, usable)
 
         # the functions wanted: the earlier ones if the last round made the loss jump, else what the policies ask for
-        undone = self._replaced if self.losses.jumped(collected.losses) else None
+        undone: Functions | None = None
+        if self.losses.jumped(collected.losses):
+            undone = self._replaced
         if undone is not None:
             wanted = reverted(functions, undone, self._trained(functions))
         else:
@@ -110,8 +112,9 @@ class Rounds:
         if self.amplitudes.adds_gradient:
             _, by_amplitude = self._entropy_and_gradient(new, samples)
             self.gradient = _where_usable(by_amplitude, usable)
-        may_undo = self._options.rollback_factor is not None and undone is None
-        self._replaced = functions if may_undo else None
+        self._replaced = None
+        if self._options.rollback_factor is not None and undone is None:
+            self._replaced = functions
         self._last = new.amplitudes
         self.count += 1
         return self._rows(step, epoch, columns, events)
@@ -186,14 +189,19 @@ class Rounds:
         Returns:
             The state. The functions themselves are in the model's own state_dict.
         """
+        gradient, undo = None, None
+        if self.gradient is not None:
+            gradient = self.gradient.flatten()
+        if self._replaced is not None:
+            undo = self._replaced.tensors()
         return {
             "rounds": self.count,
             "running": self.density.state_dict(),
-            "gradient": None if self.gradient is None else self.gradient.flatten(),
+            "gradient": gradient,
             "eps_before": self._last.eps,
             "lift_before": self._last.lift,
             "losses": self.losses.state_dict(),
-            "undo": None if self._replaced is None else self._replaced.tensors(),
+            "undo": undo,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -207,11 +215,13 @@ class Rounds:
         """
         now = self._bank.functions()
         self.count = int(state["rounds"])
-        lift = None if now.lift is None else fitting(state["lift_before"], now.lift)
-        self._last = AmplitudeValues(fitting(state["eps_before"], now.eps), lift)
+        like, lift_before = now.eps.unsqueeze(0), None
+        if now.lift is not None:
+            like = torch.stack([now.eps, now.lift])
+            lift_before = fitting(state["lift_before"], now.lift)
+        self._last = AmplitudeValues(fitting(state["eps_before"], now.eps), lift_before)
         self.gradient = None
         if state["gradient"] is not None:
-            like = now.eps.unsqueeze(0) if now.lift is None else torch.stack([now.eps, now.lift])
             self.gradient = fitting(state["gradient"], like.flatten()).view_as(like)
         self.density.load_state_dict(state["running"], now.eps)
         self._replaced = None

@@ -25,7 +25,7 @@ class Schedule:
         update_every_n_steps: optimiser steps from one update round to the next, but for the first few.
         update_starting_at_step: first step after which a round may run.
         freeze_at_step: from this step on nothing is collected, updated or learned; None: never.
-        collect_every_n_steps: optimiser steps from one sampled step to the next; None: at most five a round.
+        collect_every_n_steps: optimiser steps from one sampled step to the next; None: at most five per round.
 
     Example:
         >>> schedule = Schedule(50, update_starting_at_step=0, freeze_at_step=None, collect_every_n_steps=None)
@@ -62,13 +62,18 @@ class Schedule:
         """
         if self.frozen(step):
             return False
-        earliest = step if since is None else max(since + 1, step - self.update_every_n_steps)
         if due and step >= self.first_update:
             return True
-        return any(
-            each >= self.first_update and (self._early(each) or (due is None and each % self.update_every_n_steps == 0))
-            for each in range(earliest, step + 1)
-        )
+        earliest = step
+        if since is not None:
+            earliest = max(since + 1, step - self.update_every_n_steps)
+        return any(self._falls_due(each, multiples=due is None) for each in range(earliest, step + 1))
+
+    def _falls_due(self, step: int, *, multiples: bool) -> bool:
+        """Whether a round runs after just this step: one of the first, or one of the multiples."""
+        if step < self.first_update:
+            return False
+        return self._early(step) or (multiples and step % self.update_every_n_steps == 0)
 
     def collects(self, step: int, stride: int = 1, overrun: int = 0) -> bool:
         """Whether the coming batches are sampled.
@@ -121,15 +126,17 @@ class Pace:
     overrun: int = 0
 
     def advance(self, step: int) -> int:
-        """Takes down that so many steps have been taken.
+        """Records how many steps have been taken.
 
         Args:
             step: optimiser steps taken so far.
 
         Returns:
-            How many there were at the last look, or would have been where there was none before this one.
+            How many there were at the last look; one less than now where this is the first.
         """
-        since = self.last if 0 <= self.last < step else step - 1
+        since = step - 1
+        if 0 <= self.last < step:
+            since = self.last
         self.overrun = max(0, step - since - self.stride)
         self.last, self.stride = step, max(step - since, self.stride - 1)
         return since
@@ -150,7 +157,7 @@ class Epochs:
     steps: int = 0
 
     def end(self, epoch: int, step: int) -> bool:
-        """Takes down that an epoch has ended.
+        """Records that an epoch has ended.
 
         Args:
             epoch: its number, from 0.
@@ -177,7 +184,7 @@ class Epochs:
         """A schedule with a round every so many epochs.
 
         Args:
-            schedule: what else there is to say.
+            schedule: gives everything but the distance between rounds.
             promised: optimiser steps of an epoch by its batches, for the first one; infinite for a stream.
 
         Returns:
@@ -195,5 +202,6 @@ class Epochs:
             raise ConfigError("update_every_n_epochs", self.every, "the training data has no known length", mend)
         period = max(1, self.steps or math.ceil(promised)) * self.every
         collect = schedule.collect_every_n_steps
-        sampled = None if collect is None else min(collect, period)
-        return replace(schedule, update_every_n_steps=period, collect_every_n_steps=sampled)
+        if collect is not None:
+            collect = min(collect, period)
+        return replace(schedule, update_every_n_steps=period, collect_every_n_steps=collect)
