@@ -28,7 +28,7 @@ class CorrectionLog:
     `CorrectionLog.load(run)` reads it; `select` gives a smaller log of the same kind. A row is one update of
     one site; `COLUMNS` says what each of its values means. Missing values are None.
 
-    Where a fit went on after its last update, the log ends with one more row per site, in which `fit_end` is
+    Where a fit changed the model after its last update, the log ends with one more row per site, in which `fit_end` is
     set: eps, lift, mu and sigma as the fit left them. Nothing was measured for it.
 
     Args:

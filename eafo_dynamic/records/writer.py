@@ -22,6 +22,8 @@ Row = Mapping[str, object]
 
 # Nine significant digits give every float32 back exactly and halve the file.
 _ROW_DIGITS = 9
+# Of float32 amplitudes of about 1, and of their mean over channels.
+_ROUNDING = 1e-6
 # A curve is drawn, never computed with.
 _SHAPE_DIGITS = 6
 
@@ -107,19 +109,20 @@ class LogWriter:
     def write_end(self, step: int, how: str, rows: Sequence[Row], shapes: Sequence[Row]) -> None:
         """Append the state in which a fit leaves the model, so that the log ends with it.
 
-        Nothing is added to a file that ends with this step already: there the last update came after the
-        last step. `resume` drops what this method has added, so that a resumed run's log is that of a run
-        which was never interrupted.
+        Nothing is added to a file that ends with this step already, because the last update came after the
+        last step, unless an amplitude has changed since, as weight averaging does at the end. `resume` drops
+        what this method has added, so that a resumed run's log is that of a run which was never interrupted.
 
         Args:
             step: optimiser steps taken.
             how: how the fit ended: `completed`, `interrupted` or `failed`.
-            rows: as for `write`; `fit_end` is added.
+            rows: as for `write`, with `delta_eps` and `delta_lift` since the last update; `fit_end` is added.
             shapes: as for `write_shapes`; `fit_end` is added.
         """
-        if self._last_steps.get(CORRECTIONS) != step:
+        changed = any(_has_moved(row) for row in rows)
+        if changed or self._last_steps.get(CORRECTIONS) != step:
             self.write([{**row, FIT_END: how} for row in rows])
-        if self._last_steps.get(SHAPES) != step:
+        if changed or self._last_steps.get(SHAPES) != step:
             self.write_shapes(step, [{**shape, FIT_END: how} for shape in shapes])
 
     def resume(self, step: int, source: str | os.PathLike[str] | None = None) -> int:
@@ -255,6 +258,12 @@ class LogWriter:
                 f"{self.path}: the correction log cannot be written ({error}); training goes on without it",
                 stacklevel=4,
             )
+
+
+def _has_moved(row: Row) -> bool:
+    """Return whether an amplitude has changed by more than rounding since the last update."""
+    moves = (row.get("delta_eps"), row.get("delta_lift"))
+    return any(isinstance(move, float) and abs(move) > _ROUNDING for move in moves)
 
 
 def _locked(folder: Path) -> FolderLock | None:

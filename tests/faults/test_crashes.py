@@ -77,8 +77,13 @@ def last_checkpoint(folder: Path) -> dict[str, Any]:
 
 def assert_equal_runs(one: Path, two: Path) -> None:
     """Weights, optimisers, running statistics, schedule, rows of the log and snapshots of the functions."""
-    assert_equal(*(torch.load(folder / "final.pt", weights_only=True) for folder in (one, two)))
     assert_equal(last_checkpoint(one), last_checkpoint(two))
+    assert_equal_results(one, two)
+
+
+def assert_equal_results(one: Path, two: Path) -> None:
+    """Weights, rows of the log and snapshots of the functions."""
+    assert_equal(*(torch.load(folder / "final.pt", weights_only=True) for folder in (one, two)))
     assert CorrectionLog.load(one).rows == CorrectionLog.load(two).rows
     assert (one / "eafo/shapes.jsonl").read_bytes() == (two / "eafo/shapes.jsonl").read_bytes()
 
@@ -96,7 +101,7 @@ def test_a_run_killed_anywhere_resumes_equal(point: Point, whole: Path, tmp_path
 @pytest.fixture(scope="module")
 def whole_past_its_last_round(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ending")
-    succeed(folder, **{**OPTIONS, "steps": 13})
+    succeed(folder, **{**BY_STEP, "steps": 13})
     assert CorrectionLog.load(folder).steps == [1, 2, 3, 6, 9, 12, 13]
     return folder
 
@@ -105,10 +110,10 @@ def whole_past_its_last_round(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_killed_as_its_log_ends_resumes_equal(
     point: Point, whole_past_its_last_round: Path, tmp_path: Path, tally: Tally
 ) -> None:
-    options = {**OPTIONS, "steps": 13}
+    options = {**BY_STEP, "steps": 13}
     assert run(tmp_path, prepare=prepare, point=point, **options) == [KILLED]
     succeed(tmp_path, resume=True, **options)
-    assert_equal_runs(whole_past_its_last_round, tmp_path)
+    assert_equal_results(whole_past_its_last_round, tmp_path)  # a resumed run saves at once, here after step 13
     tally("crash points tried")
     tally("runs resumed equal")
 

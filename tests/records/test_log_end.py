@@ -57,6 +57,18 @@ def test_nothing_is_added_where_the_last_update_was_the_end(tmp_path: Path) -> N
     assert jsonl(tmp_path).read_bytes() == before, "a resumed writer knows the last step too"
 
 
+def test_a_change_after_the_last_update_is_added_at_its_step(tmp_path: Path) -> None:
+    """As weight averaging makes one when the fit ends."""
+    writer = write_run(tmp_path, entropy=0.8)
+    ends = [row(50, site, eps=0.7, delta_eps=0.2) for site in ("b.0.act", "b.1.act")]
+    writer.write_end(50, "completed", ends, [shape(50, "b.0.act", 0.7)])
+    log = CorrectionLog.load(tmp_path)
+    assert [(found["eps"], found["entropy"], found["updates"]) for found in layer_rows(log)] == [(0.7, 0.8, 5)] * 2
+    data = json.loads(render_report([log]).split('id="data">')[1].split("</script>")[0])["runs"][0]
+    assert [line[-1] for line in data["series"]["eps"]] == [0.7, 0.7]
+    assert [line[-1] for line in data["series"]["entropy"]] == [0.8, 0.8]
+
+
 @pytest.mark.parametrize("step", [600, END, 10_000])
 def test_a_resumed_run_drops_the_end(tmp_path: Path, step: int) -> None:
     end_run(tmp_path / "ended")

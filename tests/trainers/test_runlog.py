@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -126,6 +126,20 @@ def test_the_log_ends_with_the_model(tmp_path: Path, name: str) -> None:
     assert {row["entropy"] for row in rows} == {None}
     assert all(row["entropy"] is not None for row in layer_rows(log))
     assert [shape["eps"] for shape in log.shapes() if shape["step"] == step] == pytest.approx(eps, rel=1e-5)
+
+
+def test_the_log_ends_with_averaged_weights(tmp_path: Path) -> None:
+    """They are put into the model after its last step, which is that of the last update."""
+    average = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)
+    callback = plugin()
+    trainer(tmp_path, callback, average, max_epochs=3, max_steps=-1).fit(Net(), loader())
+    log = CorrectionLog.load(tmp_path)
+    assert log.update_steps == [1, 2, 4, 8, 12]
+    assert callback.controller is not None
+    eps = callback.controller.bank.functions().eps.tolist()
+    assert [row["eps"] for row in log.rows[-4:-2]] != pytest.approx(eps, rel=1e-3)
+    assert [row["eps"] for row in log.last()] == pytest.approx(eps, rel=1e-8)
+    assert [shape["eps"] for shape in log.shapes()[-2:]] == pytest.approx(eps, rel=1e-5)
 
 
 def test_ending_the_log_changes_nothing(tmp_path: Path) -> None:

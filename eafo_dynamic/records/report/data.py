@@ -78,7 +78,8 @@ def _series(log: CorrectionLog, names: Sequence[str], count: int) -> dict[str, A
         for name in names:
             line: list[float | None] = [None] * len(steps)
             for number, value in zip(at, log.series(site, name), strict=True):
-                if number is not None:
+                # The end of a fit may have the step of the last update, and has fewer values.
+                if number is not None and value is not None:
                     line[number] = _short(value)
             series[name].append(line)
     return {"steps": steps, "updates": len(log.update_steps), "series": series}

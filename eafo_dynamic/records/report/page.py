@@ -164,7 +164,7 @@ def _layers(log: CorrectionLog) -> str:
     columns = ["site", *with_values(_LAYERS, rows)]
     columns[columns.index("eps") + 1 : columns.index("eps") + 1] = ["eps_trend"]
     columns[columns.index("entropy") + 1 : columns.index("entropy") + 1] = ["entropy_trend"]
-    return _table("Every site at its last update", rows, columns, chosen="site")
+    return _table("Every site: amplitudes at the end, measurements of the last update", rows, columns, chosen="site")
 
 
 def _events(log: CorrectionLog) -> str:
