@@ -113,8 +113,8 @@ def _notes(in_lbfgs: Sequence[str], nowhere: Sequence[str], refusals: Sequence[s
     if nowhere:
         reasons = "".join(f" ({why})" for why in refusals)
         notes.append(
-            f"no optimiser can take {_listed(nowhere)}: they stay as they are{reasons}. Let an optimiser that steps single "
-            "numbers, such as AdamW, have a part of the model (LBFGS, Muon and SparseAdam step none), or take "
+            f"no optimiser can take {_listed(nowhere)}: they stay as they are{reasons}. Let an optimiser that steps "
+            "single numbers, such as AdamW, have a part of the model (LBFGS, Muon and SparseAdam step none), or take "
             "policy='entropy', which needs none"
         )
     return notes

@@ -51,10 +51,10 @@ class EAFOCallback(Callback):
 
         trainer = Trainer(callbacks=[EAFOCallback()])
 
-    In ``setup`` the model's activations are wrapped, so that eps is in the optimiser and checkpoints restore it; where
-    nothing shows them so early (a stream, manual optimisation), at the first training batch, and eps joins the
-    optimiser then. In training, sampled batches leave a few thousand pre-activations a site; every
-    ``update_every_n_steps`` optimiser steps each site's density, entropy and correction are estimated anew. Aggregates
+    ``setup`` wraps the model's activations, so that eps is in the optimiser and checkpoints restore it. Where they
+    cannot be found so early (a stream, manual optimisation), they are wrapped at the first training batch, and eps
+    joins the optimiser then. In training, some batches leave a sample of a few thousand pre-activations per site. Every
+    ``update_every_n_steps`` optimiser steps, each site's density, entropy and correction are estimated anew. Aggregates
     go to the trainer's loggers as ``eafo/...``, every site's row to ``<run>/eafo/corrections.jsonl``.
 
     All options are given by name; see ``__init__``.
@@ -76,17 +76,17 @@ class EAFOCallback(Callback):
             self._epochs = Epochs(options.update_every_n_epochs)
         self._reporter = Reporter(options.log_every_n_steps, options.log_sites or (), options.log_figures)
         self._log = RunLog(options.dirpath, options.save_log, self._say)
-        self._resumed: dict[str, Any] | None = None
-        self._awaits_batch = ""  # why the sites are not known before the first training batch; empty once they are
-        self._earlier: dict[str, Tensor] = {}  # corrections that a model which awaits its batch had before
-        self._late = False  # whether eps came after the optimisers
+        self._resumed: dict[str, Any] | None = None  # a checkpoint's state, until the fit can restore it
+        self._awaits_batch = ""  # why the search for sites waits for the first training batch; empty if it does not
+        self._earlier: dict[str, Tensor] = {}  # corrections of an earlier fit, until the model is wrapped again
+        self._late = False  # whether eps joined the optimisers after they were made
         self._listener: LoadListener | None = None
         self._replicas: Replicas | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wraps the model for a fit, once; before optimisers are built and weights restored.
+        """Wraps the model for a fit, before optimisers are made and weights are restored.
 
-        For other stages the model stays as it is, unless a checkpoint with corrections is about to be restored.
+        For other stages the model stays as it is, unless a checkpoint with corrections is loaded later.
         """
         self._listener = LoadListener(pl_module, self._restore)
         if stage != "fit":
@@ -94,7 +94,7 @@ class EAFOCallback(Callback):
         check_strategy(trainer.strategy)
         if trainer.world_size > 1:
             self._replicas = Replicas(pl_module, self._amplitudes)
-        if self._knows(pl_module):
+        if self._has_wrapped(pl_module):
             return
         pl_module.configure_model()  # the base class of either host (lightning, pytorch_lightning) does nothing here
         self.controller, self._late = None, False
@@ -105,9 +105,9 @@ class EAFOCallback(Callback):
         elif self.options.verbose and trainer.is_global_zero:
             announce(f"EAFO: sites will be looked for at the first training batch: {self._awaits_batch}.")
         for earlier in averaging(trainer, until=self):
-            earlier.setup(trainer, pl_module, stage)  # it has copied the model as it was before
+            earlier.setup(trainer, pl_module, stage)  # again: it has copied the model as it was before
 
-    def _knows(self, pl_module: Any) -> bool:
+    def _has_wrapped(self, pl_module: Any) -> bool:
         return self.controller is not None and self.controller.model is pl_module and self.controller.attached
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule, report: SiteReport) -> None:
@@ -118,13 +118,13 @@ class EAFOCallback(Callback):
     def _attach(self, pl_module: LightningModule, report: SiteReport) -> None:
         self.controller = EAFOController(pl_module, self.options, report)
         self.controller.collecting = False
-        # in every checkpoint, so that a plain model can be wrapped the same way before its weights are loaded
+        # checkpoints list the sites, so that a plain model can be wrapped the same way before its weights are loaded
         keep_sites(pl_module, manifest(report, **self.options.form))
         put_back(pl_module, self._earlier)
         self._awaits_batch, self._earlier = "", {}
 
     def adopt(self, pl_module: Any, saved: dict[str, Any]) -> None:
-        """Wraps a model as a checkpoint lists it, just before its weights are restored.
+        """Wraps a model as a checkpoint's list of sites says, just before its weights are restored.
 
         Args:
             pl_module: the model.
@@ -134,7 +134,8 @@ class EAFOCallback(Callback):
             SiteError: if the model or the options do not fit the checkpoint.
         """
         saved = dict(check_manifest(saved))
-        if not self._knows(pl_module) and not self._awaits_batch:
+        is_fit = self._has_wrapped(pl_module) or bool(self._awaits_batch)
+        if not is_fit:
             if not is_wrapped(pl_module):
                 wrap_from_manifest(pl_module, saved, report_now(pl_module.trainer, pl_module))
             return
@@ -152,13 +153,15 @@ class EAFOCallback(Callback):
             self._begin(trainer, pl_module)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._take_up()
+        self._restore_state()
+        schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+        schedulers.extend(swa_rates(trainer))
         notes = own_group(
             trainer.optimizers,
             self._controller.amplitudes,
             pl_module,
             trained=self._controller.trained,
-            schedulers=[*(config.scheduler for config in trainer.lr_scheduler_configs), *swa_rates(trainer)],
+            schedulers=schedulers,
             lr=self.options.lr,
             lr_multiple=self.options.lr_multiple,
             weight_decay=self.options.weight_decay,
@@ -168,24 +171,27 @@ class EAFOCallback(Callback):
             warnings.warn(f"EAFO: {note}", stacklevel=2)
         self._log.open(trainer, self._controller.about())
 
-    def _take_up(self) -> None:
-        """Restores the state of a checkpoint, also of one by which a tuner takes the steps back that it has tried."""
-        if self._resumed is not None:
-            self._controller.load_state_dict(self._resumed)
-            self._controller.collecting = False
-            self._log.resumed(self._resumed.get("log"))
-            self._late = self._resumed.get("late", False)
-            if self._epochs is not None:
-                self._epochs = Epochs(self._epochs.every, *self._resumed.get("epochs", (self._resumed["last_step"],)))
-            self._resumed = None
+    def _restore_state(self) -> None:
+        """Restores a checkpoint's state, also of the checkpoint by which a tuner undoes its trial steps."""
+        saved = self._resumed
+        if saved is None:
+            return
+        self._controller.load_state_dict(saved)
+        self._controller.collecting = False
+        self._log.resumed(saved.get("log"))
+        self._late = saved.get("late", False)
+        if self._epochs is not None:
+            counts = saved.get("epochs", (saved["last_step"],))
+            self._epochs = Epochs(self._epochs.every, *counts)
+        self._resumed = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Turns epochs into steps, and drops rows of the log that lie past the restored step."""
+        """Expresses epochs in steps, and drops rows of the log that lie past the restored step."""
         if not self._awaits_batch:
             self._align(trainer)
 
     def _align(self, trainer: Trainer) -> None:
-        self._take_up()
+        self._restore_state()
         self._controller.begin(trainer.global_step)
         if self._epochs is not None:
             if self._epochs.began > trainer.global_step:  # of an earlier fit
@@ -195,10 +201,10 @@ class EAFOCallback(Callback):
         self._log.align(trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Finds the sites where they wait for a batch; lets the forwards leave samples when it is time."""
+        """Finds the sites if their search has waited for a batch; decides whether this batch leaves samples."""
         if self._awaits_batch:
             self._find_in(batch, trainer, pl_module)
-        self._take_up()
+        self._restore_state()
         due = self._epochs is not None and trainer.is_last_batch and self._epochs.due(trainer.current_epoch)
         self._controller.expect(trainer.global_step, due)
 
@@ -219,10 +225,10 @@ class EAFOCallback(Callback):
         if self._awaits_batch:
             return  # there was no batch: the loader gave None
         controller, step = self._controller, trainer.global_step
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor):
-            controller.observe_loss(loss)
-        due = None if self._epochs is None else trainer.is_last_batch and self._epochs.end(trainer.current_epoch, step)
+        self._observe_loss(outputs)
+        due: bool | None = None
+        if self._epochs is not None:
+            due = trainer.is_last_batch and self._epochs.end(trainer.current_epoch, step)
         rows = controller.step(step, trainer.current_epoch, due)
         if self._epochs is not None and trainer.is_last_batch:
             controller.reschedule(self._epochs.schedule(self.options.schedule))
@@ -230,6 +236,13 @@ class EAFOCallback(Callback):
         if self._log.write(step, rows, controller.rounds, controller.snapshot):
             self._reporter.send_figure(trainer, lambda: self.plot("functions"))
         self._reporter.send(trainer, pl_module, rows)
+
+    def _observe_loss(self, outputs: Any) -> None:
+        loss = outputs
+        if isinstance(outputs, dict):
+            loss = outputs.get("loss")
+        if isinstance(loss, Tensor):
+            self._controller.observe_loss(loss)
 
     def plot(self, what: str = "heatmap", column: str = "entropy") -> Any:
         """Draws the run's log.
@@ -299,12 +312,15 @@ class EAFOCallback(Callback):
             self._postpone(pl_module)
 
     def _postpone(self, pl_module: Any) -> None:
-        """Unwraps: the optimisers of a run without corrections can be restored only as they were; eps joins later."""
+        """Unwraps the model until the first batch: the optimisers of a plain run can be restored only as they were."""
         if pl_module.trainer.state.fn != "fit":
             return
-        if obstacle := cannot_wait(pl_module.trainer, pl_module):
-            mend = "Load its state_dict into the model, and fit without ckpt_path."
-            raise SiteError(f"a run without corrections cannot be resumed with them: {obstacle}. {mend}")
+        obstacle = cannot_wait(pl_module.trainer, pl_module)
+        if obstacle:
+            raise SiteError(
+                f"a run without corrections cannot be resumed with them: {obstacle}. Load its state_dict into the "
+                "model, and fit without ckpt_path."
+            )
         self._controller.detach()
         self.controller, self._awaits_batch = None, "the checkpoint is of a run without corrections"
 
@@ -315,23 +331,29 @@ class EAFOCallback(Callback):
             The state.
         """
         if self._resumed is not None:
-            return self._resumed  # a tuner keeps the state before the fit has taken it up
+            return self._resumed  # a tuner saves it before the fit has restored it
         if self.controller is None:
             return {}
-        epochs = {} if self._epochs is None else {"epochs": [self._epochs.began, self._epochs.steps]}
-        return {**self.controller.state_dict(), "log": self._log.location, "late": self._late, **epochs}
+        state = {**self.controller.state_dict(), "log": self._log.location, "late": self._late}
+        if self._epochs is not None:
+            state["epochs"] = [self._epochs.began, self._epochs.steps]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the restored state until the fit starts, when it is on the right device."""
+        """Keeps the restored state until the fit starts, when the model is on its device."""
         self._resumed = state_dict or None
 
     @property
     def history(self) -> History:
         """The newest rows of the correction log; shows as a table in a notebook."""
-        return History() if self.controller is None else History(self.controller.records)
+        if self.controller is None:
+            return History()
+        return History(self.controller.records)
 
     def _amplitudes(self) -> list[nn.Parameter]:
-        return [] if self.controller is None else self.controller.bank.amplitudes
+        if self.controller is None:
+            return []
+        return self.controller.bank.amplitudes
 
     @property
     def _controller(self) -> EAFOController:

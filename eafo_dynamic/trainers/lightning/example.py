@@ -1,7 +1,7 @@
-"""Examples for the dry run from what a Lightning trainer has: an example input, data read ahead, or the first batch.
+"""Examples for the dry run: the module's example input, data read ahead, or the first training batch.
 
-None of them is consumed, and none leaves a trace: the dry run has a structural copy of the model, loggers and
-optimisers that do nothing, and forked random states.
+No data is consumed, and nothing is left behind. The dry run works on a structural copy of the model, with loggers and
+optimisers that do nothing, and with forked random states.
 """
 
 from __future__ import annotations
@@ -44,28 +44,37 @@ _AVERAGING = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveragin
 
 
 def averaging(trainer: Any, until: object = None) -> list[Any]:
-    """Callbacks that keep an average of the model, of which they make a copy in their setup.
+    """Callbacks that average the weights, and copy the model for it in their setup.
 
     Args:
         trainer: a Trainer in its setup.
-        until: only those before this one; None: all.
+        until: only the callbacks before this one; None: all.
 
     Returns:
-        Those of Lightning's own kinds, and of kinds derived from them.
+        Those of Lightning's own classes, and of classes derived from them.
     """
-    callbacks = trainer.callbacks
-    known = [each for each in callbacks if set(_AVERAGING) & {kind.__name__ for kind in type(each).__mro__}]
-    return known if until is None else [each for each in known if callbacks.index(each) < callbacks.index(until)]
+    found: list[Any] = []
+    for callback in trainer.callbacks:
+        if callback is until:
+            break
+        if set(_AVERAGING) & _class_names(callback):
+            found.append(callback)
+    return found
+
+
+def _class_names(instance: object) -> set[str]:
+    # by name: the classes may be those of lightning or of pytorch_lightning, and a fit must not import both
+    return {kind.__name__ for kind in type(instance).__mro__}
 
 
 def swa_rates(trainer: Any) -> list[SimpleNamespace]:
-    """Learning rates that StochasticWeightAveraging has for each parameter group, as a scheduler shows its own.
+    """Learning rates that StochasticWeightAveraging has for each parameter group, in the form of a scheduler.
 
     Args:
         trainer: with its optimisers.
 
     Returns:
-        One object a callback that has such a list.
+        One object per callback that has a list of them.
     """
     found: list[SimpleNamespace] = []
     for each in averaging(trainer):
@@ -76,9 +85,9 @@ def swa_rates(trainer: Any) -> list[SimpleNamespace]:
 
 
 def cannot_wait(trainer: Any, module: Any) -> str:
-    """Why the sites of a model cannot be found as late as at the first training batch.
+    """Why the search for sites cannot wait for the first training batch.
 
-    By then everybody who keeps a list of the model's parameters, or a compiled copy of its code, has made it.
+    By then, wrappers have listed the model's parameters, averages have copied them, and the compiler has read the code.
 
     Args:
         trainer: a Trainer in its setup.
@@ -87,11 +96,11 @@ def cannot_wait(trainer: Any, module: Any) -> str:
     Returns:
         The reason; empty if they can.
     """
-    # by name: the trainer may be that of lightning or of pytorch_lightning, and a fit must not import both
-    if "SingleDeviceStrategy" not in {kind.__name__ for kind in type(trainer.strategy).__mro__}:
+    if "SingleDeviceStrategy" not in _class_names(trainer.strategy):
         return f"{type(trainer.strategy).__name__} knows only parameters that are there when it wraps the model"
-    for each in averaging(trainer):
-        return f"{type(each).__name__} copies the model before"
+    averages = averaging(trainer)
+    if averages:
+        return f"{type(averages[0]).__name__} copies the model before"
     for name, each in module.named_modules():
         if may_be_compiled(each) or getattr(each, "_compiler_ctx", None) is not None:
             return f"{name or type(each).__name__} is compiled"
@@ -103,17 +112,17 @@ def cannot_wait(trainer: Any, module: Any) -> str:
 def example_runs(trainer: Any, module: Any, may_wait: bool) -> tuple[list[Run], str]:
     """Ways to run an example through a copy of a LightningModule before the training begins.
 
-    The example is ``example_input_array`` where the module has one; otherwise the first two items of the training data,
-    collated and sent through ``training_step``. Items are read from the data set itself: no iterator advances, no
+    The example is ``example_input_array`` where the module has one. Otherwise it is the first two items of the training
+    data, collated and sent through ``training_step``. Items are read from the data set itself: no iterator advances, no
     worker starts, no global random state changes.
 
     Args:
         trainer: a Trainer in its setup.
         module: the LightningModule to be wrapped.
-        may_wait: whether the first training batch is to be preferred where it shows more.
+        may_wait: whether the search may wait for the first training batch where that shows more.
 
     Returns:
-        The ways, best first, and where the example comes from or why there is none.
+        The ways, best first; and where the example comes from, or why there is none.
     """
     if getattr(module, "example_input_array", None) is not None:
         return [lambda probe: _forward(probe, probe.example_input_array)], "example_input_array"
@@ -132,8 +141,8 @@ def example_runs(trainer: Any, module: Any, may_wait: bool) -> tuple[list[Run], 
 def batch_runs(trainer: Any, module: Any, batch: Any) -> list[Run]:
     """Ways to run a batch through a copy of a LightningModule: its ``training_step``, or else its ``forward``.
 
-    Logging does nothing, and in manual optimisation neither do ``optimizers()``, ``lr_schedulers()`` and
-    ``manual_backward``. ``forward`` gets those parts of the batch that its signature asks for, or all of it.
+    Logging does nothing. In manual optimisation, ``optimizers()``, ``lr_schedulers()`` and ``manual_backward`` do
+    nothing either. ``forward`` gets the parts of the batch that its signature names, or the whole batch.
 
     Args:
         trainer: its Trainer.
@@ -148,9 +157,11 @@ def batch_runs(trainer: Any, module: Any, batch: Any) -> list[Run]:
         vars(probe).update(dict.fromkeys(("log", "log_dict", "print"), _ignore))
         if not probe.automatic_optimization:
             vars(probe).update(_idle_optimisation(trainer))
-        index = (0,) if is_param_in_hook_signature(probe.training_step, "batch_idx", min_args=2) else ()
-        with _nowhere_to_log(trainer), trainer.precision_plugin.train_step_context():
-            return probe.training_step(copy.deepcopy(batch), *index)
+        arguments = [copy.deepcopy(batch)]
+        if is_param_in_hook_signature(probe.training_step, "batch_idx", min_args=2):
+            arguments.append(0)
+        with _without_loggers(trainer), trainer.precision_plugin.train_step_context():
+            return probe.training_step(*arguments)
 
     def forward(probe: nn.Module) -> object:
         args, kwargs = _asked_for(probe, copy.deepcopy(batch))
@@ -161,9 +172,9 @@ def batch_runs(trainer: Any, module: Any, batch: Any) -> list[Run]:
         with trainer.precision_plugin.train_step_context():
             return probe(copy.deepcopy(batch))
 
-    # without its optimisers a manual training_step cannot be followed
-    ready = module.automatic_optimization or bool(trainer.optimizers)
-    return [*([step] if ready else []), forward, whole]
+    if not module.automatic_optimization and not trainer.optimizers:
+        return [forward, whole]  # a manual training_step asks for optimisers
+    return [step, forward, whole]
 
 
 def search(module: nn.Module, selection: Selection, runs: Sequence[Run]) -> tuple[SiteReport | None, str]:
@@ -181,15 +192,18 @@ def search(module: nn.Module, selection: Selection, runs: Sequence[Run]) -> tupl
     for run in runs:
         try:
             report = find_sites(module, selection=selection, run=run)
-            note = f"Found by a forward alone, since training_step could not be followed: {problem}" if problem else ""
-            return replace(report, note=f"{report.note} {note}".strip()), ""
         except SiteError as error:
             problem = problem or str(error)
+            continue
+        if problem:
+            note = f"Found by a forward alone, since training_step could not be followed: {problem}"
+            report = replace(report, note=f"{report.note} {note}".strip())
+        return report, ""
     return None, problem
 
 
 def first_report(trainer: Any, module: nn.Module, selection: Selection) -> tuple[SiteReport | None, str]:
-    """The sites of a model as far as they can be seen before the training begins.
+    """The sites of a model, if they can be found before the training begins.
 
     Args:
         trainer: a Trainer in its setup.
@@ -197,19 +211,23 @@ def first_report(trainer: Any, module: nn.Module, selection: Selection) -> tuple
         selection: which sites to wrap.
 
     Returns:
-        The report; None, and why, if the first training batch will show them.
+        The report; None, and why, if the search has to wait for the first training batch.
     """
     obstacle = cannot_wait(trainer, module)
     runs, source = example_runs(trainer, module, may_wait=not obstacle)
     report, problem = search(module, selection, runs)
     if report is not None:
         return report, ""
-    why = f"{source}: {problem}" if problem else source
-    return (static_report(module, selection, f"{why}; {obstacle}"), "") if obstacle else (None, why)
+    why = source
+    if problem:
+        why = f"{source}: {problem}"
+    if obstacle:
+        return static_report(module, selection, f"{why}; {obstacle}"), ""
+    return None, why
 
 
 def batch_report(trainer: Any, module: nn.Module, selection: Selection, batch: Any) -> SiteReport:
-    """The sites of a model as its first training batch shows them, or else its module tree.
+    """The sites of a model, found by its first training batch, or else in its module tree.
 
     Args:
         trainer: its Trainer.
@@ -225,26 +243,29 @@ def batch_report(trainer: Any, module: nn.Module, selection: Selection, batch: A
 
 
 def report_now(trainer: Any, module: nn.Module) -> SiteReport | None:
-    """The sites of a model that is about to be evaluated, by the same way of running it as before a training.
+    """The sites of a model that is about to be evaluated, found by the first way that a training would try.
 
     Args:
         trainer: a Trainer whose stage is no training.
         module: the LightningModule, not wrapped.
 
     Returns:
-        The report; None where that way cannot be followed: another might not call everything that training does.
+        The report; None if that way fails. Another one might not call everything that training does.
     """
     runs, _ = example_runs(trainer, module, may_wait=True)
-    return search(module, Selection(), runs[:1])[0] if runs else None
+    if not runs:
+        return None
+    report, _ = search(module, Selection(), runs[:1])
+    return report
 
 
 def static_report(module: nn.Module, selection: Selection, why: str) -> SiteReport:
-    """The sites that the module tree shows; warns that functional and repeated calls are not among them.
+    """The sites in the module tree; warns that functional and repeated calls are not among them.
 
     Args:
         module: the model.
         selection: which sites to wrap.
-        why: no example could be run.
+        why: reason that no example could be run.
 
     Returns:
         The report.
@@ -255,10 +276,10 @@ def static_report(module: nn.Module, selection: Selection, why: str) -> SiteRepo
 
 
 class _Constant:
-    """Stands in for a method: gives the same whatever it is asked.
+    """Stands in for a method: returns the same value, whatever its arguments.
 
     Args:
-        value: what it gives.
+        value: what it returns.
     """
 
     def __init__(self, value: object) -> None:
@@ -272,10 +293,10 @@ _ignore = _Constant(None)
 
 
 class _Idle:
-    """Stands in for an optimiser or scheduler: every method of it does nothing.
+    """Stands in for an optimiser or scheduler; its methods do nothing.
 
     Args:
-        real: what it stands for.
+        real: the optimiser or scheduler.
     """
 
     def __init__(self, real: Any) -> None:
@@ -283,7 +304,9 @@ class _Idle:
         self.param_groups = [{**group, "params": []} for group in groups]
 
     def step(self, closure: Callable[[], object] | None = None, **kwargs: Any) -> object:
-        return closure() if callable(closure) else None
+        if callable(closure):
+            return closure()
+        return None
 
     @contextmanager
     def toggle_model(self, *args: Any, **kwargs: Any) -> Generator[None]:
@@ -294,20 +317,27 @@ class _Idle:
 
 
 def _idle_optimisation(trainer: Any) -> dict[str, Callable[..., Any]]:
-    """The methods of a LightningModule by which a manual training_step optimises, without effect."""
-    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    found: dict[str, Callable[..., Any]] = dict.fromkeys(
+    """Methods without effect, in place of those by which a manual training_step optimises."""
+    methods: dict[str, Callable[..., Any]] = dict.fromkeys(
         ("manual_backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer"), _ignore
     )
-    for name, real in (("optimizers", list(trainer.optimizers)), ("lr_schedulers", schedulers)):
-        idle = [_Idle(each) for each in real]
-        value = idle[0] if len(idle) == 1 else idle or None
-        found[name] = _Constant(value)
-    return found
+    methods["optimizers"] = _returning_idle(trainer.optimizers)
+    methods["lr_schedulers"] = _returning_idle([config.scheduler for config in trainer.lr_scheduler_configs])
+    return methods
+
+
+def _returning_idle(real: Sequence[Any]) -> _Constant:
+    """As the methods of a LightningModule: one alone is returned itself, several as a list, none as None."""
+    idle = [_Idle(each) for each in real]
+    if not idle:
+        return _Constant(None)
+    if len(idle) == 1:
+        return _Constant(idle[0])
+    return _Constant(idle)
 
 
 @contextmanager
-def _nowhere_to_log(trainer: Any) -> Generator[None]:
+def _without_loggers(trainer: Any) -> Generator[None]:
     loggers = trainer.loggers
     trainer.loggers = [DummyLogger() for _ in loggers]
     try:
@@ -317,28 +347,37 @@ def _nowhere_to_log(trainer: Any) -> Generator[None]:
 
 
 def _asked_for(module: nn.Module, batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """The parts of a batch that a module's forward takes: those of its names, or as many as it needs from the first."""
-    wanted = inspect.signature(module.forward).parameters.values()
+    """The parts of a batch that a module's forward takes.
+
+    Of a mapping, the entries that have a parameter's name; of a list or tuple, as many as there are parameters without
+    a default, from the first on.
+
+    Returns:
+        Positional and keyword arguments.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
     if isinstance(batch, Mapping):
-        return (), {each.name: batch[each.name] for each in wanted if each.name in batch}
+        return (), {each.name: batch[each.name] for each in parameters if each.name in batch}
     if not isinstance(batch, (list, tuple)):
         return (batch,), {}
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [each for each in wanted if each.kind in kinds and each.default is inspect.Parameter.empty]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [each for each in parameters if each.kind in positional and each.default is inspect.Parameter.empty]
     return batch[: max(1, len(needed))], {}
 
 
 def _forward(probe: nn.Module, example: Any) -> object:
     if isinstance(example, Mapping):
         return probe(**example)
-    return probe(*example) if isinstance(example, tuple) else probe(example)
+    if isinstance(example, tuple):
+        return probe(*example)
+    return probe(example)
 
 
 def _first_items(trainer: Any, module: Any) -> Any:
-    """Two items of the data that is about to be read, collated as its loader does and moved to the module's device.
+    """The first two items of the data that the trainer will read, collated by the loader, on the module's device.
 
     Returns:
-        The batch; None for a stream, which could not be read without consuming it.
+        The batch; None for a stream, which cannot be read without consuming it.
     """
     loop = trainer._active_loop
     source = loop._data_source
@@ -375,6 +414,7 @@ def _collated(loader: DataLoader[Any]) -> Any:
 
 @contextmanager
 def _kept_generators(dataset: object) -> Generator[None]:
+    """Puts the random generators of a data set back to where they were."""
     generators: Sequence[torch.Generator] = [
         value for value in getattr(dataset, "__dict__", {}).values() if isinstance(value, torch.Generator)
     ]
