@@ -175,7 +175,8 @@ class Rounds:
         """
         heads: list[Record] = [{"step": step, "epoch": epoch, "site": name} for name in self._bank.names]
         tails = [{"policy": policy.name} for policy in self._policies]
-        return to_rows(heads, state(self._bank.functions(), self._last), tails)
+        functions = self._bank.functions()
+        return to_rows(heads, state(functions, _beside(self._last, functions)), tails)
 
     def forget(self) -> None:
         """Forgets what ties the next round to the last one; call where another training begins."""

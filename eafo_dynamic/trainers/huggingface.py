@@ -65,11 +65,12 @@ class EAFOTrainerCallback(TrainerCallback):
         self.options = options
         self.controller: EAFOController | None = None
         self._trainer: Any = None
-        self._log = RunLog(options.dirpath, options.save_log)
+        self._log = RunLog(options.dirpath, options.save_log, self._say)
         self._metrics = Metrics(options.log_every_n_steps, options.log_sites or ())
         self._replicas: Replicas | None = None
         self._loss_hook: Any = None
         self._awaits_loss = False  # whether a loss is wanted, and none has been looked for yet
+        self._has_ended = False
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wraps the model, before the optimiser is built and before the model is handed to DistributedDataParallel."""
@@ -108,6 +109,7 @@ class EAFOTrainerCallback(TrainerCallback):
             self._resume(_resumed_checkpoint(args, state) / _STATE)
         controller.begin(state.global_step)
         self._watch_losses()
+        self._has_ended = False
         self._log.open(_run_of(args, state), controller.about())
         self._log.align(state.global_step)
 
@@ -180,13 +182,29 @@ class EAFOTrainerCallback(TrainerCallback):
         for callback in self._trainer.callback_handler.callbacks:
             log_figure(callback, FIGURE, figure, step)
 
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Sends the last figure with the last metrics: at the end of the training TensorBoard is closed already."""
+        is_last = "train_runtime" in kwargs.get("logs", ())
+        if is_last and self.options.log_figures and not args.load_best_model_at_end:
+            self._end(state)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps the last shape of every function and closes the log; the model keeps its corrections."""
-        controller = self._controller
-        controller.collecting = False
-        self._log.end(state.global_step, controller.rounds, controller.snapshot)
+        """Ends the log with the model as the training leaves it, and closes it; the model keeps its corrections."""
+        self._controller.collecting = False
+        self._end(state)
         self._log.close()
         self._forget_losses()
+
+    def _end(self, state: Any) -> None:
+        if self._has_ended:
+            return
+        self._has_ended = True
+        if self._log.end(state.global_step, int(state.epoch or 0), "completed", self._controller):
+            self._report_figure(state.global_step)
+
+    def _say(self, line: str) -> None:
+        if self.options.verbose:
+            announce(line)
 
     def plot(self, what: str = "heatmap", column: str = "entropy") -> Any:
         """Draws the run's log.
@@ -277,7 +295,12 @@ def _checkpoint(args: Any, state: Any) -> Path:
 
 def _run_of(args: Any, state: Any) -> SimpleNamespace:
     """What the log of a run asks of a trainer."""
-    return SimpleNamespace(log_dir=args.output_dir, is_global_zero=state.is_world_process_zero)
+    return SimpleNamespace(
+        log_dir=args.output_dir,
+        default_root_dir=args.output_dir,
+        logger=None,  # runs of report_to have no folder of their own
+        is_global_zero=state.is_world_process_zero,
+    )
 
 
 def _loss_in(output: Any) -> Tensor | None:

@@ -40,5 +40,5 @@ def test_ranks_resume_between_two_rounds_to_the_last_bit(tmp_path: Path) -> None
     assert_same(whole[0], parts[0])
     assert_same(whole[1], parts[1])
     logs = [CorrectionLog.load(tmp_path / name) for name in ("whole", "parts")]
-    assert logs[0].steps == [1, 2, 4, 5]
+    assert logs[0].update_steps == [1, 2, 4, 5]
     assert logs[0].rows == logs[1].rows

@@ -228,6 +228,25 @@ def test_metrics_reach_tensorboard_at_update_rounds(tmp_path: Path) -> None:
     assert {event.step for event in found.Images("eafo/functions")} == {1, 2, 8}
 
 
+@pytest.mark.parametrize("best", [False, True])
+def test_the_log_and_the_figures_end_with_the_model(tmp_path: Path, best: bool) -> None:
+    callback = EAFOTrainerCallback(update_every_n_steps=4, log_figures=True)
+    options: dict[str, Any] = {"report_to": "tensorboard", "logging_strategy": "steps", "logging_steps": 2}
+    if best:
+        options |= {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+        options |= {"eval_steps": 3, "save_steps": 3}
+    trainer = make(tmp_path, 10, callback, **options)
+    trainer.train()
+    log = CorrectionLog.load(tmp_path)
+    assert (log.update_steps, log.steps) == ([1, 2, 4, 8], [1, 2, 4, 8, 10])
+    assert callback.controller is not None
+    for row, eps in zip(log.last(), callback.controller.bank.eps, strict=True):
+        assert row["eps"] == pytest.approx(eps.item())
+    assert log.shapes("transformer.h.0.mlp.act")[-1]["step"] == 10
+    if not best:
+        assert max(event.step for event in scalars(tmp_path).Images("eafo/functions")) == 10
+
+
 def test_aggregates_go_out_as_often_as_asked(tmp_path: Path) -> None:
     callback = EAFOTrainerCallback(update_every_n_steps=4, log_every_n_steps=3)
     trainer = make(tmp_path, 8, callback, logging_strategy="epoch")
@@ -272,11 +291,15 @@ def test_figures_go_to_the_callbacks_that_take_them() -> None:
 
 
 @pytest.mark.parametrize("verbose", [True, False])
-def test_the_table_of_sites_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], verbose: bool) -> None:
+def test_the_table_of_sites_and_the_place_of_the_log_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verbose: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     make(tmp_path, 1, EAFOTrainerCallback(verbose=verbose)).train()
     out = capsys.readouterr().out
     assert out.count("activation sites wrapped") == verbose
     assert ("transformer.h.1.mlp.act" in out) == verbose
+    assert out.count(str(tmp_path / "eafo")) == 2 * verbose
 
 
 def test_the_log_lies_where_it_is_wanted(tmp_path: Path) -> None:
@@ -357,7 +380,7 @@ def test_a_damaged_state_is_one_line_and_nothing_of_it_is_applied(tmp_path: Path
     trainer = make(tmp_path, 8, EAFOTrainerCallback(**BETWEEN), **SAVING)
     with pytest.warns(UserWarning, match="eafo_state.pt is missing; density estimates start anew"):
         trainer.train(resume_from_checkpoint=True)
-    assert CorrectionLog.load(tmp_path).steps == [1, 2, 4, 5]
+    assert CorrectionLog.load(tmp_path).update_steps == [1, 2, 4, 5]
 
 
 def test_the_state_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
