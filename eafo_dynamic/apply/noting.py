@@ -15,7 +15,7 @@ from eafo_dynamic.find.children import names_of_children, parent_of
 from eafo_dynamic.find.wrapped import OWNER, CarriesCorrection
 from eafo_dynamic.internals.torch_internals import hook_tables
 
-__all__ = ["forget_children", "note_children", "parents_of_noted"]
+__all__ = ["forget_children", "note_children"]
 
 
 class _Returned:
@@ -49,39 +49,19 @@ def note_children(model: nn.Module, owners: Collection[str]) -> None:
             _note(module, child)
 
 
-def parents_of_noted(model: nn.Module) -> tuple[str, ...]:
-    """Modules whose children tell that they have returned.
-
-    Args:
-        model: wrapped, or merged.
-
-    Returns:
-        Their names.
-    """
-    noted = [
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if (isinstance(module, Hosting) and module.eafo_child) or _hooks(module)
-    ]
-    return tuple(sorted({parent_of(name, model) for name in noted}))
-
-
 def _note(module: nn.Module, child: str) -> None:
     if isinstance(module, Hosting):
         forget_children(module)
         if module.eafo_kind == OWNER:
             module.eafo_child = child
-    elif _can_have_hook(module):
+    elif not (
+        isinstance(module, torch.jit.ScriptModule)
+        or isinstance(module, CarriesCorrection)
+        or looks_like_activation(module)
+        or _hooks(module)
+    ):
         # before those of others: what they call comes after the child
         module.register_forward_hook(_Returned(child), prepend=True)
-
-
-def _can_have_hook(module: nn.Module) -> bool:
-    if isinstance(module, nn.TransformerEncoderLayer):
-        return False  # it takes another path where it has a hook
-    if isinstance(module, (torch.jit.ScriptModule, CarriesCorrection)):
-        return False
-    return not looks_like_activation(module) and not _hooks(module)
 
 
 def _hooks(module: nn.Module) -> list[tuple[Any, Any]]:

@@ -252,7 +252,7 @@ def resumed_from(code: CodeType) -> CodeType | None:
     while code.co_name.startswith(_RESUMED):
         if made is None:
             made = _find("torch._dynamo.resume_execution:ContinueExecutionCache.generated_code_metadata") or {}
-        about = made.get(code)
+        about = made[code] if code in made else None
         code = getattr(about, "code", None) or code
         if about is None:
             return None

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.apply.hosting import Hosting
-from eafo_dynamic.apply.merge.calls import CallCounter, CorrectedCalls, Order, order_of
-from eafo_dynamic.apply.noting import note_children, parents_of_noted
+from eafo_dynamic.apply.merge.calls import CallCounter, CorrectedCalls, Order
 from eafo_dynamic.apply.site import Site, register
 from eafo_dynamic.apply.standalone import CorrectedActivation
 from eafo_dynamic.apply.surgery import hosted_sites
@@ -42,16 +41,14 @@ class Baked:
         module: its FQN.
         sites: names of the sites that it serves.
         functions: its corrected functions; none if no correction acts.
-        orders: by FQN of the modules whose forwards tell its calls apart, which call has which function; empty where
-            every call has the one there is.
-        parents: modules whose children tell those forwards that they have returned.
+        orders: by FQN of the modules whose forwards count its calls, which call has which function; empty where every
+            call has the one there is.
     """
 
     module: str
     sites: tuple[str, ...]
     functions: tuple[State, ...]
     orders: Mapping[str, Order] = field(default_factory=dict)
-    parents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,9 +85,7 @@ def plan_of(model: nn.Module) -> MergePlan:
             groups.setdefault((place, key or ""), []).append(_Served(host, site, state))
         elif not _is_zero(state):
             calls.append(site.name)
-    parents = parents_of_noted(model)
-    baked = [_baked(place, key, served, names, parents) for (place, key), served in groups.items()]
-    return MergePlan(tuple(baked), tuple(calls))
+    return MergePlan(tuple(_baked(place, key, served, names) for (place, key), served in groups.items()), tuple(calls))
 
 
 class _Served(NamedTuple):
@@ -136,22 +131,23 @@ def _is_zero(state: State) -> bool:
     return not bool(state.eps.any()) and (state.lift is None or not bool(state.lift.any()))
 
 
-def _baked(
-    place: str, key: str, served: Sequence[_Served], names: Mapping[int, str], parents: tuple[str, ...]
-) -> Baked:
+def _baked(place: str, key: str, served: Sequence[_Served], names: Mapping[int, str]) -> Baked:
     sites = tuple(each.site.name for each in served)
     acting = [each for each in served if not _is_zero(each.state)]
     kept = [_kept(each.state) for each in acting]
     number = {id(each.site): k for k, each in enumerate(acting)}
-    orders: dict[str, Order] = {}
-    for each in served:
-        known = cast(Hosting, each.host).eafo_routes.get(key)
-        if known is not None:
-            orders[names[id(each.host)]] = order_of(known, number)
-    plain = any(None in numbers for order in orders.values() for _, _, numbers in order)
-    several = plain or any(not _equal(kept[0], each) for each in kept[1:])
+    routes = {
+        id(each.host): known.all_sites()
+        for each in served
+        if (known := cast(Hosting, each.host).eafo_routes.get(key)) is not None
+    }
+    orders = {
+        names[host]: tuple(None if site is None else number.get(id(site)) for site in route)
+        for host, route in routes.items()
+    }
+    several = any(None in order for order in orders.values()) or any(not _equal(kept[0], each) for each in kept[1:])
     if kept and key and several:
-        return Baked(place, sites, tuple(kept), orders, parents)
+        return Baked(place, sites, tuple(kept), orders)
     return Baked(place, sites, tuple(kept[:1]))
 
 
@@ -186,7 +182,6 @@ def apply_plan(model: nn.Module, plan: MergePlan) -> None:
             counters.setdefault(owner, {})[baked.module] = order
     for owner, orders in counters.items():
         CallCounter(orders).register(model.get_submodule(owner))
-    note_children(model, {parent for baked in plan.baked for parent in baked.parents})
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.activation, _CORRECTED):
             module.activation_relu_or_gelu = 0  # torch's fused kernel knows no correction

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.apply.merge.baking import Baked, MergePlan, State, apply_plan
-from eafo_dynamic.apply.merge.calls import CallCounter, CorrectedCalls, Order
+from eafo_dynamic.apply.merge.calls import CallCounter, CorrectedCalls
 from eafo_dynamic.apply.merge.graph import MergedGraph, export
-from eafo_dynamic.apply.noting import parents_of_noted
 from eafo_dynamic.apply.standalone import CorrectedActivation
 from eafo_dynamic.errors import CompoundingError, ConfigError, SiteError
 from eafo_dynamic.internals.torch_internals import forward_pre_hooks
@@ -100,17 +99,16 @@ def save_merged(model: nn.Module, path: str | Path, *example_args: Any, **exampl
 
 def _places(model: nn.Module) -> list[dict[str, Any]]:
     """Where the corrected functions of a merged model are: primitives only."""
-    orders: dict[str, dict[str, Order]] = {}
-    parents = list(parents_of_noted(model))
+    orders: dict[str, dict[str, list[int | None]]] = {}
     for name, module in model.named_modules():
         for hook in forward_pre_hooks(module):
             counter = getattr(hook, "__self__", None)
             for called, order in counter.orders.items() if isinstance(counter, CallCounter) else ():
-                orders.setdefault(called, {})[name] = order
+                orders.setdefault(called, {})[name] = list(order)
     found: list[dict[str, Any]] = []
     for name, module in model.named_modules():
         if isinstance(module, CorrectedCalls):
-            found.append(_place(name, module, orders[module.name]) | {"parents": parents})
+            found.append(_place(name, module, orders[module.name]))
         elif isinstance(module, CorrectedActivation) and not any(
             name.startswith(f"{each['module']}.") for each in found
         ):
@@ -118,7 +116,7 @@ def _places(model: nn.Module) -> list[dict[str, Any]]:
     return found
 
 
-def _place(name: str, module: nn.Module, orders: Mapping[str, Order]) -> dict[str, Any]:
+def _place(name: str, module: nn.Module, orders: dict[str, list[int | None]]) -> dict[str, Any]:
     dims = [each.channel_dim for each in _functions(module)]
     return {"module": name, "functions": len(dims), "orders": orders, "channel_dims": dims}
 
@@ -145,13 +143,6 @@ def load_merged(model: nn.Module, path: str | Path) -> nn.Module:
     state, places = _read(Path(path))
     if any(f"{stem}offset" in state for place in places for stem in _stems(place)):
         raise CompoundingError(str(path))
-    if any(
-        not isinstance(call, (list, tuple)) for place in places for order in place["orders"].values() for call in order
-    ):
-        raise SiteError(
-            f"{path} was merged by version 0.1.0, which knew calls of one activation by their order alone; they could be "
-            "taken for each other. Merge the checkpoint again."
-        )
     modules = dict(model.named_modules())
     names = {name for place in places for name in (place["module"], *place["orders"])}
     held = {f"{name}.activation".lstrip(".") for name, each in modules.items() if "activation" in vars(each)}
@@ -225,4 +216,4 @@ def _baked(place: Mapping[str, Any], state: Mapping[str, Tensor]) -> Baked:
         )
         for stem in _stems(place)
     )
-    return Baked(place["module"], (), functions, place["orders"], tuple(place.get("parents", ())))
+    return Baked(place["module"], (), functions, {owner: tuple(order) for owner, order in place["orders"].items()})
