@@ -1,6 +1,6 @@
 """What a wrapped module is: an instance of a generated subclass of its own class.
 
-An *activation* runs its site; an *owner* opens a frame in each of its forwards, in which calls are told apart.
+An *activation* runs its site; an *owner* opens a frame in each of its forwards, in which calls are counted.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from eafo_dynamic.apply.frames import (
     refuse_symbols,
     route,
 )
-from eafo_dynamic.apply.known import ENTRIES, KnownCalls
 from eafo_dynamic.apply.site import Site, describe_state
 from eafo_dynamic.correction.kernels import is_correctable, known_module, prepare
 from eafo_dynamic.errors import CompoundingError, SiteError, printable
 from eafo_dynamic.find.functional import unbound
+from eafo_dynamic.find.places import Places
 from eafo_dynamic.find.wrapped import ACTIVATION, ENTRY_POINTS, Wrapped, class_before, derived_class, rebased
 from eafo_dynamic.find.written import Node
-from eafo_dynamic.internals.torch_internals import current_frame, hide_from_compiler
+from eafo_dynamic.internals.torch_internals import hide_from_compiler
 
 __all__ = ["Hosting", "become", "revert"]
 
 _SLOPE_BY_RESULT = (nn.ELU, nn.CELU, nn.SELU)  # in place, in the last bit other than by the input
 _HALF = (torch.float16, torch.bfloat16)
 _STATE = (
-    "eafo_sites", "eafo_name", "eafo_child", "eafo_shared", "eafo_routes", "eafo_functions", "eafo_uncompiled",
+    "eafo_sites", "eafo_name", "eafo_shared", "eafo_routes", "eafo_places", "eafo_functions", "eafo_uncompiled",
     "eafo_written",
 )  # fmt: skip
 
@@ -53,8 +53,9 @@ class Hosting(Wrapped):
         eafo_sites: the sites it hosts.
         eafo_name: FQN of the module when it was wrapped, by which owners know it.
         eafo_shared: of an activation: whether owners host its sites.
-        eafo_child: its name in the frame around it, when it has returned; empty for what is not noted.
-        eafo_routes: of an owner: for each of its activations and functions, the calls that it knows.
+        eafo_routes: of an owner: for each of its activations and functions, the sites of call 0, 1, ...;
+            None for a call that is left alone.
+        eafo_places: of an owner: where in the code it makes those calls.
         eafo_functions: of an owner: names of the functions that its own code calls and a site corrects.
         eafo_uncompiled: of an owner: those of its functions that torch.compile would not show.
         eafo_written: of an owner: expressions that written-out activations of its own code consist of.
@@ -65,8 +66,8 @@ class Hosting(Wrapped):
     eafo_sites: list[Site]
     eafo_name: str
     eafo_shared: bool
-    eafo_child: str
-    eafo_routes: dict[str, KnownCalls]
+    eafo_routes: dict[str, list[Site | None]]
+    eafo_places: dict[str, Places]
     eafo_functions: frozenset[str]
     eafo_uncompiled: frozenset[str]
     eafo_written: frozenset[Node]
@@ -88,10 +89,6 @@ class Hosting(Wrapped):
             CompoundingError: if its corrections compound.
         """
         cast(Any, super()).__setstate__(state)
-        vars(self).pop("eafo_places", None)
-        for key, route in vars(self).get("eafo_routes", {}).items():
-            if isinstance(route, list):  # of version 0.1.0, which did not know where calls were made
-                self.eafo_routes[key] = KnownCalls()
         for key in self._offset_keys():
             if cast(nn.Module, self)._buffers.get(key) is not None:
                 raise CompoundingError("the pickled model")
@@ -180,7 +177,7 @@ class _Activation(Hosting):
                 return base(*args, **kwargs)  # no owner is there to count
         else:
             # the caller's mode must not take the functions inside the activation for the caller's own
-            outer = open_frame(self, 0 if is_compiling() else id(current_frame()))
+            outer = open_frame(self)
             try:
                 return _correct(self, base, args, kwargs)
             finally:
@@ -214,35 +211,33 @@ def _counted(method: Callable[..., Any], name: str) -> Callable[..., Any]:
     Returns:
         A function with the signature of the original.
     """
-    is_forward = name == "forward"
+    is_forward, by_place = name == "forward", name == "predict_step"  # which may run a part alone
 
     @functools.wraps(method)
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
         idle, frames = _all_idle(self), STACK.frames
         if idle and (not frames or frames[-1].mode is None):
-            result = method(self, *args, **kwargs)  # nothing acts, and no mode takes its functions for the caller's
-        elif self.eafo_uncompiled and is_compiling() and not idle:
-            result = _uncompiled(self, method, args, kwargs, is_forward)
-        elif is_compiling():
-            result = entered(self, method, args, kwargs, is_forward, bool(self.eafo_functions) and not idle)
-        else:
-            if self.eafo_sites and not idle:  # a graph would open no frames, and its activations would be plain
-                refuse_symbols(args[0] if args else next(iter(kwargs.values()), None), self)
-            # as entered does, but all in one function: recursive models need the depth of Python's stack
-            outer = open_frame(self, id(current_frame()), is_forward)
-            try:
-                if self.eafo_functions and not idle:
-                    with function_mode():
-                        result = method(self, *args, **kwargs)
-                else:
+            return method(self, *args, **kwargs)  # nothing acts, and no mode takes its functions for the caller's
+        if self.eafo_uncompiled and is_compiling() and not idle:
+            return _uncompiled(self, method, args, kwargs, is_forward)
+        functions = bool(self.eafo_functions) and not idle
+        if is_compiling():
+            return entered(self, method, args, kwargs, is_forward, functions)
+        if self.eafo_sites and not idle:  # in a graph nobody would open frames, and its activations would be plain
+            refuse_symbols(args[0] if args else next(iter(kwargs.values()), None), self)
+        # as entered does, but all in one function: recursive models need the depth of Python's stack
+        outer, ended = open_frame(self, is_forward, by_place), False
+        try:
+            if functions:
+                with function_mode():
                     result = method(self, *args, **kwargs)
-            finally:
-                close_frame(outer)
-        if frames and is_forward and self.eafo_child:
-            frames[-1].returned.append(self.eafo_child)
+            else:
+                result = method(self, *args, **kwargs)
+            ended = True
+        finally:
+            close_frame(outer, ended)
         return result
 
-    ENTRIES.add(entry.__code__)
     return entry
 
 
@@ -308,7 +303,7 @@ def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
     """
     body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     # defaults for instances that user code makes of the class, as slicing an nn.Sequential does
-    body.update(eafo_class=cls, eafo_kind=kind, eafo_sites=[], eafo_routes={}, eafo_name="", eafo_child="")
+    body.update(eafo_class=cls, eafo_kind=kind, eafo_sites=[], eafo_routes={}, eafo_places={}, eafo_name="")
     body.update(eafo_shared=True)
     body.update(eafo_functions=frozenset(), eafo_uncompiled=frozenset(), eafo_written=frozenset())
     if kind == ACTIVATION:
@@ -365,7 +360,7 @@ def become(module: nn.Module, kind: str, name: str) -> Hosting:
             cast(Any, module).__class__ = _class_for(cast(nn.Module, module), kind)
     else:
         module.__class__ = _class_for(module, kind)
-        vars(module).update(eafo_sites=[], eafo_name=name, eafo_child="", eafo_routes={}, eafo_shared=False)
+        vars(module).update(eafo_sites=[], eafo_name=name, eafo_routes={}, eafo_places={}, eafo_shared=False)
     return cast(Hosting, module)
 
 

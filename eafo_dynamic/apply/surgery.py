@@ -2,8 +2,8 @@
 
 No module is replaced: the *class of the instance* becomes a generated subclass, so that ``isinstance``, names and the
 keys of the state_dict survive. A module that is called once hosts its own site. Where one activation is called several
-times in a forward, or called as a function, the module around the calls (the owner) hosts one site a call and tells
-them apart, by where they are made and by the children that have run before; see ``find.evidence``.
+times in a forward, or called as a function, the module around the calls (the owner) hosts one site a call and counts
+the calls in each of its forwards, from zero, so that recomputation under activation checkpointing finds the same sites.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from torch import Tensor, nn
 
 from eafo_dynamic.apply.hosting import Hosting, become, revert
 from eafo_dynamic.apply.kept import forget_sites
-from eafo_dynamic.apply.known import KnownCalls
-from eafo_dynamic.apply.noting import forget_children, note_children
 from eafo_dynamic.apply.site import Form, Site, Switch
 from eafo_dynamic.correction.bases import Base, as_base
 from eafo_dynamic.correction.kernels import Backend, prepare
 from eafo_dynamic.density.collector import Collector
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.find.evidence import Evidence
 from eafo_dynamic.find.functional import function_base
+from eafo_dynamic.find.places import Places
 from eafo_dynamic.find.sites import FoundSite, SiteReport, find_sites
 from eafo_dynamic.find.wrapped import ACTIVATION, OWNER, plain_view
 from eafo_dynamic.find.written import WRITTEN, wanted_for, written_node
@@ -123,7 +121,6 @@ def wrap(
         for found in report.wrapped:
             _channels(found)
     hosted = [_install(model, found, switch, form) for found in report.wrapped]
-    _know_what_is_left_alone(model, report)
     _guard(model, report)
     for device in {getattr(host, site.keys[0]).device for host, site in hosted}:
         prepare(device, switch.backend)
@@ -161,10 +158,12 @@ def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> 
     owner = become(host, OWNER, found.module if found.owner is None else found.owner)
     index = 1 + max((each.index for each in owner.eafo_sites), default=-1)
     site = Site(found.name, index, found.module, switch, Collector(channel_dim=found.channel_dim))
-    key = _key(found, target)
+    key = target.eafo_name
     if found.parameters is None:
         target.eafo_shared = found.owner is not None
     else:
+        function = found.key[len(found.module) :]
+        key = function if found.owner == found.module else f"{target.eafo_name}{function}"  # see frames
         site.function = (WRITTEN if found.kind == "written" else found.class_name, found.parameters)
         target.eafo_functions |= {site.function[0]}
         if found.hidden_from_compiler:
@@ -175,29 +174,10 @@ def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> 
     site.register(host, as_base(site_source(model, site)), form, channels, _device(model, found))
     owner.eafo_sites.append(site)
     if found.owner is not None:
-        owner.eafo_routes.setdefault(key, KnownCalls()).put(Evidence(found.places, found.after), found.turn, site)
+        count = max(found.calls, found.call + 1)
+        owner.eafo_routes.setdefault(key, [None] * count)[found.call] = site
+        owner.eafo_places.setdefault(key, Places(count)).put(found.call, found.places)
     return host, site
-
-
-def _key(found: FoundSite, target: Hosting) -> str:
-    """What the owner of a site knows its calls by; see frames."""
-    if found.parameters is None:
-        return target.eafo_name
-    function = found.key[len(found.module) :]
-    return function if found.owner == found.module else f"{target.eafo_name}{function}"
-
-
-def _know_what_is_left_alone(model: nn.Module, report: SiteReport) -> None:
-    """Tells the owners of the calls that have no site, beside others of the same key that have one."""
-    for found in report.skipped:
-        module = model.get_submodule(found.module)
-        owner = None if found.owner is None else model.get_submodule(found.owner)
-        if not isinstance(module, Hosting) or not isinstance(owner, Hosting):
-            continue
-        known = owner.eafo_routes.get(_key(found, module))
-        evidence = Evidence(found.places, found.after)
-        if known is not None and not known.has(evidence, found.turn):
-            known.put(evidence, found.turn, None)
 
 
 def _device(model: nn.Module, found: FoundSite) -> torch.device | None:
@@ -215,17 +195,13 @@ def _device(model: nn.Module, found: FoundSite) -> torch.device | None:
 def _guard(model: nn.Module, report: SiteReport) -> None:
     """Lets the modules that a caller of functions calls open frames of their own; see hosting."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    owners: set[str] = set()
     for found in report.wrapped:
-        for name in (*found.guarded, *found.through):
-            if name in modules and not isinstance(modules[name], torch.jit.ScriptModule):
+        for name in found.guarded:
+            if name in modules:
                 become(modules[name], OWNER, name)
-        if found.owner is not None:
-            owners |= {found.owner, *found.through, *found.beside}
     for name, module in modules.items():
         if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.activation, Hosting):
             become(module, OWNER, name)
-    note_children(model, owners)
 
 
 def unwrap(model: nn.Module) -> None:
@@ -236,7 +212,6 @@ def unwrap(model: nn.Module) -> None:
     """
     for module in list(model.modules()):
         revert(module)
-        forget_children(module)
         forget_sites(module)
 
 

@@ -48,7 +48,6 @@ class _Running:
     def __init__(self, frame: Frame, inside: bool = False) -> None:
         self.frame = frame
         self.inside = inside  # an activation module, which is one site whatever it does there
-        self.returned: list[str] = []  # its children
         self.tracker = Tracker()
         # by id; the tensors are kept, so that no number is given twice
         self.made: dict[int, tuple[Tensor, Call]] = {}
@@ -138,8 +137,6 @@ class _Listener(TorchFunctionMode):
         if not inside and next(module.children(), None) is not None:
             self.lineage.entered(name, (args, kwargs))
         out = self._framed(name, True, inside, call, args, kwargs)
-        if not inside:
-            running[-1].returned.append(name)
         if noted is not None and isinstance(out, Tensor):
             running[-1].made[id(out)] = (out, noted)
             self.lineage.step(None, args, kwargs, out, noted)
@@ -227,7 +224,6 @@ class _Listener(TorchFunctionMode):
             here = caller_of(here)  # past the activation's own forward, which is not in the path
         call.places = chain(here, _ENTRIES, _traced.__code__)
         call.in_method = self.lineage.stepped and in_method(here, _ENTRIES)
-        call.returned = [(running.returned, len(running.returned)) for running in self.here.running]
         self.trace.calls.append(call)
         return call
 

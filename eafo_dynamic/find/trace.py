@@ -42,7 +42,6 @@ class Call:
         reason: why it is not hidden.
         refusal: why it cannot be corrected, whatever its role.
         places: where in the code it is made, innermost first, a list for each forward of the path.
-        returned: for each forward of the path, its children that have returned, and how many of them before the call.
         in_method: whether a method of another module than the innermost of the path makes it.
         guessed: whether only its behaviour says that it is an activation: ``torch.where(x > 0, x, 0.1 * x)``.
     """
@@ -59,7 +58,6 @@ class Call:
     reason: str = ""
     refusal: str = ""
     places: list[list[str]] = field(default_factory=list)
-    returned: list[tuple[list[str], int]] = field(default_factory=list)
     in_method: bool = False
     guessed: bool = False
 

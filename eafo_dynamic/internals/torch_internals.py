@@ -61,7 +61,6 @@ __all__ = [
     "in_compiled_graph",
     "inner_schedulers",
     "instruction_of",
-    "instructions_until",
     "is_batch_of_gradients",
     "is_transformed",
     "is_view",
@@ -72,12 +71,9 @@ __all__ = [
     "own_buffers",
     "own_parameters",
     "push_mode",
-    "region_of",
-    "resumed_from",
     "running_backward",
     "share_tables",
     "switch_off",
-    "traced_instructions",
     "transforms_active",
     "tree_map",
     "tree_map_only",
@@ -191,72 +187,6 @@ def instruction_of(frame: FrameType) -> int:
         Offset of the instruction, in bytes.
     """
     return frame.f_lasti
-
-
-def instructions_until(frame: FrameType | None, last: int) -> tuple[int, ...]:
-    """Which instructions have led to a call, from a frame outwards.
-
-    Args:
-        frame: where to begin.
-        last: ``id`` of the frame at which to end, which is not counted.
-
-    Returns:
-        ``id`` of the code and offset of the instruction, of each frame in turn; valid as long as the code lives.
-    """
-    found: list[int] = []
-    while frame is not None and id(frame) != last:
-        found += (id(frame.f_code), frame.f_lasti)
-        frame = frame.f_back
-    return tuple(found)
-
-
-def traced_instructions() -> Iterator[tuple[CodeType, int | None]]:
-    """What ``instructions_until`` finds, while ``torch.compile`` reads the code instead of running it.
-
-    By ``f_code``, ``current_instruction.offset`` and ``parent`` of the compiler's translators, torch 2.4 to 2.14, which
-    lie on the stack as ``self``; beneath them are the frames of the code that runs. Where there are none, the frames
-    alone.
-
-    Yields:
-        The code and the offset of the instruction, innermost first; None where the offset is not known.
-    """
-    base = _find("torch._dynamo.symbolic_convert:InstructionTranslatorBase") if "torch._dynamo" in sys.modules else None
-    met = False
-    for frame in callers(current_frame(1)):
-        translator = None if met or base is None else variable_of(frame, "self")
-        if base is not None and isinstance(translator, base):
-            met = True
-            while translator is not None:
-                instruction = getattr(translator, "current_instruction", None)
-                yield translator.f_code, getattr(instruction, "offset", None)
-                translator = getattr(translator, "parent", None)
-        else:
-            yield frame.f_code, frame.f_lasti
-
-
-_RESUMED = "torch_dynamo_resume_in_"
-
-
-def resumed_from(code: CodeType) -> CodeType | None:
-    """The code of the user's that a piece of code goes on with, which ``torch.compile`` makes behind a graph break.
-
-    By ``ContinueExecutionCache.generated_code_metadata`` and its ``code``, torch 2.4 to 2.14.
-
-    Args:
-        code: any.
-
-    Returns:
-        The user's code: the same, where it is no such piece; None where that is not known.
-    """
-    made = None
-    while code.co_name.startswith(_RESUMED):
-        if made is None:
-            made = _find("torch._dynamo.resume_execution:ContinueExecutionCache.generated_code_metadata") or {}
-        about = made[code] if code in made else None
-        code = getattr(about, "code", None) or code
-        if about is None:
-            return None
-    return code
 
 
 def variable_of(frame: FrameType, name: str) -> Any:
@@ -411,28 +341,13 @@ def checkpointed_region() -> Any:
 
 def _region_by_frames() -> Any:
     for frame in callers(current_frame(1)):
-        region = region_of(frame)
-        if region is not None:
-            return region
+        if code_of(frame).co_filename == _CHECKPOINTING:
+            steps = variable_of(frame, "gen")
+            inner = steps.gi_frame if isinstance(steps, GeneratorType) else None
+            region = None if inner is None else variable_of(inner, "new_frame")
+            if region is not None:
+                return region
     return None
-
-
-def region_of(frame: FrameType) -> Any:
-    """The region of ``torch.utils.checkpoint`` with ``use_reentrant=False`` that a frame of it runs.
-
-    By the generator ``gen`` of ``checkpoint``, which has a variable ``new_frame``, torch 2.4 to 2.14.
-
-    Args:
-        frame: any.
-
-    Returns:
-        torch's object for the region; None where the frame is not of ``checkpoint``, or does not tell.
-    """
-    if code_of(frame).co_filename != _CHECKPOINTING:
-        return None
-    steps = variable_of(frame, "gen")
-    inner = steps.gi_frame if isinstance(steps, GeneratorType) else None
-    return None if inner is None else variable_of(inner, "new_frame")
 
 
 def autograd_context(frame: FrameType) -> FunctionCtx | None:

@@ -105,7 +105,7 @@ def _state(host: nn.Module, site: Site) -> State:
 def _route_key(host: nn.Module, site: Site) -> str | None:
     """What the owner that hosts a site counts the site's calls under; None where a module hosts its own site."""
     routes = cast(Hosting, host).eafo_routes
-    return next((key for key, route in routes.items() if any(each is site for each in route.all_sites())), None)
+    return next((key for key, route in routes.items() if any(each is site for each in route)), None)
 
 
 def _called(model: nn.Module, host: nn.Module, site: Site) -> nn.Module | None:
@@ -136,11 +136,7 @@ def _baked(place: str, key: str, served: Sequence[_Served], names: Mapping[int, 
     acting = [each for each in served if not _is_zero(each.state)]
     kept = [_kept(each.state) for each in acting]
     number = {id(each.site): k for k, each in enumerate(acting)}
-    routes = {
-        id(each.host): known.all_sites()
-        for each in served
-        if (known := cast(Hosting, each.host).eafo_routes.get(key)) is not None
-    }
+    routes = {id(each.host): cast(Hosting, each.host).eafo_routes.get(key, []) for each in served}
     orders = {
         names[host]: tuple(None if site is None else number.get(id(site)) for site in route)
         for host, route in routes.items()
