@@ -48,7 +48,9 @@ class Numbers:
         import numpy
 
         values = numpy.array(self.values, dtype=numpy.float64)
-        return values.astype(numpy.int64) if self.whole and not numpy.isnan(values).any() else values
+        if self.whole and not numpy.isnan(values).any():
+            return values.astype(numpy.int64)
+        return values
 
 
 class Codes:
@@ -97,14 +99,19 @@ class _Index(dict[Any, int]):
         super().__init__((_key(value), code) for code, value in enumerate(values))
 
     def __missing__(self, key: Any) -> int:
-        self.seen.append(json.loads(key[0]) if isinstance(key, tuple) else key)
+        value = key
+        if isinstance(key, tuple):
+            value = json.loads(key[0])
+        self.seen.append(value)
         self[key] = len(self)
         return self[key]
 
 
 def _key(value: Any) -> Any:
-    """Return something hashable that differs for 1, 1.0 and True, which are equal to a dict."""
-    return value if value is None or type(value) is str else (json.dumps(value),)
+    """Return something hashable that differs for 1, 1.0 and True, which are one key to a dict."""
+    if value is None or type(value) is str:
+        return value
+    return (json.dumps(value),)
 
 
 def new_column(name: str, length: int) -> Numbers | Codes:

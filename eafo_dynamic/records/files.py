@@ -31,8 +31,8 @@ def find_log(run: Path) -> Path:
     """
     if not run.exists():
         raise LogError(f"{run}: there is no such folder. Give the folder of a run, the one that holds eafo/")
-    if not run.is_dir():
-        run = run.parent if run.name in (MANIFEST, CORRECTIONS) else run
+    if not run.is_dir() and run.name in (MANIFEST, CORRECTIONS):
+        run = run.parent
     if not run.is_dir():
         raise LogError(f"{run}: this is a file. Give the folder of a run, the one that holds eafo/")
     if _is_log(run):
@@ -227,4 +227,6 @@ def read_lines(file: Path, offset: int = 0, line: int = 0, lists: Sequence[str] 
 
 def _shown(line: bytes) -> str:
     text = line[:60].decode("utf-8", "replace")
-    return repr(text + ("..." if len(line) > 60 else ""))
+    if len(line) > 60:
+        text += "..."
+    return repr(text)

@@ -21,7 +21,9 @@ def shortened(names: Sequence[str], width: int, mark: str = "…") -> list[str]:
         The names in the same order; unchanged if two of them would become equal.
     """
     short = [_shortened(name, width, mark) for name in names]
-    return short if len(set(short)) == len(set(names)) else list(names)
+    if len(set(short)) < len(set(names)):
+        return list(names)
+    return short
 
 
 def _shortened(name: str, width: int, mark: str) -> str:
@@ -29,10 +31,13 @@ def _shortened(name: str, width: int, mark: str) -> str:
     for place, part in enumerate(leading):
         if len(".".join([*leading, last])) <= width:
             break
-        leading[place] = part if part.isdecimal() else part[:1]
+        if not part.isdecimal():
+            leading[place] = part[:1]
     head = "".join(f"{part}." for part in leading)
-    excess = len(head) + len(last) - width
-    room = len(last) - excess - 1
-    if excess <= 0 or room < 4:
+    if len(head) + len(last) <= width:
         return head + last
-    return head + last[: room - room // 2] + mark + last[len(last) - room // 2 :]
+    kept = width - len(head) - len(mark)  # characters of the last part
+    if kept < 4:
+        return head + last
+    end = kept // 2
+    return head + last[: kept - end] + mark + last[len(last) - end :]

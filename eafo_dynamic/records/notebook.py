@@ -18,11 +18,14 @@ _MOST_ROWS = 60
 class History(list[Record]):
     """Rows of the correction log that show as a table in a notebook and in rich."""
 
+    def _shown(self) -> list[Record]:
+        return [{name: row.get(name) for name in _SHOWN} for row in self[-_MOST_ROWS:]]
+
     def _repr_html_(self) -> str:
-        return _html([{name: row.get(name) for name in _SHOWN} for row in self[-_MOST_ROWS:]], f"{len(self)} rows")
+        return _html(self._shown(), f"{len(self)} rows")
 
     def __rich__(self) -> Any:
-        return _table([{name: row.get(name) for name in _SHOWN} for row in self[-_MOST_ROWS:]], f"{len(self)} rows")
+        return _table(self._shown(), f"{len(self)} rows")
 
 
 class SiteList(list[Any]):
@@ -50,13 +53,25 @@ class SiteList(list[Any]):
 def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "" if value is None else str(value)
+    if value is None:
+        return ""
+    return str(value)
 
 
 def _html(rows: Sequence[Record], caption: str) -> str:
-    heads = "".join(f"<th>{escape(name)}</th>" for name in (rows[0] if rows else {}))
-    body = "".join("<tr>" + "".join(f"<td>{escape(_text(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
+    heads = "".join(f"<th>{escape(name)}</th>" for name in _names(rows))
+    lines: list[str] = []
+    for row in rows:
+        cells = "".join(f"<td>{escape(_text(value))}</td>" for value in row.values())
+        lines.append(f"<tr>{cells}</tr>")
+    body = "".join(lines)
     return f"<table><caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _names(rows: Sequence[Record]) -> list[str]:
+    if not rows:
+        return []
+    return list(rows[0])
 
 
 def _table(rows: Sequence[Record], caption: str) -> Any:
@@ -64,7 +79,7 @@ def _table(rows: Sequence[Record], caption: str) -> Any:
     from rich.text import Text
 
     table = Table(title=caption, title_justify="left")
-    for name in rows[0] if rows else {}:
+    for name in _names(rows):
         table.add_column(name)
     for row in rows:
         table.add_row(*(Text(printable(_text(value))) for value in row.values()))

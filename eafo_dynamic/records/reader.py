@@ -91,12 +91,15 @@ class CorrectionLog:
                 raise LogError(f"{file}: a number is damaged near line {found.line} ({error})") from None
         self._offset, self._line = found.offset, found.line
         self._refuse_mixed(before)
-        self.notes = [found.note] if found.note else []
+        self.notes = []
+        if found.note:
+            self.notes.append(found.note)
         return len(self._table) - before
 
     def _refuse_mixed(self, before: int) -> None:
         """Check the steps of new rows: in the log of one run they never go back."""
-        steps = self._table.column("step") if before == 0 else self._table.take("step", range(before - 1, len(self)))
+        first = max(0, before - 1)  # the last row that was read before, too
+        steps = self._table.take("step", range(first, len(self)))
         if all(map(le, steps, islice(steps, 1, None))):
             return
         place = next(k for k, (left, right) in enumerate(pairwise(steps)) if right < left)
@@ -110,7 +113,9 @@ class CorrectionLog:
 
     def __repr__(self) -> str:
         steps = self.steps
-        span = f", steps {steps[0]}..{steps[-1]}" if steps else ""
+        span = ""
+        if steps:
+            span = f", steps {steps[0]}..{steps[-1]}"
         return f"CorrectionLog({str(self.path)!r}, {len(self.sites)} sites, {len(self)} rows{span})"
 
     @property
@@ -154,8 +159,9 @@ class CorrectionLog:
 
     @property
     def _manifest_sites(self) -> dict[str, Mapping[str, Any]]:
-        sites = self.manifest.get("sites")
-        entries = sites if isinstance(sites, list) else []
+        entries = self.manifest.get("sites")
+        if not isinstance(entries, list):
+            return {}
         return {str(entry.get("name")): entry for entry in entries if isinstance(entry, dict)}
 
     def site_info(self, site: str) -> dict[str, Any]:
@@ -170,7 +176,7 @@ class CorrectionLog:
         return dict(self._manifest_sites.get(site, {}))
 
     def series(self, site: str, column: str) -> list[Any]:
-        """Return one column of one site, one value an update.
+        """Return one column of one site, one value per row.
 
         Args:
             site: name of the site.
@@ -242,7 +248,9 @@ class CorrectionLog:
         file = self.path / SHAPES
         if not file.exists():
             return []
-        wanted = set(self._table.by_site) if site is None else {site}
+        wanted = {site}
+        if site is None:
+            wanted = set(self._table.by_site)
         found = read_lines(file, lists=("z", "base", "function"))
         return [row for rows in found for row in rows if row["site"] in wanted]
 
@@ -250,7 +258,7 @@ class CorrectionLog:
         """Return the rows as a pandas data frame.
 
         Returns:
-            One line a row, `columns` as its columns; missing numbers are NaN.
+            One line per row, `columns` as its columns; missing numbers are NaN.
 
         Raises:
             LogError: if pandas is not installed.
@@ -265,7 +273,7 @@ class CorrectionLog:
         """Return the rows as a `pyarrow.Table`, from which `polars.from_arrow` and Parquet are one call away.
 
         Returns:
-            One line a row, `columns` as its columns; missing values are null.
+            One line per row, `columns` as its columns; missing values are null.
 
         Raises:
             LogError: if pyarrow is not installed.

@@ -28,8 +28,9 @@ def matching_sites(patterns: str | Iterable[str], sites: Sequence[str], source: 
     Returns:
         The selected names in the order of `sites`.
     """
-    given = [patterns] if isinstance(patterns, str) else list(patterns)
-    found = {site for pattern in given for site in _matches(pattern, sites, source)}
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    found = {site for pattern in patterns for site in _matches(pattern, sites, source)}
     return [site for site in sites if site in found]
 
 

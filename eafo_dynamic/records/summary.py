@@ -92,11 +92,10 @@ def _layer_row(log: CorrectionLog, last: dict[str, Any]) -> dict[str, Any]:
     is_update = [end is None for end in log.series(site, FIT_END)]
     entropy = list(compress(log.series(site, "entropy"), is_update))
     steps = log.series(site, "step")
-    seen = [(step, event) for step, event in zip(steps, log.series(site, "event"), strict=True) if event]
-    event_step, event = seen[-1] if seen else (None, None)
+    events = [(step, event) for step, event in zip(steps, log.series(site, "event"), strict=True) if event]
+    event_step, event = events[-1] if events else (None, None)
     entropy_first = _first_known(entropy)
     entropy_last = _first_known(reversed(entropy))
-    changed = None if entropy_first is None or entropy_last is None else entropy_last - entropy_first
     return {
         **dict.fromkeys(COLUMNS),
         **last,
@@ -106,7 +105,7 @@ def _layer_row(log: CorrectionLog, last: dict[str, Any]) -> dict[str, Any]:
         "eps_trend": eps,
         "entropy": entropy_last,
         "entropy_first": entropy_first,
-        "entropy_change": changed,
+        "entropy_change": _difference(entropy_last, entropy_first),
         "entropy_trend": entropy,
         "event": event,
         "event_step": event_step,
@@ -171,9 +170,10 @@ def drift_changes(log: CorrectionLog, site: str) -> list[tuple[float, float]]:
 
 
 def _measured_at(eps: float | None, delta: float | None, policy: str | None) -> Any:
+    """Return eps as it was when the entropy of a row was measured."""
     if policy != "entropy" or eps is None:
         return eps
-    return None if delta is None else eps - delta
+    return _difference(eps, delta)
 
 
 def run_labels(logs: Sequence[CorrectionLog]) -> list[str]:
@@ -195,7 +195,7 @@ def run_labels(logs: Sequence[CorrectionLog]) -> list[str]:
 
 
 def compare_runs(logs: Sequence[CorrectionLog]) -> list[dict[str, Any]]:
-    """Return one row a run.
+    """Return one row per run.
 
     Args:
         logs: logs of the runs, with rows.
@@ -219,7 +219,7 @@ def compare_runs(logs: Sequence[CorrectionLog]) -> list[dict[str, Any]]:
                 "mean_abs_eps": facts["mean_abs_eps"],
                 "entropy_first": first,
                 "entropy_last": last,
-                "entropy_change": None if first is None or last is None else last - first,
+                "entropy_change": _difference(last, first),
                 "events": facts["events"],
             }
         )
@@ -227,7 +227,7 @@ def compare_runs(logs: Sequence[CorrectionLog]) -> list[dict[str, Any]]:
 
 
 def compare_sites(logs: Sequence[CorrectionLog], column: str) -> list[dict[str, Any]]:
-    """Return one row a site with the last value of a column in each run.
+    """Return one row per site with the last value of a column in each run.
 
     Args:
         logs: logs of the runs.
@@ -260,6 +260,12 @@ def _extremes(
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
+
+
+def _difference(minuend: float | None, subtrahend: float | None) -> float | None:
+    if minuend is None or subtrahend is None:
+        return None
+    return minuend - subtrahend
 
 
 def _absolute(value: float | None) -> float | None:

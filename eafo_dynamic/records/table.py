@@ -77,7 +77,9 @@ class Table:
             The values, None where missing; None throughout if there is no such column.
         """
         column = self.columns.get(name)
-        return [None for _ in positions] if column is None else column.take(positions)
+        if column is None:
+            return [None for _ in positions]
+        return column.take(positions)
 
     def row(self, position: int, names: Sequence[str]) -> dict[str, Any]:
         """Return one row.
@@ -98,7 +100,7 @@ class Table:
             names: columns wanted.
 
         Returns:
-            One mapping a row.
+            One mapping per row.
         """
         columns = [self.column(name) for name in names]
         return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
@@ -124,8 +126,11 @@ class Table:
         Returns:
             A table of those rows, in their order.
         """
-        low = -math.inf if first is None else first
-        high = math.inf if last is None else last
+        low, high = -math.inf, math.inf
+        if first is not None:
+            low = first
+        if last is not None:
+            high = last
         return self._at([position for position, step in enumerate(self.column("step")) if low <= step <= high])
 
     def _at(self, positions: Sequence[int]) -> Table:

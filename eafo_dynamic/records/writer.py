@@ -90,7 +90,7 @@ class LogWriter:
         """Append all rows of one update.
 
         Args:
-            rows: one mapping a site with at least `step` and `site`; numbers may be Python's, NumPy's or
+            rows: one mapping per site with at least `step` and `site`; numbers may be Python's, NumPy's or
                 0-dim tensors. NaN and infinity are written as null.
         """
         self._append(CORRECTIONS, rows, _ROW_DIGITS)
@@ -100,7 +100,7 @@ class LogWriter:
 
         Args:
             step: optimiser steps taken when the snapshot was made.
-            rows: one mapping a site: `site`, `z` (grid of pre-activations), `base` and `function` (values
+            rows: one mapping per site: `site`, `z` (grid of pre-activations), `base` and `function` (values
                 on the grid), further keys as wanted, such as `eps`, `mu`, `sigma`, `u` and `pdf` (density
                 in standardised units), `edges` and `counts` (histogram of the batch, in pre-activations).
         """
@@ -176,13 +176,17 @@ class LogWriter:
 
     def _origin(self, source: str | os.PathLike[str] | None) -> Path:
         """Return the folder whose rows `resume` continues."""
-        origin = self._wanted if source is None else Path(source)
+        origin = self._wanted
+        if source is not None:
+            origin = Path(source)
         if os.path.realpath(origin) == os.path.realpath(self.path) or not _has_rows(origin):
             return self.path
         if not _has_rows(self.path):
             return origin
         same_run = _read_manifest(origin).get("created") == _read_manifest(self.path).get("created")
-        return self.path if same_run else origin
+        if same_run:
+            return self.path
+        return origin
 
     def _begin(self) -> int:
         """Continue the restored run's log, or put an earlier log aside; then write this run's manifest.
@@ -366,8 +370,9 @@ def _step_of(line: bytes) -> int | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    step = row.get("step") if isinstance(row, dict) else None
-    return step if isinstance(step, int) else None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return row["step"]
 
 
 def _has_rows(folder: Path) -> bool:
@@ -392,12 +397,14 @@ def _put_aside(folder: Path) -> Path:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the folder's manifest, an empty one if it is missing or damaged: a resume mends it."""
+    """Return the folder's manifest, an empty one if it is missing or damaged: a resumed run writes it anew."""
     try:
         found = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return found
 
 
 def _dump(row: Row, digits: int | None) -> bytes:
@@ -426,4 +433,6 @@ def _plain(value: object, digits: int | None) -> object:
 def _rounded(value: float, digits: int | None) -> float | None:
     if not math.isfinite(value):
         return None
-    return value if digits is None else float(f"{value:.{digits}g}")
+    if digits is None:
+        return value
+    return float(f"{value:.{digits}g}")

@@ -33,7 +33,7 @@ def functions(log: CorrectionLog, column: str = "entropy", style: Style = LIGHT)
         style: colours.
 
     Returns:
-        A figure with two panels a site, the function above its correction.
+        A figure with two panels per site, the function above its correction.
     """
     chosen = _chosen(log)
     last_step = max(film[-1]["step"] for film in chosen.values())
@@ -46,14 +46,19 @@ def functions(log: CorrectionLog, column: str = "entropy", style: Style = LIGHT)
         upper, lower = part.subplots(2, 1, sharex=True, height_ratios=[2, 1.2])
         upper.plot(film[-1]["z"], film[-1]["base"], color=style.ink, linewidth=1.0, linestyle=":", zorder=3)
         for snapshot in evenly(film, _FILM):
-            ends = snapshot is film[-1]
-            line = {"color": colour(snapshot["step"]), "linewidth": 1.8 if ends else 1.0}
-            moved = [value - plain for value, plain in zip(snapshot["function"], snapshot["base"], strict=True)]
+            width = 1.0
+            if snapshot is film[-1]:
+                width = 1.8
+            line = {"color": colour(snapshot["step"]), "linewidth": width}
+            correction = [value - base for value, base in zip(snapshot["function"], snapshot["base"], strict=True)]
             upper.plot(snapshot["z"], snapshot["function"], **line)
-            lower.plot(snapshot["z"], moved, **line)
+            lower.plot(snapshot["z"], correction, **line)
         lower.axhline(0, color=style.ink, linewidth=0.8, linestyle=":")
+        title = site
         eps = film[-1].get("eps")
-        upper.set_title(site if eps is None else f"{site}\neps {eps:+.3f}", fontsize=9)
+        if eps is not None:
+            title += f"\neps {eps:+.3f}"
+        upper.set_title(title, fontsize=9)
         upper.set_ylabel("f(z)")
         lower.set_ylabel("f - base")
         lower.set_xlabel("pre-activation z")
@@ -77,7 +82,7 @@ def densities(log: CorrectionLog, column: str = "entropy", style: Style = LIGHT)
         style: colours.
 
     Returns:
-        A figure with one panel a site.
+        A figure with one panel per site.
 
     Raises:
         LogError: if no snapshot has a density or a histogram.
@@ -119,7 +124,7 @@ def _cells(
     chosen: dict[str, list[Snapshot]],
     draw: Callable[[SubFigure, str, list[Snapshot]], None],
 ) -> None:
-    """Draw one cell a site, up to four side by side."""
+    """Draw one cell per site, up to four side by side."""
     lines, columns = _grid(chosen)
     parts = figure.subfigures(lines, columns, squeeze=False).ravel()
     names = shortened(list(chosen), 28)

@@ -81,17 +81,13 @@ def heatmap(log: CorrectionLog, column: str, style: Style = LIGHT) -> Figure:
     values, shown = _merged(values, steps)
     figure = Figure(figsize=(8, min(12.0, max(2.6, 1.3 + 0.24 * len(sites)))), layout="constrained")
     axes = figure.add_subplot()
-    signed = bool((values < 0).any() and (values > 0).any())
-    reach = float(numpy.nanmax(numpy.abs(values))) if numpy.isfinite(values).any() else 1.0
-    mesh = axes.pcolormesh(
-        _borders(shown),
-        numpy.arange(len(sites) + 1) - 0.5,
-        values,
-        cmap=style.around_zero if signed else style.scale,
-        rasterized=True,
-        vmin=-reach if signed else None,
-        vmax=reach if signed else None,
-    )
+    scale: dict[str, Any] = {"cmap": style.scale}
+    has_both_signs = (values < 0).any() and (values > 0).any()
+    if has_both_signs:
+        largest = float(numpy.nanmax(numpy.abs(values)))
+        scale = {"cmap": style.around_zero, "vmin": -largest, "vmax": largest}
+    rows = numpy.arange(len(sites) + 1) - 0.5
+    mesh = axes.pcolormesh(_borders(shown), rows, values, rasterized=True, **scale)
     axes.set_facecolor(style.faint)
     axes.grid(False)
     axes.invert_yaxis()
@@ -127,7 +123,7 @@ def _borders(centres: Sequence[float]) -> list[float]:
 
 
 def trajectories(log: CorrectionLog, column: str, style: Style = LIGHT) -> Figure:
-    """Draw a column over steps, one line a site.
+    """Draw a column over steps, one line per site.
 
     Args:
         log: the log.
@@ -209,8 +205,10 @@ def prediction(log: CorrectionLog, column: str = "entropy", style: Style = LIGHT
     layers = [layer for layer in layer_rows(log) if layer["eps"] is not None]
     largest = sorted(layers, key=lambda layer: -abs(layer["eps"]))[:4]
     for number, layer in enumerate(largest):
-        place = log.sites.index(layer["site"]) if len(changes) <= _NAMED else number
-        _draw_sum(right, log, layer["site"], style.lines[place])
+        colour = number
+        if len(changes) <= _NAMED:  # the same colour as on the left
+            colour = log.sites.index(layer["site"])
+        _draw_sum(right, log, layer["site"], style.lines[colour])
     right.plot([], [], color=style.ink, linewidth=1.2, linestyle="--", label="what eps alone was predicted to do")
     right.set_xlabel("step")
     right.set_ylabel(_label("entropy"))
@@ -268,8 +266,8 @@ def ranking(log: CorrectionLog, column: str, style: Style = LIGHT) -> Figure:
         style: colours.
 
     Returns:
-        A figure with one line a site, the largest last value on top; of more than 40 sites the 20 at
-        either end.
+        A figure with one line per site, the largest last value on top; of more than 40 sites only the first
+        and the last 20.
     """
     from matplotlib.figure import Figure
 
@@ -316,12 +314,15 @@ def _colour(number: int, count: int, style: Style) -> Any:
 
 def _label(column: str) -> str:
     known = COLUMNS.get(column)
-    unit = known.unit if known is not None else ""
-    return column if unit in ("", "1") else f"{column} [{unit}]"
+    if known is None or known.unit in ("", "1"):
+        return column
+    return f"{column} [{known.unit}]"
 
 
 def _counted(sites: Sequence[str]) -> str:
-    return sites[0] if len(sites) == 1 else f"{len(sites)} sites"
+    if len(sites) == 1:
+        return sites[0]
+    return f"{len(sites)} sites"
 
 
 def _known_points(log: CorrectionLog, site: str, column: str) -> list[tuple[int, float]]:

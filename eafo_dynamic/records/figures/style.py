@@ -1,4 +1,4 @@
-"""How the figures look: colours that the colour-blind can tell apart, on a light and on a dark ground."""
+"""How the figures look: colours that the colour-blind can tell apart, on a light and on a dark background."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Style:
         ground: background.
         ink: text and axes.
         faint: grid lines and what is shown for comparison.
-        lines: colours of single lines, those of Okabe and Ito but for the one that the ground swallows.
+        lines: colours of single lines: those of Okabe and Ito that can be seen on the background.
         diverging: colours of a scale with a middle: low, middle, high.
         sequential: name of the colour map of a scale without one.
-        span: part of that map that stands out from the ground.
+        span: part of that map that can be seen on the background.
     """
 
     ground: str
@@ -133,13 +133,13 @@ def _matplotlib() -> Any:
 
 
 def check_picture(out: str | Path) -> None:
-    """Says before long work whether a figure can be drawn and its file's ending is a format.
+    """Check that a figure can be drawn and that its file's ending is a format; call it before long work.
 
     Args:
         out: the file.
 
     Raises:
-        ConfigError: if the ending is none.
+        ConfigError: if the ending is not that of a format.
         LogError: if matplotlib is not installed.
     """
     _matplotlib()

@@ -71,8 +71,8 @@ def ranking(rows: Sequence[Mapping[str, Any]], label: str, resolution: float, st
         style: colours.
 
     Returns:
-        A figure with one bar an activation from a constant's entropy, whiskers over the sites if there are
-        several, the share on atoms in words, and the Gaussian's entropy, which none can exceed.
+        A figure with one bar per activation, which starts at a constant's entropy, whiskers over the sites if
+        there are several, the share on atoms as text, and the Gaussian's entropy, which none can exceed.
     """
     from matplotlib.figure import Figure
 

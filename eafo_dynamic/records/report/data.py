@@ -16,7 +16,7 @@ __all__ = ["payload"]
 _SERIES_BUDGET = 1_500_000
 _SHAPES_BUDGET = 1_200_000
 _NUMBER = 9
-_STEPS = (12, 300)
+_FEWEST_STEPS, _MOST_STEPS = 12, 300
 _FILM = 16
 _CHANGES = 2000
 _NOT_DRAWN = [
@@ -44,7 +44,8 @@ def payload(logs: Sequence[CorrectionLog]) -> dict[str, Any]:
     labels = run_labels(logs)
     drawn = [_drawn_columns(log) for log in logs]
     fields = sum(len(log.sites) * len(names) for log, names in zip(logs, drawn, strict=True))
-    steps = max(_STEPS[0], min(_STEPS[1], _SERIES_BUDGET // _NUMBER // max(fields, 1)))
+    affordable = _SERIES_BUDGET // _NUMBER // max(fields, 1)
+    steps = max(_FEWEST_STEPS, min(_MOST_STEPS, affordable))
     share = _SHAPES_BUDGET // len(logs)
     return {
         "columns": {name: {"unit": column.unit, "meaning": column.meaning} for name, column in COLUMNS.items()},
@@ -86,7 +87,7 @@ def _series(log: CorrectionLog, names: Sequence[str], count: int) -> dict[str, A
 
 
 def _snapshots(log: CorrectionLog, budget: int) -> dict[str, list[dict[str, Any]]]:
-    """Return the snapshots by the site's place, of as many sites and as many a site as the budget allows."""
+    """Return the snapshots by the site's place, as many sites and as many snapshots of each as the budget allows."""
     films: dict[str, list[dict[str, Any]]] = {}
     for snapshot in log.shapes():
         films.setdefault(snapshot["site"], []).append(snapshot)
@@ -125,14 +126,20 @@ def _correlation(pairs: Sequence[tuple[int, float, float]]) -> float | None:
     count = len(pairs)
     if count < 3:
         return None
-    left, right = math.fsum(pair[1] for pair in pairs) / count, math.fsum(pair[2] for pair in pairs) / count
-    both = math.fsum((pair[1] - left) * (pair[2] - right) for pair in pairs)
-    spread = math.fsum((pair[1] - left) ** 2 for pair in pairs) * math.fsum((pair[2] - right) ** 2 for pair in pairs)
-    return _short(both / math.sqrt(spread)) if spread > 0 else None
+    mean_predicted = math.fsum(predicted for _, predicted, _ in pairs) / count
+    mean_measured = math.fsum(measured for _, _, measured in pairs) / count
+    centred = [(predicted - mean_predicted, measured - mean_measured) for _, predicted, measured in pairs]
+    covariance = math.fsum(predicted * measured for predicted, measured in centred)
+    variances = math.fsum(p * p for p, _ in centred) * math.fsum(m * m for _, m in centred)
+    if variances <= 0:
+        return None
+    return _short(covariance / math.sqrt(variances))
 
 
 def _short(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.5g}")
 
 
 def _evenly(items: Sequence[Any], count: int) -> list[Any]:

@@ -18,11 +18,14 @@ from eafo_dynamic.records.summary import compare_runs, compare_sites, layer_rows
 __all__ = ["render_report", "write_report"]
 
 _LAYERS = [
+    "site",
     "base",
     "eps",
+    "eps_trend",
     "lift",
     "entropy_first",
     "entropy",
+    "entropy_trend",
     "entropy_change",
     "d_entropy_d_eps",
     "atom_mass",
@@ -98,7 +101,8 @@ def render_report(logs: Sequence[CorrectionLog]) -> str:
     page = (folder / "page.html").read_text(encoding="utf-8")
     # Split, not replaced one after the other: a site's name may look like a place of the template.
     pieces = page.split("@@")
-    return "".join(parts[piece] if number % 2 else piece for number, piece in enumerate(pieces))
+    pieces[1::2] = [parts[name] for name in pieces[1::2]]
+    return "".join(pieces)
 
 
 def _embedded(value: object) -> str:
@@ -161,9 +165,7 @@ def _comparison(logs: Sequence[CorrectionLog]) -> str:
 
 def _layers(log: CorrectionLog) -> str:
     rows = layer_rows(log)
-    columns = ["site", *with_values(_LAYERS, rows)]
-    columns[columns.index("eps") + 1 : columns.index("eps") + 1] = ["eps_trend"]
-    columns[columns.index("entropy") + 1 : columns.index("entropy") + 1] = ["entropy_trend"]
+    columns = with_values(_LAYERS, rows)
     return _table("Every site: amplitudes at the end, measurements of the last update", rows, columns, chosen="site")
 
 
@@ -171,8 +173,10 @@ def _events(log: CorrectionLog) -> str:
     found = log.events()
     if not found:
         return f"<p>Nothing out of the ordinary in {len(log)} rows.</p>"
-    more = f"<p>The first 500 of {len(found)}.</p>" if len(found) > 500 else ""
-    return more + _table("Updates where something was out of the ordinary", found[:500], list(found[0]))
+    table = _table("Updates where something was out of the ordinary", found[:500], list(found[0]))
+    if len(found) > 500:
+        return f"<p>The first 500 of {len(found)}.</p>{table}"
+    return table
 
 
 def _settings(log: CorrectionLog) -> str:
@@ -182,10 +186,7 @@ def _settings(log: CorrectionLog) -> str:
 
 
 def _meanings() -> str:
-    lines = [
-        f"<dt>{name}</dt><dd>{escape(column.meaning)}" + (f" [{escape(column.unit)}]" if column.unit else "") + "</dd>"
-        for name, column in COLUMNS.items()
-    ]
+    lines = [f"<dt>{name}</dt><dd>{escape(_meaning(name))}</dd>" for name in COLUMNS]
     return '<dl class="meanings">' + "".join(lines) + "</dl>"
 
 
@@ -193,10 +194,11 @@ def _table(caption: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[st
     """Return a table whose headings are buttons, which the page's script makes sort it."""
     numeric = {name for name in columns if any(_is_number(row.get(name)) for row in rows)}
     head = "".join(_heading(name, name in numeric) for name in columns)
-    body = "".join(
-        f'<tr data-place="{place}">' + "".join(_cell(name, row.get(name), chosen) for name in columns) + "</tr>"
-        for place, row in enumerate(rows)
-    )
+    lines: list[str] = []
+    for place, row in enumerate(rows):
+        cells = "".join(_cell(name, row.get(name), chosen) for name in columns)
+        lines.append(f'<tr data-place="{place}">{cells}</tr>')
+    body = "".join(lines)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
         f"<table><caption>{escape(caption)}</caption>"
@@ -205,14 +207,24 @@ def _table(caption: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[st
 
 
 def _heading(name: str, numeric: bool) -> str:
-    known = COLUMNS.get(name)
-    meaning = _MEANINGS.get(name) or (f"{known.meaning} [{known.unit}]" if known and known.unit else "")
-    meaning = meaning or (known.meaning if known else "")
-    kind = ' class="number"' if numeric else ""
+    meaning = escape(_MEANINGS.get(name) or _meaning(name))
     if name.endswith("_trend"):
-        return f'<th scope="col"><span title="{escape(meaning)}">{name.removesuffix("_trend")}</span></th>'
+        return f'<th scope="col"><span title="{meaning}">{name.removesuffix("_trend")}</span></th>'
     title = escape(_TITLES.get(name, name))
-    return f'<th scope="col"{kind}><button type="button" title="{escape(meaning)}">{title}</button></th>'
+    button = f'<button type="button" title="{meaning}">{title}</button>'
+    if numeric:
+        return f'<th scope="col" class="number">{button}</th>'
+    return f'<th scope="col">{button}</th>'
+
+
+def _meaning(name: str) -> str:
+    """Return a column's meaning with its unit; empty for a column that the schema does not know."""
+    column = COLUMNS.get(name)
+    if column is None:
+        return ""
+    if not column.unit:
+        return column.meaning
+    return f"{column.meaning} [{column.unit}]"
 
 
 def _cell(name: str, value: Any, chosen: str | None) -> str:
@@ -223,7 +235,9 @@ def _cell(name: str, value: Any, chosen: str | None) -> str:
         return f'<th scope="row" data-value="{escape(str(value))}">{button}</th>'
     if _is_number(value):
         return f'<td class="number" data-value="{value!r}">{_number(value)}</td>'
-    return f"<td>{'' if value is None else escape(str(value))}</td>"
+    if value is None:
+        return "<td></td>"
+    return f"<td>{escape(str(value))}</td>"
 
 
 def _is_number(value: object) -> bool:
@@ -233,4 +247,6 @@ def _is_number(value: object) -> bool:
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    return str(value) if isinstance(value, int) else f"{value:.4g}".replace("-", "\u2212", 1)
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.4g}".replace("-", "\u2212", 1)
