@@ -60,7 +60,9 @@ def choose_route(base: Base) -> Literal["analytic", "score"]:
         >>> choose_route(as_base("relu")), choose_route(as_base("gelu"))
         ('analytic', 'score')
     """
-    return "analytic" if base.traits.monotone else "score"
+    if base.traits.monotone:
+        return "analytic"
+    return "score"
 
 
 def correction_shape(

@@ -1,4 +1,4 @@
-"""All sites' functions as stacked tensors: outputs, corrections and directions, no module in sight."""
+"""The functions of all sites as stacked tensors: their outputs, corrections and directions."""
 
 from __future__ import annotations
 
@@ -80,16 +80,19 @@ class Functions:
         Returns:
             Shape [S, n], units of z.
         """
-        if (compiled := self._compiled(z)) is not None:
-            compiled(z, by_eps=(out := torch.empty_like(z)))
+        compiled = self._compiled(z)
+        if compiled is not None:
+            out = torch.empty_like(z)
+            compiled(z, by_eps=out)
             return out
         u = (z - self.shape[:, :1]) / self.sigma
         if len(self.tabulated) == len(self.bases):  # not first the closed form of all, and no copies
             return self.sigma * evaluate_table(self.tables, u).to(u.dtype)
-        read = evaluate_table(self.tables, u[self.tabulated]) if self.tabulated.numel() else None
+        if not self.tabulated.numel():
+            return _closed_form_(u).mul_(self.sigma)
+        read = evaluate_table(self.tables, u[self.tabulated])
         value = _closed_form_(u)
-        if read is not None:
-            value[self.tabulated] = read.to(value.dtype)
+        value[self.tabulated] = read.to(value.dtype)
         return value.mul_(self.sigma)
 
     def lift_direction(self, z: Tensor) -> Tensor:
@@ -101,8 +104,10 @@ class Functions:
         Returns:
             Shape [S, n], units of z.
         """
-        if (compiled := self._compiled(z)) is not None:
-            compiled(z, by_lift=(out := torch.empty_like(z)))
+        compiled = self._compiled(z)
+        if compiled is not None:
+            out = torch.empty_like(z)
+            compiled(z, by_lift=out)
             return out
         return self.sigma * bell((z - self.shape[:, :1]) / self.sigma)[0]
 
@@ -115,8 +120,9 @@ class Functions:
         Returns:
             One or two of shape [S, n], units of z.
         """
-        by_eps = self.direction(z)
-        return (by_eps,) if self.lift is None else (by_eps, self.lift_direction(z))
+        if self.lift is None:
+            return (self.direction(z),)
+        return self.direction(z), self.lift_direction(z)
 
     def correction(self, z: Tensor) -> Tensor:
         """c(z), shape [S, n].
@@ -127,10 +133,12 @@ class Functions:
         Returns:
             Corrections, units of z.
         """
-        if (compiled := self._compiled(z)) is not None:
-            compiled(z, out := torch.empty_like(z), bases=False)
+        compiled = self._compiled(z)
+        if compiled is not None:
+            out = torch.empty_like(z)
+            compiled(z, out, bases=False)
             return out
-        return self._combined(z, self.directions(z))
+        return self._combined(self.directions(z))
 
     def outputs(self, z: Tensor, workspace: Workspace | None = None, name: str = "outputs") -> Tensor:
         """f(z), sites with equal bases in one call.
@@ -144,7 +152,8 @@ class Functions:
             Activations, shape [S, n].
         """
         out = self._started(z, workspace or Workspace(), name)
-        if (compiled := self._compiled(z, out)) is not None:
+        compiled = self._compiled(z, out)
+        if compiled is not None:
             compiled(z, out)
             return out
         return out.add_(self.correction(z))
@@ -163,16 +172,18 @@ class Functions:
         """
         workspace = workspace or Workspace()
         out = self._started(z, workspace, "outputs")
-        if (compiled := self._compiled(z, out)) is None:
+        compiled = self._compiled(z, out)
+        if compiled is None:
             directions = self.directions(z)
-            return out.add_(self._combined(z, directions)), directions
-        names = ("first",) if self.lift is None else ("first", "second")
-        directions = tuple(workspace.like(z, name) for name in names)
+            return out.add_(self._combined(directions)), directions
+        directions = (workspace.like(z, "first"),)
+        if self.lift is not None:
+            directions += (workspace.like(z, "second"),)
         compiled(z, out, *directions)
         return out, directions
 
-    def _combined(self, z: Tensor, directions: Sequence[Tensor]) -> Tensor:
-        """c(z) from its directions, by torch's operations."""
+    def _combined(self, directions: Sequence[Tensor]) -> Tensor:
+        """C(z) = eps * direction + lift * lift_direction, by torch's operations."""
         c = self.eps.unsqueeze(-1) * directions[0]
         if self.lift is not None:
             c = c + self.lift.unsqueeze(-1) * directions[1]
@@ -182,7 +193,9 @@ class Functions:
         """Shape [S, n], with base(z) in the rows whose base is not compiled, or in all."""
         groups = self.groups()
         compiled = self._compiled(z) is not None
-        inside = self._inside if compiled else {}
+        inside: dict[Base, Known] = {}
+        if compiled:
+            inside = self._inside
         if len(groups) == 1 and not inside:
             return next(iter(groups)).fn(z)
         out = workspace.like(z, name) if compiled else torch.empty_like(z)
@@ -210,12 +223,16 @@ class Functions:
         place[self.tabulated] = torch.arange(len(self.tabulated), device=place.device)
         codes, below = [0] * len(self.bases), [0.0] * len(self.bases)
         for base, rows in self.groups().items():
-            if (known := self._inside.get(base)) is not None:
+            known = self._inside.get(base)
+            if known is not None:
                 for row in rows:
                     codes[row], below[row] = known.code, known.below
+        lift = None
+        if self.lift is not None:
+            lift = self.lift.contiguous()
         return RoundOperands(
             eps=self.eps.contiguous(),
-            lift=None if self.lift is None else self.lift.contiguous(),
+            lift=lift,
             shape=self.shape.contiguous(),
             tables=self.tables.contiguous(),
             place=place,
@@ -247,13 +264,15 @@ class Functions:
         Returns:
             Functions between.
         """
-        share = fraction[self.tabulated].view(-1, 1, 1)
+        lift = self.lift
+        if lift is not None and other.lift is not None:
+            lift = _between(lift, other.lift, fraction)
         return replace(
             self,
             eps=_between(self.eps, other.eps, fraction),
             shape=_between(self.shape, other.shape, fraction.unsqueeze(-1)),
-            tables=_between(self.tables, other.tables, share),
-            lift=self.lift if self.lift is None or other.lift is None else _between(self.lift, other.lift, fraction),
+            tables=_between(self.tables, other.tables, fraction[self.tabulated].view(-1, 1, 1)),
+            lift=lift,
         )
 
 

@@ -52,7 +52,7 @@ def table_half_width() -> float:
 
 
 class Shape:
-    """A correction shape ghat, one a site, in standardised coordinates.
+    """A correction shape ghat, one per site, in standardised coordinates.
 
     ``shape(u)`` is continuous with a continuous slope, has no unit, its largest |slope| is ``gain`` and
     it is 0 beyond 8 standard deviations.
@@ -60,7 +60,7 @@ class Shape:
     Args:
         pieces: cubics on the 512 intervals of [-8, 8], shape [sites, 4, 512]; None for u exp(-u^2 / 2).
         gain: largest |slope|, shape [sites]: 1 where the correction is clear, falling smoothly to 0
-            where it is not told apart from none; 0 for a site whose density is missing.
+            where it cannot be told from none; 0 for a site whose density is missing.
         route: which route made it.
     """
 
@@ -144,7 +144,9 @@ def tabulate(shape: Shape, half_width: float = HALF_WIDTH, knots: int = KNOTS) -
     if not half_width > _TAPER:
         raise ConfigError("half_width", half_width, "leaves no room for the taper", "The default is 8.")
     step = 2 * half_width / (knots - 1)
-    values, slopes = shape.at_nodes(knots) if half_width == GRID_HALF_WIDTH else (None, None)
+    values, slopes = None, None
+    if half_width == GRID_HALF_WIDTH:
+        values, slopes = shape.at_nodes(knots)
     u = torch.linspace(-half_width, half_width, knots, dtype=torch.float64, device=shape.gain.device)
     if values is None or slopes is None:
         values, slopes = shape(u), shape.slope(u)
@@ -153,14 +155,15 @@ def tabulate(shape: Shape, half_width: float = HALF_WIDTH, knots: int = KNOTS) -
 
 
 def faded(values: Tensor, slopes: Tensor, u: Tensor, half_width: float, step: float) -> tuple[Tensor, Tensor]:
-    """Return values and slopes per step, brought smoothly to 0 over the outermost standard deviation."""
+    """Values and slopes per step, brought smoothly to 0 over the outermost standard deviation."""
     t = ((half_width - u.abs()) / _TAPER).clamp(0, 1)
-    fade, fall = t * t * (3 - 2 * t), -u.sign() * 6 * t * (1 - t) * (step / _TAPER)
+    fade = t * t * (3 - 2 * t)
+    fall = -u.sign() * 6 * t * (1 - t) * (step / _TAPER)  # its slope
     return values * fade, slopes * fade + values * fall
 
 
 def cubic_pieces(values: Tensor, slopes: Tensor) -> Tensor:
-    """Return cubics with these values and slopes (per interval) at the knots, shape [..., 4, knots - 1]."""
+    """Cubics with these values and slopes (per interval) at the knots, shape [..., 4, knots - 1]."""
     v0, v1, d0, d1 = values[..., :-1], values[..., 1:], slopes[..., :-1], slopes[..., 1:]
     rise = v1 - v0
     return torch.stack([v0, d0, 3 * rise - 2 * d0 - d1, d0 + d1 - 2 * rise], dim=-2)
@@ -193,7 +196,7 @@ def evaluate_table(table: Tensor, u: Tensor, half_width: float = HALF_WIDTH) -> 
 
 
 def _evaluate(table: Tensor, u: Tensor, half_width: float, order: Literal[0, 1]) -> Tensor:
-    """Return the value or the slope of piecewise cubics, 0 outside [-half_width, half_width]."""
+    """The value or the slope of piecewise cubics, 0 outside [-half_width, half_width]."""
     intervals = table.shape[-1]
     per_unit = intervals / (2 * half_width)
     position = (u.to(table.dtype) + half_width) * per_unit
@@ -206,5 +209,7 @@ def _evaluate(table: Tensor, u: Tensor, half_width: float, order: Literal[0, 1])
         index = index + intervals * site.view(*table.shape[:-2], 1)
     # from one row of all sites: a lookup along one dimension is several times faster than a gather along the last
     a0, a1, a2, a3 = (row.reshape(-1).index_select(0, index.reshape(-1)).view(index.shape) for row in table.unbind(-2))
-    value = a0 + t * (a1 + t * (a2 + t * a3)) if order == 0 else (a1 + t * (2 * a2 + t * 3 * a3)) * per_unit
-    return torch.where(position == within, value, 0.0)  # false for NaN too
+    inside = position == within  # false for NaN too
+    if order == 0:
+        return torch.where(inside, a0 + t * (a1 + t * (a2 + t * a3)), 0.0)
+    return torch.where(inside, (a1 + t * (2 * a2 + t * 3 * a3)) * per_unit, 0.0)

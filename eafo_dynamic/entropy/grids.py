@@ -18,7 +18,7 @@ __all__ = ["SPLINE_VARIANCE", "Splines", "Standardised", "fourier_size", "hermit
 # linear one would add between 0 and 1/4, which shows in the entropy of an atom.
 SPLINE_VARIANCE = 0.25
 
-_LARGE = 1 << 20  # samples a site from which sums need float64
+_LARGE = 1 << 20  # samples per site above which sums need float64
 _REACH = {torch.float32: 1e30, torch.float64: 1e300}  # ranges up to this, and down to its inverse, are safe
 
 
@@ -31,8 +31,13 @@ def to_double(values: Tensor) -> Tensor:
     Returns:
         The same values, detached.
     """
-    values = values.detach()
-    return (values.cpu() if values.device.type == "mps" else values).double()
+    return _where_float64_is(values.detach()).double()
+
+
+def _where_float64_is(values: Tensor) -> Tensor:
+    if values.device.type == "mps":
+        return values.cpu()
+    return values
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +84,9 @@ class Standardised:
         reach = _REACH[rows.dtype]
         if bool(((span > reach) | ((span > 0) & (span < 1 / reach))).any()):
             if rows.dtype == torch.float32:
-                return cls.of(rows.double(), None if weight is None else weight.double())
+                if weight is not None:
+                    weight = weight.double()
+                return cls.of(rows.double(), weight)
             if bool((span > reach).any()):
                 return _shrunk(cls, rows, weight)
             span = torch.where(span < 1 / reach, 0.0, span)  # closer than any float64 arithmetic resolves
@@ -97,13 +104,14 @@ class Standardised:
         """Weighted mean over the samples.
 
         Args:
-            values: one value a sample, shape [sites, n].
+            values: one value per sample, shape [sites, n].
 
         Returns:
             Mean, float64, shape [sites, 1]; 0 without samples.
         """
-        weighted = values if self.weight is None else values * self.weight
-        return weighted.sum(1, keepdim=True).double() / self.total
+        if self.weight is not None:
+            values = values * self.weight
+        return values.sum(1, keepdim=True).double() / self.total
 
 
 def _shrunk(cls: type[Standardised], rows: Tensor, weight: Tensor | None) -> Standardised:
@@ -116,22 +124,23 @@ def _shrunk(cls: type[Standardised], rows: Tensor, weight: Tensor | None) -> Sta
 
 def _rows(samples: Tensor) -> Tensor:
     """Return samples as [sites, n >= 1] in float32 or float64, on a device that has float64."""
-    x = samples.detach()
-    x = x.cpu() if x.device.type == "mps" else x
+    x = _where_float64_is(samples.detach())
     n = x.shape[-1]
-    x = x.double() if x.dtype == torch.float64 or n > _LARGE else x.float()
+    wide = x.dtype == torch.float64 or n > _LARGE
+    x = x.double() if wide else x.float()
     sites = math.prod(x.shape[:-1])
-    # One missing sample stands for none, so that every site has a row to reduce over.
-    return x.reshape(sites, n) if n else x.new_full((sites, 1), math.nan)
+    if n == 0:  # one missing sample stands for none, so that every site has a row to reduce over
+        return x.new_full((sites, 1), math.nan)
+    return x.reshape(sites, n)
 
 
 def _present(rows: Tensor, samples: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return weights with the missing samples at 0, and the range of the others."""
     known = rows.isfinite()
     weight = known.to(rows.dtype)
-    if weights is not None:
+    if weights is not None and samples.shape[-1]:
         given = weights.detach().to(rows.device, rows.dtype).expand(samples.shape).reshape(-1, samples.shape[-1])
-        weight = torch.where(known, given, 0.0) if samples.shape[-1] else weight
+        weight = torch.where(known, given, 0.0)
         known = weight > 0
     low = torch.where(known, rows, math.inf).amin(1, keepdim=True).double()
     high = torch.where(known, rows, -math.inf).amax(1, keepdim=True).double()
@@ -160,7 +169,10 @@ def fourier_size(count: int) -> int:
         Length, at least 16.
     """
     power = 1 << max(4, math.ceil(math.log2(max(count, 1))))
-    return power * 3 // 4 if power * 3 // 4 >= count else power
+    three_quarters = power * 3 // 4
+    if three_quarters >= count:
+        return three_quarters
+    return power
 
 
 class Splines:
@@ -187,15 +199,18 @@ class Splines:
         Returns:
             Mass, float64, shape [sites, size].
         """
-        mass = torch.ones_like(self.offset) if weight is None else weight
-        # The weights of the three nodes are quadratic in the offset: three power sums make them all.
-        sums: list[Tensor] = []
-        for power in range(3):
-            grid = mass.new_zeros(mass.shape[0], size).scatter_add_(1, self.index, mass)
-            sums.append(grid.double())
-            mass = mass * self.offset if power < 2 else mass
-        even, odd = 0.125 * sums[0] + 0.5 * sums[2], 0.5 * sums[1]
-        result = 0.75 * sums[0] - sums[2]
+        if weight is None:
+            weight = torch.ones_like(self.offset)
+
+        # A point at offset t from its nearest node leaves 3/4 - t^2 there and (1/2 -+ t)^2 / 2 on its neighbours:
+        # three power sums of t make them all.
+        def summed(mass: Tensor) -> Tensor:
+            return mass.new_zeros(mass.shape[0], size).scatter_add_(1, self.index, mass).double()
+
+        moved = weight * self.offset
+        total, first, second = summed(weight), summed(moved), summed(moved * self.offset)
+        even, odd = 0.125 * total + 0.5 * second, 0.5 * first
+        result = 0.75 * total - second
         result[:, :-1] += (even - odd)[:, 1:]
         result[:, 1:] += (even + odd)[:, :-1]
         return result
@@ -255,7 +270,9 @@ def _response(size: int, variance: float | Tensor, order: int, dtype: torch.dtyp
     """Return what convolving with a Gaussian and differentiating does to every frequency."""
     omega = 2 * math.pi * torch.fft.rfftfreq(size, dtype=dtype.to_real(), device=device)
     kernel = torch.exp(-0.5 * variance * omega.square())
-    return kernel if order == 0 else kernel * (1j * omega) ** order
+    if order == 0:
+        return kernel
+    return kernel * (1j * omega) ** order
 
 
 _kept_response = functools.lru_cache(maxsize=64)(_response)

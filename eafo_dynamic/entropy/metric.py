@@ -145,7 +145,9 @@ class ActivationEntropy(Metric):
         if self.num_channels is None:
             rows = values.reshape(1, -1)
         else:
-            found = values.shape[self.channel_dim] if -values.dim() <= self.channel_dim < values.dim() else None
+            found = None
+            if -values.dim() <= self.channel_dim < values.dim():
+                found = values.shape[self.channel_dim]
             if found != self.num_channels:
                 problem = f"the input of shape {tuple(values.shape)} has {found} along dimension {self.channel_dim}"
                 raise ConfigError("num_channels", self.num_channels, problem, "Set channel_dim as well.")

@@ -129,7 +129,7 @@ def entropy_gradient(
     """
     if outputs.shape != direction.shape:
         shapes = f"{tuple(direction.shape)}, outputs {tuple(outputs.shape)}"
-        raise ConfigError("direction", shapes, "has another shape than the outputs", "Pass one g a sample.")
+        raise ConfigError("direction", shapes, "has another shape than the outputs", "Pass one g per sample.")
     known = torch.where(direction.isfinite(), outputs, math.nan)
     return SmoothedOutput(known, resolution, weights).gradient(direction)
 

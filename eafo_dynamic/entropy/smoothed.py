@@ -1,4 +1,4 @@
-"""The density of outputs at resolution r, on a grid: entropy, score and gradient read off one smoothing."""
+"""The density of outputs at resolution r, on a grid; entropy, score and gradient come from one smoothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NEGLIGIBLE = 1e-13  # densities per standard deviation below this are rounding 
 
 
 class MixedEntropy(NamedTuple):
-    """What an output that may have atoms consists of, one value a site (Theory, section 2).
+    """Atoms, continuous part and resolution-r entropy of an output, one value per site (Theory, section 2).
 
     Args:
         atom_mass: probability on repeated values, in [0, 1].
@@ -36,9 +36,11 @@ class MixedEntropy(NamedTuple):
 
 
 class SmoothedOutput:
-    """q_r, the density of standardised outputs plus r N, on one grid a site.
+    """q_r, the density of standardised outputs plus r N, on one grid per site.
 
-    Computes its parts when they are asked for; entropy, score and gradient of the same outputs share them.
+        H_r = -int q_r log q_r,   J = int q_r'^2 / q_r,   sbar_r = K_r * (log q_r)'
+
+    Each is computed when it is asked for; they share q_r.
 
     Args:
         outputs: activation outputs a, shape [..., n]; non-finite ones are missing.
@@ -65,7 +67,9 @@ class SmoothedOutput:
         self.resolution = resolution
         self._outputs = outputs.detach()
         self._weighted = weights is not None
-        self._sampled = weights is None if sampled is None else sampled
+        if sampled is None:
+            sampled = weights is None
+        self._sampled = sampled
         self._standard = Standardised.of(outputs, weights)
 
     @functools.cached_property
@@ -86,8 +90,9 @@ class SmoothedOutput:
 
     @functools.cached_property
     def _size(self) -> int:
-        # A wait for the device: how many nodes the widest site needs.
-        widest = int(self._scale.max()) if self._scale.numel() else 0
+        widest = 0
+        if self._scale.numel():
+            widest = int(self._scale.max())  # waits for the device
         return fourier_size(widest + 2 * _MARGIN * _PER_BANDWIDTH + 2)
 
     @functools.cached_property
@@ -113,7 +118,7 @@ class SmoothedOutput:
         return torch.where(known, integrand, 0.0).sum(1, keepdim=True) * self._step
 
     def _out(self, value: Tensor, constant: float) -> Tensor:
-        """Return a result per site as the caller has it, with the value for a constant output."""
+        """A result per site in the caller's shape and dtype, with the value for a constant output."""
         value = torch.where(self._standard.std > 0, value, constant)
         value = torch.where(self._standard.count > 0, value, math.nan)
         return self._as_given(value.reshape(self._outputs.shape[:-1]))
@@ -188,7 +193,8 @@ class SmoothedOutput:
         """sbar_r(a) at every output, per unit of a, shape [..., n]; 0 where missing or constant."""
         std = self._standard.std
         value = self._score * torch.where(std > 0, 1 / std, 0.0)
-        value = value if self._standard.weight is None else torch.where(self._standard.weight > 0, value, 0.0)
+        if self._standard.weight is not None:
+            value = torch.where(self._standard.weight > 0, value, 0.0)
         return self._as_given(value[:, : self._outputs.shape[-1]].reshape(self._outputs.shape))
 
     def gradient(self, direction: Tensor) -> Tensor:

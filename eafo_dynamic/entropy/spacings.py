@@ -54,7 +54,9 @@ def sort_rows(rows: Tensor, room: Tensor | None = None) -> Tensor:
     """
     if rows.device.type == "cpu":
         # numpy sorts with vector instructions, some fifty times faster than torch on a CPU
-        ordered = torch.empty_like(rows) if room is None else room
+        ordered = room
+        if ordered is None:
+            ordered = torch.empty_like(rows)
         np.copyto(ordered.numpy(), rows.numpy())
         ordered.numpy().sort(axis=1)
         return ordered
@@ -86,7 +88,9 @@ def _atoms(ordered: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     row, begin = (repeated & ~_pad(joined, 1, 0)).nonzero(as_tuple=True)
     _, final = (repeated & ~_pad(joined, 0, 1)).nonzero(as_tuple=True)
     rank = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
-    width = int(rank.max()) + 1 if len(rank) else 1
+    width = 1
+    if len(rank):
+        width = int(rank.max()) + 1
     start, length = (torch.zeros(sites, width, dtype=torch.int64, device=row.device) for _ in range(2))
     start[row, rank], length[row, rank] = begin, final - begin + least[row, 0]
     # One sample alone repeats nothing, but is a constant.
