@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,19 @@ from torch import Tensor
 from eafo_dynamic.entropy.grids import SPLINE_VARIANCE, Splines, Standardised, hermite, smooth, to_double, transform
 from eafo_dynamic.errors import ConfigError
 
-__all__ = ["Density", "Gaussian", "Histogram", "Moments", "gaussian", "histogram", "moments"]
+__all__ = [
+    "ESTIMATORS",
+    "KINDS",
+    "Density",
+    "Estimator",
+    "Gaussian",
+    "Histogram",
+    "Moments",
+    "gaussian",
+    "histogram",
+    "make_estimator",
+    "moments",
+]
 
 HISTOGRAM_HALF_WIDTH = 10.0
 _STEP = 1 / 32  # of the histogram's grid, in standard deviations
@@ -360,3 +374,33 @@ def _bandwidth(mass: Tensor, count: Tensor) -> Tensor:
     low, high = torch.searchsorted(cumulative, quartiles.contiguous()).unbind(-1)
     spread = ((high - low).to(mass.dtype) * (_STEP / 1.349)).clamp(max=1.0)
     return (spread * (4 / (5 * count.clamp(min=1.0))) ** (1 / 7)).clamp(4 * _STEP, 1.0)
+
+
+Estimator = Callable[[Tensor], Density]
+"""A function from samples, shape [sites, n], to a density."""
+
+KINDS: dict[str, type[Any]] = {"Gaussian": Gaussian, "Histogram": Histogram}
+"""Densities of this package, by the name of their class, under which a checkpoint has them."""
+
+ESTIMATORS: dict[str, Estimator] = {"gaussian": gaussian, "histogram": histogram}
+"""Estimators by the name that the option ``density`` takes."""
+
+
+def make_estimator(density: str | Estimator) -> Estimator:
+    """A density estimator from its name, or the estimator itself.
+
+    Args:
+        density: "gaussian", "histogram", or a function from samples [sites, n] to a Density.
+
+    Returns:
+        The estimator.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    if isinstance(density, str) and density in ESTIMATORS:
+        return ESTIMATORS[density]
+    if isinstance(density, str) or not callable(density):
+        mend = f"Choose one of {', '.join(ESTIMATORS)}, or give a function from samples to a Density."
+        raise ConfigError("density", density, "no such density", mend)
+    return density

@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eafo_dynamic.density.estimators import Density, Gaussian, Histogram, gaussian, histogram
+from eafo_dynamic.density.estimators import ESTIMATORS, KINDS, Density, Estimator, Gaussian, gaussian
 from eafo_dynamic.density.sample_moments import SampleMoments
-from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.internals.checks import fitting
 
-__all__ = ["RunningDensity", "make_estimator"]
-
-Estimator = Callable[[Tensor], Density]
-
-_KINDS: dict[str, type[Any]] = {"Gaussian": Gaussian, "Histogram": Histogram}
-_ESTIMATORS: dict[str, Estimator] = {"gaussian": gaussian, "histogram": histogram}
-
-
-def make_estimator(density: str | Estimator) -> Estimator:
-    """A density estimator from its name, or the estimator itself.
-
-    Args:
-        density: "gaussian", "histogram", or a function from samples [sites, n] to a Density.
-
-    Returns:
-        The estimator.
-
-    Raises:
-        ConfigError: if there is none of that name.
-    """
-    if isinstance(density, str) and density in _ESTIMATORS:
-        return _ESTIMATORS[density]
-    if isinstance(density, str) or not callable(density):
-        mend = f"Choose one of {', '.join(_ESTIMATORS)}, or give a function from samples to a Density."
-        raise ConfigError("density", density, "no such density", mend)
-    return density
+__all__ = ["RunningDensity"]
 
 
 class RunningDensity:
@@ -89,7 +63,7 @@ class RunningDensity:
         """
         kind = type(self.density).__name__
         tensors = None
-        if kind in _KINDS:
+        if kind in KINDS:
             tensors = {name: value for name, value in vars(self.density).items() if isinstance(value, Tensor)}
         return {"rounds": self.rounds, "kind": kind, "density": tensors}
 
@@ -104,6 +78,6 @@ class RunningDensity:
             self.rounds = self.density = None
             return
         self.rounds = fitting(state["rounds"], like.to(torch.long))
-        kind = _KINDS[state["kind"]]
-        own = vars(_ESTIMATORS[state["kind"].lower()](torch.zeros(len(like), 2, device=like.device)))
+        kind = KINDS[state["kind"]]
+        own = vars(ESTIMATORS[state["kind"].lower()](torch.zeros(len(like), 2, device=like.device)))
         self.density = kind(**{name: fitting(value, own[name]) for name, value in state["density"].items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,61 +12,89 @@ from torch import Tensor
 from eafo_dynamic.correction.stacked import AmplitudeValues, Functions
 from eafo_dynamic.density.estimators import Density
 from eafo_dynamic.density.sample_moments import SampleMoments
-from eafo_dynamic.policy.estimates import OutputEntropy, entropies
-from eafo_dynamic.records.schema import Record
+from eafo_dynamic.entropy.output import MixedEntropy
+from eafo_dynamic.policy.estimates import OutputEntropy, Pooled, entropies
+from eafo_dynamic.records.schema import COLUMNS, Record
 
-__all__ = ["aggregate", "describe_events", "diagnostics", "snapshot", "state", "to_rows"]
+__all__ = ["RoundFindings", "aggregate", "describe_events", "diagnostics", "snapshot", "state", "to_rows"]
+
+
+@dataclass(frozen=True)
+class RoundFindings:
+    """What an update round has found, from which the columns of the log are made; see ``records.schema.COLUMNS``.
+
+    Args:
+        moments: of the sampled pre-activations.
+        new: functions after the round.
+        delta_eps: change of eps since the previous round, shape [S].
+        delta_lift: likewise of lift; None unless terms are free.
+        gradient: dH_r/d amplitude of the functions before the round in nats, shape [terms, S].
+        mixed: atom mass, entropy of the rest and H_r of the outputs before the round, each of shape [S].
+        entropy_predicted: H_r after the round to first order, in nats, shape [S].
+        entropy_after: H_r after the round on the same samples, in nats, shape [S].
+        entropy_of_samples: H_r of the pre-activations themselves, in nats, shape [S].
+        entropy_of_gaussian: H_r of a Gaussian, in nats.
+        dead: fraction of units that never fired, shape [S].
+        nonfinite: samples that were left out, shape [S].
+    """
+
+    moments: SampleMoments
+    new: Functions
+    delta_eps: Tensor
+    delta_lift: Tensor | None
+    gradient: Tensor
+    mixed: MixedEntropy
+    entropy_predicted: Tensor
+    entropy_after: Tensor
+    entropy_of_samples: Tensor
+    entropy_of_gaussian: float
+    dead: Tensor
+    nonfinite: Tensor
+
+    @property
+    def lift_gradient(self) -> Tensor | None:
+        """DH_r/d lift, shape [S]; None unless terms are free."""
+        return None if self.delta_lift is None else self.gradient[1]
 
 
 def diagnostics(
-    samples: Tensor,
-    moments: SampleMoments,
-    entropy: OutputEntropy,
-    old: Functions,
-    new: Functions,
-    last: AmplitudeValues,
-    gradient: Tensor,
+    collected: Pooled, entropy: OutputEntropy, new: Functions, last: AmplitudeValues, gradient: Tensor
 ) -> dict[str, Tensor]:
     """Columns that describe one update round, each of shape [S].
 
     Args:
-        samples: pre-activations, shape [S, n]; NaN where missing.
-        moments: their moments.
-        entropy: entropy of the outputs under the old functions.
-        old: functions before the round.
+        collected: samples of the round, and what they say.
+        entropy: entropy of the outputs under the functions before the round.
         new: functions after it.
         last: amplitudes after the previous round.
-        gradient: dH_r/d amplitude of the old functions in nats, shape [terms, S].
+        gradient: dH_r/d amplitude of the functions before the round in nats, shape [terms, S].
 
     Returns:
         Columns by name; their meaning and units are documented with the log.
     """
     r = entropy.resolution
-    outputs_after = new.outputs(samples, entropy.workspace, "first")
+    outputs_after = new.outputs(collected.samples, entropy.workspace, "first")
     mixed = entropy.mixed
-    entropy_after, entropy_of_samples = entropies(outputs_after, samples, r, entropy.kernel)
-    entropy_of_gaussian = 0.5 * math.log(2 * math.pi * math.e * (1 + r * r))
-    delta_eps = new.eps - last.eps
-    columns = {"eps": new.eps, "delta_eps": delta_eps, "d_entropy_d_eps": gradient[0]}
+    entropy_after, entropy_of_samples = entropies(outputs_after, collected.samples, r, entropy.kernel)
+    delta_lift = None
     if new.lift is not None and last.lift is not None:
-        columns |= {"lift": new.lift, "delta_lift": new.lift - last.lift, "d_entropy_d_lift": gradient[1]}
-    return {
-        **columns,
-        "entropy": mixed.entropy,
-        "entropy_predicted": entropy.entropy + entropy.change(outputs_after),
-        "entropy_after": entropy_after,
-        "entropy_drift": gradient[0] * delta_eps,
-        "continuous_entropy": mixed.continuous_entropy,
-        "atom_mass": mixed.atom_mass,
-        "mean": moments.mean,
-        "std": moments.std,
-        "skew": moments.skew,
-        "kurtosis": moments.kurtosis,
-        "negentropy": entropy_of_gaussian - entropy_of_samples,
-        "n": moments.n,
-        "mu": new.shape[:, 0],
-        "sigma": new.shape[:, 1],
-    }
+        delta_lift = new.lift - last.lift
+    found = RoundFindings(
+        moments=collected.stats,
+        new=new,
+        delta_eps=new.eps - last.eps,
+        delta_lift=delta_lift,
+        gradient=gradient,
+        mixed=mixed,
+        entropy_predicted=entropy.entropy + entropy.change(outputs_after),
+        entropy_after=entropy_after,
+        entropy_of_samples=entropy_of_samples,
+        entropy_of_gaussian=0.5 * math.log(2 * math.pi * math.e * (1 + r * r)),
+        dead=collected.dead,
+        nonfinite=collected.nonfinite,
+    )
+    columns = {name: column.of(found) for name, column in COLUMNS.items() if column.of is not None}
+    return {name: values for name, values in columns.items() if values is not None}
 
 
 def state(functions: Functions, last: AmplitudeValues) -> dict[str, Tensor]:

@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from eafo_dynamic.correction.kernels import Backend, check_backend, resolve_backend
-from eafo_dynamic.density.estimators import Density
-from eafo_dynamic.density.running import make_estimator
+from eafo_dynamic.density.estimators import Density, make_estimator
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.find.sites import Selection
 from eafo_dynamic.internals.checks import at_least, flag, number

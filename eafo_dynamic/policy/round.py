@@ -12,7 +12,8 @@ from torch import Tensor
 from eafo_dynamic.apply.bank import Bank
 from eafo_dynamic.correction.kernels import Workspace, round_kernel
 from eafo_dynamic.correction.stacked import AmplitudeValues, Functions
-from eafo_dynamic.density.running import RunningDensity, make_estimator
+from eafo_dynamic.density.estimators import make_estimator
+from eafo_dynamic.density.running import RunningDensity
 from eafo_dynamic.density.sample_moments import SampleMoments
 from eafo_dynamic.internals.checks import fitting
 from eafo_dynamic.policy.amplitudes import Amplitudes
@@ -102,8 +103,7 @@ class Rounds:
             new = self._bank.functions(self._kernel)  # a channel at its bound stayed there, which changes the mean
 
         # rows of the log
-        columns = diagnostics(samples, moments, entropy, functions, new, self._last, by_amplitude)
-        columns.update(dead_fraction=collected.dead, n_nonfinite=collected.nonfinite)
+        columns = diagnostics(collected, entropy, new, self._last, by_amplitude)
         events = describe_events(
             moments.n, usable, fraction, undone is not None, collected.nonfinite, broken, collected.passed_over
         )

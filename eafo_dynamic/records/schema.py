@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = [
     "COLUMNS",
@@ -37,12 +38,15 @@ class Column:
         kind: `int`, `float` or `text`; every kind may be missing (null) but in `step` and `site`.
         unit: unit of the value; `1` for a pure number, empty for text.
         meaning: what the value is, in one line.
+        of: how an update round computes it: a function of a ``policy.diagnostics.RoundFindings`` that gives a tensor,
+            shape [sites], or None where this run has no such value; None for columns that a round does not compute.
     """
 
     name: str
     kind: Literal["int", "float", "text"]
     unit: str
     meaning: str
+    of: Callable[[Any], Any] | None = None
 
 
 _Z = "pre-activation"
@@ -50,48 +54,160 @@ _COLUMNS = (
     Column("step", "int", "optimiser steps", "optimiser steps taken when the update was made"),
     Column("epoch", "int", "epochs", "epoch in which the update was made, counted from 0"),
     Column("site", "text", "", "name of the site: one call of one activation in one layer"),
-    Column("eps", "float", "1", "amplitude of the correction after the update; 0 is the base function"),
-    Column("delta_eps", "float", "1", "change of eps since the site's previous update"),
+    Column(
+        "eps",
+        "float",
+        "1",
+        "amplitude of the correction after the update; 0 is the base function",
+        lambda found: found.new.eps,
+    ),
+    Column(
+        "delta_eps",
+        "float",
+        "1",
+        "change of eps since the site's previous update",
+        lambda found: found.delta_eps,
+    ),
     Column(
         "d_entropy_d_eps",
         "float",
         "nats",
         "predicted change of entropy for each unit of eps, before the update",
+        lambda found: found.gradient[0],
     ),
-    Column("lift", "float", "1", "amplitude of the second term after the update; missing unless terms are free"),
-    Column("delta_lift", "float", "1", "change of lift since the site's previous update"),
-    Column("d_entropy_d_lift", "float", "nats", "predicted change of entropy for each unit of lift"),
+    Column(
+        "lift",
+        "float",
+        "1",
+        "amplitude of the second term after the update; missing unless terms are free",
+        lambda found: found.new.lift,
+    ),
+    Column(
+        "delta_lift",
+        "float",
+        "1",
+        "change of lift since the site's previous update",
+        lambda found: found.delta_lift,
+    ),
+    Column(
+        "d_entropy_d_lift",
+        "float",
+        "nats",
+        "predicted change of entropy for each unit of lift",
+        lambda found: found.lift_gradient,
+    ),
     Column(
         "entropy",
         "float",
         "nats",
         "resolution-r entropy of the standardised output before the update; largest for a Gaussian",
+        lambda found: found.mixed.entropy,
     ),
-    Column("entropy_predicted", "float", "nats", "entropy after the update, predicted to first order"),
-    Column("entropy_after", "float", "nats", "entropy after the update, measured on the same samples"),
-    Column("entropy_drift", "float", "nats", "d_entropy_d_eps x delta_eps: what the move of eps was worth"),
+    Column(
+        "entropy_predicted",
+        "float",
+        "nats",
+        "entropy after the update, predicted to first order",
+        lambda found: found.entropy_predicted,
+    ),
+    Column(
+        "entropy_after",
+        "float",
+        "nats",
+        "entropy after the update, measured on the same samples",
+        lambda found: found.entropy_after,
+    ),
+    Column(
+        "entropy_drift",
+        "float",
+        "nats",
+        "d_entropy_d_eps x delta_eps: what the move of eps was worth",
+        lambda found: found.gradient[0] * found.delta_eps,
+    ),
     Column(
         "continuous_entropy",
         "float",
         "nats",
         "differential entropy of the outputs that are not repeated values",
+        lambda found: found.mixed.continuous_entropy,
     ),
-    Column("atom_mass", "float", "probability", "share of the outputs that are repeated values"),
-    Column("mean", "float", _Z, "mean of the sampled pre-activations"),
-    Column("std", "float", _Z, "standard deviation of the sampled pre-activations"),
-    Column("skew", "float", "1", "skewness of the sampled pre-activations; 0 for a Gaussian"),
-    Column("kurtosis", "float", "1", "excess kurtosis of the sampled pre-activations; 0 for a Gaussian"),
+    Column(
+        "atom_mass",
+        "float",
+        "probability",
+        "share of the outputs that are repeated values",
+        lambda found: found.mixed.atom_mass,
+    ),
+    Column(
+        "mean",
+        "float",
+        _Z,
+        "mean of the sampled pre-activations",
+        lambda found: found.moments.mean,
+    ),
+    Column(
+        "std",
+        "float",
+        _Z,
+        "standard deviation of the sampled pre-activations",
+        lambda found: found.moments.std,
+    ),
+    Column(
+        "skew",
+        "float",
+        "1",
+        "skewness of the sampled pre-activations; 0 for a Gaussian",
+        lambda found: found.moments.skew,
+    ),
+    Column(
+        "kurtosis",
+        "float",
+        "1",
+        "excess kurtosis of the sampled pre-activations; 0 for a Gaussian",
+        lambda found: found.moments.kurtosis,
+    ),
     Column(
         "negentropy",
         "float",
         "nats",
         "a Gaussian's entropy less that of the pre-activations: how far from one",
+        lambda found: found.entropy_of_gaussian - found.entropy_of_samples,
     ),
-    Column("n", "int", "samples", "finite pre-activations behind this row"),
-    Column("mu", "float", _Z, "centre of the correction after the update"),
-    Column("sigma", "float", _Z, "width of the correction after the update"),
-    Column("dead_fraction", "float", "probability", "share of the units that no sample drove above zero"),
-    Column("n_nonfinite", "int", "samples", "NaN and infinite pre-activations, left out"),
+    Column(
+        "n",
+        "int",
+        "samples",
+        "finite pre-activations behind this row",
+        lambda found: found.moments.n,
+    ),
+    Column(
+        "mu",
+        "float",
+        _Z,
+        "centre of the correction after the update",
+        lambda found: found.new.shape[:, 0],
+    ),
+    Column(
+        "sigma",
+        "float",
+        _Z,
+        "width of the correction after the update",
+        lambda found: found.new.shape[:, 1],
+    ),
+    Column(
+        "dead_fraction",
+        "float",
+        "probability",
+        "share of the units that no sample drove above zero",
+        lambda found: found.dead,
+    ),
+    Column(
+        "n_nonfinite",
+        "int",
+        "samples",
+        "NaN and infinite pre-activations, left out",
+        lambda found: found.nonfinite,
+    ),
     Column("policy", "text", "", "policy that moved eps"),
     Column("event", "text", "", "what was out of the ordinary at this update; missing where nothing was"),
     Column(

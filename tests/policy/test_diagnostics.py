@@ -19,7 +19,7 @@ from eafo_dynamic.density import Gaussian
 from eafo_dynamic.density.sample_moments import sample_moments
 from eafo_dynamic.entropy import mixed_entropy
 from eafo_dynamic.policy.diagnostics import describe_events, diagnostics, to_rows
-from eafo_dynamic.policy.estimates import OutputEntropy
+from eafo_dynamic.policy.estimates import OutputEntropy, Pooled
 from eafo_dynamic.records.schema import Record
 
 NAMES = ["gelu", "silu", "tanh", "leaky_relu", "softplus"]
@@ -49,7 +49,9 @@ def quantiles(n: int = 20_001) -> Tensor:
 def describe(old: Functions, new: Functions, samples: Tensor) -> dict[str, Tensor]:
     before = OutputEntropy(old.outputs(samples), R)
     gradient = torch.stack([before.gradient(direction) for direction in old.directions(samples)])
-    return diagnostics(samples, sample_moments(samples), before, old, new, old.amplitudes, gradient)
+    nothing = torch.zeros(SITES)
+    collected = Pooled(samples, sample_moments(samples), nothing, nothing.long(), torch.zeros(2), [None] * SITES)
+    return diagnostics(collected, before, new, old.amplitudes, gradient)
 
 
 def move(size: float) -> dict[str, Tensor]:
@@ -186,7 +188,8 @@ def test_a_site_without_samples_spoils_no_other() -> None:
     rest = [0, 1, 3, 4]
     for name, column in found.items():
         torch.testing.assert_close(column[rest], whole[name][rest], rtol=1e-5, atol=1e-6)
-        assert name in ("eps", "delta_eps", "mu", "sigma", "n") or column[2].isnan(), name
+        given = ("eps", "delta_eps", "mu", "sigma", "n", "dead_fraction", "n_nonfinite")
+        assert name in given or column[2].isnan(), name
     empty = describe(old, old, torch.empty(SITES, 0, dtype=torch.float64))
     assert empty["entropy"].isnan().all() and empty["n"].sum() == 0
 

@@ -24,7 +24,8 @@ from eafo_dynamic.correction.bases import as_base
 from eafo_dynamic.correction.kernels import correction
 from eafo_dynamic.correction.stacked import Functions
 from eafo_dynamic.density import Density, Gaussian, Histogram, gaussian, histogram
-from eafo_dynamic.density.running import RunningDensity, make_estimator
+from eafo_dynamic.density.estimators import make_estimator
+from eafo_dynamic.density.running import RunningDensity
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.policy.moves import refreshed
 from eafo_dynamic.policy.rollback import LossWatch
