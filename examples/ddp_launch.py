@@ -66,7 +66,7 @@ def main(folder: str | Path, devices: int = 2, epochs: int = 6) -> None:
     print(f"rank {trainer.global_rank} of {trainer.world_size}: {eps}", flush=True)
     if trainer.is_global_zero:
         log = CorrectionLog.load(folder)
-        print(f"log of rank 0: {len(log)} rows, up to step {log.steps[-1]}, {log.rows[-1]['n']} samples a site")
+        print(f"log of rank 0: {len(log)} rows, up to step {log.steps[-1]}, {log.last()[-1]['n']} samples per site")
 
 
 if __name__ == "__main__":

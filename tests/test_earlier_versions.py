@@ -174,7 +174,7 @@ class TestLightningCheckpoint:
     def test_resumed_run_continues_the_log(self, saved: Path, run: str) -> None:
         resume(run, saved / f"{run}.ckpt")
         then = rows_of(saved / run / "eafo")
-        now = rows_of(saved / "resumed" / "eafo")
+        now = [row for row in rows_of(saved / "resumed" / "eafo") if "fit_end" not in row]  # 0.1.0 had no such rows
         assert_rows_as_then(now, then)
         before = [row for row in then if row["step"] <= 5]
         assert now[: len(before)] == before

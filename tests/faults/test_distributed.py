@@ -125,7 +125,8 @@ def test_one_collective_a_round_and_none_between(tmp_path: Path, options: Any, t
 
 def test_what_one_rank_sees_is_in_the_log_of_rank_0(tmp_path: Path, tally: Tally) -> None:
     succeed(tmp_path, ranks=2, steps=3, prepare=of_ranks.poison, **ROUNDS)
-    rows = CorrectionLog.load(tmp_path).rows
+    rows = [row for row in CorrectionLog.load(tmp_path).rows if row.get("fit_end") is None]
+    assert {row["step"] for row in rows} == {1, 2}
     assert all(row["n_nonfinite"] > 0 for row in rows if row["step"] == 1)
     assert all(row["n_nonfinite"] == 0 for row in rows if row["step"] > 1)
     assert digests(tmp_path, 0) == digests(tmp_path, 1)
@@ -161,7 +162,7 @@ RESUMED: dict[str, Any] = {
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     succeed(folder, save_every=2, **RESUMED)
-    assert CorrectionLog.load(folder).steps == [1, 2, 4, 5, 10]
+    assert CorrectionLog.load(folder).steps == [1, 2, 4, 5, 10, 12]
     return folder
 
 

@@ -181,4 +181,6 @@ def test_fp16_with_a_gradient_scaler(tmp_path: Path) -> None:
     Trainer(accelerator="gpu", devices=1, precision="16-mixed", max_epochs=3, callbacks=[callback], logger=False).fit(
         net, loader()
     )
-    assert all(math.isfinite(row["entropy"]) for row in CorrectionLog.load(tmp_path).rows)
+    updates = [row for row in CorrectionLog.load(tmp_path).rows if row.get("fit_end") is None]
+    assert updates
+    assert all(math.isfinite(row["entropy"]) for row in updates)
