@@ -32,7 +32,7 @@ from eafo_dynamic.find.functional import unbound
 from eafo_dynamic.find.places import Places
 from eafo_dynamic.find.wrapped import ACTIVATION, ENTRY_POINTS, Wrapped, class_before, derived_class, rebased
 from eafo_dynamic.find.written import Node
-from eafo_dynamic.internals.torch_internals import hide_from_compiler
+from eafo_dynamic.internals.torch_internals import CAN_COMPILE_FRAMES, hide_from_compiler
 
 __all__ = ["Hosting", "become", "revert"]
 
@@ -171,6 +171,8 @@ class _Activation(Hosting):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         base: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+        if is_compiling() and not CAN_COMPILE_FRAMES:  # then no owner is compiled, nor is what it calls
+            return base(*args, **kwargs) if self.eafo_shared else _correct(self, base, args, kwargs)
         frames = STACK.frames
         if not frames or frames[-1].mode is None:
             if self.eafo_shared and not frames and not in_backward():
@@ -218,7 +220,7 @@ def _counted(method: Callable[..., Any], name: str) -> Callable[..., Any]:
         idle, frames = _all_idle(self), STACK.frames
         if idle and (not frames or frames[-1].mode is None):
             return method(self, *args, **kwargs)  # nothing acts, and no mode takes its functions for the caller's
-        if self.eafo_uncompiled and is_compiling() and not idle:
+        if is_compiling() and not idle and (self.eafo_uncompiled or not CAN_COMPILE_FRAMES):
             return _uncompiled(self, method, args, kwargs, is_forward)
         functions = bool(self.eafo_functions) and not idle
         if is_compiling():
@@ -246,15 +248,20 @@ def _uncompiled(
     owner: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_forward: bool
 ) -> Any:
     """Runs an entry point as it runs without torch.compile, and says so: slower, but never silently uncorrected."""
-    names = " and ".join(sorted(owner.eafo_uncompiled))
-    owner_name = printable(owner.eafo_name or type(owner).__name__)
-    warnings.warn(
-        f"EAFO: {owner_name} is not compiled: torch.compile hides its {names} from the "
-        "correction. Write x.relu_() for F.relu_(x), x.tanh() for F.tanh(x), nn.Hardswish()(x) for F.hardswish(x) "
-        "to compile it.",
-        stacklevel=2,
-    )
-    return entered(owner, method, args, kwargs, is_forward, True)
+    name = printable(owner.eafo_name or type(owner).__name__)
+    if CAN_COMPILE_FRAMES:
+        hidden = " and ".join(sorted(owner.eafo_uncompiled))
+        text = (
+            f"EAFO: {name} is not compiled: torch.compile hides its {hidden} from the correction. Write x.relu_() for "
+            "F.relu_(x), x.tanh() for F.tanh(x), nn.Hardswish()(x) for F.hardswish(x) to compile it."
+        )
+    else:
+        text = (
+            f"EAFO: {name} is not compiled: torch.compile of torch {torch.__version__} cannot tell the calls of its "
+            "activations apart. Take torch 2.5 or newer to compile it."
+        )
+    warnings.warn(text, stacklevel=2)
+    return entered(owner, method, args, kwargs, is_forward, bool(owner.eafo_functions))
 
 
 def _acts(host: Hosting) -> bool:

@@ -31,6 +31,7 @@ from torch.utils import checkpoint as _checkpointing
 from eafo_dynamic.errors import UnsupportedTorchError
 
 __all__ = [
+    "CAN_COMPILE_FRAMES",
     "CAN_HEAR_KERNELS",
     "CAN_SWITCH_FORWARD_MODE",
     "DDP_IGNORED",
@@ -424,6 +425,11 @@ def hide_from_compiler(function: _Function) -> _Function:
     """
     disable: Any = _find("torch._compile:_disable_dynamo") or torch.compiler.disable
     return disable(function)
+
+
+CAN_COMPILE_FRAMES = _stands_in("_dynamo/variables/torch_function.py", "class TorchFunctionModeVariable")
+"""Whether ``torch.compile`` follows function modes and the frames that go with them, torch 2.5 to 2.14. Where it does
+not, modules that need them run as they are."""
 
 
 def constant_result(function: _Function) -> _Function:
