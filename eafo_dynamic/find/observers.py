@@ -17,13 +17,11 @@ import torch
 from torch import nn
 
 from eafo_dynamic.find.functional import is_function_of_name
-from eafo_dynamic.internals.torch_internals import hook_tables
+from eafo_dynamic.internals.torch_internals import BACKWARD_HOOKS, FORWARD_HOOKS, hook_tables
 
 __all__ = ["silence_observers"]
 
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
-_FORWARD = ("_forward_hooks", "_forward_pre_hooks")
-_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 _KEEPERS = {"append", "appendleft", "extend", "add", "update", "print", "put", "write", "info", "debug", "warning"}
 
 
@@ -37,11 +35,11 @@ def silence_observers(probe: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             continue
         tables = hook_tables(module)
-        for name in _FORWARD:
+        for name in FORWARD_HOOKS:
             table = tables.get(name) or {}
             for key in [key for key, hook in table.items() if _only_looks_on(hook)]:
                 del table[key]
-        for name in _BACKWARD:
+        for name in BACKWARD_HOOKS:
             (tables.get(name) or {}).clear()
 
 

@@ -15,11 +15,12 @@ from torch import nn
 
 from eafo_dynamic.find.selection import FoundSite
 from eafo_dynamic.find.wrapped import plain_view
+from eafo_dynamic.internals.torch_internals import MODULE_TABLES
 
 __all__ = ["is_named", "taken_over"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_BY_NAME = {"getattr", "children", "named_children", "modules", "named_modules", "get_submodule", "_modules"}
+_BY_NAME = {"getattr", "children", "named_children", "modules", "named_modules", "get_submodule", *MODULE_TABLES}
 
 
 def taken_over(model: nn.Module, reached: Sequence[str], sites: Sequence[FoundSite]) -> list[FoundSite]:

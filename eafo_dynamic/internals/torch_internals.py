@@ -31,10 +31,12 @@ from torch.utils import checkpoint as _checkpointing
 from eafo_dynamic.errors import UnsupportedTorchError
 
 __all__ = [
+    "BACKWARD_HOOKS",
     "CAN_COMPILE_FRAMES",
     "CAN_HEAR_KERNELS",
     "CAN_SWITCH_FORWARD_MODE",
     "DDP_IGNORED",
+    "FORWARD_HOOKS",
     "MODULE_TABLES",
     "OTHERS_PER_GROUP",
     "RATES_PER_GROUP",
@@ -814,6 +816,13 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
             "Write the graph: end the name in .pt2 or .onnx.",
         )
     return list(found.values())
+
+
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""Names in ``hook_tables`` of the hooks around a forward, torch 2.4 to 2.14; elsewhere none is found."""
+
+BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+"""Names in ``hook_tables`` of the hooks around a backward, torch 2.4 to 2.14; elsewhere none is found."""
 
 
 def hook_tables(module: nn.Module) -> dict[str, Any]:

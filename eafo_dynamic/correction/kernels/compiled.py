@@ -23,7 +23,7 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -433,7 +433,7 @@ def _compile_with(compiler: str, flags: Sequence[str], library: Path) -> None:
     _run([*command, "-shared", *objects, "-lm", "-o", str(library)], environment)
 
 
-def _run(command: Sequence[str], environment: os._Environ[str] | dict[str, str]) -> str:
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> str:
     """Runs a program without translated messages, and returns what it writes."""
     result = subprocess.run(
         command,
