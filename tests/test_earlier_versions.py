@@ -92,6 +92,11 @@ def assert_equal(now: Any, then: Any, at: str = "") -> None:
         assert now == then, at
 
 
+def assert_same_events(now: list[dict[str, Any]], then: list[dict[str, Any]]) -> None:
+    names = ("step", "epoch", "site", "policy", "event", "n")
+    assert [[row[name] for name in names] for row in now] == [[row[name] for name in names] for row in then]
+
+
 def assert_rows_as_then(now: list[dict[str, Any]], then: list[dict[str, Any]]) -> None:
     assert [(row["step"], row["site"]) for row in now] == [(row["step"], row["site"]) for row in then]
     for row, earlier in zip(now, then, strict=True):
@@ -160,13 +165,16 @@ class TestLightningCheckpoint:
     @RUNS
     def test_training_goes_on_as_it_did(self, saved: Path, run: str) -> None:
         net, callback, _ = resume(run, saved / f"{run}.ckpt")
-        assert_weights_as_then(net, EXPECTED[f"{run}.ckpt"]["weights_at_the_end"])
         then = rows_of(saved / run / "eafo")
         assert callback.controller is not None
         assert callback.controller.rounds == len({row["step"] for row in then})
         later = [row for row in then if row["step"] > 5]
         assert later
-        assert_rows_as_then(list(callback.controller.records), later)
+        if run == "per_channel":  # its policy is hybrid, which gave every channel the whole gradient in 0.1.0
+            assert_same_events(list(callback.controller.records), later)
+        else:
+            assert_weights_as_then(net, EXPECTED[f"{run}.ckpt"]["weights_at_the_end"])
+            assert_rows_as_then(list(callback.controller.records), later)
         # which shows that the losses and the functions before the last round are restored too
         assert any(row["event"] for row in later) == (run == "per_channel")
 
@@ -175,9 +183,12 @@ class TestLightningCheckpoint:
         resume(run, saved / f"{run}.ckpt")
         then = rows_of(saved / run / "eafo")
         now = [row for row in rows_of(saved / "resumed" / "eafo") if "fit_end" not in row]  # 0.1.0 had no such rows
-        assert_rows_as_then(now, then)
         before = [row for row in then if row["step"] <= 5]
         assert now[: len(before)] == before
+        if run == "per_channel":  # its policy is hybrid, which gave every channel the whole gradient in 0.1.0
+            assert_same_events(now, then)
+        else:
+            assert_rows_as_then(now, then)
 
     @RUNS
     def test_applies_to_a_plain_model(self, saved: Path, run: str) -> None:

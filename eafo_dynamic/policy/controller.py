@@ -95,8 +95,8 @@ class EAFOController:
         Raises:
             SiteError: if DistributedDataParallel has wrapped the model already.
         """
-        refuse_replicas(model)
         checked = Options(**options)
+        refuse_replicas(model)
         earlier = take_off(model)
         controller = cls(model, checked, find_sites(model, *example_args, selection=checked.selection))
         put_back(model, earlier)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from eafo_dynamic.apply.surgery import hosted_sites, wrap
 from eafo_dynamic.correction.kernels import Backend
-from eafo_dynamic.find.sites import find_sites
+from eafo_dynamic.find.sites import Selection, SiteReport, find_sites
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "ReLU": lambda: nn.ReLU(inplace=True),
@@ -56,6 +57,13 @@ class Viewing(nn.Module):
         return self.use(h, self.act(self.view(h)))
 
 
+def sites_of(model: nn.Module, x: Tensor) -> SiteReport:
+    """The activations of a model, also one whose result is a loss."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="EAFO")  # no layer comes after them
+        return find_sites(model, x, selection=Selection(target_modules=".*"))
+
+
 def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     given = x.clone().requires_grad_()
     out = model(given)
@@ -71,7 +79,7 @@ def test_eps_zero_is_torchs_own_gradient(name: str, backend: Backend) -> None:
     for view_name, view in VIEWS.items():
         for use_name, use in USES.items():
             plain, wrapped = (Viewing(ACTIVATIONS[name](), view, use) for _ in range(2))
-            wrap(wrapped, find_sites(wrapped, x), 0.0)
+            wrap(wrapped, sites_of(wrapped, x), 0.0)
             hosted_sites(wrapped)[0][1].switch.backend = backend
             for one, two in zip(gradients(plain, x), gradients(wrapped, x), strict=True):
                 assert torch.equal(one, two), (view_name, use_name)
@@ -97,7 +105,7 @@ def test_the_correction_of_a_view_leaves_the_rest_its_gradient(name: str) -> Non
 
     found = []
     for model in (Viewing(act, VIEWS["every second channel"], USES["both"]), Joined()):
-        wrap(model, find_sites(model, x), 0.3)
+        wrap(model, sites_of(model, x), 0.3)
         out, by_x = gradients(model, x)
         found.append((out, by_x, next(model.parameters()).grad))
     for one, two in zip(*found, strict=True):
@@ -116,6 +124,6 @@ def test_functions_in_place(call: Callable[[Tensor], Tensor]) -> None:
 
     x = 2 * torch.randn(7, 9, generator=torch.Generator().manual_seed(1))
     plain, wrapped = Calling(), Calling()
-    wrap(wrapped, find_sites(wrapped, x), 0.0)
+    wrap(wrapped, sites_of(wrapped, x), 0.0)
     for one, two in zip(gradients(plain, x), gradients(wrapped, x), strict=True):
         assert torch.equal(one, two)
