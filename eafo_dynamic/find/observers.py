@@ -9,6 +9,7 @@ import dis
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from eafo_dynamic.errors import UnsupportedTorchError
 from eafo_dynamic.find.functional import is_function_of_name
 from eafo_dynamic.internals.torch_internals import BACKWARD_HOOKS, FORWARD_HOOKS, hook_tables
 
@@ -34,7 +36,14 @@ def silence_observers(probe: nn.Module) -> None:
     for module in probe.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        tables = hook_tables(module)
+        try:
+            tables = hook_tables(module)
+        except UnsupportedTorchError:
+            warnings.warn(
+                f"EAFO: hooks fire in the dry run, since torch {torch.__version__} keeps them where they are not found",
+                stacklevel=2,
+            )
+            return
         for name in FORWARD_HOOKS:
             table = tables.get(name) or {}
             for key in [key for key, hook in table.items() if _only_looks_on(hook)]:

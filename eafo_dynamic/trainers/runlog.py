@@ -120,9 +120,9 @@ class RunLog:
         """Takes note of the log of the run that is resumed; of several, the first is the one.
 
         Args:
-            source: its folder, as a checkpoint says it; what is no text says nothing.
+            source: its folder, as a checkpoint says it; what cannot be the name of one says nothing.
         """
-        if self._source is None and isinstance(source, str):
+        if self._source is None and isinstance(source, str) and "\0" not in source:
             self._source = source
 
     def align(self, step: int) -> None:

@@ -459,7 +459,7 @@ def test_without_one_part_all_is_the_same_or_one_feature_says_so(part: str, tmp_
     refused: set[str] = set()
     with package_without([part]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if part not in WARNED:
+        if part not in WARNED | {"_hook"}:  # without hooks found, a warning says that they fire in the dry run
             warnings.filterwarnings("error", message="EAFO")
         for name in names:
             found = outcome(FEATURES[name], tmp_path)
@@ -493,7 +493,7 @@ def test_what_cannot_be_heard_is_said(part: str) -> None:
 COMPILED = """
 import sys, warnings
 import torch
-from tests.test_torch_internals import Block, package_without, with_gradients, wrapped
+from tests.internals.test_torch_internals import Block, package_without, with_gradients, wrapped
 
 warnings.simplefilter("ignore")
 warnings.filterwarnings("default", message="EAFO")
