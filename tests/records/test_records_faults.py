@@ -299,13 +299,14 @@ def test_really_full_device(tmp_path: Path) -> None:
 # --- reading while training writes
 
 WRITER = """
-import sys
+import sys, time
 from eafo_dynamic.records import LogWriter
 writer = LogWriter(sys.argv[1], {"sites": []})
 for step in range(1, 1_000_000):
     writer.write([{"step": step, "site": f"s{k}", "eps": step * 1e-3, "event": "x" * 500} for k in range(40)])
     if step == 1:
         print("begun", flush=True)
+    time.sleep(0.001)  # a reader on a busy machine must be able to follow
 """
 
 
