@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 import weakref
@@ -72,8 +73,8 @@ class OptimizerWatch:
         self._settled: set[str] = set()  # amplitudes that have been seen in an optimiser
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._steps = 0
-        handle = register_optimizer_step_post_hook(_noting(weakref.ref(self)))
-        self._stop = weakref.finalize(self, handle.remove)
+        _listen()
+        _WATCHES.add(self)
 
     def note(self, optimizer: Optimizer) -> None:
         """Takes note of an optimiser that has stepped, any of the process.
@@ -112,7 +113,7 @@ class OptimizerWatch:
             )
         done = bool(missed) or self._settled >= amplitudes.keys()
         if done:
-            self._stop()
+            _WATCHES.discard(self)
         return done
 
     def _is_stepped_around(self, name: str, amplitudes: Mapping[str, nn.Parameter], held: set[int]) -> bool:
@@ -130,14 +131,20 @@ class OptimizerWatch:
         return False
 
 
-def _noting(watch: weakref.ref[OptimizerWatch]) -> Any:
-    """A hook of all optimisers that keeps neither the watch nor its model alive."""
+_WATCHES: weakref.WeakSet[OptimizerWatch] = weakref.WeakSet()
 
-    def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            return  # in a compiled step nothing can be noted
-        watching = watch()
-        if watching is not None:
-            watching.note(optimizer)
 
-    return note
+@functools.cache
+def _listen() -> None:
+    """Hears the steps of all optimisers from now on, for good.
+
+    A hook that is taken away, as by garbage collection, while torch goes through its hooks ends the step with an error.
+    """
+    register_optimizer_step_post_hook(_note)
+
+
+def _note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return  # in a compiled step nothing can be noted
+    for watch in list(_WATCHES):
+        watch.note(optimizer)

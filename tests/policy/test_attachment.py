@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import _global_optimizer_post_hooks as HOOKS
 
 from eafo_dynamic import EAFOController, own_group
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.find.sites import find_sites
+from eafo_dynamic.policy import attachment
 from eafo_dynamic.policy.options import Options
 
 
@@ -32,16 +32,27 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_hook_is_left() -> Iterator[None]:
+def no_watch_is_left() -> Iterator[None]:
     gc.collect()
-    before = len(HOOKS)
+    before = len(attachment._WATCHES)
     yield
     gc.collect()
-    assert len(HOOKS) == before
+    assert len(attachment._WATCHES) == before
 
 
 class TestOptimiser:
     """Amplitudes that no optimiser has."""
+
+    def test_a_controller_that_is_collected_while_an_optimiser_steps_ends_nothing(self) -> None:
+        model = net()
+        controller = EAFOController.attach(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        other = EAFOController.attach(net())
+        vars(other)["itself"] = other  # so that only the garbage collector takes it away
+        del other
+        optimizer.register_step_post_hook(lambda *_: gc.collect() and None)
+        step(model, optimizer)
+        controller.step(1)
 
     @pytest.mark.parametrize("rate", [0.1, 0.0], ids=["rate", "warm-up from zero"])
     @pytest.mark.parametrize("policy", ["learned", "hybrid", "static"])
@@ -124,7 +135,7 @@ class TestOptimiser:
 
     def test_a_copied_controller_and_one_that_is_gone_watch_nothing(self) -> None:
         controller = EAFOController.attach(net())
-        assert len(HOOKS) > 0
+        assert len(attachment._WATCHES) > 0
         copied = copy.deepcopy(controller)
         assert copied.step(1) is not None
         del controller
