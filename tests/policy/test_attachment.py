@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from eafo_dynamic import EAFOController, own_group
 from eafo_dynamic.errors import SiteError
@@ -49,9 +51,19 @@ class TestOptimiser:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         other = EAFOController.attach(net())
         vars(other)["itself"] = other  # so that only the garbage collector takes it away
-        del other
-        optimizer.register_step_post_hook(lambda *_: gc.collect() and None)
-        step(model, optimizer)
+        gone = weakref.ref(other)
+        gc.disable()
+        # collects while torch goes through its hooks, with another one still to come
+        hooks = [lambda *_: gc.collect() and None, lambda *_: None]
+        handles = [register_optimizer_step_post_hook(hook) for hook in hooks]
+        try:
+            del other
+            step(model, optimizer)
+        finally:
+            for handle in handles:
+                handle.remove()
+            gc.enable()
+        assert gone() is None
         controller.step(1)
 
     @pytest.mark.parametrize("rate", [0.1, 0.0], ids=["rate", "warm-up from zero"])
