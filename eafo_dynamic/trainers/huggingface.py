@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.density.ranks import world_size
-from eafo_dynamic.errors import EAFOError, LogError, SiteError, legible
+from eafo_dynamic.errors import EAFOError, SiteError, legible
 from eafo_dynamic.find.sites import find_sites
 from eafo_dynamic.internals.declared import takes
 from eafo_dynamic.internals.files import replacing
 from eafo_dynamic.internals.torch_internals import callers, current_frame, hide_from_compiler, variable_of
 from eafo_dynamic.policy.controller import EAFOController
-from eafo_dynamic.records import CorrectionLog
 from eafo_dynamic.records.schema import Record
 from eafo_dynamic.trainers.huggingface_example import batch_report
 from eafo_dynamic.trainers.optim import own_group
@@ -219,11 +218,7 @@ class EAFOTrainerCallback(TrainerCallback):
         Raises:
             LogError: if no log has been written.
         """
-        from eafo_dynamic.records.figures.logs import plot
-
-        if self._log.path is None:
-            raise LogError("there is no correction log yet: train with save_log=True first.")
-        return plot(CorrectionLog.load(self._log.path), what, column)
+        return self._log.plot(what, column)
 
     # The Trainer shows a callback no loss. The model returns it, though, in all but a few trainings.
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from eafo_dynamic.errors import LogError
 from eafo_dynamic.policy.controller import EAFOController
-from eafo_dynamic.records import LogWriter
+from eafo_dynamic.records import CorrectionLog, LogWriter
 from eafo_dynamic.records.schema import Record
 
 __all__ = ["RunLog", "run_folder", "run_identity"]
@@ -86,6 +87,25 @@ class RunLog:
         if self._writer is None:
             return None
         return str(self._writer.path)
+
+    def plot(self, what: str, column: str) -> Any:
+        """Draws the log.
+
+        Args:
+            what: a key of ``records.figures.logs.FIGURES``.
+            column: of the log, for the figures that show one.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            LogError: if no log has been written.
+        """
+        from eafo_dynamic.records.figures.logs import plot
+
+        if self.path is None:
+            raise LogError("there is no correction log yet: train with save_log=True first.")
+        return plot(CorrectionLog.load(self.path), what, column)
 
     @property
     def began(self) -> bool:

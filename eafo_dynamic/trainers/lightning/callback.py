@@ -19,12 +19,11 @@ from eafo_dynamic.apply.manifest import (
     wrap_from_manifest,
 )
 from eafo_dynamic.apply.surgery import is_wrapped, put_back, take_off
-from eafo_dynamic.errors import LogError, SiteError, one_line
+from eafo_dynamic.errors import SiteError, one_line
 from eafo_dynamic.find.sites import SiteReport
 from eafo_dynamic.internals.declared import takes
 from eafo_dynamic.policy.controller import EAFOController
 from eafo_dynamic.policy.schedule import Epochs
-from eafo_dynamic.records import CorrectionLog
 from eafo_dynamic.records.notebook import History
 from eafo_dynamic.trainers.lightning.example import (
     averaging,
@@ -257,11 +256,7 @@ class EAFOCallback(Callback):
         Raises:
             LogError: if no log has been written.
         """
-        from eafo_dynamic.records.figures.logs import plot
-
-        if self._log.path is None:
-            raise LogError("there is no correction log yet: fit with save_log=True first.")
-        return plot(CorrectionLog.load(self._log.path), what, column)
+        return self._log.plot(what, column)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the log, and the loggers' figures, with the model as the fit leaves it."""
