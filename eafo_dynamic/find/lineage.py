@@ -65,6 +65,7 @@ class Uses:
         compared: whether a loss compares it with data.
         replaces: the module that takes it where it takes data at another time, as a discriminator does.
         returned: whether the outermost forward returns it.
+        alone: whether it returns it as it is, or scaled and shifted by numbers.
         unflattened: whether it has more dimensions there, as an image made by a linear layer.
         summed: whether a forward that makes it returns one number made of it.
         width: channels before and after the layer that made its pre-activation.
@@ -78,6 +79,7 @@ class Uses:
     compared: bool = False
     replaces: str = ""
     returned: bool = False
+    alone: bool = False
     unflattened: bool = False
     summed: bool = False
     width: tuple[int, int] | None = None
@@ -234,6 +236,9 @@ class Lineage:
             outermost: whether no other forward is around it.
         """
         for tensor in _tensors(out):
+            known = self._known(tensor)
+            if outermost and known is not None and known.affine is not None:
+                self.of(known.affine[0]).alone = True
             for call in self._calls(tensor):
                 uses = self.of(call)
                 if tensor.dim() == 0 and any(frame.module == name for frame in call.path):

@@ -97,7 +97,7 @@ def _role(call: Call, uses: Uses, image: _Image) -> tuple[str, str]:
         return "range", f"its result goes into {uses.asks}, and into no layer"
     if uses.compared:
         return "range", "output of the model: a loss compares it with data"
-    if uses.returned and image.limited and _is_head(uses):
+    if uses.returned and image.limited and ((uses.alone and image.is_squashing) or _is_head(uses)):
         return "range", "output of the model: it limits what comes out of the last layer"
     return "hidden", ""
 
@@ -142,6 +142,11 @@ class _Image:
     def limited(self) -> bool:
         """Whether the values say what they are for: bounded, or positive as those of softplus; no rectifier."""
         return not self.starts_at_zero or self.bounded
+
+    @property
+    def is_squashing(self) -> bool:
+        """Whether the values end on one side at least, and no rectifier makes them: tanh, softplus, log-sigmoid."""
+        return not self.starts_at_zero and (math.isfinite(self.low) or math.isfinite(self.high))
 
     def is_unit(self, affine: Affine) -> bool:
         low, high = self._after(affine)

@@ -304,7 +304,7 @@ class _Naming:
                 outside.add(site.module)
             elif frame.instance == 0:
                 site = replace(site, wrapped=False, reason=_OUTSIDE)
-            if site.parameters is None and call.role != "hidden":
+            if site.parameters is None and site.role == "hidden" != call.role:
                 site = replace(site, role=call.role, reason=site.reason or call.reason)
             found.append((site, frame.instance))
         calls: Counter[tuple[str | None, str]] = Counter()

@@ -106,7 +106,7 @@ class TestHowAForwardIsReached:
             def forward(x: Tensor) -> Tensor:
                 return torch.cat([F.relu(x[:, :4]), F.gelu(x[:, 4:])], -1)
 
-        model = nn.Sequential(nn.Linear(8, 8), Swish(), nn.Linear(8, 8), Halves(), nn.Linear(8, 8), Tanh())
+        model = nn.Sequential(nn.Linear(8, 8), Swish(), nn.Linear(8, 8), Halves(), nn.Linear(8, 8), Tanh(), nn.Linear(8, 8))
         assert assert_every_call_has_a_site_that_acts_and_learns(model) == ["1", "3:relu", "3:gelu", "5"]
 
     def test_with_more_than_the_pre_activation(self) -> None:

@@ -245,7 +245,7 @@ class TestCalls:
                 self.act = nn.Tanh()
 
             def forward(self, x: Tensor, depth: int = 2) -> Tensor:
-                return self.act(x) if depth == 0 else self.act(self(x, depth - 1) + self(-x, depth - 1))
+                return self.act(x) if depth == 0 else x + self.act(self(x, depth - 1) + self(-x, depth - 1))
 
         model, x = Tree(), torch.randn(9)
         wrap(model, find_sites(model, x))

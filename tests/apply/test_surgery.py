@@ -705,11 +705,12 @@ class ChannelsInBothPlaces(nn.Module):
         super().__init__()
         self.conv, self.norm, self.act = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
         self.wide, self.narrow, self.line = nn.Linear(6, 12), nn.Linear(12, 6), nn.Conv1d(6, 5, 1)
+        self.last = nn.Conv1d(5, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.norm(self.conv(x)))
         x = self.narrow(F.gelu(self.wide(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
-        return torch.tanh(self.line(x.flatten(2)))
+        return self.last(torch.tanh(self.line(x.flatten(2))))
 
 
 class TestChannels:

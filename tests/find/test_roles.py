@@ -87,6 +87,9 @@ RANGES: dict[str, Callable[[Any, Tensor], Any]] = {
     "a variance": lambda m, x: F.gaussian_nll_loss(m.head(m.one(x)), x[:, :1], m.softplus(m.head(m.one(x)))),
     "an image": lambda m, x: m.tanh(m.one(x)).view(4, 1, 4, 4),
     "few outputs": lambda m, x: 2.0 * torch.tanh(m.head(m.one(x))),
+    "as many outputs as inputs": lambda m, x: torch.tanh(m.three(m.one(x))),
+    "squashed features": lambda m, x: torch.tanh(m.two(m.one(x))),
+    "a positive output of any width": lambda m, x: m.softplus(m.two(m.one(x))),
     "a positive output": lambda m, x: (m.head(m.one(x)), m.softplus(m.head(m.one(x)))),
 }
 GATES: dict[str, Callable[[Any, Tensor], Any]] = {
@@ -109,7 +112,6 @@ HIDDEN: dict[str, Callable[[Any, Tensor], Any]] = {
     "a mask of it": lambda m, x: m.head((lambda h: h * (h > 0.1))(F.relu(m.one(x)))),
     "returned beside the layer": lambda m, x: (lambda h: (m.head(h), h))(torch.tanh(m.one(x))),
     "features": lambda m, x: F.relu(m.three(m.one(x))),
-    "squashed features": lambda m, x: torch.tanh(m.two(m.one(x))),
     "a gate's other factor": lambda m, x: m.two(F.relu(m.one(x)) * torch.tanh(m.two(m.one(x)))),
     "hardswish of a relu6": lambda m, x: m.two((lambda h: h * F.relu6(h + 3) / 6)(m.one(x))),
 }
@@ -237,6 +239,34 @@ def test_a_gradient_scaler_is_no_activation() -> None:
 
     report = find_sites(nn.Sequential(nn.Linear(8, 8), Scaler(), nn.Linear(8, 8)), example())
     assert [(site.wrapped, site.reason) for site in report.sites] == [(False, "affine: nothing to correct")]
+
+
+class Pooler(nn.Module):
+    """The end of a BERT: the first token through a layer and a Tanh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.dense, self.activation = nn.Sequential(nn.Linear(8, 8), nn.GELU()), nn.Linear(8, 8), nn.Tanh()
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.body(x)
+        return {"last_hidden_state": h, "pooler_output": self.activation(self.dense(h[:, 0]))}
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert, self.head = Pooler(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.bert(x)["pooler_output"])
+
+
+def test_a_pooler_is_an_output_alone_and_hidden_before_a_classifier() -> None:
+    tokens = torch.randn(2, 3, 8)
+    alone, within = find_sites(Pooler(), tokens), find_sites(Classifier(), tokens)
+    assert {site.name: site.role for site in alone.sites} == {"body.1": "hidden", "activation": "range"}
+    assert {site.name: site.role for site in within.sites} == {"bert.body.1": "hidden", "bert.activation": "hidden"}
 
 
 def test_a_generator_makes_images() -> None:

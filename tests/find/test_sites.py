@@ -239,7 +239,7 @@ class TestGatesOfModules:
             def forward(self, x: Tensor) -> Tensor:
                 h = self.tanh(self.one(x)) * self.sigmoid(self.two(x))
                 h = torch.tanh(self.one(h)) * self.sigmoid(self.two(h))
-                return self.tanh(self.three(h))
+                return self.one(self.tanh(self.three(h)))
 
         report = find_sites(Cell(), torch.randn(4, 8))
         roles = {site.name: site.role for site in report.sites if site.base == "tanh"}
@@ -277,7 +277,7 @@ class TestGatesOfModules:
             def forward(self, x: Tensor) -> Tensor:
                 return self.bound * torch.tanh(x / self.inner)
 
-        model = nn.Sequential(nn.Linear(8, 8), Cap(30.0, 30.0), Cap(1.0, 1.0), Cap(1.7159, 1.5))
+        model = nn.Sequential(nn.Linear(8, 8), Cap(30.0, 30.0), Cap(1.0, 1.0), Cap(1.7159, 1.5), nn.Linear(8, 8))
         report = find_sites(model, torch.randn(4, 8))
         assert {site.name: site.role for site in report.sites} == {"1": "unknown", "2": "hidden", "3": "hidden"}
         assert report.sites[0].reason.startswith("a soft cap")

@@ -204,7 +204,8 @@ def test_every_policy_with_every_density_gives_a_row_per_site_and_update(policy:
 
 
 def test_rules_give_each_site_its_policy() -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Tanh())
+    hidden = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Tanh()
+    model = nn.Sequential(*hidden, nn.Linear(8, 8))
     rules = [Rule("Tanh", "frozen"), Rule("1", Entropy(rate=0.1)), Rule(".*", "learned")]
     controller = attach(model, torch.zeros(2, 6), policy=rules)
     assert [policy.name for policy in controller.policies] == ["entropy", "learned", "frozen"]

@@ -171,7 +171,7 @@ class MixedCalls(Layers):
         h = F.relu(self.one(x))
         h = self.act(self.two(h)) * self.sequence(h)
         h = self.act(self.inner(h)).relu()
-        return torch.tanh(self.three(h))
+        return self.two(torch.tanh(self.three(h)))
 
 
 @awkward

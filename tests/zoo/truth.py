@@ -45,6 +45,7 @@ _KERNELS = {
     "erf",
 }
 _GATES = {"sigmoid", "hardsigmoid", "erf"}
+_LIMITS = {"tanh", "softplus", "log_sigmoid_forward"}  # what a model ends with to limit its output
 _POINTWISE = _KERNELS | {
     "mul",
     "add",
@@ -104,6 +105,7 @@ class _Flow(TorchDispatchMode):
         self.made_by: dict[Key, Event] = {}
         self.scaled_by: dict[Key, float] = {}
         self.constant: set[Key] = set()
+        self.before_layers: set[Event] = set()
         for tensor in model.parameters():
             self.constant.add(self.key(tensor))
 
@@ -127,6 +129,8 @@ class _Flow(TorchDispatchMode):
         scales = [self.scaled_by.get(k) for k in inputs]
         out = func(*args, **(kwargs or {}))
         results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if name in _LAYERS:
+            self.before_layers |= {maker for maker in makers if maker is not None}
         if not results:
             return out
         key = self.key(results[0])
@@ -213,10 +217,14 @@ def witness(model: nn.Module, run: Callable[[nn.Module], object]) -> list[Event]
             ]
     try:
         with _marked_sites(flow), flow:
-            run(model)
+            returned = run(model)
     finally:
         for handle in handles:
             handle.remove()
+    for tensor in tree_leaves(returned):
+        event = flow.made_by.get(flow.key(tensor)) if isinstance(tensor, Tensor) else None
+        if event is not None and event.op in _LIMITS and event not in flow.before_layers:
+            event.hidden, event.why = False, "limits the output"
     for event in flow.events:
         if event.kind == "module" and calls.get(event.module, 0) > 1:
             event.kind = "shared"
