@@ -5,6 +5,7 @@ f(z) = base(z) + c(z),   f'(z) = base'(z) + c'(z)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -78,7 +79,8 @@ def corrected(
         return out + correction_of(z, terms).to(out.dtype)
     function = NOTHING if known is None else known
     if _wants_gradient(z, terms):
-        c: Tensor = _apply(z, terms.eps, terms.lift, terms, function, kernel)
+        outputs: Any = _apply(z, terms.eps, terms.lift, terms, function, kernel)
+        c: Tensor = outputs if function.gradient_by_value is None else outputs[0]
     else:
         c = _forward(z, terms, function, kernel)
     return c if known is not None else base(z) + c
@@ -196,27 +198,56 @@ class _Corrected(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, z: Tensor, eps: Tensor, lift: Tensor | None, terms: Terms, known: Known, kernel: _Kernel
-    ) -> Tensor:
-        _keep(ctx, z, eps, lift, terms, known, kernel)
-        return _forward(z, terms, known, kernel)
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        link = _link_to(z, known)
+        _keep(ctx, z, eps, lift, terms, known, kernel, link)
+        out = _forward(z, terms, known, kernel)
+        if link is None:
+            return out
+        ctx.set_materialize_grads(False)
+        return out, link
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad = _sum_of(*grads)
+        if grad is None:
+            return (None,) * 6
         needed = ctx.needs_input_grad
         by_z, by_eps, by_lift = _gradients(ctx, grad, (needed[0], needed[1], needed[2]))
         return by_z, by_eps, by_lift, None, None, None
 
 
-def _keep(ctx: Any, z: Tensor, eps: Tensor, lift: Tensor | None, terms: Terms, known: Known, kernel: _Kernel) -> None:
+def _keep(
+    ctx: Any, z: Tensor, eps: Tensor, lift: Tensor | None, terms: Terms, known: Known, kernel: _Kernel, link: Tensor | None = None
+) -> None:
     """Keeps what the backward needs; eps and lift are the function's own inputs, so that torch recognises them."""
     ctx.half_width, ctx.known, ctx.kernel = terms.half_width, known, kernel
-    ctx.save_for_backward(z, eps, lift, terms.shape, terms.table)
+    ctx.save_for_backward(z, eps, lift, terms.shape, terms.table, link)
+
+
+def _link_to(z: Tensor, known: Known) -> Tensor | None:
+    """One zero in the shape of z: an output that leads a second backward to the result, which is not kept."""
+    if known.gradient_by_value is None:
+        return None
+    return _zero(z.dtype, z.device).expand(z.shape)
+
+
+@functools.cache
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
+
+
+def _sum_of(grad: Tensor | None, by_link: Tensor | None = None) -> Tensor | None:
+    if grad is None or by_link is None:
+        return by_link if grad is None else grad
+    return grad + by_link
 
 
 def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Gradients:
-    z, eps, lift, shape, table = ctx.saved_tensors
+    z, eps, lift, shape, table, link = ctx.saved_tensors
     terms = Terms(eps, shape, table, ctx.half_width, lift)
+    if torch.is_grad_enabled() and link is not None and _is_plain(grad, z):
+        return _traceable_by_value(z, link, terms, ctx.known, grad, needed)
     if torch.is_grad_enabled() or not _is_plain(grad, z):
         return _traceable(z, terms, ctx.known, grad, needed)
     # of the correction alone with amplitudes of 0, z gets no gradient, not even zeros in another order in memory; only
@@ -286,7 +317,7 @@ class _CorrectedInPlace(torch.autograd.Function):
         terms: Terms,
         known: Known,
         kernel: _Kernel,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         ctx.mark_dirty(z)
         ctx.set_materialize_grads(False)
         ctx.is_view = copy is not None
@@ -298,12 +329,19 @@ class _CorrectedInPlace(torch.autograd.Function):
             kept = z.clone() if copy is None else copy  # dense, as the copies that torch keeps
             source = kept if kept.stride() == z.stride() else _twin(z, z)
             _overwrite(z, source, terms, known, kernel)
-        _keep(ctx, kept, eps, lift, terms, known, kernel)
-        return (z, kept) if copy is None else z
+        if copy is not None:
+            _keep(ctx, kept, eps, lift, terms, known, kernel)
+            return z
+        link = _link_to(z, known)
+        _keep(ctx, kept, eps, lift, terms, known, kernel, link)
+        if link is None:
+            return z, kept
+        return z, kept, link
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, *by_copy = grads
+        by_result, *by_copy = grads
+        grad = _sum_of(by_result, *by_copy[1:])
         by_z, by_eps, by_lift = (None, None, None)
         if grad is not None:
             needed = ctx.needs_input_grad
@@ -336,4 +374,32 @@ def _traceable(z: Tensor, terms: Terms, known: Known, grad: Tensor, needed: tupl
         # retained: in place, z is a result of the function whose backward this is, which must not be freed with out
         gradients = iter(torch.autograd.grad(out, wanted, grad, retain_graph=True, create_graph=differentiable))
     by_z, by_eps, by_lift = (next(gradients) if is_needed else None for is_needed in needed)
+    return by_z, by_eps, by_lift
+
+
+def _traceable_by_value(
+    z: Tensor, link: Tensor, terms: Terms, known: Known, grad: Tensor, needed: tuple[bool, bool, bool]
+) -> _Gradients:
+    """The same for a base whose gradient torch computes from its value, as that of tanh.
+
+    What a second backward sends to the value is added to what other uses of f(z) send there before it goes on to z;
+    added afterwards, the sum would have other last bits. So with amplitudes of 0 it is sent to the result itself, by
+    way of the link, less what is the correction's.
+
+    Returns:
+        Gradients by z, eps and the lift.
+    """
+    assert known.gradient_by_value is not None
+    inputs = (z, terms.eps, terms.lift)
+    wanted = [each for each, is_needed in zip(inputs, needed, strict=True) if is_needed and each is not None]
+    amplitudes = [each.detach().any() for each in (terms.eps, terms.lift) if each is not None]
+    acts = torch.stack(amplitudes).any()
+    c = correction_of(z, terms)
+    gradients = iter(torch.autograd.grad(c, wanted, grad, retain_graph=True, create_graph=True))
+    by_z, by_eps, by_lift = (next(gradients) if is_needed else None for is_needed in needed)
+    if by_z is not None:
+        value = known.value(z)
+        # where, not if: a branch here would wait for the GPU
+        value = torch.where(acts, value, value.detach() + (link - c))
+        by_z = known.gradient_by_value(grad, value) + by_z
     return by_z, by_eps, by_lift

@@ -34,12 +34,14 @@ class Known:
         gradient: computes grad * base'(z) from grad and z, in a new tensor.
         code: number of the function in the compiled kernel; 0 for a function that it cannot compute.
         below: slope for z < 0 of a function with code 1, which is z for z > 0.
+        gradient_by_value: computes grad * base'(z) from grad and base(z), where torch's autograd keeps that.
     """
 
     value: Callable[[Tensor], Tensor]
     gradient: Callable[[Tensor, Tensor], Tensor]
     code: int = 0
     below: float = 0.0
+    gradient_by_value: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def _minus_zeros(*tensors: Tensor) -> Tensor:
@@ -99,11 +101,13 @@ def _scaled_elu(alpha: float, scale: float) -> Known:
 
 
 def _tanh() -> Known:
-    return Known(torch.tanh, lambda g, z: _GRADIENTS["tanh"](g, torch.tanh(z)))
+    by_value = _GRADIENTS["tanh"]
+    return Known(torch.tanh, lambda g, z: by_value(g, torch.tanh(z)), gradient_by_value=by_value)
 
 
 def _sigmoid() -> Known:
-    return Known(torch.sigmoid, lambda g, z: _GRADIENTS["sigmoid"](g, torch.sigmoid(z)))
+    by_value = _GRADIENTS["sigmoid"]
+    return Known(torch.sigmoid, lambda g, z: by_value(g, torch.sigmoid(z)), gradient_by_value=by_value)
 
 
 def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Known:
