@@ -5,6 +5,7 @@ An *activation* runs its site; an *owner* opens a frame in each of its forwards,
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.fx import GraphModule
 from torch.nn.utils.parametrize import is_parametrized
 
 from eafo_dynamic.apply.frames import (
@@ -25,14 +27,14 @@ from eafo_dynamic.apply.frames import (
     refuse_symbols,
     route,
 )
-from eafo_dynamic.apply.site import Site, describe_state
+from eafo_dynamic.apply.site import Site, describe_state, register
 from eafo_dynamic.correction.kernels import is_correctable, known_module, prepare
 from eafo_dynamic.errors import CompoundingError, SiteError, printable
 from eafo_dynamic.find.functional import unbound
 from eafo_dynamic.find.places import Places
-from eafo_dynamic.find.wrapped import ACTIVATION, ENTRY_POINTS, Wrapped, class_before, derived_class, rebased
+from eafo_dynamic.find.wrapped import ACTIVATION, ENTRY_POINTS, Wrapped, class_before, derived_class, plain_view, rebased
 from eafo_dynamic.find.written import Node
-from eafo_dynamic.internals.torch_internals import CAN_COMPILE_FRAMES, hide_from_compiler
+from eafo_dynamic.internals.torch_internals import CAN_COMPILE_FRAMES, forget, hide_from_compiler
 
 __all__ = ["Hosting", "become", "revert"]
 
@@ -170,6 +172,8 @@ class _Activation(Hosting):
     """The forward of a wrapped activation module."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Hosting):  # unwrapped, but somebody has kept this method
+            return type(self).forward(self, *args, **kwargs)
         base: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
         if is_compiling() and not CAN_COMPILE_FRAMES:  # then no owner is compiled, nor is what it calls
             return base(*args, **kwargs) if self.eafo_shared else _correct(self, base, args, kwargs)
@@ -217,6 +221,8 @@ def _counted(method: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Hosting):  # unwrapped, but somebody has kept this method
+            return method(self, *args, **kwargs)
         idle, frames = _all_idle(self), STACK.frames
         if idle and (not frames or frames[-1].mode is None):
             return method(self, *args, **kwargs)  # nothing acts, and no mode takes its functions for the caller's
@@ -297,6 +303,45 @@ class _FastPath:
         vars(layer)["activation_relu_or_gelu"] = value
 
 
+class _HostedGraph(Hosting):
+    """A wrapped graph of torch.fx, which keeps its code in a class of its own and writes it there anew."""
+
+    def recompile(self) -> Any:
+        """Makes the code of the graph anew, as its own class does.
+
+        Returns:
+            What that returns.
+        """
+        module, plain, kind = cast(Any, self), self.eafo_class, self.eafo_kind
+        module.__class__ = plain
+        try:
+            return module.recompile()
+        finally:
+            module.__class__ = _generated.__wrapped__(plain, kind)  # of the code that is there now
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = copy.deepcopy(plain_view(cast(nn.Module, self)), memo)
+        memo[id(self)] = copied
+        return _rehosted(copied, self.eafo_kind, *copy.deepcopy(self._hosted(), memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rehosted, (plain_view(cast(nn.Module, self)), self.eafo_kind, *self._hosted())
+
+    def _hosted(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the graph does not know of: the state of an owner, and the sites' tensors."""
+        keys = [key for site in self.eafo_sites for key in site.keys]
+        state = {name: value for name, value in vars(self).items() if name in _STATE}
+        return state, {key: getattr(self, key) for key in keys}
+
+
+def _rehosted(graph: nn.Module, kind: str, state: dict[str, Any], tensors: dict[str, Tensor | None]) -> nn.Module:
+    vars(become(graph, kind, "")).update(state)
+    for key, tensor in tensors.items():
+        forget(graph, key)
+        register(graph, key, tensor)
+    return graph
+
+
 @functools.cache
 def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
     """The subclass of a module class that carries corrections; the same object for the same class.
@@ -324,6 +369,8 @@ def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
         body["reset_parameters"] = _reset_parameters
     if issubclass(cls, nn.TransformerEncoderLayer):
         body["activation_relu_or_gelu"] = _FastPath()
+    if issubclass(cls, GraphModule):
+        return derived_class(cls.__name__, (_HostedGraph, cls), body)
     return derived_class(cls.__name__, (Hosting, cls), body)
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import abc
 import copy
+import pickle
 import sys
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
+from eafo_dynamic.apply.merge import merge
 from eafo_dynamic.apply.surgery import disabled, hosted_sites, is_wrapped, unwrap, wrap
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.find.sites import SiteReport, find_sites
@@ -106,7 +111,8 @@ class TestHowAForwardIsReached:
             def forward(x: Tensor) -> Tensor:
                 return torch.cat([F.relu(x[:, :4]), F.gelu(x[:, 4:])], -1)
 
-        model = nn.Sequential(nn.Linear(8, 8), Swish(), nn.Linear(8, 8), Halves(), nn.Linear(8, 8), Tanh(), nn.Linear(8, 8))
+        layers = [nn.Linear(8, 8) for _ in range(4)]
+        model = nn.Sequential(layers[0], Swish(), layers[1], Halves(), layers[2], Tanh(), layers[3])
         assert assert_every_call_has_a_site_that_acts_and_learns(model) == ["1", "3:relu", "3:gelu", "5"]
 
     def test_with_more_than_the_pre_activation(self) -> None:
@@ -549,3 +555,100 @@ def test_the_end_of_the_stack_is_a_recursion_error_wherever_it_is_met() -> None:
         except RecursionError:
             met += 1
     assert met > 20
+
+
+class TestGraphsOfFx:
+    """A GraphModule has a class of its own, into which it writes its code."""
+
+    def graph(self) -> tuple[Any, Tensor]:
+        class Net(Layers):
+            def __init__(self) -> None:
+                super().__init__()
+                self.act = nn.ReLU()
+
+            def forward(self, x):  # torch cannot pickle a graph with annotations that are strings
+                return self.two(F.gelu(self.act(self.one(x)))) + torch.relu(x)
+
+        graph = torch.fx.symbolic_trace(Net())
+        report = find_sites(graph, example())
+        assert [site.name for site in report.wrapped] == ["act", ":gelu", ":relu"]
+        for k, (host, site) in enumerate(wrap(graph, report)):
+            nn.init.constant_(getattr(host, site.keys[0]), 0.1 * (k + 1))
+        return graph, forward(graph)
+
+    @pytest.mark.parametrize("how", ["copy", "pickle", "recompile", "new graph", "save"])
+    def test_it_stays_wrapped(self, how: str, tmp_path: Path) -> None:
+        graph, expected = self.graph()
+        other = graph
+        if how == "copy":
+            other = copy.deepcopy(graph)
+        elif how == "pickle":
+            other = pickle.loads(pickle.dumps(graph))
+        elif how == "recompile":
+            graph.recompile()
+        elif how == "new graph":
+            graph.graph = copy.deepcopy(graph.graph)
+        else:
+            torch.save(graph, tmp_path / "graph.pt")
+            other = torch.load(tmp_path / "graph.pt", weights_only=False)
+        assert torch.equal(forward(other), expected)
+        assert [site.name for _, site in hosted_sites(other)] == [":gelu", ":relu", "act"]
+        assert list(other.state_dict()) == list(graph.state_dict())
+        if other is not graph:
+            nn.init.constant_(getattr(*[(host, site.keys[0]) for host, site in hosted_sites(other)][1]), 0.0)
+            assert not torch.equal(forward(other), expected)
+        unwrap(other)
+        assert not is_wrapped(other)
+        other.recompile()
+        forward(other)
+
+    def test_code_that_changes_is_corrected_as_it_then_is(self) -> None:
+        graph, expected = self.graph()
+        output = next(node for node in graph.graph.nodes if node.op == "output")
+        with graph.graph.inserting_before(output):
+            output.args = (graph.graph.call_function(torch.neg, output.args),)
+        graph.recompile()
+        assert torch.equal(forward(graph), -expected)
+
+
+class TestAForwardThatSomebodyReplaced:
+    """As accelerate does for mixed precision: the bound method of the wrapped class stays on the instance."""
+
+    class Net(Layers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(F.gelu(self.act(self.one(x))))
+
+    def wrapped(self) -> tuple[nn.Module, Tensor, Tensor]:
+        model = self.Net()
+        plain = forward(model)
+        wrap(model, find_sites(model, example()), 0.3)
+        for module in (model, model.act):
+            own: Any = module.forward
+            vars(module)["forward"] = types.MethodType(lambda *args, own=own.__func__: own(*args), module)
+        return model, plain, forward(model)
+
+    def test_unwrap(self) -> None:
+        model, plain, corrected = self.wrapped()
+        assert not torch.equal(plain, corrected)
+        unwrap(model)
+        assert torch.equal(forward(model), plain)
+
+    def test_merge(self) -> None:
+        model, _, corrected = self.wrapped()
+        merged = merge(model, example())
+        torch.testing.assert_close(forward(merged), corrected)
+        unwrap(model)
+        forward(model)
+
+    def test_merge_in_place(self) -> None:
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        wrap(model, find_sites(model, example()), 0.3)
+        for module in (model, model[1]):
+            own: Any = module.forward
+            vars(module)["forward"] = types.MethodType(lambda *args, own=own.__func__: own(*args), module)
+        corrected = forward(model)
+        assert torch.equal(forward(merge(model)), corrected)

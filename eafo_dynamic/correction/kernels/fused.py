@@ -218,7 +218,14 @@ class _Corrected(torch.autograd.Function):
 
 
 def _keep(
-    ctx: Any, z: Tensor, eps: Tensor, lift: Tensor | None, terms: Terms, known: Known, kernel: _Kernel, link: Tensor | None = None
+    ctx: Any,
+    z: Tensor,
+    eps: Tensor,
+    lift: Tensor | None,
+    terms: Terms,
+    known: Known,
+    kernel: _Kernel,
+    link: Tensor | None = None,
 ) -> None:
     """Keeps what the backward needs; eps and lift are the function's own inputs, so that torch recognises them."""
     ctx.half_width, ctx.known, ctx.kernel = terms.half_width, known, kernel
