@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from eafo_dynamic.apply.hosting import Hosting, become, revert
 from eafo_dynamic.apply.kept import forget_sites
@@ -107,13 +108,14 @@ def wrap(
         Pairs (host, site) in the order of the report; all that exist if the report has nothing to add to them.
 
     Raises:
-        SiteError: if the report selects no site.
+        SiteError: if the report selects no site, or one in a lazy module that is not initialised.
     """
     report = report or find_sites(model)
     if not report.wrapped:
         if is_wrapped(model):
             return hosted_sites(model)
         raise SiteError(_nothing_to_wrap(model, report))
+    _check_initialised(model, report)
     existing = hosted_sites(model)
     switch = existing[0][1].switch if existing else Switch(backend=backend)
     form = Form(eps_init, tabulated, per_channel, free)
@@ -135,6 +137,20 @@ def _nothing_to_wrap(model: nn.Module, report: SiteReport) -> str:
         )
     why = "; ".join(sorted({f"{site.base}: {site.reason}" for site in report.skipped}))
     return f"no activation of {type(model).__name__} is selected ({why}). Widen target_modules or exclude less."
+
+
+def _check_initialised(model: nn.Module, report: SiteReport) -> None:
+    """Refuses lazy modules that have corrections and will take another class in their first forward."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for found in report.wrapped:
+        for name in (found.module, found.owner, *found.guarded):
+            module = modules.get(name or "")
+            lazy = isinstance(module, LazyModuleMixin) and module.cls_to_become is not None
+            if lazy and name is not None and module.has_uninitialized_params():
+                raise SiteError(
+                    f"{name or type(module).__name__} is a lazy module that is not initialised: it would lose its "
+                    "corrections when it is. Run the model once, model(x), before it is wrapped."
+                )
 
 
 def _channels(found: FoundSite) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.internals.torch_internals import MODULE_TABLES
@@ -55,6 +55,9 @@ def _shared(model: nn.Module) -> dict[int, Any]:
     if sum(p.numel() * p.element_size() for p in parameters) > _COPIED_BYTES:
         # the same values, but not the same .grad
         memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) if type(p) is nn.Parameter else p for p in parameters}
+    for buffer in model.buffers():
+        if is_lazy(buffer):  # torch copies lazy parameters, and no lazy buffers
+            memo[id(buffer)] = UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)
     for module in model.modules():
         for key, value in vars(module).items():
             if key in ("_trainer", "_fabric") and value is not None:

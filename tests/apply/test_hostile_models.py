@@ -652,3 +652,53 @@ class TestAForwardThatSomebodyReplaced:
             vars(module)["forward"] = types.MethodType(lambda *args, own=own.__func__: own(*args), module)
         corrected = forward(model)
         assert torch.equal(forward(merge(model)), corrected)
+
+
+class TestLazyModules:
+    def test_a_lazy_model_is_searched_and_wrapped_before_its_first_forward(self) -> None:
+        class Lazy(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.one, self.norm, self.act, self.two = nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.ReLU(), Layers().two
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.two(F.gelu(self.norm(self.act(self.one(x)))))
+
+        model = Lazy()
+        hosted = wrap(model, find_sites(model, example()), 0.3)
+        assert model.one.has_uninitialized_params(), "the search has a copy"
+        forward(model).sum().backward()
+        assert type(model.one) is nn.Linear
+        assert [(site.name, getattr(host, site.keys[0]).grad is not None) for host, site in hosted] == [
+            ("act", True),
+            (":gelu", True),
+        ]
+
+    def test_one_that_changes_its_class_is_refused_until_it_is_initialised(self) -> None:
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.empty(0))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return F.relu(x @ self.weight)
+
+        class LazyBlock(nn.modules.lazy.LazyModuleMixin, Block):
+            cls_to_become = Block  # type: ignore[assignment]
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.UninitializedParameter()
+
+            def initialize_parameters(self, x: Tensor) -> None:
+                if self.has_uninitialized_params():
+                    self.weight.materialize((x.shape[-1], 4))
+                    nn.init.ones_(self.weight)
+
+        model = nn.Sequential(LazyBlock(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2))
+        report = find_sites(model, example())
+        with pytest.raises(SiteError, match=r"^0 is a lazy module .* Run the model once, model\(x\)"):
+            wrap(model, report)
+        assert not is_wrapped(model)
+        forward(model)
+        assert [site.name for _, site in wrap(model, report)] == ["0:relu", "2"]
