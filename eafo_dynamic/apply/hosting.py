@@ -32,7 +32,15 @@ from eafo_dynamic.correction.kernels import is_correctable, known_module, prepar
 from eafo_dynamic.errors import CompoundingError, SiteError, printable
 from eafo_dynamic.find.functional import unbound
 from eafo_dynamic.find.places import Places
-from eafo_dynamic.find.wrapped import ACTIVATION, ENTRY_POINTS, Wrapped, class_before, derived_class, plain_view, rebased
+from eafo_dynamic.find.wrapped import (
+    ACTIVATION,
+    ENTRY_POINTS,
+    Wrapped,
+    class_before,
+    derived_class,
+    plain_view,
+    rebased,
+)
 from eafo_dynamic.find.written import Node
 from eafo_dynamic.internals.torch_internals import CAN_COMPILE_FRAMES, forget, hide_from_compiler
 

@@ -28,7 +28,7 @@ from eafo_dynamic.find.functional import (
     with_input_first,
 )
 from eafo_dynamic.find.lineage import Lineage, in_method, is_product
-from eafo_dynamic.find.observers import silence_observers
+from eafo_dynamic.find.observers import global_observers_silenced, silence_observers
 from eafo_dynamic.find.places import chain
 from eafo_dynamic.find.probe import structural_copy
 from eafo_dynamic.find.roles import assign_roles
@@ -384,6 +384,7 @@ def _traced(model: nn.Module, activations: Mapping[str, str], run: Callable[[nn.
         with (
             warnings.catch_warnings(),
             uncompiled(),
+            global_observers_silenced(),
             listening(listener.hear_kernel, listener.hear_control_flow),
             listener,
         ):

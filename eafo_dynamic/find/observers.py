@@ -10,18 +10,21 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from eafo_dynamic.errors import UnsupportedTorchError
 from eafo_dynamic.find.functional import is_function_of_name
 from eafo_dynamic.internals.torch_internals import BACKWARD_HOOKS, FORWARD_HOOKS, hook_tables
 
-__all__ = ["silence_observers"]
+__all__ = ["global_observers_silenced", "silence_observers"]
 
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 _KEEPERS = {"append", "appendleft", "extend", "add", "update", "print", "put", "write", "info", "debug", "warning"}
@@ -50,6 +53,39 @@ def silence_observers(probe: nn.Module) -> None:
                 del table[key]
         for name in BACKWARD_HOOKS:
             (tables.get(name) or {}).clear()
+
+
+@contextmanager
+def global_observers_silenced() -> Generator[None]:
+    """Takes the hooks of all modules that only look on away for a while; see ``register_module_forward_hook``.
+
+    Yields:
+        Nothing.
+    """
+    tables = [_table_of(register) for register in (register_module_forward_pre_hook, register_module_forward_hook)]
+    before = [dict(table) for table in tables]
+    for table in tables:
+        for key in [key for key, hook in table.items() if _only_looks_on(hook)]:
+            del table[key]
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, before, strict=True):
+            added = {key: hook for key, hook in table.items() if key not in hooks}
+            table.clear()
+            table.update(hooks | added)
+
+
+def _table_of(register: Callable[..., RemovableHandle]) -> dict[int, Any]:
+    """Where torch keeps the hooks that a function registers."""
+    handle = register(_nothing)
+    table: Any = handle.hooks_dict_ref()
+    handle.remove()
+    return table
+
+
+def _nothing(*_: Any) -> None:
+    """A hook without effect."""
 
 
 def _only_looks_on(hook: Callable[..., Any]) -> bool:

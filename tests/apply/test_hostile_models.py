@@ -659,7 +659,12 @@ class TestLazyModules:
         class Lazy(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.one, self.norm, self.act, self.two = nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.ReLU(), Layers().two
+                self.one, self.norm, self.act, self.two = (
+                    nn.LazyLinear(8),
+                    nn.LazyBatchNorm1d(),
+                    nn.ReLU(),
+                    Layers().two,
+                )
 
             def forward(self, x: Tensor) -> Tensor:
                 return self.two(F.gelu(self.norm(self.act(self.one(x)))))
