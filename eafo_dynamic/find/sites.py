@@ -9,7 +9,7 @@ several times in a forward then is one site, and functional calls are not seen, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -26,7 +26,7 @@ from eafo_dynamic.find.probe import forked_random_states
 from eafo_dynamic.find.roles import is_rectifier
 from eafo_dynamic.find.selection import FoundSite, Selection, SiteReport, matches
 from eafo_dynamic.find.trace import SOFT_CAP, Call, Frame, Trace
-from eafo_dynamic.find.unreached import is_named, taken_over
+from eafo_dynamic.find.unreached import is_named, relatives, taken_over
 from eafo_dynamic.find.wrapped import CarriesCorrection, Wrapped, is_activation, plain_view
 from eafo_dynamic.find.written import WRITTEN
 from eafo_dynamic.internals.torch_internals import tree_map
@@ -115,6 +115,8 @@ def _static_sites(model: nn.Module) -> tuple[list[FoundSite], str]:
 
 def _without_use(site: FoundSite, model: nn.Module) -> FoundSite:
     """A site of which nobody has seen what becomes of its result: hidden only if it is a rectifier."""
+    if not is_named(model, site.module, {}):
+        return _spare(site, "no code of the model names it")
     if site.role != "hidden" or not site.wrapped or is_rectifier(as_base(plain_view(model.get_submodule(site.module)))):
         return site
     return replace(site, role="unknown", reason=_NOT_SEEN)
@@ -221,23 +223,39 @@ def _dynamic_sites(model: nn.Module, run: Callable[[nn.Module], object]) -> tupl
     """Sites of the calls of one run in their order, then the modules that the run never reached."""
     described, trace = _described_and_traced(model, run)
     sites = _Naming(model, trace).sites(described)
-    sites += taken_over(model, [name for name, count in trace.forwards.items() if count], sites)
+    reached = [name for name, count in trace.forwards.items() if count]
+    sites += taken_over(model, reached, sites)
+    like = relatives(model, reached)
+    of_module = {site.name: site for site in sites}
     shared = {site.module for site in sites if site.kind == "shared"}
     for name, site in described.items():
         if not trace.forwards[name] and name not in shared:
-            sites.append(_unreached(site, model, trace))
+            sites.append(_unreached(site, model, trace, like, of_module))
         elif name in trace.refused and all(each.module != name for each in sites):
             why = f"the example calls it with what cannot be corrected: {trace.refused[name]}"
             sites.append(replace(site, reason=site.reason or why))
     return [*sites, *_hidden_in_code(trace), *_opaque(model)], ""
 
 
-def _unreached(site: FoundSite, model: nn.Module, trace: Trace) -> FoundSite:
-    """A site that the example did not reach; a spare module, which no code names, would get a parameter in vain."""
+def _unreached(
+    site: FoundSite, model: nn.Module, trace: Trace, like: Mapping[str, str], reached: Mapping[str, FoundSite]
+) -> FoundSite:
+    """A site that the example did not reach, and so no parameter, but where a module of the same structure was reached.
+
+    Nobody has seen what it is for, and ``DistributedDataParallel`` stops at a parameter that goes unused.
+    """
     if not is_named(model, site.module, trace.forwards):
-        reason = "not reached by the example input, and no code of the model names it"
-        return replace(site, wrapped=False, reason=site.reason or reason)
-    return replace(site, reason=site.reason or "not reached by the example input")
+        return _spare(site, "not reached by the example input, and no code of the model names it")
+    around = next((name for name in like if site.module.startswith(f"{name}.")), None)
+    if around is None:
+        return replace(site, role="unknown", reason=site.reason or "not reached by the example input")
+    other = reached.get(like[around] + site.name[len(around) :])
+    reason = site.reason or f"not reached by the example input; as in {like[around]}"
+    return replace(site, role=site.role if other is None else other.role, reason=reason)
+
+
+def _spare(site: FoundSite, reason: str) -> FoundSite:
+    return replace(site, wrapped=False, reason=site.reason or reason)
 
 
 def _hidden_in_code(trace: Trace) -> list[FoundSite]:

@@ -10,14 +10,16 @@ import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import CodeType
+from typing import Any
 
 from torch import nn
 
+from eafo_dynamic.find.lineage import learns
 from eafo_dynamic.find.selection import FoundSite
 from eafo_dynamic.find.wrapped import plain_view
 from eafo_dynamic.internals.torch_internals import MODULE_TABLES
 
-__all__ = ["is_named", "taken_over"]
+__all__ = ["is_named", "relatives", "taken_over"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _BY_NAME = {"getattr", "children", "named_children", "modules", "named_modules", "get_submodule", *MODULE_TABLES}
@@ -36,21 +38,41 @@ def taken_over(model: nn.Module, reached: Sequence[str], sites: Sequence[FoundSi
     """
     modules = dict(model.named_modules())
     first = {id(module): name for name, module in modules.items()}
-    shapes = {name: _structure(modules[name]) for name in reached if name and _own_code(modules[name])}
-    used, inside = {site.name for site in sites}, ""
+    used = {site.name for site in sites}
     found: list[FoundSite] = []
+    for name, relative in relatives(model, reached).items():
+        for site in _moved(sites, relative, name, modules, first):
+            if site.name not in used:
+                used.add(site.name)
+                found.append(site)
+    return found
+
+
+def relatives(model: nn.Module, reached: Sequence[str]) -> dict[str, str]:
+    """Modules with weights that did not run, and for each the nearest module that did run and has its structure.
+
+    One without weights is no such module: ``DistributedDataParallel`` minds a parameter in it that is never used, and
+    the plain model has none there.
+
+    Args:
+        model: the model.
+        reached: FQNs of the modules that ran, in their order.
+
+    Returns:
+        FQNs; of modules inside each other only the outermost.
+    """
+    modules = dict(model.named_modules())
+    shapes = {name: _structure(modules[name]) for name in reached if name and _own_code(modules[name])}
+    inside = ""
+    found: dict[str, str] = {}
     for name, module in modules.items():
         if name in reached or not _own_code(module) or (inside and name.startswith(inside)):
             continue
         structure = _structure(module)
         relative = next((other for other in _nearest(name, shapes) if shapes[other] == structure), None)
-        if relative is None:
-            continue
-        inside = f"{name}."
-        for site in _moved(sites, relative, name, modules, first):
-            if site.name not in used:
-                used.add(site.name)
-                found.append(site)
+        if relative is not None and learns(module):
+            inside = f"{name}."
+            found[name] = relative
     return found
 
 
@@ -78,8 +100,17 @@ def is_named(model: nn.Module, name: str, reached: Mapping[str, int]) -> bool:
 def _uses(kind: type[nn.Module], attribute: str) -> bool:
     own = [each for each in kind.__mro__ if not each.__module__.startswith("torch.nn.modules.module")]
     methods = [value for each in own for name, value in vars(each).items() if name != "__init__"]
-    codes = [code for method in methods for code in _codes(getattr(inspect.unwrap(method), "__code__", None))]
+    codes = [code for method in methods for part in _functions(method) for code in _codes(_code_of(part))]
     return any(attribute in code.co_names or _BY_NAME & set(code.co_names) for code in codes)
+
+
+def _functions(method: Any) -> list[object]:
+    """What a method, a property or a cached property runs."""
+    return [getattr(method, name, None) for name in ("fget", "fset", "func", "__func__")] + [method]
+
+
+def _code_of(function: Any) -> object:
+    return getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
 
 
 def _codes(code: object) -> Iterator[CodeType]:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as distributed
 from crash_points import Point, arm
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from eafo_dynamic import EAFOController
+from eafo_dynamic.apply.surgery import wrap
+from eafo_dynamic.find.sites import find_sites
 from eafo_dynamic.trainers.replicas import average_gradients
 
 
@@ -160,3 +163,53 @@ def train(model: nn.Module, controller: EAFOController, path: Path, rank: int, r
     weights = [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
     kept = [{key: row[key] for key in ("step", "eps", "mean", "std", "entropy")} for row in rows]
     torch.save({"weights": weights, "eps": torch.stack([each.detach() for each in eps]), "rows": kept}, path)
+
+
+class Spare(nn.Module):
+    """One activation that is used, one in a branch that the data never take, and one that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.relu, self.spare, self.other = nn.ReLU(), nn.ReLU(), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.one(x)
+        hidden = self.relu(hidden) if bool((x < 1e6).all()) else self.other(hidden)
+        return self.three(hidden.relu() + self.two(hidden))
+
+
+def train_spare(rank: int, port: int, example: bool) -> None:
+    """Trains a wrapped model with torch's own DistributedDataParallel."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model, x = Spare(), torch.randn(4, 8)
+    if not example:
+        model.other = nn.Identity()  # the module tree does not show which branches are taken
+    wrap(model, find_sites(model, *[x] * example))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(parallel.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        parallel(x + rank).square().mean().backward()
+        optimizer.step()
+    eps = [value for name, value in model.named_parameters() if name.endswith("_eps")]
+    assert eps and all(value.grad is not None for value in eps)
+    distributed.destroy_process_group()
+
+
+def spare(folder: Path, rank: int, options: dict[str, Any]) -> None:
+    """Lets the trained network be one with activations that are never called."""
+    import training_process
+
+    made, forward = training_process.Net.__init__, training_process.Net.forward
+
+    def with_spare(self: Any) -> None:
+        made(self)
+        self.spare, self.other = nn.ReLU(), nn.GELU()
+
+    def with_branch(self: Any, x: Tensor) -> Tensor:
+        return self.other(x) if bool((x > 1e6).all()) else forward(self, x)
+
+    training_process.Net.__init__, training_process.Net.forward = with_spare, with_branch

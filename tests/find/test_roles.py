@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -292,7 +293,7 @@ class Step(LightningModule):
         self.mean, self.sd = nn.Linear(16, 1), nn.Sequential(nn.Linear(16, 1), nn.Softplus())
         self.generator = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.2), nn.Linear(8, 8), nn.Tanh())
         self.critic = nn.Sequential(nn.Linear(8, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1))
-        self.counts = nn.Sequential(nn.Linear(8, 1), nn.ReLU())
+        self.counts = nn.Sequential(nn.Linear(8, 4), nn.GELU(), nn.Linear(4, 1), nn.ReLU())
         self.encoder = nn.Sequential(nn.Linear(8, 2), nn.Tanh())
         self.decoder = nn.Sequential(nn.Linear(2, 8))
         self.given = step
@@ -320,7 +321,7 @@ STEPS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, str]]] = {
         adversaries,
         {"generator.1": "hidden", "generator.3": "range", "critic.1": "hidden"},
     ),
-    "counts": (lambda m, x: F.mse_loss(m.counts(x), x[:, :1].abs()), {"counts.1": "range"}),
+    "counts": (lambda m, x: F.mse_loss(m.counts(x), x[:, :1].abs()), {"counts.1": "hidden", "counts.3": "range"}),
     "a code": (lambda m, x: F.mse_loss(m.decoder(m.encoder(x)), x), {"encoder.1": "hidden"}),
 }
 
@@ -355,10 +356,66 @@ class Spare(nn.Module):
 
 def test_a_spare_module_gets_no_parameter() -> None:
     report = find_sites(Spare(), example())
+    assert [site.name for site in report.wrapped] == ["act"]
+    unnamed = "not reached by the example input, and no code of the model names it"
+    assert {site.name: site.reason for site in report.skipped} == {
+        "other": "not reached by the example input; name it in target_modules to wrap it",
+        "spare": unnamed,
+        "more.1": unnamed,
+    }
+
+
+def test_a_spare_module_gets_no_parameter_without_an_example_either() -> None:
+    report = find_sites(Spare())
     assert [site.name for site in report.wrapped] == ["act", "other"]
     assert {site.name: site.reason for site in report.skipped} == dict.fromkeys(
-        ("spare", "more.1"), "not reached by the example input, and no code of the model names it"
+        ("spare", "more.1"), "no code of the model names it"
     )
+
+
+def test_code_behind_a_property_names_a_module() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self._act, self._other = nn.Linear(8, 8), nn.ReLU(), nn.GELU()
+
+        @property
+        def act(self) -> nn.Module:
+            return self._act
+
+        @functools.cached_property
+        def other(self) -> Callable[[Tensor], Tensor]:
+            return self._other
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(self.other(self.act(self.one(x))))
+
+    assert [site.name for site in find_sites(Hidden()).wrapped] == ["_act", "_other"]
+
+
+class Experts(nn.Module):
+    """Two blocks of the same structure, of which the example reaches one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Softplus())
+            for _ in range(2)
+        )
+        self.tails = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Dropout()) for _ in range(2))
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, expert: int = 0) -> Tensor:
+        return self.last(self.tails[expert](self.experts[expert](x).log()))
+
+
+def test_an_expert_without_a_token_has_the_roles_of_its_like() -> None:
+    report = find_sites(Experts(), example())
+    roles = {site.name: (site.role, site.wrapped) for site in report.sites if site.name.startswith("experts")}
+    expected = {"1": ("hidden", True), "3": ("hidden", True), "5": ("range", False)}
+    assert roles == {f"experts.{k}.{name}": value for k in (0, 1) for name, value in expected.items()}
+    tails = {site.name: site.wrapped for site in report.sites if site.name.startswith("tails")}
+    assert tails == {"tails.0.0": True, "tails.1.0": False}, "a parameter there would be the only one of its module"
 
 
 class TestStatic:

@@ -129,7 +129,7 @@ class TestWhatCannotBeReached:
         model[1].forward = lambda x: x  # type: ignore[method-assign, assignment]
         assert "replaced on the instance" in find_sites(model).sites[0].reason
 
-    def test_modules_the_example_does_not_reach_are_wrapped_and_say_so(self) -> None:
+    def test_modules_the_example_does_not_reach_stay_plain_and_say_so(self) -> None:
         class Branches(Layers):
             def __init__(self) -> None:
                 super().__init__()
@@ -141,8 +141,10 @@ class TestWhatCannotBeReached:
         report = find_sites(Branches(), torch.ones(2, 8))
         assert [(s.name, s.wrapped, s.reason) for s in report.sites] == [
             ("left", True, ""),
-            ("right", True, "not reached by the example input"),
+            ("right", False, "not reached by the example input; name it in target_modules to wrap it"),
         ]
+        named = find_sites(Branches(), torch.ones(2, 8), selection=Selection(target_modules=["left", "right"]))
+        assert names(named.wrapped) == ["left", "right"]
 
 
 class TestSelection:
