@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from eafo_dynamic import experiments
 from eafo_dynamic.errors import EAFOError, one_line
+from eafo_dynamic.experiments.earlier import PARSER_MODE, drop_compounding, read_earlier_configurations
 from eafo_dynamic.experiments.mistakes import find_mistake
 from eafo_dynamic.internals.torch_internals import code_of, variable_of
 
@@ -67,16 +68,17 @@ def configured(args: Any, *, run: bool, **options: Any) -> LightningCLI:
         EAFOError: for a user's mistake, whatever layers it has come through.
         Exception: whatever else training raised.
     """
-    parser_options: dict[str, Any] = {"exit_on_error": False}
+    parser_options: dict[str, Any] = {"exit_on_error": False, "parser_mode": PARSER_MODE}
     if run:
         for command, text in _COMMANDS.items():
-            parser_options[command] = {"exit_on_error": False, "description": text}
+            parser_options[command] = {"exit_on_error": False, "parser_mode": PARSER_MODE, "description": text}
+    read_earlier_configurations()
     with _one_line_for_mistakes():
         return _PlainCLI(
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_kwargs=parser_options,
-            args=args,
+            args=drop_compounding(args),
             run=run,
             **options,
         )

@@ -297,3 +297,33 @@ def test_module_and_script_are_the_same(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+class TestConfigurationsOfVersion010:
+    """``config.yaml``, as version 0.1.0 saved it in the run's folder, names every option that there was."""
+
+    def configuration(self, folder: Path, compounding: bool) -> Path:
+        config = yaml.safe_load((ROOT / "configs/wine_mlp.yaml").read_text())
+        callback = next(each for each in config["trainer"]["callbacks"] if each["class_path"].endswith("EAFOCallback"))
+        callback.setdefault("init_args", {})["compounding"] = compounding
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    def test_what_says_nothing_is_ignored_with_one_warning(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = self.configuration(tmp_path, compounding=False)
+        with pytest.warns(UserWarning, match="compounding: false in the configuration is of version 0.1.0") as warned:
+            assert run(monkeypatch, tmp_path, *quick(config)) == 0
+        assert len([each for each in warned if "compounding" in str(each.message)]) == 1
+        saved = next(path for path in tmp_path.rglob("config.yaml") if path != config)
+        assert "compounding" not in saved.read_text()
+
+    def test_what_there_is_no_more_is_refused_in_one_line(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = self.configuration(tmp_path, compounding=True)
+        assert run(monkeypatch, tmp_path, *quick(config)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "compounding" in line and "version 0.1.0" in line
