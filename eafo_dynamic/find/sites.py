@@ -240,7 +240,7 @@ def _dynamic_sites(model: nn.Module, run: Callable[[nn.Module], object]) -> tupl
 def _unreached(
     site: FoundSite, model: nn.Module, trace: Trace, like: Mapping[str, str], reached: Mapping[str, FoundSite]
 ) -> FoundSite:
-    """A site that the example did not reach: it gets no parameter, but where a module of the same structure was reached.
+    """A site that the example did not reach: no parameter for it, but where a module of the same structure was reached.
 
     Nobody has seen what it is for, and ``DistributedDataParallel`` stops at a parameter that goes unused.
 

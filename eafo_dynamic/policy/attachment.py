@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from eafo_dynamic.errors import SiteError
+from eafo_dynamic.errors import SiteError, printable
 
 __all__ = ["OptimizerWatch", "refuse_replicas"]
 
@@ -106,7 +106,7 @@ class OptimizerWatch:
         if missed:
             warnings.warn(
                 f"EAFO: {len(missed)} of {len(amplitudes)} amplitudes are in no optimiser and stay as they are, first "
-                f"of them {missed[0]}: the optimiser was made before attach, or leaves them out. Make it after attach, "
+                f"of them {printable(missed[0])}: the optimiser was made before attach, or leaves them out. Make it after attach, "
                 "or call own_group([optimizer], controller.amplitudes, model); or attach with policy='entropy', which "
                 "needs no optimiser.",
                 stacklevel=3,

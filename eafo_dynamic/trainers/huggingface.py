@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.density.ranks import world_size
-from eafo_dynamic.errors import EAFOError, SiteError, legible
+from eafo_dynamic.errors import ConfigError, EAFOError, SiteError, legible, one_line
 from eafo_dynamic.find.sites import find_sites
 from eafo_dynamic.internals.declared import takes
 from eafo_dynamic.internals.files import replacing
@@ -75,6 +76,8 @@ class EAFOTrainerCallback(TrainerCallback):
         """Wraps the model, before the optimiser is built and before the model is handed to DistributedDataParallel."""
         model = kwargs["model"]
         self._trainer = _calling_trainer()
+        _check_sharding(self._trainer)
+        self._watch_training()
         selection = self.options.selection
         if self.options.example is not None:
             report = find_sites(model, selection=selection, **self.options.example)
@@ -194,12 +197,46 @@ class EAFOTrainerCallback(TrainerCallback):
         self._log.close()
         self._forget_losses()
 
-    def _end(self, state: Any) -> None:
+    def _end(self, state: Any, how: str = "completed") -> None:
         if self._has_ended:
             return
         self._has_ended = True
-        if self._log.end(state.global_step, int(state.epoch or 0), "completed", self._controller):
+        if self._log.end(state.global_step, int(state.epoch or 0), how, self._controller):
             self._report_figure(state.global_step)
+
+    # The Trainer tells no callback of an exception, so its method `train` is wrapped on this one object.
+
+    def _watch_training(self) -> None:
+        trainer = self._trainer
+        if trainer is None:
+            return
+        train = trainer.train
+
+        @functools.wraps(train)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return train(*args, **kwargs)
+            except BaseException as error:
+                self._failed(trainer.state, error)
+                raise
+
+        trainer.train = watched
+
+    def _failed(self, state: Any, error: BaseException) -> None:
+        """Ends and closes the log of a training that an exception ends, also when it is interrupted by hand."""
+        if self.controller is None:
+            return
+        self.controller.collecting = False
+        how = "failed"
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            how = "interrupted"
+        if self._log.began:
+            try:
+                self._end(state, how)
+            except Exception as problem:  # such as a CUDA device that answers no more: the first exception is the cause
+                warnings.warn(f"EAFO: the log does not end with the model ({one_line(problem)})", stacklevel=2)
+        self._log.close()
+        self._forget_losses()
 
     def _say(self, line: str) -> None:
         if self.options.verbose:
@@ -272,6 +309,18 @@ def _calling_trainer() -> Any:
         if isinstance(caller, Trainer):
             return caller
     return None
+
+
+def _check_sharding(trainer: Any) -> None:
+    """Refuses what cuts parameters into shards: an amplitude is one number."""
+    for option, name in {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}.items():
+        if getattr(trainer, f"is_{option}_enabled", False):
+            raise ConfigError(
+                option,
+                getattr(trainer.args, option, None),
+                f"{name} cuts parameters into shards, and an amplitude is one number",
+                "Train with DistributedDataParallel: leave the option out, of accelerate's configuration too.",
+            )
 
 
 def _resumed_checkpoint(args: Any, state: Any) -> Path:

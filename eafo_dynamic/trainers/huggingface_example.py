@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eafo_dynamic.errors import SiteError
+from eafo_dynamic.errors import SiteError, printable
 from eafo_dynamic.find.sites import Selection, SiteReport, find_sites, forked_random_states
 from eafo_dynamic.internals.torch_internals import tree_map
 
@@ -48,7 +48,7 @@ def batch_report(trainer: Any, model: nn.Module, selection: Selection) -> SiteRe
         except Exception as error:  # user code that is not ready before the training
             why = f"the training data cannot be read ahead ({type(error).__name__}: {error})"
     warnings.warn(
-        f"EAFO looks at the module tree only, since {why}. Give EAFOTrainerCallback(example={{...}}), the keyword "
+        f"EAFO looks at the module tree only, since {printable(why)}. Give EAFOTrainerCallback(example={{...}}), the keyword "
         "inputs of one forward, to find functional and repeated calls.",
         stacklevel=2,
     )

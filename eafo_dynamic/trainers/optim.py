@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from eafo_dynamic.errors import ConfigError, one_line
+from eafo_dynamic.errors import ConfigError, one_line, printable
 from eafo_dynamic.internals.torch_internals import OTHERS_PER_GROUP, RATES_PER_GROUP, inner_schedulers
 from eafo_dynamic.trainers.options import GroupOptions
 
@@ -117,7 +117,7 @@ def _notes(in_lbfgs: Sequence[str], nowhere: Sequence[str], refusals: Sequence[s
             "single numbers, such as AdamW, have a part of the model (LBFGS, Muon and SparseAdam step none), or take "
             "policy='entropy', which needs none"
         )
-    return notes
+    return [printable(note) for note in notes]
 
 
 def _listed(names: Sequence[str], shown: int = 3) -> str:

@@ -488,3 +488,56 @@ def test_without_data_the_tree_alone_is_searched_and_a_warning_says_so(tmp_path:
 
 def make_gpt2() -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2))
+
+
+class _FailAt(transformers.TrainerCallback):
+    def __init__(self, step: int, error: BaseException) -> None:
+        self.step, self.error = step, error
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "how"), [(RuntimeError("no memory left"), "failed"), (KeyboardInterrupt(), "interrupted")]
+)
+def test_the_log_of_a_run_that_an_exception_ends_ends_with_the_model(
+    tmp_path: Path, error: BaseException, how: str
+) -> None:
+    callback = EAFOTrainerCallback(update_every_n_steps=4)
+    trainer = make(tmp_path, 10, callback)
+    trainer.add_callback(_FailAt(6, error))
+    with pytest.raises(type(error)):
+        trainer.train()
+    log = CorrectionLog.load(tmp_path)
+    assert (log.update_steps, log.steps) == ([1, 2, 4], [1, 2, 4, 6])
+    assert {row["fit_end"] for row in log.last()} == {how}
+    assert callback.controller is not None
+    for row, eps in zip(log.last(), callback.controller.bank.eps, strict=True):
+        assert row["eps"] == pytest.approx(eps.item())
+
+
+def test_a_run_that_fails_before_it_trains_has_no_log(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 4, EAFOTrainerCallback())
+    trainer.train_dataset = None
+    with pytest.raises(ValueError, match="train_dataset"):
+        trainer.train()
+    with pytest.raises(LogError):
+        CorrectionLog.load(tmp_path)
+
+
+@pytest.mark.parametrize(("option", "name"), [("fsdp", "FSDP"), ("deepspeed", "DeepSpeed")])
+def test_shards_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, name: str
+) -> None:
+    made = transformers.Trainer.create_accelerator_and_postprocess
+
+    def sharded(self: Any) -> None:
+        made(self)
+        setattr(self, f"is_{option}_enabled", True)  # as a configuration of accelerate sets it
+
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(ConfigError, match=f"^{option}=.*{name} cuts parameters into shards.*DistributedData") as raised:
+        make(tmp_path, 4, EAFOTrainerCallback())
+    assert "\n" not in str(raised.value)

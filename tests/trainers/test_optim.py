@@ -579,3 +579,12 @@ def test_a_rate_of_its_own_beside_a_rate_of_zero_is_refused_and_leaves_the_optim
     with pytest.raises(ConfigError, match="is 0"):
         own_group([optimizer], amplitudes(model), model, lr=0.1)
     assert_each_once(optimizer, list(model.parameters()))
+
+
+def test_names_reach_the_terminal_as_codes() -> None:
+    model = nn.Module()
+    vars(model)["_modules"]["block\x1b[31m"] = Layer()
+    named = {"block\x1b[31m.act.eafo_0_eps": next(iter(amplitudes(model).values()), nn.Parameter(torch.zeros(())))}
+    for optimizer in (torch.optim.LBFGS(named.values()), MatricesOnly([nn.Parameter(torch.zeros(2, 2))], 0.1)):
+        (note,) = own_group([optimizer], named, model)
+        assert "\x1b" not in note and r"block\x1b[31m.act.eafo_0_eps" in note

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from eafo_dynamic.errors import SiteError
+from eafo_dynamic.errors import SiteError, printable
 from eafo_dynamic.find.sites import Selection, SiteReport, find_sites, forked_random_states
 from eafo_dynamic.internals.torch_internals import may_be_compiled, tree_map
 
@@ -271,7 +271,7 @@ def static_report(module: nn.Module, selection: Selection, why: str) -> SiteRepo
         The report.
     """
     message = "Set example_input_array to find functional and repeated calls."
-    warnings.warn(f"EAFO looks at the module tree only, since {why}. {message}", stacklevel=3)
+    warnings.warn(f"EAFO looks at the module tree only, since {printable(why)}. {message}", stacklevel=3)
     return find_sites(module, selection=selection)
 
 
