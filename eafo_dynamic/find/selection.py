@@ -132,8 +132,8 @@ class Selection:
         asked = [f"{site.name} ({site.reason})" for site in marked if site.wrapped and site.role == "range"]
         if asked:
             warnings.warn(
-                f"EAFO corrects {printable(', '.join(asked))}, since target_modules names it. A correction may leave the range "
-                "that is needed there: watch for NaN, or take it out of target_modules.",
+                f"EAFO corrects {printable(', '.join(asked))}, since target_modules names it. A correction may leave "
+                "the range that is needed there: watch for NaN, or take it out of target_modules.",
                 stacklevel=3,
             )
         return marked

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from eafo_dynamic.correction.bases import as_base
 from eafo_dynamic.find.behaviour import is_soft_cap, is_straight, looks_like_activation, may_call_functions
+from eafo_dynamic.find.by_type import questions_of_type
 from eafo_dynamic.find.dryrun import trace_calls
 from eafo_dynamic.find.functional import function_base, is_function_of_name
 from eafo_dynamic.find.places import shortest
@@ -80,6 +81,8 @@ def find_sites(
         left = [site.name for site in marked if site.parameters is not None and site.role == "hidden"]
         if left:
             note = f"{note} Functional calls left alone: {', '.join(left)}.".strip()
+    changed = {name for site in marked if site.wrapped for name in (site.module, site.owner) if name is not None}
+    note = f"{note} {questions_of_type(model, changed)}".strip()
     return SiteReport(marked, dynamic=run is not None or bool(example_args or example_kwargs), note=note)
 
 

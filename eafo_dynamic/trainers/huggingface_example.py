@@ -48,8 +48,8 @@ def batch_report(trainer: Any, model: nn.Module, selection: Selection) -> SiteRe
         except Exception as error:  # user code that is not ready before the training
             why = f"the training data cannot be read ahead ({type(error).__name__}: {error})"
     warnings.warn(
-        f"EAFO looks at the module tree only, since {printable(why)}. Give EAFOTrainerCallback(example={{...}}), the keyword "
-        "inputs of one forward, to find functional and repeated calls.",
+        f"EAFO looks at the module tree only, since {printable(why)}. Give EAFOTrainerCallback(example={{...}}), the "
+        "keyword inputs of one forward, to find functional and repeated calls.",
         stacklevel=2,
     )
     return find_sites(model, selection=selection)
