@@ -107,8 +107,8 @@ class OptimizerWatch:
             warnings.warn(
                 f"EAFO: {len(missed)} of {len(amplitudes)} amplitudes are in no optimiser and stay as they are, first "
                 f"of them {printable(missed[0])}: the optimiser was made before attach, or leaves them out. Make it "
-                "after attach, or call own_group([optimizer], controller.amplitudes, model); or attach with policy='entropy', which "
-                "needs no optimiser.",
+                "after attach, or call own_group([optimizer], controller.amplitudes, model); or attach with "
+                "policy='entropy', which needs no optimiser.",
                 stacklevel=3,
             )
         done = bool(missed) or self._settled >= amplitudes.keys()

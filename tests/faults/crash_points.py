@@ -6,6 +6,8 @@ import functools
 import importlib
 import os
 import signal
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,3 +149,14 @@ def arm(point: Point) -> None:
 def prepare(folder: Path, rank: int, options: dict[str, Any]) -> None:
     """Arms the point that the options name; see ``children.run``."""
     arm(options.pop("point"))
+
+
+def kill_later(folder: Path, rank: int, options: dict[str, Any]) -> None:
+    """Makes this process die a given time after it began, wherever it is then."""
+    delay = options.pop("delay")
+
+    def wait() -> None:
+        time.sleep(delay)
+        _die()
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import random
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from children import KILLED, run, succeed
-from crash_points import AHEAD, ENDING, POINTS, RESUMING, Point, prepare
+from crash_points import AHEAD, ENDING, POINTS, RESUMING, Point, kill_later, prepare
 from tally import Tally
 
 from eafo_dynamic.records import CorrectionLog
@@ -141,6 +145,33 @@ def test_a_run_killed_again_and_again_resumes_equal(whole: Path, tmp_path: Path,
     succeed(tmp_path, resume=True, **OPTIONS)
     assert_equal_runs(whole, tmp_path)
     tally("runs resumed equal")
+
+
+KILLS = int(os.environ.get("EAFO_KILLS", "5"))
+"""Runs that are killed at a random moment; 100 take a quarter of an hour."""
+
+
+def test_runs_killed_at_random_moments_resume_equal(
+    whole_past_its_last_round: Path, tmp_path: Path, tally: Tally
+) -> None:
+    """From the first line of the process to its last; a run that is quicker than its kill is compared too."""
+    options = {**BY_STEP, "steps": 13}
+    began = time.monotonic()
+    succeed(tmp_path / "timed", **options)
+    duration = time.monotonic() - began
+    moments = random.Random(int(os.environ.get("EAFO_KILLS_SEED", "0")))
+    killed = 0
+    while killed < KILLS:
+        folder, delay = tmp_path / f"{killed}", moments.uniform(0.0, duration)
+        (code,) = run(folder, prepare=kill_later, delay=delay, **options)
+        assert code in (0, KILLED)
+        if code == KILLED:
+            killed += 1
+            succeed(folder, resume=True, **options)
+        assert_equal_results(whole_past_its_last_round, folder)
+        shutil.rmtree(folder)
+    tally("crash points tried", killed)
+    tally("runs resumed equal", killed)
 
 
 def test_what_a_kill_leaves_behind_is_whole(tmp_path: Path) -> None:
