@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from eafo_dynamic.correction.kernels import describe, is_correctable, size_of
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.find.beneath import listening, uncompiled
+from eafo_dynamic.find.by_channel import WeightedExpressions
 from eafo_dynamic.find.channels import channel_dim, mark_channels
 from eafo_dynamic.find.expressions import keep_expressions
 from eafo_dynamic.find.foreign import foreign_function
@@ -54,6 +55,7 @@ class _Running:
         self.constants: dict[int, Tensor] = {}
         self.expressions: dict[int, tuple[Tensor, Call]] = {}
         self.of_modules: dict[int, Tensor] = {}
+        self.weighted = WeightedExpressions()
 
     def call_that_made(self, tensor: Tensor) -> Call | None:
         return self.made.get(id(tensor), (tensor, None))[1]
@@ -172,7 +174,10 @@ class _Listener(TorchFunctionMode):
         try:
             return call(*args, **kw)
         finally:
-            self.here.running.pop()
+            ended = self.here.running.pop()
+            for root in ended.weighted.activations():
+                if self.lineage.is_learned(root):
+                    self.trace.by_channel[name] = size_of(root)
 
     def _note_module(self, name: str, module: nn.Module, values: tuple[Any, ...]) -> Call | None:
         value = values[0] if len(values) == 1 else values
@@ -232,6 +237,9 @@ class _Listener(TorchFunctionMode):
         # a network over learned queries has hidden activations
         if tensors and not is_product(func) and all(running.is_constant(tensor) for tensor in tensors):
             running.constants[id(out)] = out
+        # what bends without a weight has a site of its own
+        if not any(id(each) in running.expressions and not running.is_constant(each) for each in tensors):
+            running.weighted.step(func, args, kwargs, out, running.is_constant)
         before = [running.tracker.find(tensor) for tensor in tensors]
         name = getattr(func, "__name__", "")
         overwrites = name == "mul_"

@@ -265,26 +265,33 @@ def _spare(site: FoundSite, reason: str) -> FoundSite:
 
 
 def _hidden_in_code(trace: Trace) -> list[FoundSite]:
-    """Activations that ran beneath all Python functions, in scripted or C++ code."""
+    """Activations that ran beneath all Python functions, in scripted or C++ code, and those of each channel its own."""
     kernel = "computed by scripted or C++ code, or by torch.ops, which cannot be corrected; call a function of torch"
     branch = "what its branches compute cannot be corrected; branch in Python instead"
-    return [
-        FoundSite(
-            name=f"{module}:{name}",
-            module=module,
-            owner=None,
-            call=0,
-            base=name,
-            class_name=name,
-            shape=shape[1:],
-            inplace=False,
-            role="unknown",
-            wrapped=False,
-            reason=kernel if shape else branch,
-            kind="opaque",
-        )
+    channel = "written out with a weight for each channel, so that no correction fits all of them"
+    found = [
+        _out_of_reach(module, name, shape[1:], kernel if shape else branch)
         for (module, name), shape in trace.opaque.items()
     ]
+    found += [_out_of_reach(module, "by_channel", shape[1:], channel) for module, shape in trace.by_channel.items()]
+    return found
+
+
+def _out_of_reach(module: str, name: str, shape: tuple[int, ...], reason: str) -> FoundSite:
+    return FoundSite(
+        name=f"{module}:{name}",
+        module=module,
+        owner=None,
+        call=0,
+        base=name,
+        class_name=name,
+        shape=shape,
+        inplace=False,
+        role="unknown",
+        wrapped=False,
+        reason=reason,
+        kind="opaque",
+    )
 
 
 class _Naming:

@@ -75,6 +75,8 @@ class Trace:
         crowded: activation modules that were called with more than one value.
         opaque: activation kernels that ran where no Python function shows them, with the shape of their input; keys
             are the module whose forward ran and the function's name.
+        by_channel: modules whose forward writes out an activation with a weight for each channel, with the shape of
+            its input.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -84,3 +86,4 @@ class Trace:
     refused: dict[str, str] = field(default_factory=dict)
     crowded: set[str] = field(default_factory=set)
     opaque: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+    by_channel: dict[str, tuple[int, ...]] = field(default_factory=dict)

@@ -211,6 +211,63 @@ def test_what_cannot_be_corrected_is_listed_with_the_reason(name: str) -> None:
     assert reasons and any(words in reason for reason in reasons), reasons
 
 
+def snake_by_channel(m: Any, x: Tensor) -> Tensor:
+    h = m.one(x)
+    return m.two(h + torch.sin(m.norm.weight * h) ** 2 / m.norm.weight)
+
+
+def snake_with_two_weights(m: Any, x: Tensor) -> Tensor:
+    h, alpha, beta = m.one(x), m.norm.weight.log().exp(), (m.norm.weight * 2.0).exp()
+    return m.two(h + (1.0 / (beta + 1e-9)) * torch.pow(torch.sin(h * alpha), 2))
+
+
+BY_CHANNEL: dict[str, Callable[[Any, Tensor], Any]] = {
+    "snake": snake_by_channel,
+    "snake with two weights": snake_with_two_weights,
+    "swish": lambda m, x: (lambda h: m.two(h * torch.sigmoid(m.norm.weight * h)))(m.one(x)),
+    "a rectifier": lambda m, x: (lambda h: m.two(torch.where(h > 0, h, 0.1 * m.norm.weight * h)))(m.one(x)),
+}
+
+
+@pytest.mark.parametrize("name", BY_CHANNEL)
+def test_functions_with_a_weight_for_each_channel_are_listed(name: str) -> None:
+    report = report_of(BY_CHANNEL[name])
+    assert not [site for site in report.wrapped if site.kind != "module"]
+    assert [site.reason for site in report.sites if site.name == ":by_channel"] == [
+        "written out with a weight for each channel, so that no correction fits all of them"
+    ]
+
+
+class Snake(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(6, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sin(self.alpha * x) ** 2 / self.alpha
+
+
+def test_a_module_of_snake_is_listed() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 6, 3), Snake(), nn.Conv1d(6, 4, 3), nn.ReLU(), nn.Conv1d(4, 4, 1))
+    report = find_sites(model, torch.randn(2, 4, 16))
+    assert [site.name for site in report.wrapped] == ["3"]
+    assert [(site.name, site.shape) for site in report.skipped] == [("1:by_channel", (6, 14))]
+
+
+SCALED: dict[str, Callable[[Any, Tensor], Any]] = {
+    "a sine that is scaled": lambda m, x: m.two(torch.sin(m.one(x)) * m.norm.weight),
+    "a scaled layer": lambda m, x: m.two(m.one(x) * m.norm.weight + m.norm.bias),
+    "positions": lambda m, x: m.two(m.one(x) + torch.sin(torch.arange(16) * m.norm.weight)),
+    "features of data": lambda m, x: m.one(torch.sin(x * m.norm.weight[:8])),
+    "a normalisation": lambda m, x: (lambda h: m.two((h - h.mean()) / (h.var() + 1).sqrt() * m.norm.weight))(m.one(x)),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_other_uses_of_a_weight_are_not(name: str) -> None:
+    assert not [site for site in report_of(SCALED[name]).sites if "by_channel" in site.name]
+
+
 NOTHING: dict[str, Callable[[Any, Tensor], Any]] = {
     "positions": lambda m, x: m.two(m.one(x) + torch.sin(torch.arange(16) / 3.0)),
     "fourier features of data": lambda m, x: m.one((x * 2.0).sin()),
