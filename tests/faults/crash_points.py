@@ -87,6 +87,12 @@ AHEAD = Point("log ahead of the checkpoint", "training_process:Net.training_step
 
 # after step 13, whose rows are those of the end of the fit: the last round ran after step 12, as the last checkpoint
 ENDING = [
+    Point(
+        "early in an epoch, the checkpoint that of the last one's end",
+        "training_process:Net.training_step",
+        "before",
+        10,
+    ),
     Point("after the last step", f"{_CALLBACK}.on_fit_end", "before", 1),
     Point("before the rows of the end", f"{_WRITER}:LogWriter.write_end", "before", 1),
     Point("in the middle of a row of the end", f"{_WRITER}:os.write", "torn", 1, '"fit_end"'),

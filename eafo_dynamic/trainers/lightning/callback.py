@@ -70,6 +70,7 @@ class EAFOCallback(Callback):
     def __init__(self, options: CallbackOptions) -> None:
         self.options = options
         self.controller: EAFOController | None = None
+        self._last_epoch: int | None = None  # that of the last batch of this fit
         self._epochs: Epochs | None = None
         if options.update_every_n_epochs is not None:
             self._epochs = Epochs(options.update_every_n_epochs)
@@ -148,6 +149,7 @@ class EAFOCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives eps its parameter group, before optimiser states are restored, and opens the log."""
+        self._last_epoch = None
         if not self._awaits_batch:
             self._begin(trainer, pl_module)
 
@@ -224,6 +226,7 @@ class EAFOCallback(Callback):
         if self._awaits_batch:
             return  # there was no batch: the loader gave None
         controller, step = self._controller, trainer.global_step
+        self._last_epoch = trainer.current_epoch
         self._observe_loss(outputs)
         due: bool | None = None
         if self._epochs is not None:
@@ -275,7 +278,9 @@ class EAFOCallback(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def _end(self, trainer: Trainer, how: str) -> None:
-        epoch = max(0, trainer.fit_loop.epoch_progress.current.ready - 1)  # that of the last batch
+        epoch = self._last_epoch
+        if epoch is None:  # nothing was left to train
+            epoch = max(0, trainer.fit_loop.epoch_progress.current.ready - 1)
         if self.controller is not None and self._log.end(trainer.global_step, epoch, how, self.controller):
             self._reporter.send_figure(trainer, lambda: self.plot("functions"))
 
