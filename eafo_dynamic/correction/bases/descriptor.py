@@ -30,10 +30,13 @@ class LogSlope(NamedTuple):
     Args:
         below: for z < 0, and continued to 0.
         above: for z > 0, and continued to 0; the same function where f''/f' has no jump at 0.
+        integral: I(z, b), an antiderivative in z of (f''/f') / (1 + b (f''/f')^2), b >= 0; None where it is not needed.
+            Its differences are means over cells, which hold where f turns within less than a cell.
     """
 
     below: Pointwise
     above: Pointwise
+    integral: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 class Traits(NamedTuple):
