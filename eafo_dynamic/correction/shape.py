@@ -80,11 +80,12 @@ def correction_shape(
 
         ghat = -sqrt(2 pi) [p_u' - p_u L / (1 + (r L / 2)^2)]
 
-    which is f'' f' / (f'^2 + delta^2) with delta = r sigma |f''| / 2: f' counts as known up to its change over half a
-    resolution length, and the ratio is at most 1 / r. L is in closed form for torch's own activations, so that it
-    holds where they saturate and f' is 0 in floating point, and is averaged over the cells of the grid; the shape is
-    then exact to 0.5 % of its peak up to sigma = 1e6, the largest that was tried. For other functions L is made of f' and f'' by automatic differentiation, and is 0 where f' is: one that
-    saturates within the data (tanh does so at |z| = 19) has a wrong shape there. Give it the score route.
+    which is f'' f' / (f'^2 + delta^2) with delta = r sigma |f''| / 2: f' counts as known up to its change over half
+    a resolution length, and the ratio is at most 1 / r. L is in closed form for torch's own activations, so that it
+    holds where they saturate and f' is 0 in floating point, and is averaged over the cells of the grid; the shape
+    is then exact to 0.5 % of its peak up to sigma = 1e6, the largest that was tried. For other functions L is made
+    of f' and f'' by automatic differentiation, and is 0 where f' is: one that saturates within the data (tanh does
+    so at |z| = 19) has a wrong shape there. Give it the score route.
 
     Score route:
 
@@ -189,6 +190,9 @@ def _mean_over_cells(
     """L / (1 + (r L / 2)^2) as its mean over the cell around each point, from its antiderivative.
 
     At sigma = 1000 tanh turns within a thousandth of a standard deviation, which no grid of points sees.
+
+    Returns:
+        The means, of the shape of z.
     """
     safe = std.clamp(min=1e-30)
     b = (0.5 * resolution * safe).square()

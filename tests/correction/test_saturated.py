@@ -120,7 +120,7 @@ def assert_log_slope(base: Base) -> None:
         found = integral(ends, torch.tensor(b, dtype=torch.float64)).diff()
         for k, piece in enumerate(found.tolist()):
 
-            def ratio(z: float) -> float:
+            def ratio(z: float, b: float = b) -> float:
                 log_slope = float((below if z < 0 else above)(torch.tensor(z, dtype=torch.float64)))
                 return log_slope / (1 + b * log_slope**2)
 
