@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,9 +145,9 @@ def _check_initialised(model: nn.Module, report: SiteReport) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for found in report.wrapped:
         for name in (found.module, found.owner, *found.guarded):
-            module = modules.get(name or "")
-            lazy = isinstance(module, LazyModuleMixin) and module.cls_to_become is not None
-            if lazy and name is not None and module.has_uninitialized_params():
+            module: Any = None if name is None else modules.get(name)
+            changes = isinstance(module, LazyModuleMixin) and module.cls_to_become is not None
+            if changes and cast(Any, module).has_uninitialized_params():
                 raise SiteError(
                     f"{name or type(module).__name__} is a lazy module that is not initialised: it would lose its "
                     "corrections when it is. Run the model once, model(x), before it is wrapped."

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from eafo_dynamic.correction.kernels import is_correctable
 from eafo_dynamic.find.written import Made, Tracker, acts, bends
@@ -66,7 +67,7 @@ class WeightedExpressions:
                 yield made.root
 
     def _standing_for(self, arg: Any, is_weight: Callable[[Tensor], bool]) -> Any:
-        if not isinstance(arg, Tensor) or not arg.dim() or arg.is_meta or not is_weight(arg):
+        if not isinstance(arg, Tensor) or is_lazy(arg) or not arg.dim() or arg.is_meta or not is_weight(arg):
             return arg
         if id(arg) not in self._weights:
             self._weights[id(arg)] = (arg, arg.detach().float().mean())

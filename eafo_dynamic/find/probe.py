@@ -57,7 +57,8 @@ def _shared(model: nn.Module) -> dict[int, Any]:
         memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) if type(p) is nn.Parameter else p for p in parameters}
     for buffer in model.buffers():
         if is_lazy(buffer):  # torch copies lazy parameters, and no lazy buffers
-            memo[id(buffer)] = UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)
+            lazy: Any = UninitializedBuffer
+            memo[id(buffer)] = lazy(device=buffer.device, dtype=buffer.dtype)
     for module in model.modules():
         for key, value in vars(module).items():
             if key in ("_trainer", "_fabric") and value is not None:

@@ -104,7 +104,7 @@ def _uses(kind: type[nn.Module], attribute: str) -> bool:
     return any(attribute in code.co_names or _BY_NAME & set(code.co_names) for code in codes)
 
 
-def _functions(method: Any) -> list[object]:
+def _functions(method: Any) -> list[Any]:
     """What a method, a property or a cached property runs."""
     return [getattr(method, name, None) for name in ("fget", "fset", "func", "__func__")] + [method]
 
