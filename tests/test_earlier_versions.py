@@ -28,7 +28,11 @@ from eafo_dynamic import (
 from eafo_dynamic.cli import main
 
 # pickles name modules of 0.1.0 that may have moved since
-pytestmark = pytest.mark.filterwarnings("ignore:eafo_dynamic[.]:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:eafo_dynamic[.]:DeprecationWarning",
+    "ignore:EAFO. the (pickled|merged) model is of version 0.1.0, which told the calls:UserWarning",
+    "ignore:EAFO. the checkpoint is of version 0.1.0, which told the calls:UserWarning",
+)
 
 DATA = Path(__file__).parent / "data" / "v0.1.0"
 EXPECTED = json.loads((DATA / "expected.json").read_text(encoding="utf-8"))

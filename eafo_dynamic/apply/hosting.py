@@ -1,6 +1,6 @@
 """What a wrapped module is: an instance of a generated subclass of its own class.
 
-An *activation* runs its site; an *owner* opens a frame in each of its forwards, in which calls are counted.
+An *activation* runs its site; an *owner* opens a frame in each of its forwards, in which calls are told apart.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import torch
@@ -27,14 +27,15 @@ from eafo_dynamic.apply.frames import (
     refuse_symbols,
     route,
 )
+from eafo_dynamic.apply.known import ENTRIES, KnownCalls, warn_of_order
 from eafo_dynamic.apply.site import Site, describe_state, register
 from eafo_dynamic.correction.kernels import is_correctable, known_module, prepare
 from eafo_dynamic.errors import CompoundingError, SiteError, printable
 from eafo_dynamic.find.functional import unbound
-from eafo_dynamic.find.places import Places
 from eafo_dynamic.find.wrapped import (
     ACTIVATION,
     ENTRY_POINTS,
+    OWNER,
     Wrapped,
     class_before,
     derived_class,
@@ -42,15 +43,15 @@ from eafo_dynamic.find.wrapped import (
     rebased,
 )
 from eafo_dynamic.find.written import Node
-from eafo_dynamic.internals.torch_internals import CAN_COMPILE_FRAMES, forget, hide_from_compiler
+from eafo_dynamic.internals.torch_internals import CAN_COMPILE_FRAMES, current_frame, forget, hide_from_compiler
 
-__all__ = ["Hosting", "become", "revert"]
+__all__ = ["Hosting", "become", "enter_by", "revert"]
 
 _SLOPE_BY_RESULT = (nn.ELU, nn.CELU, nn.SELU)  # in place, in the last bit other than by the input
 _HALF = (torch.float16, torch.bfloat16)
 _STATE = (
-    "eafo_sites", "eafo_name", "eafo_shared", "eafo_routes", "eafo_places", "eafo_functions", "eafo_uncompiled",
-    "eafo_written",
+    "eafo_sites", "eafo_name", "eafo_child", "eafo_shared", "eafo_checked", "eafo_tells_others", "eafo_routes",
+    "eafo_functions", "eafo_uncompiled", "eafo_written",
 )  # fmt: skip
 
 
@@ -62,10 +63,12 @@ class Hosting(Wrapped):
         eafo_kind: ACTIVATION or OWNER.
         eafo_sites: the sites it hosts.
         eafo_name: FQN of the module when it was wrapped, by which owners know it.
+        eafo_methods: other methods of an owner that make calls, and may be called from outside its forward.
         eafo_shared: of an activation: whether owners host its sites.
-        eafo_routes: of an owner: for each of its activations and functions, the sites of call 0, 1, ...;
-            None for a call that is left alone.
-        eafo_places: of an owner: where in the code it makes those calls.
+        eafo_tells_others: of an owner: whether it tells calls of activations that host their own sites.
+        eafo_checked: of an activation that hosts its own site: whether an owner tells its one call from others.
+        eafo_child: its name in the frame around it, when it has returned; empty for what is not noted.
+        eafo_routes: of an owner: for each of its activations and functions, the calls that it knows.
         eafo_functions: of an owner: names of the functions that its own code calls and a site corrects.
         eafo_uncompiled: of an owner: those of its functions that torch.compile would not show.
         eafo_written: of an owner: expressions that written-out activations of its own code consist of.
@@ -75,9 +78,12 @@ class Hosting(Wrapped):
     eafo_kind: str
     eafo_sites: list[Site]
     eafo_name: str
+    eafo_methods: frozenset[str]
     eafo_shared: bool
-    eafo_routes: dict[str, list[Site | None]]
-    eafo_places: dict[str, Places]
+    eafo_checked: bool
+    eafo_tells_others: bool
+    eafo_child: str
+    eafo_routes: dict[str, KnownCalls]
     eafo_functions: frozenset[str]
     eafo_uncompiled: frozenset[str]
     eafo_written: frozenset[Node]
@@ -90,7 +96,7 @@ class Hosting(Wrapped):
         state: Any = (
             cast(Any, self).__getstate__() if hasattr(self, "__getstate__") else vars(self)
         )  # Python 3.10 has none
-        return _rebuild, (self.eafo_class, self.eafo_kind), state
+        return _rebuild, (self.eafo_class, self.eafo_kind, self.eafo_methods), state
 
     def __setstate__(self, state: Any) -> None:
         """Takes a pickled state; refuses one of version 0.1.0 that this version cannot compute.
@@ -99,6 +105,11 @@ class Hosting(Wrapped):
             CompoundingError: if its corrections compound.
         """
         cast(Any, super()).__setstate__(state)
+        vars(self).pop("eafo_places", None)  # of version 0.1.0, as are routes that are lists
+        for key, route_then in vars(self).get("eafo_routes", {}).items():
+            if isinstance(route_then, list):
+                warn_of_order("the pickled model")
+                self.eafo_routes[key] = KnownCalls.by_order(cast("list[Site | None]", route_then))
         for key in self._offset_keys():
             if cast(nn.Module, self)._buffers.get(key) is not None:
                 raise CompoundingError("the pickled model")
@@ -191,7 +202,7 @@ class _Activation(Hosting):
                 return base(*args, **kwargs)  # no owner is there to count
         else:
             # the caller's mode must not take the functions inside the activation for the caller's own
-            outer = open_frame(self)
+            outer = open_frame(self, 0 if is_compiling() else id(current_frame()))
             try:
                 return _correct(self, base, args, kwargs)
             finally:
@@ -200,23 +211,28 @@ class _Activation(Hosting):
 
 
 def _correct(host: Any, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    compiling = is_compiling()
     values = (*args, *kwargs.values()) if kwargs else args
     if len(values) != 1 or not is_correctable(values[0]):
-        if len(values) == 1 and not is_compiling() and _acts(host):
+        if len(values) == 1 and not compiling and _acts(host):
             refuse_symbols(values[0], host)
         if not host.eafo_shared:
             host.eafo_sites[0].pass_over(host, values[0] if len(values) == 1 else values)
         return base(*args, **kwargs)
     inplace, known = getattr(host, "inplace", False), None
-    if not is_compiling() and not (inplace and issubclass(host.eafo_class, _SLOPE_BY_RESULT)):
+    if not compiling and not (inplace and issubclass(host.eafo_class, _SLOPE_BY_RESULT)):
         known = known_module(host, host.eafo_class)
     if not host.eafo_shared:
+        if host.eafo_checked and STACK.frames:
+            owner, site = route(host.eafo_name, compiling)
+            if owner is not None and site is None:
+                return base(values[0])  # another call than the one that the example made
         return host.eafo_sites[0](host, base, values[0], inplace, known)
-    owner, site = route(host.eafo_name)
+    owner, site = route(host.eafo_name, compiling)
     if owner is None or site is None:
         return base(values[0])
-    counting: Any = owner
-    return site(counting, base, values[0], inplace, known)
+    telling: Any = owner
+    return site(telling, base, values[0], inplace, known)
 
 
 def _counted(method: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -225,35 +241,43 @@ def _counted(method: Callable[..., Any], name: str) -> Callable[..., Any]:
     Returns:
         A function with the signature of the original.
     """
-    is_forward, by_place = name == "forward", name == "predict_step"  # which may run a part alone
+    is_forward, is_method = name == "forward", name not in ENTRY_POINTS
 
     @functools.wraps(method)
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, Hosting):  # unwrapped, but somebody has kept this method
             return method(self, *args, **kwargs)
         idle, frames = _all_idle(self), STACK.frames
+        if is_method and any(frame.owner is self for frame in frames):
+            return method(self, *args, **kwargs)  # by the owner's own forward or step
         if idle and (not frames or frames[-1].mode is None):
-            return method(self, *args, **kwargs)  # nothing acts, and no mode takes its functions for the caller's
-        if is_compiling() and not idle and (self.eafo_uncompiled or not CAN_COMPILE_FRAMES):
-            return _uncompiled(self, method, args, kwargs, is_forward)
-        functions = bool(self.eafo_functions) and not idle
-        if is_compiling():
-            return entered(self, method, args, kwargs, is_forward, functions)
-        if self.eafo_sites and not idle:  # in a graph nobody would open frames, and its activations would be plain
-            refuse_symbols(args[0] if args else next(iter(kwargs.values()), None), self)
-        # as entered does, but all in one function: recursive models need the depth of Python's stack
-        outer, ended = open_frame(self, is_forward, by_place), False
-        try:
-            if functions:
-                with function_mode():
-                    result = method(self, *args, **kwargs)
-            else:
+            STACK.idle += 1  # nothing acts, and no mode takes its functions for the caller's
+            try:
                 result = method(self, *args, **kwargs)
-            ended = True
-        finally:
-            close_frame(outer, ended)
+            finally:
+                STACK.idle -= 1
+        elif is_compiling() and not idle and (self.eafo_uncompiled or not CAN_COMPILE_FRAMES):
+            result = _uncompiled(self, method, args, kwargs, is_forward)
+        elif is_compiling():
+            result = entered(self, method, args, kwargs, is_forward, bool(self.eafo_functions) and not idle)
+        else:
+            if self.eafo_sites and not idle:  # a graph would open no frames, and its activations would be plain
+                refuse_symbols(args[0] if args else next(iter(kwargs.values()), None), self)
+            # as entered does, but all in one function: recursive models need the depth of Python's stack
+            outer = open_frame(self, id(current_frame()), is_forward)
+            try:
+                if self.eafo_functions and not idle:
+                    with function_mode():
+                        result = method(self, *args, **kwargs)
+                else:
+                    result = method(self, *args, **kwargs)
+            finally:
+                close_frame(outer)
+        if frames and is_forward and self.eafo_child:
+            frames[-1].returned.append(self.eafo_child)
         return result
 
+    ENTRIES.add(entry.__code__)
     return entry
 
 
@@ -286,6 +310,8 @@ def _acts(host: Hosting) -> bool:
 
 def _all_idle(owner: Hosting) -> bool:
     """Whether no function of the owner has anything to do, so that its code runs as if it had none."""
+    if owner.eafo_tells_others:
+        return False
     host: Any = owner
     for site in owner.eafo_sites:
         if not site.idle(host):
@@ -320,12 +346,12 @@ class _HostedGraph(Hosting):
         Returns:
             What that returns.
         """
-        module, plain, kind = cast(Any, self), self.eafo_class, self.eafo_kind
+        module, plain, kind, methods = cast(Any, self), self.eafo_class, self.eafo_kind, self.eafo_methods
         module.__class__ = plain
         try:
             return module.recompile()
         finally:
-            module.__class__ = _generated.__wrapped__(plain, kind)  # of the code that is there now
+            module.__class__ = _generated.__wrapped__(plain, kind, methods)  # of the code that is there now
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = copy.deepcopy(plain_view(cast(nn.Module, self)), memo)
@@ -351,25 +377,26 @@ def _rehosted(graph: nn.Module, kind: str, state: dict[str, Any], tensors: dict[
 
 
 @functools.cache
-def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
-    """The subclass of a module class that carries corrections; the same object for the same class.
+def _generated(cls: type[nn.Module], kind: str, methods: frozenset[str] = frozenset()) -> type[nn.Module]:
+    """The subclass of a module class that carries corrections; the same object for the same arguments.
 
     Args:
         cls: the original class.
         kind: ACTIVATION or OWNER.
+        methods: of an owner: methods beside the entry points that open frames, too.
 
     Returns:
         A class with the name, module and documentation of the original.
     """
     body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     # defaults for instances that user code makes of the class, as slicing an nn.Sequential does
-    body.update(eafo_class=cls, eafo_kind=kind, eafo_sites=[], eafo_routes={}, eafo_places={}, eafo_name="")
-    body.update(eafo_shared=True)
+    body.update(eafo_class=cls, eafo_kind=kind, eafo_sites=[], eafo_routes={}, eafo_name="", eafo_child="")
+    body.update(eafo_shared=True, eafo_checked=False, eafo_tells_others=False, eafo_methods=methods)
     body.update(eafo_functions=frozenset(), eafo_uncompiled=frozenset(), eafo_written=frozenset())
     if kind == ACTIVATION:
         body["reset_parameters"] = _reset_parameters
         return derived_class(cls.__name__, (_Activation, cls), body)
-    for name in ENTRY_POINTS:
+    for name in (*ENTRY_POINTS, *sorted(methods)):
         method = unbound(cls, name)
         if method is not None:
             body[name] = _counted(method, name)
@@ -382,7 +409,7 @@ def _generated(cls: type[nn.Module], kind: str) -> type[nn.Module]:
     return derived_class(cls.__name__, (Hosting, cls), body)
 
 
-def _class_for(module: nn.Module, kind: str) -> type[nn.Module]:
+def _class_for(module: nn.Module, kind: str, methods: frozenset[str] = frozenset()) -> type[nn.Module]:
     """The generated class for a module instance.
 
     A parametrized one has a class of its own on top of the original, which ``remove_parametrizations`` takes away: the
@@ -393,15 +420,15 @@ def _class_for(module: nn.Module, kind: str) -> type[nn.Module]:
     """
     cls = type(module)
     if not is_parametrized(module):
-        return _generated(cls, kind)
+        return _generated(cls, kind, methods)
     plain = cls.__bases__[0]
-    made = rebased(cls, plain, _generated(plain, kind))
+    made = rebased(cls, plain, _generated(plain, kind, methods))
     made["body"].update(eafo_class=cls, eafo_names=frozenset(vars(cls)))
     return derived_class(**made)
 
 
-def _rebuild(cls: type[nn.Module], kind: str) -> nn.Module:
-    generated = _generated(cls, kind)
+def _rebuild(cls: type[nn.Module], kind: str, methods: frozenset[str] = frozenset()) -> nn.Module:
+    generated = _generated(cls, kind, methods)
     return generated.__new__(generated)
 
 
@@ -422,8 +449,22 @@ def become(module: nn.Module, kind: str, name: str) -> Hosting:
             cast(Any, module).__class__ = _class_for(cast(nn.Module, module), kind)
     else:
         module.__class__ = _class_for(module, kind)
-        vars(module).update(eafo_sites=[], eafo_name=name, eafo_routes={}, eafo_places={}, eafo_shared=False)
+        vars(module).update(eafo_sites=[], eafo_name=name, eafo_child="", eafo_routes={}, eafo_shared=False)
     return cast(Hosting, module)
+
+
+def enter_by(owner: Hosting, methods: Collection[str]) -> None:
+    """Lets methods of an owner open frames where they are called from outside its forward.
+
+    Args:
+        owner: the module.
+        methods: their names.
+    """
+    module = cast(nn.Module, owner)
+    wanted = owner.eafo_methods | frozenset(methods)
+    if owner.eafo_kind == OWNER and wanted != owner.eafo_methods:
+        cast(Any, owner).__class__ = class_before(owner)
+        cast(Any, owner).__class__ = _class_for(module, OWNER, wanted)
 
 
 def revert(module: nn.Module) -> None:

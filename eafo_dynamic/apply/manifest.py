@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from reprlib import repr as _shown
 from typing import Any, cast
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.apply.kept import CHECKPOINT_KEY, keep_sites
+from eafo_dynamic.apply.known import warn_of_order
 from eafo_dynamic.apply.surgery import hosted_sites, unwrap, wrap
 from eafo_dynamic.errors import CompoundingError, SiteError, legible, printable
+from eafo_dynamic.find.evidence import BY_ORDER
 from eafo_dynamic.find.functional import WRITTEN, function_base
 from eafo_dynamic.find.sites import MAX_CALLS, FoundSite, SiteReport, find_sites
 
@@ -30,7 +32,8 @@ __all__ = [
     "wrap_from_manifest",
 ]
 
-MANIFEST_VERSION = 2  # 2 adds places
+MANIFEST_VERSION = 3  # 3 tells calls by evidence; 1 and 2 by their order, 2 also by an older kind of places
+_BY_EVIDENCE = 3
 
 _FORM = ("tabulated", "per_channel", "free")
 _DAMAGED = "the checkpoint's list of sites is damaged, or of another version"
@@ -84,10 +87,16 @@ def manifest(
     return {"manifest_version": MANIFEST_VERSION, "sites": sites, **form}
 
 
-def _found(saved: Mapping[str, Any]) -> FoundSite:
+def _sites(saved: Mapping[str, Any]) -> list[FoundSite]:
+    """The sites of a manifest, whose calls are told by their order where the version knew no better."""
     # JSON and weights-only loading know lists, a frozen site has tuples
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-    return FoundSite(**values)
+    sites = [
+        FoundSite(**{key: tuple(value) if isinstance(value, list) else value for key, value in site.items()})
+        for site in saved["sites"]
+    ]
+    if saved.get("manifest_version", 1) >= _BY_EVIDENCE:
+        return sites
+    return [replace(site, places=BY_ORDER.places, after=BY_ORDER.after, turn=site.call) for site in sites]
 
 
 def check_manifest(saved: object) -> Mapping[str, Any]:
@@ -139,12 +148,16 @@ def _check_site(number: int, site: object) -> None:
 
 
 @legible(_DAMAGED)
-def report_from_manifest(model: nn.Module, saved: Mapping[str, Any]) -> SiteReport:
+def report_from_manifest(
+    model: nn.Module, saved: Mapping[str, Any], present: SiteReport | None = None
+) -> SiteReport:
     """The sites that a manifest lists, checked against a model.
 
     Args:
         model: any module.
         saved: from ``manifest``.
+        present: of a search in the model as it is now, with an example; calls are then told by its places, which hold
+            where the code has changed since, or another Python runs it.
 
     Returns:
         The report.
@@ -152,7 +165,7 @@ def report_from_manifest(model: nn.Module, saved: Mapping[str, Any]) -> SiteRepo
     Raises:
         SiteError: if it is no such list, or the model lacks one of the sites; the message lists all that differ.
     """
-    sites = [_found(site) for site in check_manifest(saved)["sites"]]
+    sites = _sites(check_manifest(saved))
     modules = dict(model.named_modules(remove_duplicate=False))
     problems: list[str] = []
     for site in sites:
@@ -167,7 +180,27 @@ def report_from_manifest(model: nn.Module, saved: Mapping[str, Any]) -> SiteRepo
     for site in sites:
         if site.parameters is not None:
             function_base(WRITTEN if site.kind == "written" else site.class_name, site.parameters)
+    if present is not None and present.dynamic:
+        sites = _told_as_now(sites, present)
     return SiteReport(sites, dynamic=True, note="The sites of the checkpoint.")
+
+
+def _told_as_now(sites: list[FoundSite], present: SiteReport) -> list[FoundSite]:
+    """Takes from a search how to tell the calls that it has found again."""
+    now = {site.name: site for site in present.sites}
+    told: list[FoundSite] = []
+    for site in sites:
+        same = now.get(site.name)
+        if same is not None and (same.owner, same.call, _function(same)) == (site.owner, site.call, _function(site)):
+            site = replace(site, **{name: getattr(same, name) for name in _EVIDENCE})
+        elif (site.places, site.after) == BY_ORDER:
+            site = replace(site, places=(_GONE,))  # others of its key are told by their places
+        told.append(site)
+    return told
+
+
+_EVIDENCE = ("caller", "places", "after", "turn", "through", "beside", "guarded")
+_GONE = "gone#"
 
 
 def check_form(saved: Mapping[str, Any], form: Mapping[str, bool]) -> None:
@@ -199,14 +232,14 @@ def warn_of_changes(saved: Mapping[str, Any], report: SiteReport) -> None:
         saved: from ``manifest``.
         report: of a search in the model as it is now; one of the module tree alone shows too little to say anything.
     """
-    changes = _changes({site.name: site for site in map(_found, saved["sites"])}, {s.name: s for s in report.wrapped})
+    changes = _changes({site.name: site for site in _sites(saved)}, {s.name: s for s in report.wrapped})
     if changes and report.dynamic:
         _warn(changes, "The checkpoint's sites are used; begin a new run from its weights to use the model's.")
 
 
 def _warn_of_losses(saved: Mapping[str, Any], report: SiteReport) -> None:
     """Names the sites of a checkpoint that a model calls no more, or with other parameters, and what may be instead."""
-    every = {site.name: site for site in map(_found, saved["sites"])}
+    every = {site.name: site for site in _sites(saved)}
     # a module that hosts its own site acts wherever it is called
     then = {name: site for name, site in every.items() if site.owner is not None or site.parameters is not None}
     now = {s.name: s for s in report.sites if s.name in then or (s.wrapped and s.name not in every)}
@@ -249,7 +282,10 @@ def wrap_from_manifest(model: nn.Module, saved: Mapping[str, Any], present: Site
         SiteError: if it cannot be done; the model is then as it was.
     """
     saved = check_manifest(saved)
-    report = report_from_manifest(model, saved)
+    report = report_from_manifest(model, saved, present)
+    by_order = saved.get("manifest_version", 1) < _BY_EVIDENCE and any(site.owner is not None for site in report.sites)
+    if by_order and present is None:
+        warn_of_order("the checkpoint")
     try:
         with legible(_DAMAGED):
             wrap(model, report, backend="auto", **{key: bool(saved[key]) for key in _FORM})

@@ -2,31 +2,37 @@
 
 No module is replaced: the *class of the instance* becomes a generated subclass, so that ``isinstance``, names and the
 keys of the state_dict survive. A module that is called once hosts its own site. Where one activation is called several
-times in a forward, or called as a function, the module around the calls (the owner) hosts one site a call and counts
-the calls in each of its forwards, from zero, so that recomputation under activation checkpointing finds the same sites.
+times in a forward, or called as a function, the module around the calls (the owner) hosts one site a call and tells
+them apart, by where they are made and by the children that have run before; see ``find.evidence``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+import inspect
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from eafo_dynamic.apply.hosting import Hosting, become, revert
+from eafo_dynamic.apply.holders import give_back_common, take_own_copies
+from eafo_dynamic.apply.hosting import Hosting, become, enter_by, revert
 from eafo_dynamic.apply.kept import forget_sites
+from eafo_dynamic.apply.known import KnownCalls
+from eafo_dynamic.apply.noting import forget_children, note_children
 from eafo_dynamic.apply.site import Form, Site, Switch
 from eafo_dynamic.correction.bases import Base, as_base
 from eafo_dynamic.correction.kernels import Backend, prepare
 from eafo_dynamic.density.collector import Collector
 from eafo_dynamic.errors import SiteError
+from eafo_dynamic.find.evidence import Evidence
 from eafo_dynamic.find.functional import function_base
-from eafo_dynamic.find.places import Places
+from eafo_dynamic.find.places import function_of, is_unbranched
 from eafo_dynamic.find.sites import FoundSite, SiteReport, find_sites
-from eafo_dynamic.find.wrapped import ACTIVATION, OWNER, plain_view
+from eafo_dynamic.find.wrapped import ACTIVATION, ENTRY_POINTS, OWNER, plain_view
 from eafo_dynamic.find.written import WRITTEN, wanted_for, written_node
 
 __all__ = [
@@ -123,11 +129,18 @@ def wrap(
     if per_channel:
         for found in report.wrapped:
             _channels(found)
+    take_own_copies(model, _plain_activations(model, report))
     hosted = [_install(model, found, switch, form) for found in report.wrapped]
+    _know_what_is_left_alone(model, report)
     _guard(model, report)
     for device in {getattr(host, site.keys[0]).device for host, site in hosted}:
         prepare(device, switch.backend)
     return hosted
+
+
+def _plain_activations(model: nn.Module, report: SiteReport) -> set[str]:
+    names = {found.module for found in report.wrapped if found.parameters is None}
+    return {name for name in names if not isinstance(model.get_submodule(name), Hosting)}
 
 
 def _nothing_to_wrap(model: nn.Module, report: SiteReport) -> str:
@@ -175,12 +188,10 @@ def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> 
     owner = become(host, OWNER, found.module if found.owner is None else found.owner)
     index = 1 + max((each.index for each in owner.eafo_sites), default=-1)
     site = Site(found.name, index, found.module, switch, Collector(channel_dim=found.channel_dim))
-    key = target.eafo_name
+    key = _key(found, target)
     if found.parameters is None:
         target.eafo_shared = found.owner is not None
     else:
-        function = found.key[len(found.module) :]
-        key = function if found.owner == found.module else f"{target.eafo_name}{function}"  # see frames
         site.function = (WRITTEN if found.kind == "written" else found.class_name, found.parameters)
         target.eafo_functions |= {site.function[0]}
         if found.hidden_from_compiler:
@@ -190,11 +201,59 @@ def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> 
     channels = _channels(found) if form.per_channel else None
     site.register(host, as_base(site_source(model, site)), form, channels, _device(model, found))
     owner.eafo_sites.append(site)
-    if found.owner is not None:
-        count = max(found.calls, found.call + 1)
-        owner.eafo_routes.setdefault(key, [None] * count)[found.call] = site
-        owner.eafo_places.setdefault(key, Places(count)).put(found.call, found.places)
+    teller = owner if found.caller is None else become(model.get_submodule(found.caller), OWNER, found.caller)
+    if found.owner is not None or found.caller is not None:
+        teller.eafo_routes.setdefault(key, KnownCalls()).put(Evidence(found.places, found.after), found.turn, site)
+        enter_by(teller, _methods(teller, found))
+    if found.caller is not None:
+        target.eafo_checked = teller.eafo_tells_others = True
     return host, site
+
+
+def _methods(owner: Hosting, found: FoundSite) -> set[str]:
+    """Methods of an owner, beside its entry points, that may make a call of a function or activation.
+
+    Those that lie on the way to the call, and those whose code has its name: where they run alone, the call must be told
+    from the known ones.
+    """
+    functions = {function_of(place) for place in found.places}
+    spelled = {found.class_name, f"{found.class_name}_"} if found.parameters is not None else {*found.module.split(".")}
+    methods = set[str]()
+    for cls in owner.eafo_class.__mro__:
+        if cls is object or cls.__module__.partition(".")[0] == "torch":
+            continue
+        for name, method in vars(cls).items():
+            code = getattr(inspect.unwrap(method), "__code__", None) if inspect.isfunction(method) else None
+            is_entry = name in ENTRY_POINTS or name.startswith("__")
+            if code is not None and not is_entry and (f"{cls.__qualname__}.{name}" in functions or spelled & _names(code)):
+                methods.add(name)
+    return methods
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = (each for each in code.co_consts if isinstance(each, CodeType))
+    return {*code.co_names}.union(*map(_names, inner))
+
+
+def _key(found: FoundSite, target: Hosting) -> str:
+    """What the owner of a site knows its calls by; see frames."""
+    if found.parameters is None:
+        return target.eafo_name
+    function = found.key[len(found.module) :]
+    return function if found.owner == found.module else f"{target.eafo_name}{function}"
+
+
+def _know_what_is_left_alone(model: nn.Module, report: SiteReport) -> None:
+    """Tells the owners of the calls that have no site, beside others of the same key that have one."""
+    for found in report.skipped:
+        module = model.get_submodule(found.module)
+        owner = None if found.owner is None else model.get_submodule(found.owner)
+        if not isinstance(module, Hosting) or not isinstance(owner, Hosting):
+            continue
+        known = owner.eafo_routes.get(_key(found, module))
+        evidence = Evidence(found.places, found.after)
+        if known is not None and not known.has(evidence, found.turn):
+            known.put(evidence, found.turn, None)
 
 
 def _device(model: nn.Module, found: FoundSite) -> torch.device | None:
@@ -212,13 +271,18 @@ def _device(model: nn.Module, found: FoundSite) -> torch.device | None:
 def _guard(model: nn.Module, report: SiteReport) -> None:
     """Lets the modules that a caller of functions calls open frames of their own; see hosting."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    owners: set[str] = set()
     for found in report.wrapped:
-        for name in found.guarded:
-            if name in modules:
+        for name in (*found.guarded, *found.through, *found.beside):
+            if name in modules and not isinstance(modules[name], torch.jit.ScriptModule):
                 become(modules[name], OWNER, name)
+        teller = found.caller if found.owner is None else found.owner
+        if teller is not None and not is_unbranched(found.places):  # else its place decides, whatever ran before
+            owners |= {teller, *found.through, *found.beside}
     for name, module in modules.items():
         if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.activation, Hosting):
             become(module, OWNER, name)
+    note_children(model, owners)
 
 
 def unwrap(model: nn.Module) -> None:
@@ -229,7 +293,9 @@ def unwrap(model: nn.Module) -> None:
     """
     for module in list(model.modules()):
         revert(module)
+        forget_children(module)
         forget_sites(module)
+    give_back_common(model)
 
 
 @contextmanager

@@ -30,10 +30,10 @@ from eafo_dynamic.find.functional import (
 )
 from eafo_dynamic.find.lineage import Lineage, in_method, is_product
 from eafo_dynamic.find.observers import global_observers_silenced, silence_observers
-from eafo_dynamic.find.places import chain
+from eafo_dynamic.find.places import pieces
 from eafo_dynamic.find.probe import structural_copy
 from eafo_dynamic.find.roles import assign_roles
-from eafo_dynamic.find.trace import SOFT_CAP, Call, Frame, Trace
+from eafo_dynamic.find.trace import SOFT_CAP, Call, Frame, Returned, Trace
 from eafo_dynamic.find.wrapped import ENTRY_POINTS, CarriesCorrection
 from eafo_dynamic.find.written import WRITTEN, Made, Tracker, bends, parts
 from eafo_dynamic.internals.torch_internals import caller_of, code_of, current_frame
@@ -49,6 +49,7 @@ class _Running:
     def __init__(self, frame: Frame, inside: bool = False) -> None:
         self.frame = frame
         self.inside = inside  # an activation module, which is one site whatever it does there
+        self.returned: list[Returned] = []  # its children
         self.tracker = Tracker()
         # by id; the tensors are kept, so that no number is given twice
         self.made: dict[int, tuple[Tensor, Call]] = {}
@@ -139,6 +140,9 @@ class _Listener(TorchFunctionMode):
         if not inside and next(module.children(), None) is not None:
             self.lineage.entered(name, (args, kwargs))
         out = self._framed(name, True, inside, call, args, kwargs)
+        if not inside:
+            loops = pieces(current_frame(2), _ENTRIES, _traced.__code__)[0].loops
+            running[-1].returned.append(Returned(name, frozenset(loops)))
         if noted is not None and isinstance(out, Tensor):
             running[-1].made[id(out)] = (out, noted)
             self.lineage.step(None, args, kwargs, out, noted)
@@ -227,7 +231,8 @@ class _Listener(TorchFunctionMode):
         here: types.FrameType | None = current_frame(2)
         if call.function is None:
             here = caller_of(here)  # past the activation's own forward, which is not in the path
-        call.places = chain(here, _ENTRIES, _traced.__code__)
+        call.pieces = pieces(here, _ENTRIES, _traced.__code__)
+        call.returned = [(running.returned, len(running.returned)) for running in self.here.running]
         call.in_method = self.lineage.stepped and in_method(here, _ENTRIES)
         self.trace.calls.append(call)
         return call

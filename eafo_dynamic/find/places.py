@@ -1,57 +1,243 @@
-"""Where in the code a call is made, which tells the calls of one function apart where only some of them run.
+"""Where in the code a call is made.
 
 A *chain* has the place of the call in the innermost function of the user's code, then the place where that function is
-called, and so on outwards. A place is a function's name, a line counted from its first one and a column: it survives
-changes of other functions.
+called, and so on outwards to the entry of the module that owns the call. A *place* is an instruction of a function:
+its name, the number of the instruction, and a digest of the function's code, so that a place of code that has changed
+since is never taken for another one. A mark at its end says whether the instructions before it decide what ran before:
+none if they always do, ``BRANCHED`` behind a branch, ``REPEATED`` in a loop.
 """
 
 from __future__ import annotations
 
+import dis
+import hashlib
 import os
 import sys
-from collections.abc import Collection, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterable
+from functools import lru_cache
 from itertools import islice
 from types import CodeType, FrameType
+from typing import NamedTuple
 
 import torch
 
-from eafo_dynamic.internals.torch_internals import caller_of, callers, code_of, current_frame, instruction_of
+from eafo_dynamic.internals.torch_internals import (
+    callers,
+    code_of,
+    current_frame,
+    instruction_of,
+    instructions_until,
+    resumed_from,
+)
 
-__all__ = ["Calls", "Places", "chain", "shortest"]
+__all__ = ["BRANCHED", "REPEATED", "Piece", "function_of", "is_repeated", "is_unbranched", "line_of", "place_of", "pieces", "places_of", "places_until"]
+
+REPEATED = "*"
+BRANCHED = "?"
+UNKNOWN = "unknown"
+"""Stands for a place that cannot be read; it is none of the known ones."""
 
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 _NETWORKS = os.path.join(_PACKAGE, "experiments", "")  # models, whose code is as a user's
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 _MOST_KNOWN = 1 << 14
-
-_known: dict[tuple[int, int], tuple[CodeType, str]] = {}  # the code is kept, so that no number is given twice
-
-
-def _place(frame: FrameType) -> str:
-    """The place at which a function of the user's code is; empty for code of torch and of this package's machinery."""
-    code, at = code_of(frame), instruction_of(frame)
-    known = _known.get((id(code), at))
-    if known is None:
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        known = _known[id(code), at] = code, _text(code, at)
-    return known[1]
+_known: dict[tuple[int, ...], tuple[list[CodeType], tuple[str, ...]]] = {}  # the code is kept: its number is no other's
 
 
+class _Instructions(NamedTuple):
+    """The instructions of a function, and which of them jump where.
+
+    Args:
+        offsets: where each begins, in bytes, in ascending order.
+        firsts: for each, the number of the first one of the same expression.
+        jumps: from where to where the code may jump.
+        digest: of all of them and of the names and numbers in them.
+    """
+
+    offsets: list[int]
+    firsts: list[int]
+    jumps: list[tuple[int, int]]
+    digest: str
+
+
+@lru_cache(maxsize=1 << 12)
+def _read(code: CodeType) -> _Instructions:
+    offsets: list[int] = []
+    firsts: list[int] = []
+    expressions: dict[object, int] = {}
+    jumps: list[tuple[int, int]] = []
+    digest = hashlib.blake2s(digest_size=4)
+    for each in dis.get_instructions(code):
+        is_jump = each.opcode in dis.hasjrel or each.opcode in dis.hasjabs
+        position = getattr(each, "positions", None) or each.offset  # Python 3.10 knows no positions
+        firsts.append(expressions.setdefault(position, len(offsets)))
+        offsets.append(each.offset)
+        if is_jump:
+            jumps.append((each.offset, each.argval))
+        shown = _read(each.argval).digest if isinstance(each.argval, CodeType) else each.argrepr
+        digest.update(f"{each.opname} {'' if is_jump else shown}\n".encode())
+    return _Instructions(offsets, firsts, jumps, digest.hexdigest())
+
+
+@lru_cache(maxsize=1 << 14)
 def _text(code: CodeType, at: int) -> str:
+    original = resumed_from(code)
+    if original is None:
+        return UNKNOWN
+    if original is not code:
+        found = _same_instruction(code, at, original)
+        return UNKNOWN if found is None else _text(original, found)
+    instructions = _read(code)
+    number = instructions.firsts[bisect_right(instructions.offsets, at) - 1]
+    name = code.co_qualname if sys.version_info >= (3, 11) else code.co_name
+    return f"{name}#{instructions.digest}+{number}{_mark(code, instructions, at)}"
+
+
+def _mark(code: CodeType, instructions: _Instructions, at: int) -> str:
+    if any(to <= at <= start for start, to in instructions.jumps):
+        return REPEATED
+    # whoever calls a lambda may do so as often as they like
+    if code.co_name == "<lambda>" or any(start < at for start, _ in instructions.jumps):
+        return BRANCHED
+    return ""
+
+
+def _same_instruction(code: CodeType, at: int, original: CodeType) -> int | None:
+    """Where an instruction of a piece of code stands in the whole; None where that is not known."""
+    if sys.version_info < (3, 11):
+        return None
+    position = next(islice(code.co_positions(), at // 2, None))
+    for number, each in enumerate(original.co_positions()):
+        if each == position and None not in position:
+            return 2 * number
+    return None
+
+
+def place_of(code: CodeType, at: int) -> str:
+    """The place of an instruction.
+
+    Args:
+        code: of a function.
+        at: offset of the instruction in it, in bytes.
+
+    Returns:
+        The place; empty for code of torch and of this package's machinery.
+    """
     file = code.co_filename
     if file.startswith(_TORCH):
         return ""
     if file.startswith(_PACKAGE) and not file.startswith(_NETWORKS):
         return ""
-    if sys.version_info >= (3, 11):
-        line, _, column, _ = next(islice(code.co_positions(), at // 2, None))
-        return f"{code.co_qualname}+{(line or code.co_firstlineno) - code.co_firstlineno}:{column}"
-    start, line = next((start, line) for start, end, line in code.co_lines() if start <= at < end)
-    return f"{code.co_name}+{(line or code.co_firstlineno) - code.co_firstlineno}:{at - start}"
+    return _text(code, at)
 
 
-def chain(frame: FrameType | None, entries: Collection[CodeType], outermost: CodeType) -> list[list[str]]:
+def places_of(instructions: Iterable[tuple[CodeType, int]]) -> tuple[str, ...]:
+    """The places of instructions that have led to a call.
+
+    Args:
+        instructions: code and offset, innermost first.
+
+    Returns:
+        Those in the user's code.
+    """
+    places = (place_of(code, at) for code, at in instructions)
+    return tuple(place for place in places if place)
+
+
+def places_until(depth: int, last: int) -> tuple[str, ...]:
+    """The places from a frame outwards.
+
+    Args:
+        depth: how many callers further out than the function that calls this one the frame is.
+        last: ``id`` of the frame at which to end, which is not counted.
+
+    Returns:
+        Those in the user's code, innermost first; the same object for the same instructions.
+    """
+    numbers = instructions_until(depth + 1, last)
+    known = _known.get(numbers)
+    return _read_places(current_frame(depth + 1), last, numbers) if known is None else known[1]
+
+
+def _read_places(frame: FrameType, last: int, numbers: tuple[int, ...]) -> tuple[str, ...]:
+    passed: list[tuple[CodeType, int]] = []
+    for each in callers(frame):
+        if id(each) == last:
+            break
+        passed.append((code_of(each), instruction_of(each)))
+    if len(_known) >= _MOST_KNOWN:
+        _known.clear()
+    places = places_of(passed)
+    _known[numbers] = [code for code, _ in passed], places
+    return places
+
+
+def line_of(instructions: Iterable[tuple[CodeType, int]]) -> str:
+    """Where a reader finds the innermost instruction that is in the user's code.
+
+    Args:
+        instructions: code and offset, innermost first.
+
+    Returns:
+        File and line; empty if there is none.
+    """
+    for code, at in instructions:
+        if place_of(code, at):
+            line = next((line for start, end, line in code.co_lines() if start <= at < end), None)
+            return f"{os.path.basename(code.co_filename)}:{line or code.co_firstlineno}"
+    return ""
+
+
+def function_of(place: str) -> str:
+    """The name of the function in which a place is.
+
+    Args:
+        place: any.
+
+    Returns:
+        The name, with those of the classes around it.
+    """
+    return place.rpartition("#")[0]
+
+
+def is_repeated(places: Collection[str]) -> bool:
+    """Whether one forward may reach a call several times.
+
+    Args:
+        places: its chain. One without places is of code that lies elsewhere, as the loop of a ``Sequential`` does.
+
+    Returns:
+        Whether it may.
+    """
+    return not places or any(place.endswith(REPEATED) for place in places)
+
+
+def is_unbranched(places: Collection[str]) -> bool:
+    """Whether the same has run before each time that a call is reached.
+
+    Args:
+        places: its chain.
+
+    Returns:
+        Whether neither a branch nor a loop lies between the entry of the owner and the call.
+    """
+    return bool(places) and not any(place.endswith((REPEATED, BRANCHED)) for place in places)
+
+
+class Piece(NamedTuple):
+    """The part of a chain that lies in one forward.
+
+    Args:
+        places: innermost first.
+        loops: the outermost loop around each of them that is in one.
+    """
+
+    places: list[str]
+    loops: set[tuple[CodeType, int]]
+
+
+def pieces(frame: FrameType | None, entries: Collection[CodeType], outermost: CodeType) -> list[Piece]:
     """The places from a call outwards, in pieces.
 
     Args:
@@ -62,149 +248,23 @@ def chain(frame: FrameType | None, entries: Collection[CodeType], outermost: Cod
     Returns:
         The places in the user's code, innermost first.
     """
-    pieces: list[list[str]] = [[]]
+    found = [Piece([], set())]
     for each in callers(frame):
-        if code_of(each) is outermost:
+        code, at = code_of(each), instruction_of(each)
+        if code is outermost:
             break
-        if code_of(each) in entries:
-            pieces.append([])
-        elif place := _place(each):
-            pieces[-1].append(place)
-    return pieces
-
-
-class Node:
-    """Calls whose chains are the same up to here.
-
-    Args:
-        calls: their numbers, in their order.
-        chains: of all calls.
-        depth: how many places they share.
-
-    Attributes:
-        nodes: the calls by their next place, unless all their chains are the same.
-    """
-
-    __slots__ = ("calls", "nodes")
-
-    def __init__(self, calls: Sequence[int], chains: Sequence[tuple[str, ...]], depth: int = 0) -> None:
-        self.calls = calls
-        self.nodes: dict[str, Node] = {}
-        if (not depth and all(chains)) or len({chains[call][depth:] for call in calls}) > 1:  # the first place counts
-            for place in {chains[call][depth] for call in calls if len(chains[call]) > depth}:
-                same = [call for call in calls if chains[call][depth : depth + 1] == (place,)]
-                self.nodes[place] = Node(same, chains, depth + 1)
-
-
-def shortest(chains: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """As many places of each call as tell it from the others, and one at least.
-
-    Args:
-        chains: of all calls of one function in a forward.
-
-    Returns:
-        Their innermost places; none where one's are unknown.
-    """
-    found: list[tuple[str, ...]] = [()] * len(chains)
-    nodes = [(Node(range(len(chains)), chains), 0)] if all(chains) else []
-    for node, depth in nodes:
-        nodes += [(inner, depth + 1) for inner in node.nodes.values()]
-        for call in node.calls:
-            found[call] = chains[call][:depth]
+        if code in entries:
+            found.append(Piece([], set()))
+        elif place := place_of(code, at):
+            found[-1].places.append(place)
+            starts = [to for start, to in _read(code).jumps if to <= at <= start]
+            if starts:
+                found[-1].loops.add((code, min(starts)))
     return found
 
 
 class Places:
-    """The chains of all calls of one function or shared module in a forward of their owner.
-
-    Args:
-        calls: how many there are.
-    """
-
-    def __init__(self, calls: int) -> None:
-        self.chains: list[tuple[str, ...]] = [()] * calls
-        self._root: Node | None = None
-
-    def put(self, call: int, places: tuple[str, ...]) -> None:
-        """Takes in one call.
-
-        Args:
-            call: its number.
-            places: its chain; empty if it is not known.
-        """
-        self.chains[call] = places
-        self._root = None
-
-    def find(self, frame: FrameType | None) -> Sequence[int]:
-        """The calls that a call from here may be one of, by as many places as it takes.
-
-        Args:
-            frame: where the call is made, or what that has called.
-
-        Returns:
-            Their numbers; none where the places do not tell.
-        """
-        if self._root is None:
-            known = all(self.chains)
-            self._root = Node(range(len(self.chains)), self.chains if known else [()] * len(self.chains))
-        node = self._root
-        while node.nodes and frame is not None:
-            place = _place(frame)
-            if place and place not in node.nodes:
-                return ()
-            node = node.nodes[place] if place else node
-            frame = caller_of(frame)
-        return () if node.nodes or node is self._root else node.calls
+    """What pickles of version 0.1.0 hold of the places of calls; nobody uses it after they are read."""
 
 
-class Calls:
-    """Counts the calls that one running entry point of an owner makes.
-
-    Args:
-        by_place: whether the calls go by their places, as in an entry point that may make a part of them only.
-        recomputes: the calls of a forward of which this one runs a part again, counted up to that part.
-
-    Attributes:
-        counts: how many calls there were of each function or shared module, by their keys.
-        guessed: keys of which a call was told by its order alone.
-    """
-
-    __slots__ = ("_again", "_by_place", "_made", "counts", "guessed")
-
-    def __init__(self, by_place: bool = False, recomputes: Calls | None = None) -> None:
-        self.counts: dict[str, int] = {} if recomputes is None else dict(recomputes.counts)
-        self.guessed: set[str] = set()
-        self._made: dict[str, list[int]] = {} if recomputes is None else recomputes._made
-        self._by_place = by_place
-        self._again = recomputes is not None
-
-    def which(self, key: str, places: Places | None) -> int:
-        """Which call the coming one is: again the same one in a recomputation.
-
-        By place it is the next one that is made there, else the one after the last.
-
-        Args:
-            key: what is called.
-            places: where the owner makes its calls of it.
-
-        Returns:
-            Its number; beyond the last one where the order goes on.
-        """
-        count = self.counts.get(key, 0)
-        if not self._by_place and not self._again:
-            self.guessed.add(key)
-            return count
-        made = self._made.setdefault(key, [])
-        if self._again:
-            return made[count] if count < len(made) else count
-        if len(made) < count:  # calls in graphs of torch.compile, which go by their order
-            made.extend(range(len(made), count))
-        after = made[-1] + 1 if made else 0
-        here = () if places is None else places.find(current_frame())
-        if here:
-            longer = bool(made) and made[-1] in here  # a loop, of more turns than in the example; else begun anew
-            made.append(next((call for call in here if call >= after), here[-1 if longer else 0]))
-        else:
-            self.guessed.add(key)
-            made.append(after)
-        return made[-1]
+Node = Places

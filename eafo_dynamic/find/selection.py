@@ -26,7 +26,7 @@ class FoundSite:
             named after the module that makes it and the function: ``mlp:relu``.
         module: FQN of the activation module; of a functional call, of the module whose forward makes it.
         owner: FQN of the module whose forwards count the calls; None where one call needs no owner.
-        call: which of the owner's calls of this activation in one forward, from 0.
+        call: which of the owner's calls of this activation, from 0, in the order in which they were found.
         base: name of the base function.
         class_name: class of the activation module; of a functional call, the function's name.
         shape: shape of the pre-activation without its first dimension; None where no example was run.
@@ -40,13 +40,19 @@ class FoundSite:
         kind: ``module`` (called once), ``shared`` (called several times), ``function``, ``written`` (out) or
             ``opaque`` (computed where no Python code can be corrected).
         parameters: hyper-parameters of a functional call; None for a module, which knows its own.
-        calls: how many calls of this activation the owner makes in one forward, wrapped or not.
+        calls: how many calls of this activation the owner makes, wrapped or not.
         guarded: modules that the code of a functional call's module calls, which keep their functions to themselves.
         hidden_from_compiler: whether torch.compile would run the call without showing it: ``F.leaky_relu_(x)``.
         channel_dim: dimension of the channels, by the layer before the call: 1 after a convolution or batch norm, -1
             after a Linear or layer norm; None where it is not known, which means 1 with four dimensions or more and the
             last one otherwise.
-        places: where in the code the call is made, if the owner makes several; see ``places``.
+        caller: FQN of the module whose forwards tell the one call of an activation from others; None where nothing of
+            the code could make another.
+        places: where in the code the call is made; see ``evidence``.
+        after: children that run before the call.
+        turn: how often the owner has made a call by the same evidence before, in one forward.
+        through: modules whose forwards run between the owner's and the call.
+        beside: other modules whose children return in these forwards, as where one of their methods is called.
     """
 
     name: str
@@ -66,7 +72,12 @@ class FoundSite:
     guarded: tuple[str, ...] = ()
     hidden_from_compiler: bool = False
     channel_dim: int | None = None
+    caller: str | None = None
     places: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    turn: int = 0
+    through: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:

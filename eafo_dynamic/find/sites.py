@@ -11,21 +11,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.correction.bases import as_base
+from eafo_dynamic.find.attributes import Attributes
 from eafo_dynamic.find.behaviour import is_soft_cap, is_straight, looks_like_activation, may_call_functions
 from eafo_dynamic.find.by_type import questions_of_type
+from eafo_dynamic.find.children import names_of_children, parent_of
 from eafo_dynamic.find.dryrun import trace_calls
 from eafo_dynamic.find.functional import function_base, is_function_of_name
-from eafo_dynamic.find.places import shortest
+from eafo_dynamic.find.places import is_repeated
 from eafo_dynamic.find.probe import forked_random_states
 from eafo_dynamic.find.roles import is_rectifier
 from eafo_dynamic.find.selection import FoundSite, Selection, SiteReport, matches
+from eafo_dynamic.find.telling import MadeCall, told_apart
 from eafo_dynamic.find.trace import SOFT_CAP, Call, Frame, Trace
 from eafo_dynamic.find.unreached import is_named, relatives, taken_over
 from eafo_dynamic.find.wrapped import CarriesCorrection, Wrapped, is_activation, plain_view
@@ -35,8 +37,8 @@ from eafo_dynamic.internals.torch_internals import tree_map
 __all__ = ["FoundSite", "Selection", "SiteReport", "find_sites", "forked_random_states", "matches"]
 
 MAX_CALLS = 64
-"""Calls of one activation in one forward that get a site of their own; all later ones belong to the last of them. A
-recurrent loop over a sequence would otherwise have a site a time step."""
+"""Turns of one loop that get a site of their own; all later ones belong to the last of them. A recurrent loop over a
+sequence would otherwise have a site for each time step."""
 
 _OUTSIDE = "called outside any forward, where its calls cannot be told apart; call it from a forward"
 _NOT_SEEN = "without an example it is not seen whether this is a hidden activation or an output"
@@ -295,7 +297,7 @@ def _out_of_reach(module: str, name: str, shape: tuple[int, ...], reason: str) -
 
 
 class _Naming:
-    """Turns calls into sites: finds the module that can tell the calls apart, counts them, gives names.
+    """Turns calls into sites: finds the module that can tell the calls apart, tells them apart, gives names.
 
     Args:
         model: the model.
@@ -305,6 +307,8 @@ class _Naming:
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self.model = model
         self.trace = trace
+        self.children = names_of_children(model)
+        self.attributes = Attributes(model)
         self.aliases: dict[str, list[str]] = {}
         first = {id(module): name for name, module in model.named_modules()}
         for name, module in model.named_modules(remove_duplicate=False):
@@ -319,40 +323,70 @@ class _Naming:
         Returns:
             The sites.
         """
-        found: list[tuple[FoundSite, int]] = []
-        outside: set[str] = set()
-        counts: Counter[tuple[str, int, str]] = Counter()
-        for call in self.trace.calls:
-            frame = self._owner(call)
-            site = self._function_site(call) if call.function is not None else described[call.module]
-            k = counts[frame.module, frame.instance, site.key]
-            counts[frame.module, frame.instance, site.key] += 1
-            inside = call.places[: len(call.path) - call.path.index(frame)]
-            places = tuple(chain.from_iterable(inside))
-            size, dim = call.shape[1:], call.channel_dim
-            site = replace(site, owner=frame.module, call=k, shape=size, channel_dim=dim, places=places)
-            if frame.instance == 0 and site.parameters is None:
-                outside.add(site.module)
-            elif frame.instance == 0:
-                site = replace(site, wrapped=False, reason=_OUTSIDE)
-            if site.parameters is None and site.role == "hidden" != call.role:
-                site = replace(site, role=call.role, reason=site.reason or call.reason)
-            found.append((site, frame.instance))
-        calls: Counter[tuple[str | None, str]] = Counter()
-        for (owner, _, key), count in counts.items():
-            calls[owner, key] = max(calls[owner, key], count)
-        # a module that is called once in each forward needs nobody to count for it
-        owners = Counter(site.module for site in {(s.owner, s.call, s.module): s for s, _ in found}.values())
-        distinct: dict[tuple[str | None, str, int], FoundSite] = {}
-        for site, _ in found:
+        made = [self._made(call, described) for call in self.trace.calls]
+        rows = told_apart(made, self.children)
+        outside = {each.site.module for each in made if each.frame.instance == 0 and each.site.parameters is None}
+        certain = outside | {each.site.module for each in made if self._is_certain(each)}
+        turns: Counter[tuple[Frame, str, int]] = Counter()
+        distinct: dict[tuple[str, str, int, int], FoundSite] = {}
+        for each, row in zip(made, rows, strict=True):
+            site, frame = each.site, each.frame
+            turn = turns[frame, site.key, row.number]
+            turns[frame, site.key, row.number] += 1
+            if turn < MAX_CALLS:
+                site = replace(site, places=row.evidence.places, after=row.evidence.after, turn=turn)
+                distinct.setdefault((frame.module, site.key, row.number, turn), site)
+        # a module that is called once in each forward needs nobody to tell its calls apart
+        owners = Counter(site.module for site in distinct.values() if site.parameters is None)
+        calls = Counter((site.owner, site.key) for site in distinct.values())
+        seen: Counter[tuple[str | None, str]] = Counter()
+        sites: list[FoundSite] = []
+        for site in distinct.values():
+            number = seen[site.owner, site.key]
+            seen[site.owner, site.key] += 1
             if site.parameters is None and (owners[site.module] == 1 or site.module in outside):
-                site = replace(site, owner=None, call=0)
-            elif site.parameters is None:
-                site = replace(site, name=self._local(site.module, site.owner or ""), kind="shared")
-            if site.call < MAX_CALLS:
-                total = min(calls[site.owner, site.key], MAX_CALLS) if site.owner is not None else 1
-                distinct.setdefault((site.owner, site.key, site.call), replace(site, calls=total))
-        return _numbered(_placed(list(distinct.values())))
+                caller = None if site.module in certain else site.owner
+                site = replace(site, owner=None, caller=caller)
+                if caller is None:
+                    site = replace(site, places=(), after=(), turn=0, through=(), beside=())
+            else:
+                site = replace(site, call=number, calls=calls[site.owner, site.key])
+                if site.parameters is None:
+                    site = replace(site, name=self._local(site.module, site.owner or ""), kind="shared")
+            sites.append(site)
+        once = {(site.owner, site.key, site.call): site for site in sites}
+        return _numbered(list(once.values()))
+
+    def _made(self, call: Call, described: dict[str, FoundSite]) -> MadeCall:
+        """A call with the forward that can tell it from others, and how it can be told."""
+        frame = self._owner(call)
+        site = self._function_site(call) if call.function is not None else described[call.module]
+        at = call.path.index(frame)
+        through = tuple(dict.fromkeys(each.module for each in call.path[at + 1 :]))
+        within = {child.name for children, _ in call.returned[at:] for child in children if child.name in self.children}
+        parents = {parent_of(name, self.model) for name in within}
+        size, dim = call.shape[1:], call.channel_dim
+        site = replace(site, owner=frame.module, shape=size, channel_dim=dim, through=through)
+        site = replace(site, beside=tuple(sorted(parents - {frame.module, *through})))
+        if frame.instance == 0 and site.parameters is not None:
+            site = replace(site, wrapped=False, reason=_OUTSIDE)
+        if site.parameters is None and site.role == "hidden" != call.role:
+            site = replace(site, role=call.role, reason=site.reason or call.reason)
+        return MadeCall(site, frame, at, call)
+
+    def _is_certain(self, made: MadeCall) -> bool:
+        """Whether the code of the model has no other call of an activation that is called once."""
+        call = made.call
+        if call.function is not None or len(self.aliases[call.module]) > 1:
+            return False
+        places, caller = call.pieces[0].places, call.path[-1]
+        if not caller.is_forward or not places:
+            return caller.is_forward  # without places it is the code of a container
+        around = self.model.get_submodule(caller.module)
+        attribute, _, index = call.module[len(caller.module) :].lstrip(".").partition(".")
+        if index and not isinstance(getattr(around, attribute, None), (nn.ModuleList, nn.ModuleDict)):
+            return False
+        return self.attributes.is_read_once(around, attribute) and bool(index or not is_repeated(places))
 
     def _function_site(self, call: Call) -> FoundSite:
         assert call.function is not None
@@ -419,19 +453,6 @@ class _Naming:
         prefix = owner + "." if owner else ""
         inside = [name for name in self.aliases[module] if name.startswith(prefix)]
         return inside[0] if inside else f"{owner}/{module}"
-
-
-def _placed(sites: list[FoundSite]) -> list[FoundSite]:
-    """Leaves each call the places that tell it from the other calls that its owner counts with it."""
-    groups: dict[tuple[str | None, str], list[int]] = {}
-    for number, site in enumerate(sites):
-        groups.setdefault((site.owner, site.key), []).append(number)
-    placed = [replace(site, places=()) for site in sites]
-    for numbers in groups.values():
-        if len(numbers) > 1:
-            for number, places in zip(numbers, shortest([sites[each].places for each in numbers]), strict=True):
-                placed[number] = replace(sites[number], places=places)
-    return placed
 
 
 def _numbered(sites: list[FoundSite]) -> list[FoundSite]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from types import CodeType
+from typing import NamedTuple
 
-__all__ = ["SOFT_CAP", "Call", "Frame", "Trace"]
+from eafo_dynamic.find.places import Piece
+
+__all__ = ["SOFT_CAP", "Call", "Frame", "Returned", "Trace"]
 
 SOFT_CAP = "a soft cap, not a hidden activation"
 
@@ -25,6 +29,18 @@ class Frame:
     is_forward: bool = True
 
 
+class Returned(NamedTuple):
+    """A child that has returned.
+
+    Args:
+        name: FQN.
+        loops: of the code that has called it; see ``places.Piece``.
+    """
+
+    name: str
+    loops: frozenset[tuple[CodeType, int]]
+
+
 @dataclass(eq=False)
 class Call:
     """One activation call.
@@ -41,7 +57,8 @@ class Call:
         role: hidden, gate, range, loss or unknown; see ``roles``. ``part`` of a written-out activation.
         reason: why it is not hidden.
         refusal: why it cannot be corrected, whatever its role.
-        places: where in the code it is made, innermost first, a list for each forward of the path.
+        pieces: where in the code it is made, innermost first, one for each forward of the path.
+        returned: for each forward of the path, its children that have returned, and how many of them before the call.
         in_method: whether a method of another module than the innermost of the path makes it.
         guessed: whether only its behaviour says that it is an activation: ``torch.where(x > 0, x, 0.1 * x)``.
     """
@@ -57,7 +74,8 @@ class Call:
     role: str = "hidden"
     reason: str = ""
     refusal: str = ""
-    places: list[list[str]] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    returned: list[tuple[list[Returned], int]] = field(default_factory=list)
     in_method: bool = False
     guessed: bool = False
 

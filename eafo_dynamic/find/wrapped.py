@@ -14,6 +14,7 @@ __all__ = [
     "ACTIVATION",
     "ENTRY_POINTS",
     "OWNER",
+    "STEPS",
     "CarriesCorrection",
     "Wrapped",
     "class_before",
@@ -25,7 +26,8 @@ __all__ = [
 
 ACTIVATION, OWNER = "activation", "owner"
 
-ENTRY_POINTS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+ENTRY_POINTS = ("forward", *STEPS)
 
 
 class Wrapped:

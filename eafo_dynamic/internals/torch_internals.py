@@ -64,6 +64,7 @@ __all__ = [
     "in_compiled_graph",
     "inner_schedulers",
     "instruction_of",
+    "instructions_until",
     "is_batch_of_gradients",
     "is_transformed",
     "is_view",
@@ -74,9 +75,12 @@ __all__ = [
     "own_buffers",
     "own_parameters",
     "push_mode",
+    "region_of",
+    "resumed_from",
     "running_backward",
     "share_tables",
     "switch_off",
+    "traced_instructions",
     "transforms_active",
     "tree_map",
     "tree_map_only",
@@ -190,6 +194,79 @@ def instruction_of(frame: FrameType) -> int:
         Offset of the instruction, in bytes.
     """
     return frame.f_lasti
+
+
+def instructions_until(depth: int, last: int) -> tuple[int, ...]:
+    """Which instructions have led to a call, from a frame outwards.
+
+    Args:
+        depth: how many callers further out than the function that calls this one the frame is.
+        last: ``id`` of the frame at which to end, which is not counted.
+
+    Returns:
+        ``id`` of the code and offset of the instruction, of each frame in turn; valid as long as the code lives.
+    """
+    frame: FrameType | None = _get_frame(depth + 1)
+    if frame is None:
+        return ()
+    outer = frame.f_back
+    if id(outer) == last:
+        return id(frame.f_code), frame.f_lasti
+    found = [id(frame.f_code), frame.f_lasti]
+    frame = outer
+    while frame is not None and id(frame) != last:
+        found += (id(frame.f_code), frame.f_lasti)
+        frame = frame.f_back
+    return tuple(found)
+
+
+def traced_instructions() -> Iterator[tuple[CodeType, int | None]]:
+    """What ``instructions_until`` finds, while ``torch.compile`` reads the code instead of running it.
+
+    By ``f_code``, ``current_instruction.offset`` and ``parent`` of the compiler's translators, torch 2.4 to 2.14, which
+    lie on the stack as ``self``; beneath them are the frames of the code that runs. Where there are none, the frames
+    alone.
+
+    Yields:
+        The code and the offset of the instruction, innermost first; None where the offset is not known.
+    """
+    base = _find("torch._dynamo.symbolic_convert:InstructionTranslatorBase") if "torch._dynamo" in sys.modules else None
+    met = False
+    for frame in callers(current_frame(1)):
+        translator = None if met or base is None else variable_of(frame, "self")
+        if base is not None and isinstance(translator, base):
+            met = True
+            while translator is not None:
+                instruction = getattr(translator, "current_instruction", None)
+                yield translator.f_code, getattr(instruction, "offset", None)
+                translator = getattr(translator, "parent", None)
+        else:
+            yield frame.f_code, frame.f_lasti
+
+
+_RESUMED = "torch_dynamo_resume_in_"
+
+
+def resumed_from(code: CodeType) -> CodeType | None:
+    """The code of the user's that a piece of code goes on with, which ``torch.compile`` makes behind a graph break.
+
+    By ``ContinueExecutionCache.generated_code_metadata`` and its ``code``, torch 2.4 to 2.14.
+
+    Args:
+        code: any.
+
+    Returns:
+        The user's code: the same, where it is no such piece; None where that is not known.
+    """
+    made = None
+    while code.co_name.startswith(_RESUMED):
+        if made is None:
+            made = _find("torch._dynamo.resume_execution:ContinueExecutionCache.generated_code_metadata") or {}
+        about = made.get(code)
+        code = getattr(about, "code", None) or code
+        if about is None:
+            return None
+    return code
 
 
 def variable_of(frame: FrameType, name: str) -> Any:
@@ -344,13 +421,28 @@ def checkpointed_region() -> Any:
 
 def _region_by_frames() -> Any:
     for frame in callers(current_frame(1)):
-        if code_of(frame).co_filename == _CHECKPOINTING:
-            steps = variable_of(frame, "gen")
-            inner = steps.gi_frame if isinstance(steps, GeneratorType) else None
-            region = None if inner is None else variable_of(inner, "new_frame")
-            if region is not None:
-                return region
+        region = region_of(frame)
+        if region is not None:
+            return region
     return None
+
+
+def region_of(frame: FrameType) -> Any:
+    """The region of ``torch.utils.checkpoint`` with ``use_reentrant=False`` that a frame of it runs.
+
+    By the generator ``gen`` of ``checkpoint``, which has a variable ``new_frame``, torch 2.4 to 2.14.
+
+    Args:
+        frame: any.
+
+    Returns:
+        torch's object for the region; None where the frame is not of ``checkpoint``, or does not tell.
+    """
+    if code_of(frame).co_filename != _CHECKPOINTING:
+        return None
+    steps = variable_of(frame, "gen")
+    inner = steps.gi_frame if isinstance(steps, GeneratorType) else None
+    return None if inner is None else variable_of(inner, "new_frame")
 
 
 def autograd_context(frame: FrameType) -> FunctionCtx | None:
@@ -467,6 +559,8 @@ def compiler_option(name: str) -> Any:
 def in_compiled_graph() -> bool:
     """Whether a function that a TorchFunctionMode is shown is called by a graph that ``torch.compile`` has made.
 
+    Not to be asked while the compiler reads the code.
+
     By the name that ``torch.fx`` gives to the code of graphs, and by ``compile_subgraph_reason``, which graphs of the
     compiler have and a user's do not; torch 2.4 to 2.14.
 
@@ -476,15 +570,16 @@ def in_compiled_graph() -> bool:
     Raises:
         UnsupportedTorchError: in any graph, where the compiler's are no longer told from a user's by that.
     """
-    if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:
+    if "torch._dynamo" not in sys.modules:
         return False
-    frame: FrameType | None = current_frame(2)
+    graph = _name_of_graphs()
+    frame: FrameType | None = _get_frame(2)
     for _ in range(3):  # functions of Python lie between: F.relu and handle_torch_function
         if frame is None:
             return False
-        if code_of(frame).co_filename.startswith(_name_of_graphs()):
+        if frame.f_code.co_filename.startswith(graph):
             return _is_compilers(variable_of(frame, "self"))
-        frame = caller_of(frame)
+        frame = frame.f_back
     return False
 
 

@@ -18,7 +18,7 @@ from eafo_dynamic.entropy.spacings import sort_rows
 
 __all__ = ["OutputEntropy", "Pooled", "dead_fractions_of_sites", "entropies", "moments_of_sites", "pooled"]
 
-_LETTERS = 32  # of the name of a kind of value; a longer one is cut off
+_LETTERS = 64  # of what a site has left alone; a longer text is cut off
 
 
 class Pooled(NamedTuple):

@@ -107,6 +107,7 @@ class TestInPlace:
         assert [type(m) for m in (model.relu.base, model.prelu.base)] == [nn.ReLU, nn.PReLU]
         assert model.alias is model.gelu
 
+    @pytest.mark.filterwarnings("ignore:EAFO. a call of act at awkward:UserWarning")  # without a row in the example
     @pytest.mark.parametrize("train", [False, True])
     @pytest.mark.parametrize("name", IN_PLACE)
     def test_merged_equals_wrapped_bit_for_bit(self, name: str, train: bool) -> None:

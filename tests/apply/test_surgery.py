@@ -269,7 +269,7 @@ class TestOtherNumbersOfCalls:
             calls.append(1)
             (z,) = args
             c = correction(z, torch.tensor(0.3), torch.tensor([0.0, 1.0]), site_table(model), 8.0)
-            return output + c if len(calls) > 5 else output
+            return output + c if len(calls) in (6, 8) else output  # the second call of the block, in its last turns
 
         act.register_forward_hook(replace)
         torch.testing.assert_close(out, run(plain))
@@ -490,7 +490,7 @@ class TestThreads:
         full = model(x)
         assert torch.equal(guest(x), plain_guest(x))
         assert full.shape == h.shape
-        assert all(len(route) == 2 for route in model.eafo_routes.values())  # type: ignore[operator, union-attr]
+        assert all(len(known.all_sites()) == 2 for known in model.eafo_routes.values())  # type: ignore[operator, union-attr]
 
 
 class TestTransforms:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.apply.hosting import Hosting
-from eafo_dynamic.apply.merge.calls import CallCounter, CorrectedCalls, Order
+from eafo_dynamic.apply.merge.calls import CallCounter, CorrectedCalls, Order, order_of
+from eafo_dynamic.apply.noting import note_children, parents_of_noted
 from eafo_dynamic.apply.site import Site, register
 from eafo_dynamic.apply.standalone import CorrectedActivation
 from eafo_dynamic.apply.surgery import hosted_sites
@@ -41,14 +42,16 @@ class Baked:
         module: its FQN.
         sites: names of the sites that it serves.
         functions: its corrected functions; none if no correction acts.
-        orders: by FQN of the modules whose forwards count its calls, which call has which function; empty where every
-            call has the one there is.
+        orders: by FQN of the modules whose forwards tell its calls apart, which call has which function; empty where
+            every call has the one there is.
+        parents: modules whose children tell those forwards that they have returned.
     """
 
     module: str
     sites: tuple[str, ...]
     functions: tuple[State, ...]
     orders: Mapping[str, Order] = field(default_factory=dict)
+    parents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,22 +79,25 @@ def plan_of(model: nn.Module) -> MergePlan:
     names = {id(module): name for name, module in model.named_modules()}
     groups: dict[tuple[str, str], list[_Served]] = {}
     calls: list[str] = []
+    tellers = _tellers(model)
     for host, site in hosted_sites(model):
-        key = _route_key(host, site)
-        called = host if key is None else _called(model, host, site)
+        teller, key = tellers.get(id(site), (host, None))
+        called = host if key is None or teller is not host else _called(model, host, site)
         state = _state(host, site)
         if called is not None:
             place = names[id(called)] if site.function is None else f"{names[id(called)]}.activation".lstrip(".")
-            groups.setdefault((place, key or ""), []).append(_Served(host, site, state))
+            groups.setdefault((place, key or ""), []).append(_Served(teller, site, state))
         elif not _is_zero(state):
             calls.append(site.name)
-    return MergePlan(tuple(_baked(place, key, served, names) for (place, key), served in groups.items()), tuple(calls))
+    parents = parents_of_noted(model)
+    baked = [_baked(place, key, served, names, parents) for (place, key), served in groups.items()]
+    return MergePlan(tuple(baked), tuple(calls))
 
 
 class _Served(NamedTuple):
-    """A site of an activation that is being planned."""
+    """A site of an activation that is being planned, with the module whose forwards tell its call from others."""
 
-    host: nn.Module
+    teller: nn.Module
     site: Site
     state: State
 
@@ -102,10 +108,16 @@ def _state(host: nn.Module, site: Site) -> State:
     return State(eps, *others, channel_dim=site.collector.channel_dim if eps.dim() else None)
 
 
-def _route_key(host: nn.Module, site: Site) -> str | None:
-    """What the owner that hosts a site counts the site's calls under; None where a module hosts its own site."""
-    routes = cast(Hosting, host).eafo_routes
-    return next((key for key, route in routes.items() if any(each is site for each in route)), None)
+def _tellers(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
+    """The modules whose forwards tell calls apart, and by which key, by ``id`` of the site."""
+    return {
+        id(site): (module, key)
+        for module in model.modules()
+        if isinstance(module, Hosting)
+        for key, known in module.eafo_routes.items()
+        for site in known.all_sites()
+        if site is not None
+    }
 
 
 def _called(model: nn.Module, host: nn.Module, site: Site) -> nn.Module | None:
@@ -131,19 +143,23 @@ def _is_zero(state: State) -> bool:
     return not bool(state.eps.any()) and (state.lift is None or not bool(state.lift.any()))
 
 
-def _baked(place: str, key: str, served: Sequence[_Served], names: Mapping[int, str]) -> Baked:
+def _baked(
+    place: str, key: str, served: Sequence[_Served], names: Mapping[int, str], parents: tuple[str, ...]
+) -> Baked:
     sites = tuple(each.site.name for each in served)
     acting = [each for each in served if not _is_zero(each.state)]
     kept = [_kept(each.state) for each in acting]
     number = {id(each.site): k for k, each in enumerate(acting)}
-    routes = {id(each.host): cast(Hosting, each.host).eafo_routes.get(key, []) for each in served}
-    orders = {
-        names[host]: tuple(None if site is None else number.get(id(site)) for site in route)
-        for host, route in routes.items()
-    }
-    several = any(None in order for order in orders.values()) or any(not _equal(kept[0], each) for each in kept[1:])
+    orders: dict[str, Order] = {}
+    for each in served:
+        known = cast(Hosting, each.teller).eafo_routes.get(key)
+        if known is not None:
+            orders[names[id(each.teller)]] = order_of(known, number)
+    plain = any(None in numbers for order in orders.values() for _, _, numbers in order)
+    alone = len(served) == 1  # then there may be other calls of it, which are left plain
+    several = plain or alone or any(not _equal(kept[0], each) for each in kept[1:])
     if kept and key and several:
-        return Baked(place, sites, tuple(kept), orders)
+        return Baked(place, sites, tuple(kept), orders, parents)
     return Baked(place, sites, tuple(kept[:1]))
 
 
@@ -178,6 +194,7 @@ def apply_plan(model: nn.Module, plan: MergePlan) -> None:
             counters.setdefault(owner, {})[baked.module] = order
     for owner, orders in counters.items():
         CallCounter(orders).register(model.get_submodule(owner))
+    note_children(model, {parent for baked in plan.baked for parent in baked.parents})
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.activation, _CORRECTED):
             module.activation_relu_or_gelu = 0  # torch's fused kernel knows no correction

@@ -1,127 +1,125 @@
-"""A module that has a function of its own for each of its calls in one forward, and the hooks that count the calls."""
+"""A module that has a function of its own for each of its calls, and the hooks that tell its calls apart."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from eafo_dynamic.apply.frames import STACK, close_frame, open_frame, route
+from eafo_dynamic.apply.known import KnownCalls, warn_of_order
 from eafo_dynamic.errors import SiteError
+from eafo_dynamic.find.evidence import BY_ORDER, Evidence
+from eafo_dynamic.find.wrapped import CarriesCorrection
 from eafo_dynamic.internals.torch_internals import callers, current_frame
 
-__all__ = ["CallCounter", "CorrectedCalls", "Order"]
+__all__ = ["CallCounter", "CorrectedCalls", "Order", "order_of"]
 
-Order = tuple[int | None, ...]
-"""Which function call 0, 1, ... of a forward has; None: the base itself. Later calls have the last one's."""
-
-
-class _Forward(NamedTuple):
-    """A running forward of a module that calls shared activations."""
-
-    owner: nn.Module
-    orders: Mapping[str, Order]
-    counts: dict[str, int]
-    python_frame: FrameType | None
+Order = Sequence[tuple[Sequence[str], Sequence[str], Sequence[int | None]]]
+"""The calls of one activation in a forward: where each is made, children before it, and the numbers of its functions
+in turn; None: the base itself. Primitives only; see ``find.evidence``."""
 
 
-class _Running(threading.local):
-    """Running forwards, innermost last; one list a thread."""
+def order_of(known: KnownCalls, numbers: Mapping[int, int]) -> Order:
+    """The calls that an owner knows, with functions in the place of sites.
 
-    def __init__(self) -> None:
-        self.forwards: list[_Forward] = []
+    Args:
+        known: the calls.
+        numbers: of the functions, by ``id`` of the site.
+
+    Returns:
+        The order.
+    """
+    rows = zip(known.rows, known.sites, strict=True)
+    return [(list(row.places), list(row.after), [numbers.get(id(site)) for site in sites]) for row, sites in rows]
 
 
-_RUNNING = _Running()
+def _by_evidence(order: Sequence[Any]) -> Order:
+    """An order as it is now; version 0.1.0 had a number of a function for each call, and knew no more of it."""
+    if all(isinstance(call, (list, tuple)) for call in order):
+        return order
+    warn_of_order("the merged model")
+    return [(*BY_ORDER, order)]
 
 
 class CallCounter:
-    """Forward hooks of a module that calls shared activations several times: each of its forwards counts from zero.
+    """Forward hooks of a module that calls shared activations: each of its forwards tells the calls apart.
 
     Args:
-        orders: for each ``CorrectedCalls``, by its name, which function the calls in one forward have.
+        orders: for each ``CorrectedCalls``, by its name, which function the calls in a forward have.
     """
 
+    eafo_kind: ClassVar[str] = "merged"
+    eafo_name: ClassVar[str] = ""
+    eafo_sites: ClassVar[list[Any]] = []
+    eafo_functions: ClassVar[frozenset[str]] = frozenset()
+    eafo_written: ClassVar[frozenset[Any]] = frozenset()
+
     def __init__(self, orders: Mapping[str, Order]) -> None:
-        self.orders = dict(orders)
+        self.orders = {name: _by_evidence(order) for name, order in orders.items()}
+        self.eafo_routes: dict[str, KnownCalls] = {}
+        for name, order in self.orders.items():
+            known: Any = KnownCalls()
+            for places, after, numbers in order:
+                for turn, number in enumerate(numbers):
+                    known.put(Evidence(tuple(places), tuple(after)), turn, number)
+            self.eafo_routes[name] = known
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["orders"])
 
     def register(self, owner: nn.Module) -> None:
         """Registers the hooks.
 
         Args:
-            owner: the module whose forwards count.
+            owner: the module whose forwards make the calls.
         """
         owner.register_forward_pre_hook(self.begin, prepend=True)
-        owner.register_forward_hook(self.end, always_call=True)
+        owner.register_forward_hook(self.end, prepend=True, always_call=True)  # before it tells that it has returned
 
     def begin(self, owner: nn.Module, args: Any) -> None:
-        """Starts to count.
+        """Opens a frame.
 
         Args:
             owner: whose forward begins.
             args: its arguments.
         """
-        here = None
-        if not torch.compiler.is_compiling():
-            here = current_frame(1)
-            _forget_interrupted(here)
-        _RUNNING.forwards.append(_Forward(owner, self.orders, {}, here))
+        if torch.compiler.is_compiling():
+            open_frame(self, 0)
+            return
+        here = current_frame(1)
+        _forget_interrupted(here)
+        open_frame(self, id(here))
+        STACK.frames[-1].python = here
 
     def end(self, *_: Any) -> None:
-        """Ends the count, also where the forward raised."""
-        _RUNNING.forwards.pop()
+        """Closes it, also where the forward raised."""
+        close_frame(None)
 
 
 def _forget_interrupted(here: FrameType | None) -> None:
     """Drops forwards that a KeyboardInterrupt ended: torch runs no hook for it."""
-    forwards = _RUNNING.forwards
-    if not forwards:
+    frames = STACK.frames
+    if not frames or frames[-1].python is None:
         return
     alive = {id(frame) for frame in callers(here)}
-    while forwards and forwards[-1].python_frame is not None and id(forwards[-1].python_frame) not in alive:
-        forwards.pop()
+    while frames and frames[-1].python is not None and id(frames[-1].python) not in alive:
+        frames.pop()
 
 
-def _next_call(name: str) -> int | None:
-    """The function of the coming call: counted by the innermost running forward that has an order for it.
-
-    Returns:
-        Its number; None for the base.
-
-    Raises:
-        SiteError: outside any such forward.
-    """
-    counting: _Forward | None = None
-    for forward in reversed(_RUNNING.forwards):
-        if counting is None:
-            counting = forward if name in forward.orders else None
-        elif forward.owner is counting.owner:
-            counting = forward  # a module that calls itself: the outermost of its forwards counts for all
-    if counting is None:
-        raise SiteError(
-            f"{name} has a function of its own for each call in a forward of the module around it, and is called "
-            "outside of any (or recomputed by activation checkpointing of a part of one), so which call this is cannot "
-            "be known. Run, or checkpoint, the whole module around it."
-        )
-    order = counting.orders[name]
-    k = counting.counts.get(name, 0)
-    counting.counts[name] = k + 1
-    return order[min(k, len(order) - 1)]
-
-
-class CorrectedCalls(nn.Module):
+class CorrectedCalls(CarriesCorrection, nn.Module):
     """An activation that one forward calls several times, each time with a correction of its own.
 
         f_k(z) = base(z) + eps_k * sigma_k * ghat_k((z - mu_k) / sigma_k)        in call k
 
-    The calls are counted by forward hooks of the module around them (``CallCounter``), from zero in each of its
-    forwards. A call beyond the last has the last one's function.
+    Hooks of the module around them (``CallCounter``) tell the calls apart, as in the model that was merged. A call that
+    they do not know is the base's.
 
     Args:
-        name: what its counters know it by.
+        name: what the hooks know it by.
         base: the activation.
         functions: the functions, each a ``CorrectedActivation`` of the base.
     """
@@ -134,7 +132,7 @@ class CorrectedCalls(nn.Module):
 
     def __prepare_scriptable__(self) -> Any:
         raise SiteError(
-            f"{self.name}: torch.jit.script cannot count calls that have a function of their own each. "
+            f"{self.name}: torch.jit.script cannot tell calls apart that have a function of their own each. "
             "Take torch.jit.trace(model, x), or torch.export."
         )
 
@@ -149,10 +147,16 @@ class CorrectedCalls(nn.Module):
             f_k(z), of the shape of z; z itself, overwritten, if the base is in place.
 
         Raises:
-            SiteError: outside the forward of any module that counts its calls.
+            SiteError: outside the forward of any module that makes its calls.
         """
         if z is None:
             (z,) = named.values()
-        k = _next_call(self.name)
-        result: Tensor = self.base(z) if k is None else self.functions[k](z)
+        owner, k = route(self.name, torch.compiler.is_compiling(), 3)
+        if owner is None:
+            raise SiteError(
+                f"{self.name} has a function of its own for each call in a forward of the module around it, and is "
+                "called outside of any, so which call this is cannot be known. Run the whole module around it."
+            )
+        number: Any = k
+        result: Tensor = self.base(z) if number is None else self.functions[number](z)
         return result

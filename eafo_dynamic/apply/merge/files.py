@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.apply.merge.baking import Baked, MergePlan, State, apply_plan
-from eafo_dynamic.apply.merge.calls import CallCounter, CorrectedCalls
+from eafo_dynamic.apply.merge.calls import CallCounter, CorrectedCalls, Order
 from eafo_dynamic.apply.merge.graph import MergedGraph, export
+from eafo_dynamic.apply.noting import parents_of_noted
 from eafo_dynamic.apply.standalone import CorrectedActivation
 from eafo_dynamic.errors import CompoundingError, ConfigError, SiteError
 from eafo_dynamic.internals.torch_internals import forward_pre_hooks
@@ -99,16 +100,17 @@ def save_merged(model: nn.Module, path: str | Path, *example_args: Any, **exampl
 
 def _places(model: nn.Module) -> list[dict[str, Any]]:
     """Where the corrected functions of a merged model are: primitives only."""
-    orders: dict[str, dict[str, list[int | None]]] = {}
+    orders: dict[str, dict[str, Order]] = {}
+    parents = list(parents_of_noted(model))
     for name, module in model.named_modules():
         for hook in forward_pre_hooks(module):
             counter = getattr(hook, "__self__", None)
             for called, order in counter.orders.items() if isinstance(counter, CallCounter) else ():
-                orders.setdefault(called, {})[name] = list(order)
+                orders.setdefault(called, {})[name] = order
     found: list[dict[str, Any]] = []
     for name, module in model.named_modules():
         if isinstance(module, CorrectedCalls):
-            found.append(_place(name, module, orders[module.name]))
+            found.append(_place(name, module, orders[module.name]) | {"parents": parents})
         elif isinstance(module, CorrectedActivation) and not any(
             name.startswith(f"{each['module']}.") for each in found
         ):
@@ -116,7 +118,7 @@ def _places(model: nn.Module) -> list[dict[str, Any]]:
     return found
 
 
-def _place(name: str, module: nn.Module, orders: dict[str, list[int | None]]) -> dict[str, Any]:
+def _place(name: str, module: nn.Module, orders: Mapping[str, Order]) -> dict[str, Any]:
     dims = [each.channel_dim for each in _functions(module)]
     return {"module": name, "functions": len(dims), "orders": orders, "channel_dims": dims}
 
@@ -216,4 +218,4 @@ def _baked(place: Mapping[str, Any], state: Mapping[str, Tensor]) -> Baked:
         )
         for stem in _stems(place)
     )
-    return Baked(place["module"], (), functions, {owner: tuple(order) for owner, order in place["orders"].items()})
+    return Baked(place["module"], (), functions, place["orders"], tuple(place.get("parents", ())))

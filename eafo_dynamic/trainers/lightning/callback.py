@@ -142,9 +142,12 @@ class EAFOCallback(Callback):
         check_form(saved, self.options.form)
         if self.controller is None:
             self._attach(pl_module, report_from_manifest(pl_module, saved))
-        elif saved != manifest(self.controller.report, **self.options.form):
-            found, plain = self.controller.report, self.controller.detach()
-            self._attach(pl_module, report_from_manifest(plain, saved))
+            return
+        found = self.controller.report
+        resumed = report_from_manifest(pl_module, saved, found)
+        if resumed.wrapped != found.wrapped:
+            self.controller.detach()
+            self._attach(pl_module, resumed)
             warn_of_changes(saved, found)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,0 +1,102 @@
+"""Tells the calls of a dry run apart, by the same rule as when the model runs; see ``evidence``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import NamedTuple
+
+from eafo_dynamic.find.evidence import MOST_CHILDREN, Evidence, which
+from eafo_dynamic.find.places import Piece
+from eafo_dynamic.find.selection import FoundSite
+from eafo_dynamic.find.trace import Call, Frame, Returned
+
+__all__ = ["MadeCall", "Row", "told_apart"]
+
+
+@dataclass(eq=False)
+class MadeCall:
+    """A call of the run, with the forward whose module tells it from others.
+
+    Args:
+        site: what it would be a site of.
+        frame: the forward.
+        at: which of the call's path that is.
+        call: what the run has seen.
+
+    Attributes:
+        places: where the call is made, from that forward on, innermost first.
+        returned: of that forward and of those inside it, the children that have returned, and how many of them before.
+    """
+
+    site: FoundSite
+    frame: Frame
+    at: int
+    call: Call
+    places: tuple[str, ...] = field(init=False)
+    returned: list[tuple[list[Returned], int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        pieces = self.call.pieces[: len(self.call.path) - self.at]
+        self.places = tuple(place for piece in pieces for place in piece.places)
+        self.returned = self.call.returned[self.at :]
+
+
+class Row(NamedTuple):
+    """Calls that the evidence does not tell apart: turns of a loop, or of several forwards."""
+
+    number: int
+    evidence: Evidence
+
+
+def told_apart(made: Sequence[MadeCall], children: Mapping[str, str]) -> list[Row]:
+    """The row of each call.
+
+    Args:
+        made: the calls of a run, in their order.
+        children: names of the children that count, by FQN; see ``children``.
+
+    Returns:
+        The rows; calls of one owner and key with the same number have the same evidence.
+    """
+    seen = _evidence(made, children)
+    known: dict[tuple[str, str], list[Evidence]] = {}
+    while True:
+        complete = True
+        rows: list[Row] = []
+        for each, evidence in zip(made, seen, strict=True):
+            same = known.setdefault((each.frame.module, each.site.key), [])
+            number = which(same, evidence, strictly=True)
+            if number is None:
+                number, complete = len(same), False
+                same.append(evidence)
+            rows.append(Row(number, same[number]))
+        if complete:
+            return rows
+
+
+def _evidence(made: Sequence[MadeCall], children: Mapping[str, str]) -> list[Evidence]:
+    """The evidence of each call: the children since the last call at the same place, in a loop those inside it."""
+    before: dict[tuple[Frame, str, tuple[str, ...]], dict[int, int]] = {}
+    seen: list[Evidence] = []
+    for each in made:
+        since = before.get((each.frame, each.site.key, each.places), {})
+        after: list[str] = []
+        for (returned, count), loops in zip(each.returned, _loops(each), strict=True):
+            for child in returned[since.get(id(returned), 0) : count]:
+                if child.name in children and (loops is None or loops & child.loops):
+                    after.append(children[child.name])
+        before[each.frame, each.site.key, each.places] = {id(returned): count for returned, count in each.returned}
+        seen.append(Evidence(each.places, tuple(after[-MOST_CHILDREN:])))
+    return seen
+
+
+def _loops(made: MadeCall) -> list[set[tuple[CodeType, int]] | None]:
+    """For each forward from the owner's inwards, the loops whose children count; None: all of its children do."""
+    inwards: list[Piece] = list(reversed(made.call.pieces[: len(made.returned)]))
+    outermost = next((number for number, piece in enumerate(inwards) if piece.loops), None)
+    if outermost is None:
+        return [None] * len(inwards)
+    around: list[set[tuple[CodeType, int]] | None] = [set() for _ in range(outermost)]
+    return [*around, inwards[outermost].loops, *([None] * (len(inwards) - outermost - 1))]
