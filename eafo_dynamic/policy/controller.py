@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.apply.bank import Bank
+from eafo_dynamic.apply.corrections import keep_beside
 from eafo_dynamic.apply.manifest import manifest
 from eafo_dynamic.apply.surgery import put_back, take_off, unwrap, wrap
 from eafo_dynamic.correction.kernels import resolve_backend
@@ -68,11 +69,13 @@ class EAFOController:
         self.records: deque[Record] = deque(maxlen=self.KEPT_RECORDS)
         self.pace = Pace()
         hosted = wrap(model, self.report, self.options.eps_init, backend=self.options.backend, **self.options.form)
+        keep_beside(model)
         self.bank = Bank(model, hosted)
         self._watch: OptimizerWatch | None = None
         self._rounds = Rounds(self.bank, self.policies, self.options)
         self._switch = self.bank.sites[0].switch
         self._switch.backend = self.options.backend
+        self._switch.options = self.options.primitives()
         self._share_out_samples()
         self.expect(0)
 
