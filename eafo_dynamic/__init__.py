@@ -52,7 +52,7 @@ _HOMES = {
     "EAFOError": "errors",
     "EAFOTrainerCallback": "trainers.huggingface",
     "__version__": "internals.version",
-    "apply_from_checkpoint": "apply.manifest",
+    "apply_from_checkpoint": "apply.checkpoints",
     "disabled": "apply.surgery",
     "find_sites": "find.sites",
     "load_corrections": "apply.corrections",

@@ -25,6 +25,7 @@ __all__ = [
     "CARD_NAME",
     "FILE_NAME",
     "Corrections",
+    "check_same",
     "keep_beside",
     "load_corrections",
     "put_on",
@@ -209,7 +210,7 @@ def put_on(model: nn.Module, corrections: Corrections, what: str, present: SiteR
         values[f"{own[there]}.{last}".removeprefix(".")] = value
     already = is_wrapped(model)
     if already:
-        _check_same(model, sites, what)
+        check_same(model, sites, what)
     else:
         wrap_from_manifest(model, sites, present)
     try:
@@ -231,8 +232,17 @@ def _differences(model: nn.Module, saved: Mapping[str, Any]) -> str:
     return f"the corrections are not of this {type(model).__name__}."
 
 
-def _check_same(model: nn.Module, sites: Mapping[str, Any], what: str) -> None:
-    """Refuses other corrections than those that a model has."""
+def check_same(model: nn.Module, sites: Mapping[str, Any], what: str) -> None:
+    """Refuses other corrections than those that a model has.
+
+    Args:
+        model: wrapped.
+        sites: the list of sites of other corrections, under the names of the model.
+        what: where they come from, for the error.
+
+    Raises:
+        SiteError: if they are others.
+    """
     mine = sites_of(model)
     forms = [{key: value for key, value in each.items() if key != "sites"} for each in (mine, sites)]
     named = [sorted(site["name"] for site in each["sites"]) for each in (mine, sites)]

@@ -156,8 +156,8 @@ def sites_from_keys(weights: Mapping[str, Tensor], report: SiteReport, names: Se
             f"{host or 'the model itself'}: {wanted[host]} in the file, {found[host]} found" for host in differing[:6]
         )
         raise SiteError(
-            f"the file has corrections, and does not say of which calls ({shown}). Give an example input, as in "
-            "apply_from_checkpoint(model, path, x), or a file of save_corrections."
+            f"the checkpoint holds no corrections of which the calls are known: it has no list of sites ({shown}). "
+            "Give an example input, apply_from_checkpoint(model, path, x), or a file of save_corrections."
         )
     last = {key.rpartition("_")[2] for key in keys}
     report = replace(report, sites=[replace(site, wrapped=True) for site in chosen])
@@ -173,5 +173,3 @@ def _host(site: FoundSite) -> str:
     if site.owner is None:
         return site.module
     return site.owner
-
-

@@ -42,8 +42,6 @@ def wrap(
     Raises:
         SiteError: if the report selects no site.
     """
-    surgery.wrap(
-        model, report, eps_init, tabulated=tabulated, per_channel=per_channel, free=free, backend=backend
-    )
+    surgery.wrap(model, report, eps_init, tabulated=tabulated, per_channel=per_channel, free=free, backend=backend)
     keep_beside(model)
     return model
