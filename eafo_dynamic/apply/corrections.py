@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.apply.cards import card_of, description
+from eafo_dynamic.apply.dropped import note_in_load_reports, watch_loads
 from eafo_dynamic.apply.kept import Keeper, keep
 from eafo_dynamic.apply.manifest import check_manifest, check_weights, report_from_manifest, wrap_from_manifest
 from eafo_dynamic.apply.naming import plain_name, plain_names, renamed_sites, resolve
@@ -20,6 +21,7 @@ from eafo_dynamic.apply.surgery import is_wrapped, unwrap
 from eafo_dynamic.errors import SiteError, legible
 from eafo_dynamic.find.sites import SiteReport
 from eafo_dynamic.internals.files import replacing
+from eafo_dynamic.internals.torch_internals import callers, code_of, current_frame, variable_of
 
 __all__ = [
     "CARD_NAME",
@@ -283,12 +285,39 @@ class _Beside(Keeper):
         return result
 
 
+class _BesideAdapter(Keeper):
+    """Stands before the ``state_dict`` of a model that PEFT may have put into one of its own since it was wrapped.
+
+    The folder to which PEFT saves an adapter is known to its ``save_pretrained`` alone, which asks for these weights.
+    """
+
+    hook = "state_dict"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for frame in callers(current_frame(1)):
+            around = variable_of(frame, "self")
+            is_adapter = isinstance(around, nn.Module) and hasattr(around, "peft_config")
+            if is_adapter and code_of(frame).co_name == _Beside.hook and around is not self.module:
+                if _Beside.hook not in vars(around) and variable_of(frame, "is_main_process"):
+                    save_corrections(around, variable_of(frame, "save_directory"))
+                break
+        return self.run_own(*args, **kwargs)
+
+
 def keep_beside(model: nn.Module) -> None:
-    """Lets ``save_pretrained`` of a model, or of parts of it, write the corrections too, as long as they are there.
+    """Lets whatever saves a model of transformers or PEFT, or such a part of a model, save the corrections too.
+
+    That is: ``save_pretrained``, as long as the corrections are there. It also warns where weights are loaded that have
+    others; see ``watch_loads``.
 
     Args:
         model: wrapped.
     """
+    watch_loads(model)
     for module in model.modules():
         if hasattr(type(module), _Beside.hook) and is_wrapped(module):
             keep(_Beside(module))
+            keep(_BesideAdapter(module))
+
+
+note_in_load_reports()

@@ -21,7 +21,7 @@ from eafo_dynamic.find.sites import SiteReport, find_sites
 from eafo_dynamic.internals.declared import named
 from eafo_dynamic.internals.version import package_versions
 from eafo_dynamic.policy.amplitudes import assigned
-from eafo_dynamic.policy.attachment import OptimizerWatch, refuse_replicas
+from eafo_dynamic.policy.attachment import OptimizerWatch, refuse_replicas, thaw_under_adapters
 from eafo_dynamic.policy.diagnostics import snapshot
 from eafo_dynamic.policy.options import Options
 from eafo_dynamic.policy.round import Rounds
@@ -225,8 +225,10 @@ class EAFOController:
         Returns:
             The rows of this update round; empty if there was none.
         """
-        if self._watch is not None and self._watch.is_done():
-            self._watch = None
+        if self._watch is not None:
+            thaw_under_adapters(self.model, self.trained)  # made after attach
+            if self._watch.is_done():
+                self._watch = None
         if global_step == self.pace.last:
             return self._update_at_the_same_step(global_step, epoch, due)
         if global_step < self.pace.last:  # another training

@@ -96,7 +96,9 @@ def save_merged(model: nn.Module, path: str | Path, *example_args: Any, **exampl
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the exporter, about its own code
-                torch.onnx.export(program, f=file, dynamo=True, external_data=False, verbose=False)
+                exported: Any = torch.onnx.export(program, dynamo=True, verbose=False)
+                _fix_known_sizes(exported.model.graph)
+                exported.save(file, external_data=False)
         return file
     if isinstance(model, MergedGraph):
         problem = "holds weights for modules, and this model calls activations as functions"
@@ -107,6 +109,15 @@ def save_merged(model: nn.Module, path: str | Path, *example_args: Any, **exampl
     else:
         torch.save({"state_dict": state, _KEY: _places(model)}, file)
     return file
+
+
+def _fix_known_sizes(graph: Any) -> None:
+    """Makes numbers of sizes that torch has fixed and still writes as the names of free ones, such as "3"."""
+    for value in (*graph.inputs, *graph.outputs):
+        for dim, size in enumerate(value.shape or ()):
+            name = getattr(size, "value", None)
+            if isinstance(name, str) and name.isdecimal():
+                value.shape[dim] = int(name)
 
 
 def _call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
