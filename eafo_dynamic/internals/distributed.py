@@ -6,7 +6,7 @@ import inspect
 import pickle
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class _Metadata(pickle.Unpickler):
         Raises:
             UnpicklingError: for anything else.
         """
+        if module_name.split(".")[0] == "pathlib":
+            return PurePath  # where the folder was when it was written, which nobody needs
         found: Any = super().find_class(module_name, global_name) if self._is_needed(module_name, global_name) else None
         if found is None or (module_name.startswith(_OURS) and not isinstance(found, type)):
             raise pickle.UnpicklingError(f"{module_name}.{global_name} is nothing that says what tensors are")

@@ -214,7 +214,7 @@ class TestParts:
         parts = nn.ModuleList([plain_twin(make()), plain_twin(make())])
         for part, form in zip(parts, ("free", "tabulated"), strict=True):
             wrap(part, find_sites(part, X), **{form: True})
-        with pytest.raises(SiteError, match="wrapped with different options .* each part in a file of its own"):
+        with pytest.raises(SiteError, match=r"wrapped with different options .* each part in a file of its own"):
             save_corrections(parts, tmp_path)
         assert not list(tmp_path.iterdir())
         save_corrections(parts[0], tmp_path)
