@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from eafo_dynamic.apply.checkpoints import STATE_NAME
 from eafo_dynamic.apply.corrections import FILE_NAME, load_corrections, save_corrections
+from eafo_dynamic.apply.surgery import put_back, take_off
 from eafo_dynamic.density.ranks import world_size
 from eafo_dynamic.errors import EAFOError, SiteError, legible
 from eafo_dynamic.find.sites import find_sites
@@ -79,11 +80,13 @@ class EAFOTrainerCallback(TrainerCallback):
         model = kwargs["model"]
         self._trainer = _calling_trainer()
         selection = self.options.selection
+        earlier = take_off(model)  # of an earlier training, or of a file
         if self.options.example is not None:
             report = find_sites(model, selection=selection, **self.options.example)
         else:
             report = batch_report(self._trainer, model, selection)
         self.controller = EAFOController(model, self.options, report)
+        put_back(model, earlier)
         if world_size() > 1:
             self._replicas = Replicas(model, self._amplitudes)
         if self.options.verbose and state.is_world_process_zero:
