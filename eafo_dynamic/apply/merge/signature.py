@@ -103,6 +103,7 @@ def forward_of(call: Call) -> Callable[..., Any]:
     declared: list[str] = ["self"]
     defaults: dict[str, Any] = {"refuse": _refuse}
     last_kind = Parameter.POSITIONAL_ONLY
+    follows_default = False
     body: list[str] = []
     for number, (name, kind, may_be_left, default) in enumerate(call.parameters):
         if kind != last_kind:
@@ -112,10 +113,14 @@ def forward_of(call: Call) -> Callable[..., Any]:
                 declared.append("*")
         last_kind = kind
         defaults[f"default_{number}"] = default
-        needs_default = may_be_left or name not in given
-        declared.append(f"{name}=default_{number}" if needs_default else name)
+        keeps_default = may_be_left and default is not None
+        if keeps_default or name not in given or (follows_default and kind != Parameter.KEYWORD_ONLY):
+            follows_default = True
+            declared.append(f"{name}=default_{number}")
+        else:
+            declared.append(name)
         if name not in given:
-            body.append(f"    if {name} is not default_{number}: refuse({name!r})")
+            body.append(f"    refuse({name!r}, {name}, default_{number})")
     by_position = "".join(f"{name}, " for name, *_ in call.parameters[: call.positional])
     by_name = "".join(f"{name!r}: {name}, " for name in call.named)
     body.append(f"    return self.__dict__['graph'](*({by_position}), **{{{by_name}}})")
@@ -124,7 +129,10 @@ def forward_of(call: Call) -> Callable[..., Any]:
     return defaults["forward"]
 
 
-def _refuse(name: str) -> None:
+def _refuse(name: str, value: object, default: object) -> None:
+    """Refuses an argument that the program does not have, unless it is what the program was made with."""
+    if value is default or (isinstance(value, _PRIMITIVES) and value == default):
+        return
     raise SiteError(
         f"the graph was merged without {name!r} and cannot take it. Give merge an example with it, "
         f"merge(model, ..., {name}=...)."
