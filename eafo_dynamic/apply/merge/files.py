@@ -58,9 +58,8 @@ def check_output(path: str | Path) -> Path:
         raise ConfigError("output", str(path), "is no format for models", f"End it in {', '.join(FORMATS)}.")
     if not file.parent.is_dir():
         raise ConfigError("output", str(path), "lies in a folder that does not exist", f"Make {file.parent} first.")
-    needs = {".safetensors": "safetensors", ".onnx": "onnxscript"}.get(file.suffix)
-    if needs is not None and importlib.util.find_spec(needs) is None:
-        raise ConfigError("output", str(path), f"needs the package {needs}", f"Run pip install {needs}.")
+    if file.suffix == ".onnx" and importlib.util.find_spec("onnxscript") is None:
+        raise ConfigError("output", str(path), "needs the package onnxscript", "Run pip install onnxscript.")
     return file
 
 

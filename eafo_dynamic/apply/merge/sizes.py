@@ -15,6 +15,8 @@ from eafo_dynamic.internals.torch_internals import tree_map
 
 __all__ = ["free_sizes", "sizes_that_do_not_change", "without"]
 
+_CHANGES = ((1, 1), (2, 0))  # factor and summand of a size: some models need even ones
+
 Place = tuple[int, int]
 """Which tensor of an example, and which of its dimensions."""
 
@@ -95,7 +97,7 @@ def sizes_that_do_not_change(
     fixed: set[Place] = set()
     with forked_random_states(), torch.no_grad():
         for places in asked.values():
-            if not any(_runs(graph, args, kwargs, places, size) for size in (lambda n: n + 1, lambda n: 2 * n)):
+            if not any(_runs(graph, args, kwargs, places, *change) for change in _CHANGES):
                 fixed |= places
         for buffer, before in buffers:
             buffer.copy_(before)
@@ -117,7 +119,7 @@ def _symbols(program: ExportedProgram, tensors: list[Tensor]) -> dict[str, set[P
     return found
 
 
-def _runs(graph: Any, args: Any, kwargs: Any, places: set[Place], size: Any) -> bool:
+def _runs(graph: Any, args: Any, kwargs: Any, places: set[Place], factor: int, more: int) -> bool:
     number = -1
 
     def other(value: object) -> object:
@@ -128,7 +130,7 @@ def _runs(graph: Any, args: Any, kwargs: Any, places: set[Place], size: Any) -> 
         changed = value.detach().clone()
         for dim in range(value.dim()):
             if (number, dim) in places:
-                wanted = size(value.shape[dim])
+                wanted = factor * value.shape[dim] + more
                 index = torch.arange(wanted, device=value.device) % value.shape[dim]
                 changed = changed.index_select(dim, index)
         return changed
