@@ -22,7 +22,6 @@ from eafo_dynamic.apply.sitelist import has_corrections, site_keys, sites_from_k
 from eafo_dynamic.apply.surgery import is_wrapped, unwrap
 from eafo_dynamic.errors import SiteError, legible
 from eafo_dynamic.find.sites import SiteReport, find_sites
-from eafo_dynamic.internals.distributed import is_distributed, read_distributed
 
 __all__ = ["STATE_NAME", "Checkpoint", "apply_checkpoint", "apply_from_checkpoint", "read_checkpoint"]
 
@@ -33,6 +32,7 @@ _LOG = logging.getLogger("eafo_dynamic")
 _WHOLE = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors")
 _SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_DISTRIBUTED = ".metadata"  # of torch.distributed.checkpoint
 _REST = "meta.pt"  # of Lightning, beside the shards
 _MOST_SHOWN = 6
 
@@ -398,7 +398,7 @@ def _from_folder(folder: Path) -> Checkpoint:
     for name in _SHARDED:
         if (folder / name).is_file():
             return _with_siblings(Checkpoint(str(folder), _from_shards(folder / name)), folder)
-    if is_distributed(folder):
+    if (folder / _DISTRIBUTED).is_file():
         return _from_distributed(folder)
     if (folder / FILE_NAME).is_file():  # alone, or beside an adapter, which is for PEFT to load
         return Checkpoint(str(folder / FILE_NAME), corrections=read_corrections(folder / FILE_NAME))
@@ -414,8 +414,8 @@ def _from_folder(folder: Path) -> Checkpoint:
 
 
 def _looks_like_one(folder: Path) -> bool:
-    names = (*_WHOLE, *_SHARDED, *_ADAPTERS, FILE_NAME)
-    return is_distributed(folder) or any((folder / name).is_file() for name in names)
+    names = (*_WHOLE, *_SHARDED, *_ADAPTERS, _DISTRIBUTED, FILE_NAME)
+    return any((folder / name).is_file() for name in names)
 
 
 def _from_shards(index: Path) -> dict[str, Tensor]:
@@ -442,6 +442,9 @@ def _shard(file: Path) -> Mapping[str, Tensor]:
 
 
 def _from_distributed(folder: Path) -> Checkpoint:
+    # not at the top: builds of torch without torch.distributed read every other kind
+    from eafo_dynamic.internals.distributed import read_distributed
+
     with legible(f"{folder}: cannot be read as a checkpoint of torch.distributed.checkpoint"):
         weights = read_distributed(folder, lambda name: not name.startswith("optim"))
     sites = None

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-__all__ = ["is_distributed", "read_distributed"]
+__all__ = ["read_distributed"]
 
 _METADATA = ".metadata"
 _OURS = "torch.distributed.checkpoint."
@@ -68,18 +68,6 @@ class _Reader(FileSystemReader):
             found: Any = _Metadata(file).load()
         found.storage_meta = None
         return found
-
-
-def is_distributed(folder: Path) -> bool:
-    """Whether ``torch.distributed.checkpoint`` has written a folder.
-
-    Args:
-        folder: any.
-
-    Returns:
-        Whether it has.
-    """
-    return (folder / _METADATA).is_file()
 
 
 def read_distributed(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:

@@ -141,6 +141,21 @@ class TestSizes:
             more = torch.randint(0, 20, (batch, length)), torch.rand(batch, length)
             torch.testing.assert_close(merged(*more), model(*more), **ROUNDING)
 
+    def test_an_example_of_one_item_does_not_fix_the_batch(self) -> None:
+        model = wrapped(Image, X)
+        merged = merge(model, X[:1])
+        for batch in (X[:1], X, MORE):
+            torch.testing.assert_close(merged(batch), model(batch), **ROUNDING)
+
+    def test_a_first_dimension_that_is_no_batch(self) -> None:
+        class Row(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return F.gelu(x.reshape(3))
+
+        x = torch.randn(1, 3)
+        model = wrapped(Row, x)
+        torch.testing.assert_close(merge(model, x)(x), model(x), **ROUNDING)
+
     def test_looking_at_sizes_leaves_no_trace(self) -> None:
         class Normed(nn.Module):
             def __init__(self) -> None:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from eafo_dynamic.apply.merge.signature import Call, call_of, forward_of, in_order
-from eafo_dynamic.apply.merge.sizes import free_sizes, sizes_that_do_not_change, without
+from eafo_dynamic.apply.merge.sizes import (
+    batch_of_two,
+    free_sizes,
+    shapes,
+    sizes_that_do_not_change,
+    without,
+    without_trace,
+)
 from eafo_dynamic.apply.site import Site, register
 from eafo_dynamic.apply.surgery import hosted_sites
 from eafo_dynamic.errors import SiteError
@@ -111,7 +118,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
     Args:
         model: any.
-        args: example; its sizes must not be 0 or 1 where they are to be free.
+        args: example; but for its batch, its sizes must not be 0 or 1 where they are to be free.
         kwargs: example.
 
     Returns:
@@ -130,21 +137,43 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about its own code
-            free = free_sizes(model, args, kwargs)
-            program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=free)
-            graph = program.module()
-            fixed = sizes_that_do_not_change(program, graph, args, kwargs)
-            if free is not None and fixed:
-                free = without(free, fixed)
-                program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=free)
-                graph = program.module()
-            return program, graph
+            return _of_larger_batch(model, args, kwargs) or _of_example(model, args, kwargs)
     except Exception as error:
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise SiteError(
             f"torch.export cannot follow {type(model).__name__} ({type(error).__name__}: {reason[:300]}). "
             "Call activations as modules (self.act = nn.ReLU()) to merge them in place."
         ) from error
+
+
+def _of_example(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[ExportedProgram, nn.Module]:
+    free = free_sizes(model, args, kwargs)
+    program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=free)
+    graph = program.module()
+    fixed = sizes_that_do_not_change(program, graph, args, kwargs)
+    if free is not None and fixed:
+        free = without(free, fixed)
+        program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=free)
+        graph = program.module()
+    return program, graph
+
+
+def _of_larger_batch(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[ExportedProgram, nn.Module] | None:
+    """The same for an example with a batch of one, which would fix the batch; None where it is no batch."""
+    larger = batch_of_two(args, kwargs)
+    if larger is None:
+        return None
+    try:
+        program, graph = _of_example(model, *larger)
+        with without_trace(graph):
+            fits = shapes(graph(*args, **kwargs)) == shapes(model(*args, **kwargs))
+    except Exception:
+        return None  # the example itself then says what is wrong, if anything is
+    return (program, graph) if fits else None
 
 
 def graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MergedGraph:

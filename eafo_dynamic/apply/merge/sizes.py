@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from eafo_dynamic.find.probe import forked_random_states
 from eafo_dynamic.internals.torch_internals import tree_map
 
-__all__ = ["free_sizes", "sizes_that_do_not_change", "without"]
+__all__ = ["batch_of_two", "free_sizes", "shapes", "sizes_that_do_not_change", "without", "without_trace"]
 
 _CHANGES = ((1, 1), (2, 0))  # factor and summand of a size: some models need even ones
 
@@ -22,7 +23,7 @@ Place = tuple[int, int]
 
 
 def free_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """For ``dynamic_shapes``: every size of every tensor.
+    """For ``dynamic_shapes``: every size of every tensor, but for 0 and 1, which torch fixes.
 
     Args:
         model: any.
@@ -34,7 +35,9 @@ def free_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """
 
     def free(value: object) -> Any:
-        return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None
+        if not isinstance(value, Tensor):
+            return None
+        return {dim: Dim.AUTO for dim, size in enumerate(value.shape) if size > 1}
 
     signature = inspect.signature(model.forward)
     given = signature.bind(*args, **kwargs).arguments
@@ -86,22 +89,70 @@ def sizes_that_do_not_change(
     Returns:
         The places of such sizes.
     """
-    tensors: list[Tensor] = []
-    tree_map(lambda value: tensors.append(value) if isinstance(value, Tensor) else None, (args, dict(kwargs)))
-    places_by_symbol = _symbols(program, tensors)
+    places_by_symbol = _symbols(program, _tensors((args, dict(kwargs))))
     batch = {symbol for symbol, places in places_by_symbol.items() if any(dim == 0 for _, dim in places)}
     asked = {symbol: places for symbol, places in places_by_symbol.items() if symbol not in batch}
     if not asked:
         return set()
-    buffers = [(buffer, buffer.detach().clone()) for buffer in graph.buffers()]
     fixed: set[Place] = set()
-    with forked_random_states(), torch.no_grad():
+    with without_trace(graph):
         for places in asked.values():
             if not any(_runs(graph, args, kwargs, places, *change) for change in _CHANGES):
                 fixed |= places
+    return fixed
+
+
+@contextmanager
+def without_trace(model: nn.Module) -> Generator[None]:
+    """Lets a model run without gradient, and restores its buffers and the random states afterwards.
+
+    Args:
+        model: any.
+
+    Yields:
+        Nothing.
+    """
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    with forked_random_states(), torch.no_grad():
+        yield
         for buffer, before in buffers:
             buffer.copy_(before)
-    return fixed
+
+
+def batch_of_two(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """An example with a batch that torch does not take for fixed, in place of a batch of one.
+
+    Args:
+        args: example.
+        kwargs: example.
+
+    Returns:
+        Arguments and named ones with every tensor twice along its first dimension; None unless all have one there.
+    """
+    tensors = _tensors((args, dict(kwargs)))
+    if not tensors or any(value.dim() == 0 or value.shape[0] != 1 for value in tensors):
+        return None
+    return tree_map(
+        lambda value: torch.cat([value, value]) if isinstance(value, Tensor) else value, (args, dict(kwargs))
+    )
+
+
+def shapes(tree: Any) -> list[torch.Size]:
+    """Shapes of the tensors in what a model returns.
+
+    Args:
+        tree: it.
+
+    Returns:
+        The shapes.
+    """
+    return [value.shape for value in _tensors(tree)]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    tree_map(lambda value: found.append(value) if isinstance(value, Tensor) else None, tree)
+    return found
 
 
 def _symbols(program: ExportedProgram, tensors: list[Tensor]) -> dict[str, set[Place]]:
