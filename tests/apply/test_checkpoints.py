@@ -414,3 +414,29 @@ def test_corrections_alone_leave_the_weights(tmp_path: Path, caplog: pytest.LogC
         apply_from_checkpoint(fresh, save_corrections(net, tmp_path))
     assert torch.equal(fresh(X), net(X))
     assert "took 2 corrections and no other weights" in caplog.messages[-1]
+
+
+SHARDS = """
+import sys, torch
+from torch import distributed
+from torch.distributed import checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+rank, store, source, folder = int(sys.argv[1]), *sys.argv[2:]
+distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+state = torch.load(source)
+shards = {key: distribute_tensor(value, mesh, [Shard(0)]) if value.dim() else value for key, value in state.items()}
+dcp.save({"model": shards}, checkpoint_id=folder)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_shards_of_two_ranks(tmp_path: Path) -> None:
+    net = make_net()
+    words = [str(tmp_path / "store"), str(by_torch(net, tmp_path)), str(tmp_path / "shards")]
+    ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", SHARDS, str(k), *words]) for k in range(2)]
+    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+    assert len(list((tmp_path / "shards").glob("*.distcp"))) == 2
+    assert torch.equal(apply_from_checkpoint(Net(), tmp_path / "shards").eval()(X), net(X))
