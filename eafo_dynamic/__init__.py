@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 from eafo_dynamic.internals import renamed
 
 if TYPE_CHECKING:
-    from eafo_dynamic.apply.manifest import apply_from_checkpoint as apply_from_checkpoint
+    from eafo_dynamic.apply.checkpoints import apply_from_checkpoint as apply_from_checkpoint
+    from eafo_dynamic.apply.corrections import load_corrections as load_corrections
+    from eafo_dynamic.apply.corrections import save_corrections as save_corrections
+    from eafo_dynamic.apply.hub import push_to_hub as push_to_hub
     from eafo_dynamic.apply.merge import load_merged as load_merged
     from eafo_dynamic.apply.merge import merge as merge
     from eafo_dynamic.apply.merge import save_merged as save_merged
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from eafo_dynamic.apply.standalone import CRReLU as CRReLU
     from eafo_dynamic.apply.surgery import disabled as disabled
     from eafo_dynamic.apply.surgery import unwrap as unwrap
-    from eafo_dynamic.apply.surgery import wrap as wrap
+    from eafo_dynamic.apply.wrapping import wrap as wrap
     from eafo_dynamic.correction.bases import register_activation as register_activation
     from eafo_dynamic.entropy.metric import ActivationEntropy as ActivationEntropy
     from eafo_dynamic.errors import EAFOError as EAFOError
@@ -49,16 +52,19 @@ _HOMES = {
     "EAFOError": "errors",
     "EAFOTrainerCallback": "trainers.huggingface",
     "__version__": "internals.version",
-    "apply_from_checkpoint": "apply.manifest",
+    "apply_from_checkpoint": "apply.checkpoints",
     "disabled": "apply.surgery",
     "find_sites": "find.sites",
+    "load_corrections": "apply.corrections",
     "load_merged": "apply.merge",
     "merge": "apply.merge",
     "own_group": "trainers.optim",
+    "push_to_hub": "apply.hub",
     "register_activation": "correction.bases",
+    "save_corrections": "apply.corrections",
     "save_merged": "apply.merge",
     "unwrap": "apply.surgery",
-    "wrap": "apply.surgery",
+    "wrap": "apply.wrapping",
 }
 
 # not the one that needs transformers, so that `from eafo_dynamic import *` works without it

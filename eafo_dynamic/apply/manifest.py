@@ -6,11 +6,9 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields, replace
-from pathlib import Path
 from reprlib import repr as _shown
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.apply.kept import CHECKPOINT_KEY, keep_sites
@@ -19,10 +17,9 @@ from eafo_dynamic.apply.surgery import hosted_sites, unwrap, wrap
 from eafo_dynamic.errors import CompoundingError, SiteError, legible, printable
 from eafo_dynamic.find.evidence import BY_ORDER
 from eafo_dynamic.find.functional import WRITTEN, function_base
-from eafo_dynamic.find.sites import MAX_CALLS, FoundSite, SiteReport, find_sites
+from eafo_dynamic.find.sites import MAX_CALLS, FoundSite, SiteReport
 
 __all__ = [
-    "apply_from_checkpoint",
     "check_form",
     "check_manifest",
     "check_weights",
@@ -296,69 +293,6 @@ def wrap_from_manifest(model: nn.Module, saved: Mapping[str, Any], present: Site
     if present is not None:
         _warn_of_losses(saved, present)
     return report
-
-
-def apply_from_checkpoint(
-    model: nn.Module, checkpoint: str | Path | Mapping[str, Any], *example_args: Any, **example_kwargs: Any
-) -> nn.Module:
-    """Wraps a fresh model as a checkpoint's model was wrapped, and loads the checkpoint's weights into it.
-
-    With an example, a warning names the calls that the model's code makes no more, or makes with another function: no
-    weight and no module shows that.
-
-    Args:
-        model: a model of the same structure, not wrapped.
-        checkpoint: a checkpoint saved by a Trainer with an EAFOCallback, or the mapping in it.
-        *example_args: example input; by default a LightningModule's ``example_input_array``.
-        **example_kwargs: example input.
-
-    Returns:
-        The model.
-
-    Raises:
-        SiteError: if the checkpoint holds no sites, or those of another model.
-    """
-    if not isinstance(checkpoint, Mapping):
-        checkpoint = _read(Path(checkpoint))
-    if CHECKPOINT_KEY not in checkpoint:
-        raise SiteError("the checkpoint holds no corrections: it was saved without an EAFOCallback.")
-    weights = checkpoint.get("state_dict")
-    if not isinstance(weights, Mapping):
-        raise SiteError("the checkpoint holds no weights under 'state_dict'. Use one that a Trainer has saved.")
-    present = _present(model, example_args, example_kwargs)
-    report = wrap_from_manifest(model, checkpoint[CHECKPOINT_KEY], present)
-    try:
-        check_weights(model, weights)
-        with legible(f"the checkpoint's weights do not fit the model of its {len(report.wrapped)} sites"):
-            model.load_state_dict(weights)
-    except SiteError:
-        unwrap(model)
-        raise
-    return model
-
-
-def _present(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SiteReport | None:
-    """The sites of a model as an example shows them; None without one."""
-    if args or kwargs:
-        return find_sites(model, *args, **kwargs)
-    example = getattr(model, "example_input_array", None)
-    if example is None:
-        return None
-    named = example if isinstance(example, Mapping) else {}
-    rest = () if named else example if isinstance(example, tuple) else (example,)
-    try:
-        return find_sites(model, *rest, **named)
-    except SiteError:  # nobody has asked for it
-        return None
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    """Reads a checkpoint without running anything in it."""
-    with legible(f"{path}: cannot be read as a checkpoint"):
-        found: object = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(found, Mapping):
-        raise SiteError(f"{path}: no checkpoint of a Trainer, but {_shown(found)}.")
-    return cast("Mapping[str, Any]", found)
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:

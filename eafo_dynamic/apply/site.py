@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from eafo_dynamic.correction.shape import correction_shape, is_closed_form
 from eafo_dynamic.correction.table import table_half_width, tabulate
 from eafo_dynamic.density.collector import Collector
 from eafo_dynamic.density.estimators import Density, Gaussian
+from eafo_dynamic.find.selection import FoundSite
 from eafo_dynamic.internals.torch_internals import (
     forget,
     own_buffers,
@@ -116,10 +117,12 @@ class Switch:
     Args:
         collecting: whether forwards leave a sample of their pre-activations.
         backend: what computes them for plain tensors.
+        options: those of the training that moved them, text and numbers only; None if there was none.
     """
 
     collecting: bool = False
     backend: Backend = "auto"
+    options: Mapping[str, object] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "collecting": False}  # nobody would fetch the samples of a copy
@@ -142,6 +145,7 @@ class Site:
         function: name and hyper-parameters of a functional call; None where a module is called.
         enabled: whether the correction acts.
         start: eps and table that the site begins with; None if it was pickled by version 0.1.0.
+        found: what the site was made from, with the form of its function; likewise.
     """
 
     name: str
@@ -152,6 +156,7 @@ class Site:
     function: tuple[str, dict[str, object]] | None = None
     enabled: bool = True
     start: tuple[float, Tensor | None] | None = field(default=None, init=False, repr=False)
+    found: tuple[FoundSite, Form] | None = field(default=None, init=False, repr=False)
     _zero_seen: tuple[tuple[tuple[int, int | None], ...], bool] | None = field(default=None, init=False, repr=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -188,6 +188,7 @@ def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> 
     owner = become(host, OWNER, found.module if found.owner is None else found.owner)
     index = 1 + max((each.index for each in owner.eafo_sites), default=-1)
     site = Site(found.name, index, found.module, switch, Collector(channel_dim=found.channel_dim))
+    site.found = (found, form)
     key = _key(found, target)
     if found.parameters is None:
         target.eafo_shared = found.owner is not None
@@ -285,17 +286,21 @@ def _guard(model: nn.Module, report: SiteReport) -> None:
     note_children(model, owners)
 
 
-def unwrap(model: nn.Module) -> None:
+def unwrap(model: nn.Module) -> nn.Module:
     """Takes every correction away: the very module objects with their classes, keys and results of before.
 
     Args:
         model: a wrapped model; one that is not stays as it is.
+
+    Returns:
+        The model.
     """
     for module in list(model.modules()):
         revert(module)
         forget_children(module)
         forget_sites(module)
     give_back_common(model)
+    return model
 
 
 @contextmanager
@@ -316,7 +321,7 @@ def disabled(model: nn.Module) -> Generator[nn.Module]:
         >>> with disabled(net):
         ...     torch.equal(net(x), plain)
         True
-        >>> unwrap(net)
+        >>> _ = unwrap(net)
     """
     sites = [site for _, site in hosted_sites(model)]
     before = [site.enabled for site in sites]

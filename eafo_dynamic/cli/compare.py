@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from eafo_dynamic.cli.helptext import examples
 from eafo_dynamic.cli.output import add_format_option, emit, quiet_pipe, table_width
 from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.internals.files import see_working_directory
 
 if TYPE_CHECKING:
     from eafo_dynamic.experiments.compare.plan import Plan
@@ -70,6 +71,7 @@ def register(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> int:
     if args.jobs < 1:
         raise ConfigError("--jobs", args.jobs, "must be at least 1", "Give the number of processes.")
+    see_working_directory()
     plans = [_plan(Path(path), args) for path in args.config]
     if args.list:
         _list(plans, args)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from eafo_dynamic.errors import interruptible
 from eafo_dynamic.experiments.configured import configured, quieten
+from eafo_dynamic.internals.files import see_working_directory
 
 __all__ = ["train"]
 
@@ -23,6 +24,7 @@ def train(argv: Sequence[str] | None) -> int:
         KeyboardInterrupt: if training was interrupted.
     """
     quieten()
+    see_working_directory()
     with interruptible():
         cli = configured(None if argv is None else list(argv), run=True, save_config_kwargs={"overwrite": True})
     if cli.trainer.interrupted:  # Lightning has caught the exception

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from eafo_dynamic.errors import CompoundingError, ConfigError
+from eafo_dynamic.errors import CompoundingError, ConfigError, SiteError
+from eafo_dynamic.internals.files import see_working_directory
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from eafo_dynamic.apply.checkpoints import Checkpoint
     from eafo_dynamic.apply.merge import MergePlan
 
 __all__ = ["register"]
@@ -48,7 +50,8 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="a checkpoint of eafo-dynamic fit, or of a Trainer with an EAFOCallback",
+        help="a checkpoint of eafo-dynamic fit, of a Trainer of Lightning or Hugging Face (its folder), of Fabric, of "
+        "torch.distributed.checkpoint, a file of weights, or one of save_corrections",
     )
     parser.add_argument(
         "--output", required=True, metavar="FILE", help="file to write: .pt, .ckpt, .safetensors, .pt2, .onnx"
@@ -77,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
     file = check_output(args.output)
     checkpoint = _checkpoint(args.checkpoint)
     model, data = _model(args)
-    _apply(model, checkpoint, args.checkpoint)
+    taken = _apply(model, checkpoint, args)
     model.eval()
     plan = plan_of(model)
     rows = _rows(model, plan)
@@ -85,26 +88,27 @@ def _run(args: argparse.Namespace) -> int:
     if plan.calls or file.suffix in GRAPH_FORMATS:
         example = _example(args, model, data)
     save_merged(merge(model, *example), file, *example)
-    title = f"{len(rows)} sites of {Path(args.checkpoint).name} merged into {file}"
+    title = f"{len(rows)} sites of {Path(args.checkpoint).name} merged into {file}; {taken}"
     emit(rows, fmt=args.format, optional=("shape", "sigma", "mu"), title=title)
     return 0
 
 
-def _checkpoint(path: str) -> Mapping[str, Any]:
-    import torch
+def _checkpoint(path: str) -> Checkpoint:
+    from eafo_dynamic.apply.checkpoints import read_checkpoint
 
-    from eafo_dynamic.apply.kept import CHECKPOINT_KEY
-
+    mend = "Give a checkpoint of a Trainer: a file, or a folder."
+    if not Path(path).exists():
+        raise ConfigError("checkpoint", path, "does not exist", mend)
     try:
-        saved = cast(object, torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise ConfigError("checkpoint", path, "does not exist", "Give a .ckpt file of a Trainer.") from None
-    except Exception as error:
+        return read_checkpoint(path)
+    except SiteError as error:
         problem = f"cannot be read ({_message(error)})"
-        raise ConfigError("checkpoint", path, problem, "Give a .ckpt file of a Trainer.") from None
-    if not isinstance(saved, Mapping) or CHECKPOINT_KEY not in saved or "state_dict" not in saved:
-        raise ConfigError("checkpoint", path, "holds no corrections", "Give one saved by a run with an EAFOCallback.")
-    return cast("Mapping[str, Any]", saved)
+        if error.__cause__ is None:  # it could, and is not what is needed
+            problem = _message(error)
+        if "holds no corrections" in problem:
+            problem = "holds no corrections"
+            mend = "Give one saved by a run with a callback of eafo-dynamic, or a file of save_corrections."
+        raise ConfigError("checkpoint", path, problem.removesuffix("."), mend) from None
 
 
 def _message(error: Exception) -> str:
@@ -144,6 +148,7 @@ def _configured(file: Path) -> tuple[nn.Module, Any]:
     if not isinstance(config, Mapping) or "model" not in config:
         raise ConfigError("--config", str(file), "has no model", "Give the config.yaml of a run of eafo-dynamic fit.")
     quieten()
+    see_working_directory()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
     # not the run's own trainer, whose callbacks and loggers would act here
     quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "barebones": False}
@@ -154,17 +159,21 @@ def _configured(file: Path) -> tuple[nn.Module, Any]:
     return made.model, made.datamodule
 
 
-def _apply(model: nn.Module, checkpoint: Mapping[str, Any], path: str) -> None:
-    from eafo_dynamic.apply.manifest import apply_from_checkpoint
+def _apply(model: nn.Module, checkpoint: Checkpoint, args: argparse.Namespace) -> str:
+    """Gives the plain model what the checkpoint holds; says what that was."""
+    from eafo_dynamic.apply.checkpoints import apply_checkpoint
 
+    example: tuple[Any, ...] = ()
+    if args.shape is not None and checkpoint.sites is None and checkpoint.corrections is None:
+        example = _example(args, model, None)  # without a list of sites they have to be found
     try:
-        apply_from_checkpoint(model, checkpoint)
+        return apply_checkpoint(model, checkpoint, *example)
     except CompoundingError:
         raise
     except RuntimeError as error:  # torch's, and SiteError: the weights or the sites do not fit
         problem = f"is of another model than this {type(model).__name__} ({_message(error)})"
         mend = "Give the configuration or the factory that the checkpoint was trained with."
-        raise ConfigError("checkpoint", path, problem, mend) from None
+        raise ConfigError("checkpoint", args.checkpoint, problem, mend) from None
 
 
 def _example(args: argparse.Namespace, model: nn.Module, data: Any) -> tuple[Any, ...]:

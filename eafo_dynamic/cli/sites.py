@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.internals.files import see_working_directory
 
 __all__ = ["make", "register", "shape"]
 
@@ -105,7 +104,7 @@ def make(path: str) -> Any:
         ConfigError: if there is no such callable, or it fails.
     """
     module_name, _, attribute = path.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
+    see_working_directory()
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
         return factory()

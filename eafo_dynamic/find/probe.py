@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,12 @@ larger ones are shared."""
 
 
 @contextmanager
-def structural_copy(model: nn.Module) -> Generator[nn.Module]:
+def structural_copy(model: nn.Module, kept: Mapping[int, Any] | None = None) -> Generator[nn.Module]:
     """A structural copy of the model, to be run without a trace.
+
+    Args:
+        model: any.
+        kept: objects that are to be shared with the copy, by their id.
 
     Yields:
         The copy.
@@ -33,7 +37,7 @@ def structural_copy(model: nn.Module) -> Generator[nn.Module]:
     Raises:
         SiteError: if the model refuses to be copied.
     """
-    memo = _shared(model)
+    memo = {**_shared(model), **(kept or {})}
     try:
         try:
             probe = copy.deepcopy(model, dict(memo))

@@ -1,14 +1,15 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and the folder in which a command finds the user's own modules."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["replacing"]
+__all__ = ["replacing", "see_working_directory"]
 
 
 @contextmanager
@@ -45,3 +46,10 @@ def _sync_folder(folder: Path) -> None:
         pass  # some network file systems cannot
     finally:
         os.close(descriptor)
+
+
+def see_working_directory() -> None:
+    """Lets imports find modules in the working directory, as ``python -m`` does and an installed command does not."""
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)

@@ -65,7 +65,7 @@ RENAMED: dict[str, str | tuple[str, ...]] = {
     "eafo_dynamic.kernels": "eafo_dynamic.correction.kernels",
     "eafo_dynamic.lineage": "eafo_dynamic.find.lineage",
     "eafo_dynamic.listener": ("eafo_dynamic.trainers.lightning.listener", "eafo_dynamic.apply.kept"),
-    "eafo_dynamic.manifest": "eafo_dynamic.apply.manifest",
+    "eafo_dynamic.manifest": ("eafo_dynamic.apply.manifest", "eafo_dynamic.apply.checkpoints"),
     "eafo_dynamic.metrics": "eafo_dynamic.entropy.metric",
     "eafo_dynamic.optim": "eafo_dynamic.trainers.optim",
     "eafo_dynamic.options": "eafo_dynamic.policy.options",

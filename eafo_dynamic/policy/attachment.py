@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from eafo_dynamic.errors import SiteError, printable
 
-__all__ = ["OptimizerWatch", "refuse_replicas"]
+__all__ = ["OptimizerWatch", "refuse_replicas", "thaw_under_adapters"]
 
 _FIRST_ATTACH = (
     "Attach first, then wrap: controller = EAFOController.attach(model); model = DistributedDataParallel(model)."
@@ -53,6 +53,27 @@ def _is_replicated(model: nn.Module) -> bool:
     replicas: list[Any] = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
     own = {id(module) for module in model.modules()}
     return any(id(module) in own for each in replicas for module in each.modules())
+
+
+def thaw_under_adapters(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> bool:
+    """Lets amplitudes train again that PEFT has frozen with the rest of its base model.
+
+    Only if all of them are frozen and layers of PEFT are there: what a user has frozen stays so.
+
+    Args:
+        model: the wrapped model, in which PEFT puts its layers.
+        trained: the amplitudes that the loss trains, by their parameter names.
+
+    Returns:
+        Whether there were any.
+    """
+    if not trained or any(amplitude.requires_grad for amplitude in trained.values()):
+        return False
+    if not any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        return False
+    for amplitude in trained.values():
+        amplitude.requires_grad_(True)
+    return True
 
 
 class OptimizerWatch:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.apply.bank import Bank
+from eafo_dynamic.apply.corrections import keep_beside
 from eafo_dynamic.apply.manifest import manifest
 from eafo_dynamic.apply.surgery import put_back, take_off, unwrap, wrap
 from eafo_dynamic.correction.kernels import resolve_backend
@@ -20,7 +21,7 @@ from eafo_dynamic.find.sites import SiteReport, find_sites
 from eafo_dynamic.internals.declared import named
 from eafo_dynamic.internals.version import package_versions
 from eafo_dynamic.policy.amplitudes import assigned
-from eafo_dynamic.policy.attachment import OptimizerWatch, refuse_replicas
+from eafo_dynamic.policy.attachment import OptimizerWatch, refuse_replicas, thaw_under_adapters
 from eafo_dynamic.policy.diagnostics import snapshot
 from eafo_dynamic.policy.options import Options
 from eafo_dynamic.policy.round import Rounds
@@ -68,11 +69,13 @@ class EAFOController:
         self.records: deque[Record] = deque(maxlen=self.KEPT_RECORDS)
         self.pace = Pace()
         hosted = wrap(model, self.report, self.options.eps_init, backend=self.options.backend, **self.options.form)
+        keep_beside(model)
         self.bank = Bank(model, hosted)
         self._watch: OptimizerWatch | None = None
         self._rounds = Rounds(self.bank, self.policies, self.options)
         self._switch = self.bank.sites[0].switch
         self._switch.backend = self.options.backend
+        self._switch.options = self.options.primitives()
         self._share_out_samples()
         self.expect(0)
 
@@ -222,8 +225,10 @@ class EAFOController:
         Returns:
             The rows of this update round; empty if there was none.
         """
-        if self._watch is not None and self._watch.is_done():
-            self._watch = None
+        if self._watch is not None:
+            thaw_under_adapters(self.model, self.trained)  # made after attach
+            if self._watch.is_done():
+                self._watch = None
         if global_step == self.pace.last:
             return self._update_at_the_same_step(global_step, epoch, due)
         if global_step < self.pace.last:  # another training

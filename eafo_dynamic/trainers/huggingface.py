@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eafo_dynamic.apply.checkpoints import STATE_NAME
+from eafo_dynamic.apply.corrections import FILE_NAME, load_corrections, save_corrections
+from eafo_dynamic.apply.surgery import put_back, take_off
 from eafo_dynamic.density.ranks import world_size
 from eafo_dynamic.errors import ConfigError, EAFOError, SiteError, legible, one_line
 from eafo_dynamic.find.sites import find_sites
 from eafo_dynamic.internals.declared import takes
 from eafo_dynamic.internals.files import replacing
 from eafo_dynamic.internals.torch_internals import callers, current_frame, hide_from_compiler, variable_of
+from eafo_dynamic.policy.attachment import thaw_under_adapters
 from eafo_dynamic.policy.controller import EAFOController
 from eafo_dynamic.records.schema import Record
 from eafo_dynamic.trainers.huggingface_example import batch_report
@@ -36,7 +40,7 @@ except ImportError as error:
 __all__ = ["EAFOTrainerCallback"]
 
 
-_STATE = "eafo_state.pt"
+_ADAPTER = "adapter_config.json"
 
 
 class EAFOTrainerCallback(TrainerCallback):
@@ -79,11 +83,13 @@ class EAFOTrainerCallback(TrainerCallback):
         _check_sharding(self._trainer)
         self._watch_training()
         selection = self.options.selection
+        earlier = take_off(model)  # of an earlier training, or of a file
         if self.options.example is not None:
             report = find_sites(model, selection=selection, **self.options.example)
         else:
             report = batch_report(self._trainer, model, selection)
         self.controller = EAFOController(model, self.options, report)
+        put_back(model, earlier)
         if world_size() > 1:
             self._replicas = Replicas(model, self._amplitudes)
         if self.options.verbose and state.is_world_process_zero:
@@ -93,6 +99,7 @@ class EAFOTrainerCallback(TrainerCallback):
         """Gives eps its parameter group, restores what a checkpoint has, and opens the log."""
         controller = self._controller
         self._check_model(kwargs["model"])
+        thaw_under_adapters(controller.model, controller.trained)
         optimizer, scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
         notes = own_group(
             [optimizer],
@@ -108,7 +115,9 @@ class EAFOTrainerCallback(TrainerCallback):
         for note in notes:
             warnings.warn(f"EAFO: {note}", stacklevel=2)
         if state.global_step:
-            self._resume(_resumed_checkpoint(args, state) / _STATE)
+            folder = _resumed_checkpoint(args, state)
+            self._restore_corrections(folder)
+            self._resume(folder / STATE_NAME)
         controller.begin(state.global_step)
         self._watch_losses()
         self._has_ended = False
@@ -128,6 +137,11 @@ class EAFOTrainerCallback(TrainerCallback):
                 "the corrections were taken out of the model after the Trainer was made. Make a new Trainer with a new "
                 "EAFOTrainerCallback."
             )
+
+    def _restore_corrections(self, folder: Path) -> None:
+        """Restores corrections beside an adapter: the Trainer restores the adapter alone."""
+        if (folder / _ADAPTER).is_file() and (folder / FILE_NAME).is_file():
+            load_corrections(self._controller.model, folder)
 
     def _resume(self, path: Path) -> None:
         if not path.exists():
@@ -150,8 +164,10 @@ class EAFOTrainerCallback(TrainerCallback):
         if world_size() > 1:
             saved["ranks"] = everyones(self._controller.own_state())
         if state.is_world_process_zero:
-            with replacing(_checkpoint(args, state) / _STATE) as file:
+            folder = _checkpoint(args, state)
+            with replacing(folder / STATE_NAME) as file:
                 torch.save(saved, file)
+            save_corrections(self._controller.model, folder)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Lets the policy add to eps.grad, or drops it once frozen."""
@@ -193,6 +209,8 @@ class EAFOTrainerCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ends the log with the model as the training leaves it, and closes it; the model keeps its corrections."""
         self._controller.collecting = False
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._restore_corrections(Path(state.best_model_checkpoint))
         self._end(state)
         self._log.close()
         self._forget_losses()

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import warnings
 from collections.abc import Mapping
-from typing import Any, cast
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule
+from torch.export import ExportedProgram
 
+from eafo_dynamic.apply.merge.signature import Call, call_of, forward_of, in_order
+from eafo_dynamic.apply.merge.sizes import (
+    batch_of_two,
+    free_sizes,
+    shapes,
+    sizes_that_do_not_change,
+    without,
+    without_trace,
+)
+from eafo_dynamic.apply.site import Site, register
 from eafo_dynamic.apply.surgery import hosted_sites
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.internals.torch_internals import forget, own_buffers, own_parameters, share_tables, tree_map
+from eafo_dynamic.find.probe import structural_copy
+from eafo_dynamic.internals.torch_internals import forget, share_tables
 
 __all__ = ["MergedGraph", "export", "graph_of"]
 
@@ -31,16 +41,24 @@ class MergedGraph(nn.Module):
     Args:
         program: the exported graph.
         training: the mode in which it was exported.
+        call: how the model's forward is called; None where it is not known.
+        graph: what ``program.module()`` has given; None if it has not been called.
     """
 
-    def __init__(self, program: ExportedProgram, training: bool) -> None:
+    def __init__(
+        self, program: ExportedProgram, training: bool, call: Call | None = None, graph: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        graph = program.module()
+        if graph is None:
+            graph = program.module()
         self.program = program
         # the same tables, so that moving and loading act on the graph; it is no child, so that names stay
         share_tables(self, graph)
         vars(self)["graph"] = graph
         self.training = training
+        self.call = call
+        if call is not None:
+            vars(self)["forward"] = MethodType(forward_of(call), self)
 
     def __prepare_scriptable__(self) -> Any:
         raise SiteError(
@@ -49,7 +67,7 @@ class MergedGraph(nn.Module):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the graph.
+        """Runs the graph; it has the signature of the model's forward.
 
         Args:
             *args: as the model takes them.
@@ -86,19 +104,21 @@ class MergedGraph(nn.Module):
         program.state_dict.update({key: value for key, value in self.named_buffers() if key in program.state_dict})
         file = io.BytesIO()
         torch.export.save(program, file)
-        return _loaded, (file.getvalue(), self.training)
+        return _loaded, (file.getvalue(), self.training, self.call)
 
 
-def _loaded(data: bytes, training: bool) -> MergedGraph:
-    return MergedGraph(torch.export.load(io.BytesIO(data)), training)
+def _loaded(data: bytes, training: bool, call: Call | None = None) -> MergedGraph:
+    return MergedGraph(torch.export.load(io.BytesIO(data)), training, call)
 
 
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
-    """``torch.export`` of a model in its present mode, with every size of the example free where the model allows.
+    """``torch.export`` of a model in its present mode.
+
+    The first dimension of every tensor, its batch, is free, and every other one that the model does not fix.
 
     Args:
         model: any.
-        args: example; its sizes must not be 0 or 1 where they are to be free.
+        args: example; but for its batch, its sizes must not be 0 or 1 where they are to be free.
         kwargs: example.
 
     Returns:
@@ -109,11 +129,15 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """
     if isinstance(model, MergedGraph):
         return model.program
+    return _exported(model, args, kwargs)[0]
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[ExportedProgram, nn.Module]:
+    """The program, and a module that runs it."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about its own code
-            program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=_free_sizes(model, args, kwargs))
-            return program.run_decompositions({})
+            return _of_larger_batch(model, args, kwargs) or _of_example(model, args, kwargs)
     except Exception as error:
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise SiteError(
@@ -122,17 +146,34 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         ) from error
 
 
-def _free_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """For ``dynamic_shapes``: every size of every tensor; None, all fixed, where torch cannot be told."""
+def _of_example(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[ExportedProgram, nn.Module]:
+    free = free_sizes(model, args, kwargs)
+    program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=free)
+    graph = program.module()
+    fixed = sizes_that_do_not_change(program, graph, args, kwargs)
+    if free is not None and fixed:
+        free = without(free, fixed)
+        program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=free)
+        graph = program.module()
+    return program, graph
 
-    def free(value: object) -> Any:
-        return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, Tensor) else None
 
-    signature = inspect.signature(model.forward)
-    given = signature.bind(*args, **kwargs).arguments
-    if any(signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD for name in given):
+def _of_larger_batch(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[ExportedProgram, nn.Module] | None:
+    """The same for an example with a batch of one, which would fix the batch; None where it is no batch."""
+    larger = batch_of_two(args, kwargs)
+    if larger is None:
         return None
-    return {name: tree_map(free, value) for name, value in given.items()}
+    try:
+        program, graph = _of_example(model, *larger)
+        with without_trace(graph):
+            fits = shapes(graph(*args, **kwargs)) == shapes(model(*args, **kwargs))
+    except Exception:
+        return None  # the example itself then says what is wrong, if anything is
+    return (program, graph) if fits else None
 
 
 def graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MergedGraph:
@@ -146,28 +187,21 @@ def graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     Returns:
         The graph, which shares the model's weights.
     """
-    switches = {id(site.switch): site.switch for _, site in hosted_sites(model)}.values()
-    before = [switch.collecting for switch in switches]
-    for switch in switches:
-        switch.collecting = False
-    try:
-        graph = export(model, args, kwargs).module()
-    finally:
-        for switch, collecting in zip(switches, before, strict=True):
-            switch.collecting = collecting
-    _rename(graph)
-    return MergedGraph(export(graph, args, kwargs), model.training)
+    kwargs = in_order(model, kwargs)
+    weights = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    with structural_copy(model, weights) as twin:
+        for host, site in hosted_sites(twin):
+            site.switch.collecting = False
+            _rename(host, site)
+        program, graph = _exported(twin, args, kwargs)
+    return MergedGraph(program, model.training, call_of(model, args, kwargs), graph)
 
 
-def _rename(graph: GraphModule) -> None:
-    """Turns the sites' parameters and buffers ``eafo_<index>_...`` into buffers ``corrected_<index>_...``."""
-    for node in graph.graph.nodes:
-        owner, _, key = str(node.target).rpartition(".")
-        if node.op == "get_attr" and key.startswith(_OURS):
-            node.target = f"{owner}.{_THEIRS}{key.removeprefix(_OURS)}".lstrip(".")
-    for module in graph.modules():
-        for key, value in {**own_parameters(module), **own_buffers(module)}.items():
-            if key.startswith(_OURS):
-                forget(module, key)
-                module.register_buffer(_THEIRS + key.removeprefix(_OURS), cast(Tensor, value).detach().clone())
-    graph.recompile()
+def _rename(host: nn.Module, site: Site) -> None:
+    """Turns a site's parameters and buffers ``eafo_<index>_...`` into buffers ``corrected_<index>_...``."""
+    keys = tuple(_THEIRS + key.removeprefix(_OURS) for key in site.keys)
+    for key, now in zip(site.keys, keys, strict=True):
+        value: Tensor | None = getattr(host, key)
+        forget(host, key)
+        register(host, now, None if value is None else value.detach().clone())
+    vars(site)["keys"] = keys

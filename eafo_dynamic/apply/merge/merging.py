@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from eafo_dynamic.apply.merge.baking import apply_plan, plan_of
+from eafo_dynamic.apply.merge.files import keep_functions
 from eafo_dynamic.apply.merge.graph import graph_of
 from eafo_dynamic.apply.surgery import is_wrapped, unwrap
 from eafo_dynamic.errors import SiteError
@@ -62,6 +63,7 @@ def merge(model: nn.Module, *example_args: Any, **example_kwargs: Any) -> nn.Mod
     if not plan.calls:
         unwrap(model)
         apply_plan(model, plan)
+        keep_functions(model)
         return model
     if not example_args and not example_kwargs:
         shown = ", ".join(plan.calls[:6]) + (f" and {len(plan.calls) - 6} more" if len(plan.calls) > 6 else "")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -35,12 +36,15 @@ from eafo_dynamic.trainers.lightning.example import (
 )
 from eafo_dynamic.trainers.lightning.listener import LoadListener
 from eafo_dynamic.trainers.lightning.reporter import Reporter, announce
+from eafo_dynamic.trainers.lightning.restoring import load_module
 from eafo_dynamic.trainers.optim import own_group
 from eafo_dynamic.trainers.options import CallbackOptions
 from eafo_dynamic.trainers.replicas import Replicas, check_strategy, everyones
 from eafo_dynamic.trainers.runlog import RunLog
 
 __all__ = ["EAFOCallback"]
+
+_Module = TypeVar("_Module")
 
 
 class EAFOCallback(Callback):
@@ -82,6 +86,27 @@ class EAFOCallback(Callback):
         self._late = False  # whether eps joined the optimisers after they were made
         self._listener: LoadListener | None = None
         self._replicas: Replicas | None = None
+
+    @staticmethod
+    def load_from_checkpoint(module_class: type[_Module], path: str | Path, **options: Any) -> _Module:
+        """Makes a LightningModule from a checkpoint, with the corrections in it.
+
+        In place of ``module_class.load_from_checkpoint(path)``, which knows no corrections::
+
+            model = EAFOCallback.load_from_checkpoint(MyModule, "last.ckpt")
+
+        Args:
+            module_class: class of the module; it needs no change.
+            path: the checkpoint.
+            **options: as the ``load_from_checkpoint`` of Lightning takes them, arguments of the class among them.
+
+        Returns:
+            The module, wrapped as the checkpoint says.
+
+        Raises:
+            SiteError: if the checkpoint cannot be read, holds no corrections, or those of another model.
+        """
+        return load_module(module_class, path, **options)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wraps the model for a fit, before optimisers are made and weights are restored.
