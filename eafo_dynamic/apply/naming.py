@@ -15,6 +15,7 @@ __all__ = ["Renaming", "plain_name", "plain_names", "renamed_sites", "resolve"]
 # segments that torch.compile, FSDP and activation checkpointing put into names
 _OF_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _MOST_SHOWN = 6
+_AROUND = ("guarded", "through", "beside")
 
 
 def plain_name(name: str) -> str:
@@ -126,7 +127,7 @@ def _renamed(site: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, An
         caller = rename[caller]
     renamed: dict[str, Any] = {**site, "name": name, "module": rename[module], "owner": owner, "caller": caller}
     # a module that the code around the call uses, and that only this model has not, has nothing to guard or to tell
-    for key in ("guarded", "through", "beside"):
+    for key in _AROUND:
         renamed[key] = [rename[each] for each in site.get(key, ()) if each in rename]
     return renamed
 
@@ -170,7 +171,7 @@ def resolve(model: nn.Module, saved: Mapping[str, Any]) -> tuple[Renaming, dict[
                 "is meant in place of the whole model, such as model.net."
             )
         for renaming in fitting.values():
-            guarded = [name for site in sites for name in site.get("guarded", ())]
+            guarded = [name for site in sites for key in _AROUND for name in site.get(key, ())]
             names = _names(renaming, needed, own) or {}
             for name in guarded:
                 there = renaming(plain_name(name))
