@@ -8,10 +8,8 @@ them apart, by where they are made and by the children that have run before; see
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from types import CodeType
 from typing import Any, cast
 
 import torch
@@ -28,6 +26,7 @@ from eafo_dynamic.correction.bases import Base, as_base
 from eafo_dynamic.correction.kernels import Backend, prepare
 from eafo_dynamic.density.collector import Collector
 from eafo_dynamic.errors import SiteError
+from eafo_dynamic.find.attributes import methods_that_call
 from eafo_dynamic.find.evidence import Evidence
 from eafo_dynamic.find.functional import function_base
 from eafo_dynamic.find.places import function_of, is_unbranched
@@ -212,28 +211,12 @@ def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> 
 
 
 def _methods(owner: Hosting, found: FoundSite) -> set[str]:
-    """Methods of an owner, beside its entry points, that may make a call of a function or activation.
-
-    Those that lie on the way to the call, and those whose code has its name: where they run alone, the call must be told
-    from the known ones.
-    """
+    """Methods of an owner that lie on the way to a call, or name what is called: each of them may run alone."""
+    spelled = set(found.module.split("."))
+    if found.parameters is not None:
+        spelled = {found.class_name, f"{found.class_name}_"}
     functions = {function_of(place) for place in found.places}
-    spelled = {found.class_name, f"{found.class_name}_"} if found.parameters is not None else {*found.module.split(".")}
-    methods = set[str]()
-    for cls in owner.eafo_class.__mro__:
-        if cls is object or cls.__module__.partition(".")[0] == "torch":
-            continue
-        for name, method in vars(cls).items():
-            code = getattr(inspect.unwrap(method), "__code__", None) if inspect.isfunction(method) else None
-            is_entry = name in ENTRY_POINTS or name.startswith("__")
-            if code is not None and not is_entry and (f"{cls.__qualname__}.{name}" in functions or spelled & _names(code)):
-                methods.add(name)
-    return methods
-
-
-def _names(code: CodeType) -> set[str]:
-    inner = (each for each in code.co_consts if isinstance(each, CodeType))
-    return {*code.co_names}.union(*map(_names, inner))
+    return methods_that_call(owner.eafo_class, spelled, functions) - {*ENTRY_POINTS}
 
 
 def _key(found: FoundSite, target: Hosting) -> str:

@@ -1,4 +1,4 @@
-"""Which attributes the code of a model's classes reads, and how often."""
+"""What the code of a model's classes reads: which attributes, how often, in which methods."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from types import CodeType
+from typing import Any
 
 from torch import nn
 
-__all__ = ["Attributes"]
+__all__ = ["Attributes", "methods_that_call"]
 
 
 class Attributes:
@@ -46,15 +47,53 @@ def _reads(cls: type[nn.Module]) -> tuple[Counter[str], Counter[str]]:
     """How often a class reads each attribute of ``self``, and of anything else."""
     own: Counter[str] = Counter()
     others: Counter[str] = Counter()
-    for each in cls.__mro__:
-        if each is object or each.__module__.partition(".")[0] == "torch":
-            continue
+    for each in _of_users(cls):
         for value in vars(each).values():
-            function = value.fget if isinstance(value, property) else inspect.unwrap(getattr(value, "__func__", value))
-            code = getattr(function, "__code__", None)
-            if isinstance(code, CodeType):
+            code = _code(value.fget if isinstance(value, property) else value)
+            if code is not None:
                 _count(code, own, others)
     return own, others
+
+
+def methods_that_call(cls: type[nn.Module], names: set[str], functions: set[str]) -> set[str]:
+    """Methods of a class that may make a call.
+
+    Args:
+        cls: a module class.
+        names: by which code may call it.
+        functions: names of functions, with those of their classes, that are known to lie on the way to it.
+
+    Returns:
+        Names of methods that are one of the functions, or have one of the names in their code; none with underscores at
+        both ends.
+    """
+    found: set[str] = set()
+    for each in _of_users(cls):
+        for name, value in vars(each).items():
+            code = _code(value) if inspect.isfunction(value) else None
+            if code is None or name.startswith("__"):
+                continue
+            if f"{each.__qualname__}.{name}" in functions or names & _names(code):
+                found.add(name)
+    return found
+
+
+def _of_users(cls: type[nn.Module]) -> Iterator[type]:
+    return (each for each in cls.__mro__ if each is not object and each.__module__.partition(".")[0] != "torch")
+
+
+def _code(value: object) -> CodeType | None:
+    function: Any = getattr(value, "__func__", value)
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code if isinstance(code, CodeType) else None
+
+
+def _names(code: CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names
 
 
 def _count(code: CodeType, own: Counter[str], others: Counter[str]) -> None:
