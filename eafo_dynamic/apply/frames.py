@@ -48,6 +48,7 @@ __all__ = [
     "entered",
     "function_mode",
     "in_backward",
+    "name_outside",
     "open_frame",
     "refuse_symbols",
     "route",
@@ -201,17 +202,20 @@ def route(key: str, compiling: bool, depth: int = 4) -> tuple[Owner | None, Site
             f"{key} is called in a backward pass, outside the forward of the module that owns it, and which of its "
             "sites it is cannot be known. Checkpoint whole modules with torch.utils.checkpoint, or exclude it."
         )
-    if not compiling and not STACK.idle:
-        _name_outside(key)
     return None, None
 
 
 _named_outside: set[str] = set()
 
 
-def _name_outside(key: str) -> None:
-    """Warns once of an activation that is called outside every forward that could tell which call it is."""
-    if key not in _named_outside:
+def name_outside(key: str, compiling: bool) -> None:
+    """Warns once of an activation that is called outside every forward that could tell which call it is.
+
+    Args:
+        key: what is called.
+        compiling: whether ``torch.compile`` reads this code.
+    """
+    if not compiling and not STACK.idle and key not in _named_outside:
         _named_outside.add(key)
         warnings.warn(
             f"EAFO: {printable(key)} is called outside the forward of the module that tells its calls apart; it is "
@@ -426,7 +430,10 @@ def refuse_symbols(value: object, host: Owner) -> None:
 
 
 def _call_function(caller: Owner, func: Any, name: str, args: Any, kwargs: dict[str, Any], compiling: bool) -> Any:
-    owner, site = route(_key(caller, name), compiling)
+    key = _key(caller, name)
+    owner, site = route(key, compiling)
+    if owner is None:
+        name_outside(key, compiling)
     if owner is None or site is None:
         return func(*args, **kwargs)
     inplace = is_inplace(func, name, args, kwargs)

@@ -14,10 +14,11 @@ from typing import Any, cast
 
 from torch import nn
 
+from eafo_dynamic.internals.torch_internals import MODULE_TABLES, own_children
+
 __all__ = ["give_back_common", "take_own_copies"]
 
 _COMMON = "eafo_common"
-_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def take_own_copies(model: nn.Module, names: Iterable[str]) -> None:
@@ -48,22 +49,23 @@ def give_back_common(model: nn.Module) -> None:
 
 def _put_in_place_of(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
+        children = own_children(parent)
+        for name, child in children.items():
             if child is old:
-                parent._modules[name] = new
+                children[name] = new
 
 
 def _copied(module: nn.Module) -> nn.Module:
     """A module of its own over the same parameters, buffers and children."""
     own = copy.copy(module)
-    for table in _TABLES:
+    for table in MODULE_TABLES:
         vars(own)[table] = dict(vars(module)[table])
     return own
 
 
 def _held_by_others(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
     """Those that another model, a global, a class or a default argument holds."""
-    own_tables = {id(module._modules) for module in model.modules()}
+    own_tables = {id(own_children(module)) for module in model.modules()}
     by_id = {id(module): module for module in modules}
     held: dict[int, nn.Module] = {}
     for holder in gc.get_referrers(*modules) if modules else ():
@@ -90,4 +92,4 @@ def _holds_for_good(owner: Any, holder: Any) -> bool:
     if not isinstance(owner, dict):
         return isinstance(owner, type)
     known = cast("dict[str, Any]", owner)
-    return "__builtins__" in known or known.get("_modules") is holder
+    return "__builtins__" in known or any(known.get(table) is holder for table in MODULE_TABLES)

@@ -23,6 +23,7 @@ from eafo_dynamic.apply.frames import (
     entered,
     function_mode,
     in_backward,
+    name_outside,
     open_frame,
     refuse_symbols,
     route,
@@ -199,7 +200,8 @@ class _Activation(Hosting):
         frames = STACK.frames
         if not frames or frames[-1].mode is None:
             if self.eafo_shared and not frames and not in_backward():
-                return base(*args, **kwargs)  # no owner is there to count
+                name_outside(self.eafo_name, is_compiling())
+                return base(*args, **kwargs)  # no owner is there to tell which call it is
         else:
             # the caller's mode must not take the functions inside the activation for the caller's own
             outer = open_frame(self, 0 if is_compiling() else id(current_frame()))
@@ -229,6 +231,8 @@ def _correct(host: Any, base: Callable[..., Any], args: tuple[Any, ...], kwargs:
                 return base(values[0])  # another call than the one that the example made
         return host.eafo_sites[0](host, base, values[0], inplace, known)
     owner, site = route(host.eafo_name, compiling)
+    if owner is None:
+        name_outside(host.eafo_name, compiling)
     if owner is None or site is None:
         return base(values[0])
     telling: Any = owner

@@ -9,11 +9,10 @@ from typing import Any
 from torch import nn
 
 from eafo_dynamic.errors import SiteError
+from eafo_dynamic.internals.torch_internals import NAMES_OF_WRAPPERS
 
 __all__ = ["Renaming", "plain_name", "plain_names", "renamed_sites", "resolve"]
 
-# segments that torch.compile, FSDP and activation checkpointing put into names
-_OF_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _MOST_SHOWN = 6
 _AROUND = ("guarded", "through", "beside")
 
@@ -27,7 +26,7 @@ def plain_name(name: str) -> str:
     Returns:
         For example ``net.0.weight`` for ``net._orig_mod.0.weight``.
     """
-    return ".".join(segment for segment in name.split(".") if segment not in _OF_WRAPPERS)
+    return ".".join(segment for segment in name.split(".") if segment not in NAMES_OF_WRAPPERS)
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:

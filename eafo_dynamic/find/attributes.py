@@ -28,18 +28,20 @@ class Attributes:
         for cls in classes:
             self._of_others |= set(_reads(cls)[1])
 
-    def is_read_once(self, module: nn.Module, name: str) -> bool:
-        """Whether one place alone in the code of a model reads a submodule.
+    def reads(self, module: nn.Module, name: str) -> int:
+        """How many places in the code of a model read a submodule.
 
         Args:
             module: the module around it.
             name: of the submodule in it.
 
         Returns:
-            Whether there is exactly one place where the module's class reads it of ``self``, and none where some class
-            reads an attribute of this name of anything else.
+            How often the module's class reads it of ``self``, and 1 more where some class reads an attribute of this
+            name of anything else. A container whose forward is torch's own reads each of its modules once.
         """
-        return _reads(type(module))[0][name] == 1 and name not in self._of_others
+        if type(module).forward.__module__.partition(".")[0] == "torch":
+            return 1
+        return _reads(type(module))[0][name] + (name in self._of_others)
 
 
 @lru_cache(maxsize=1 << 12)
@@ -48,9 +50,9 @@ def _reads(cls: type[nn.Module]) -> tuple[Counter[str], Counter[str]]:
     own: Counter[str] = Counter()
     others: Counter[str] = Counter()
     for each in _of_users(cls):
-        for value in vars(each).values():
+        for name, value in vars(each).items():
             code = _code(value.fget if isinstance(value, property) else value)
-            if code is not None:
+            if code is not None and name != "__init__":  # which gives names, and calls nothing
                 _count(code, own, others)
     return own, others
 

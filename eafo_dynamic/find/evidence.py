@@ -108,11 +108,13 @@ def _shared_children(known: Sequence[Evidence], number: int, after: tuple[str, .
     shared = 0
     while shared < min(len(one), len(two)) and one[-1 - shared] == two[-1 - shared]:
         shared += 1
+    there = [other for other in known if other.places == this.places]
     if not shared:
-        return None if one or two else 0
+        # in a loop, a known call without children comes before those that its turns make
+        before_all = is_repeated(this.places) and not any(two[-1] in other.after for other in there) if two else True
+        return 0 if before_all and not one else None
     if not is_repeated(this.places):
         return 1
-    there = [other for other in known if other.places == this.places]
     tells_alone = sum(one[-1] in other.after for other in there) == 1 < len(there)
     if tells_alone or shared in (len(one), len(two)):
         return shared

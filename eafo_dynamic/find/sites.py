@@ -377,16 +377,23 @@ class _Naming:
     def _is_certain(self, made: MadeCall) -> bool:
         """Whether the code of the model has no other call of an activation that is called once."""
         call = made.call
-        if call.function is not None or len(self.aliases[call.module]) > 1:
+        if call.function is not None or not call.path[-1].is_forward:
             return False
-        places, caller = call.pieces[0].places, call.path[-1]
-        if not caller.is_forward or not places:
-            return caller.is_forward  # without places it is the code of a container
-        around = self.model.get_submodule(caller.module)
-        attribute, _, index = call.module[len(caller.module) :].lstrip(".").partition(".")
-        if index and not isinstance(getattr(around, attribute, None), (nn.ModuleList, nn.ModuleDict)):
-            return False
-        return self.attributes.is_read_once(around, attribute) and bool(index or not is_repeated(places))
+        readers = [self._readers(name) for name in self.aliases[call.module]]
+        places = call.pieces[0].places
+        is_indexed = isinstance(
+            self.model.get_submodule(call.module.rpartition(".")[0]), (nn.ModuleList, nn.ModuleDict)
+        )
+        return sum(readers) == 1 and (is_indexed or not places or not is_repeated(places))
+
+    def _readers(self, name: str) -> int:
+        """How many places in the code call a module by one of its names."""
+        parent, attribute = name.rpartition(".")[::2]
+        around = self.model.get_submodule(parent)
+        while parent and isinstance(around, (nn.ModuleList, nn.ModuleDict)):
+            parent, attribute = parent.rpartition(".")[::2]
+            around = self.model.get_submodule(parent)
+        return self.attributes.reads(around, attribute)
 
     def _function_site(self, call: Call) -> FoundSite:
         assert call.function is not None

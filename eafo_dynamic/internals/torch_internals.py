@@ -38,6 +38,7 @@ __all__ = [
     "DDP_IGNORED",
     "FORWARD_HOOKS",
     "MODULE_TABLES",
+    "NAMES_OF_WRAPPERS",
     "OTHERS_PER_GROUP",
     "RATES_PER_GROUP",
     "DispatchMode",
@@ -73,6 +74,7 @@ __all__ = [
     "nested_like",
     "nested_sizes",
     "own_buffers",
+    "own_children",
     "own_parameters",
     "push_mode",
     "region_of",
@@ -197,7 +199,7 @@ def instruction_of(frame: FrameType) -> int:
 
 
 def instructions_until(depth: int, last: int) -> tuple[int, ...]:
-    """Which instructions have led to a call, from a frame outwards.
+    """Which instructions have led to a call, from a frame outwards; see ``instruction_of``.
 
     Args:
         depth: how many callers further out than the function that calls this one the frame is.
@@ -250,7 +252,8 @@ _RESUMED = "torch_dynamo_resume_in_"
 def resumed_from(code: CodeType) -> CodeType | None:
     """The code of the user's that a piece of code goes on with, which ``torch.compile`` makes behind a graph break.
 
-    By ``ContinueExecutionCache.generated_code_metadata`` and its ``code``, torch 2.4 to 2.14.
+    By ``ContinueExecutionCache.generated_code_metadata`` and its ``code``, and by ``orig_code_map``, which has the code
+    that the compiler runs in place of the user's; torch 2.4 to 2.14.
 
     Args:
         code: any.
@@ -258,6 +261,10 @@ def resumed_from(code: CodeType) -> CodeType | None:
     Returns:
         The user's code: the same, where it is no such piece; None where that is not known.
     """
+    if "torch._dynamo" not in sys.modules:
+        return code
+    if code in (_find("torch._dynamo.utils:orig_code_map") or ()):
+        return None
     made = None
     while code.co_name.startswith(_RESUMED):
         if made is None:
@@ -836,6 +843,24 @@ def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     if _HAS_TABLES:
         return module._parameters
     return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's own children by their names, to put another in the place of one.
+
+    Args:
+        module: any.
+
+    Returns:
+        The table in which it keeps them, torch 2.4 to 2.14; else a copy, which changes nothing.
+    """
+    if _HAS_TABLES:
+        return module._modules
+    return dict(module.named_children())
+
+
+NAMES_OF_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What ``torch.compile``, FSDP and activation checkpointing put into names of modules; torch 2.4 to 2.14."""
 
 
 def own_buffers(module: nn.Module) -> Mapping[str, Tensor | None]:

@@ -192,9 +192,10 @@ def apply_plan(model: nn.Module, plan: MergePlan) -> None:
         _take_place(module, whole)
         for owner, order in baked.orders.items():
             counters.setdefault(owner, {})[baked.module] = order
+    parents = sorted({parent for baked in plan.baked for parent in baked.parents})
+    note_children(model, parents, for_good=True)
     for owner, orders in counters.items():
-        CallCounter(orders).register(model.get_submodule(owner))
-    note_children(model, {parent for baked in plan.baked for parent in baked.parents})
+        CallCounter(orders, parents).register(model.get_submodule(owner))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.activation, _CORRECTED):
             module.activation_relu_or_gelu = 0  # torch's fused kernel knows no correction

@@ -50,6 +50,7 @@ class CallCounter:
 
     Args:
         orders: for each ``CorrectedCalls``, by its name, which function the calls in a forward have.
+        parents: modules whose children tell that they have returned.
     """
 
     eafo_kind: ClassVar[str] = "merged"
@@ -58,7 +59,8 @@ class CallCounter:
     eafo_functions: ClassVar[frozenset[str]] = frozenset()
     eafo_written: ClassVar[frozenset[Any]] = frozenset()
 
-    def __init__(self, orders: Mapping[str, Order]) -> None:
+    def __init__(self, orders: Mapping[str, Order], parents: Sequence[str] = ()) -> None:
+        self.parents = tuple(parents)
         self.orders = {name: _by_evidence(order) for name, order in orders.items()}
         self.eafo_routes: dict[str, KnownCalls] = {}
         for name, order in self.orders.items():
@@ -69,7 +71,7 @@ class CallCounter:
             self.eafo_routes[name] = known
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["orders"])
+        self.__init__(state["orders"], state.get("parents", ()))
 
     def register(self, owner: nn.Module) -> None:
         """Registers the hooks.

@@ -18,7 +18,6 @@ from eafo_dynamic.apply.merge.baking import Baked, MergePlan, State, apply_plan
 from eafo_dynamic.apply.merge.calls import CallCounter, CorrectedCalls, Order
 from eafo_dynamic.apply.merge.graph import MergedGraph, export
 from eafo_dynamic.apply.merge.signature import Call, call_of
-from eafo_dynamic.apply.noting import parents_of_noted
 from eafo_dynamic.apply.standalone import CorrectedActivation
 from eafo_dynamic.errors import CompoundingError, ConfigError, SiteError, legible
 from eafo_dynamic.internals.torch_internals import forward_pre_hooks
@@ -129,12 +128,14 @@ def _call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 def _places(model: nn.Module) -> list[dict[str, Any]]:
     """Where the corrected functions of a merged model are: primitives only."""
     orders: dict[str, dict[str, Order]] = {}
-    parents = list(parents_of_noted(model))
+    parents: list[str] = []
     for name, module in model.named_modules():
         for hook in forward_pre_hooks(module):
             counter = getattr(hook, "__self__", None)
-            for called, order in counter.orders.items() if isinstance(counter, CallCounter) else ():
-                orders.setdefault(called, {})[name] = order
+            if isinstance(counter, CallCounter):
+                parents = list(counter.parents)
+                for called, order in counter.orders.items():
+                    orders.setdefault(called, {})[name] = order
     found: list[dict[str, Any]] = []
     for name, module in model.named_modules():
         if isinstance(module, CorrectedCalls):
