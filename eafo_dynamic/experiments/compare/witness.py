@@ -13,12 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.experiments.learnable import own_parameters
 
 __all__ = ["BestEpoch", "Witness", "weights_hash"]
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A hash of a model's parameters and buffers, without those of corrections.
+    """A hash of a model's parameters and buffers, without those of corrections and of learnable activations.
 
     Args:
         model: the model.
@@ -27,8 +28,9 @@ def weights_hash(model: nn.Module) -> str:
         Sixteen hexadecimal digits; equal if and only if all names and bytes are equal.
     """
     digest = hashlib.sha256()
+    of_activations = {name for name, _ in own_parameters(model)}
     for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor) and not _is_correction(name):
+        if isinstance(tensor, Tensor) and not _is_correction(name) and name not in of_activations:
             digest.update(name.encode())
             digest.update(_bytes(tensor))
     return digest.hexdigest()[:16]
