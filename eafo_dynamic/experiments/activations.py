@@ -7,9 +7,9 @@ import inspect
 from torch import nn
 
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.experiments.learnable import XIELU, GainSlope, Pade, SquaredReLU, SwishBeta
+from eafo_dynamic.experiments.learnable import LEARNABLE, XIELU, GainSlope, Pade, SquaredReLU, SwishBeta
 
-__all__ = ["ACTIVATIONS", "make_activation"]
+__all__ = ["ACTIVATIONS", "is_learnable", "make_activation"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "celu": nn.CELU,
@@ -56,3 +56,15 @@ def make_activation(name: str, *, inplace: bool = False) -> nn.Module:
     if inplace and "inplace" in inspect.signature(cls).parameters:
         return cls(inplace=True)
     return cls()
+
+
+def is_learnable(name: str) -> bool:
+    """Whether an activation has parameters.
+
+    Args:
+        name: as `make_activation` takes it.
+
+    Returns:
+        True for "prelu" and the like, False also for names that are unknown.
+    """
+    return name.startswith(_GAIN_SLOPE) or ACTIVATIONS.get(name) in LEARNABLE

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["XIELU", "GainSlope", "Pade", "SquaredReLU", "SwishBeta", "own_parameters"]
+__all__ = ["LEARNABLE", "XIELU", "GainSlope", "Pade", "SquaredReLU", "SwishBeta", "own_parameters"]
 
 
 class SquaredReLU(nn.Module):
@@ -123,7 +123,8 @@ class Pade(nn.Module):
         return above / (1 + below)
 
 
-LEARNABLE = (nn.PReLU, SwishBeta, GainSlope, XIELU, Pade)
+LEARNABLE: tuple[type[nn.Module], ...] = (nn.PReLU, SwishBeta, GainSlope, XIELU, Pade)
+"""Activations with parameters of their own."""
 
 
 def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -39,8 +39,7 @@ class Task(LightningModule, ABC):
             they train as all other parameters do.
 
     Raises:
-        ConfigError: for a learning rate, multiple of it, weight decay or warm-up that cannot work, or weights that do not
-            fit.
+        ConfigError: for a rate, a multiple of it, weight decay or warm-up that cannot work, or weights that do not fit.
     """
 
     def __init__(

@@ -21,10 +21,11 @@ import yaml
 
 from eafo_dynamic.errors import ConfigError, EAFOError, interruptible, one_line
 from eafo_dynamic.experiments.compare.compose import compose, compose_pretraining, fingerprint
-from eafo_dynamic.experiments.compare.plan import Arm, Plan
+from eafo_dynamic.experiments.compare.plan import Arm, Plan, validation_twin
+from eafo_dynamic.experiments.compare.store import append, read_store
 from eafo_dynamic.internals.version import package_versions
 
-__all__ = ["SCHEMA", "check", "check_metrics", "finished", "pretrain", "result_path", "run_cell"]
+__all__ = ["SCHEMA", "check", "check_metrics", "finished", "pretrain", "restore", "result_path", "run_cell"]
 
 SCHEMA = 1
 _TALKATIVE = (
@@ -133,7 +134,7 @@ def run_cell(plan: Plan, arm: Arm, seed: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     (path.parent / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     with _quiet(plan.threads):
-        result = _train(config, plan.select)
+        result = _train(config, plan.select, validation_twin(plan.metric))
     about: dict[str, Any] = {
         "schema": SCHEMA,
         "task": plan.title,
@@ -146,8 +147,39 @@ def run_cell(plan: Plan, arm: Arm, seed: int) -> Path:
         about["value"] = arm.swept
     entropies = _entropies(path.parent / "eafo")
     stamp = {"versions": package_versions(), "finished": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    _write(path, json.dumps({**about, **result, **entropies, **stamp}, indent=1) + "\n")
+    whole = {**about, **result, **entropies, **stamp}
+    _write(path, json.dumps(whole, indent=1) + "\n")
+    if plan.store is not None:
+        append(plan.store, whole)
     return path
+
+
+def restore(plan: Plan) -> int:
+    """Brings finished cells back from the plan's store, where they were made with the plan's settings.
+
+    Args:
+        plan: the plan.
+
+    Returns:
+        The number of cells that had no result in the plan's folder.
+    """
+    if plan.store is None:
+        return 0
+    restored = 0
+    arms = {arm.name: arm for arm in plan.arms}
+    for result in read_store(plan.store):
+        arm = arms.get(result["arm"])
+        if arm is None:
+            continue
+        path = result_path(plan, arm, result["seed"])
+        if path.exists():
+            continue
+        _, expected = _config_and_fingerprint(plan, arm, result["seed"])
+        if result["fingerprint"] == expected:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, json.dumps(result, indent=1) + "\n")
+            restored += 1
+    return restored
 
 
 @interruptible()
@@ -282,11 +314,11 @@ def _fit(cli: Any) -> None:
         raise KeyboardInterrupt
 
 
-def _train(config: dict[str, Any], select: str | None) -> dict[str, Any]:
+def _train(config: dict[str, Any], select: str | None, followed: str) -> dict[str, Any]:
     from eafo_dynamic.experiments.compare.paired import is_higher_better
     from eafo_dynamic.experiments.compare.witness import BestEpoch, Witness
 
-    witness = Witness()
+    witness = Witness(followed)
     best = None
     callbacks: list[Any] = [witness]
     if select is not None:
@@ -311,6 +343,7 @@ def _train(config: dict[str, Any], select: str | None) -> dict[str, Any]:
         "parameters": witness.parameters,
         "weights": witness.weights,
         "batches": witness.batches,
+        "curve": witness.curve,
     }
 
 
