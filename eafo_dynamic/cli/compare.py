@@ -168,9 +168,9 @@ def _train(plan: Plan, args: argparse.Namespace) -> int:
 
 def _tune(plan: Plan, args: argparse.Namespace) -> int:
     from eafo_dynamic.experiments.compare.cell import check
-    from eafo_dynamic.experiments.compare.tuning import tune
+    from eafo_dynamic.experiments.compare.tuning import apply_choices, tune
 
-    check(plan)
+    check(apply_choices(plan))
     failed = _report(plan, tune(plan, args.arms, args.jobs))
     if plan.tuning is not None and plan.tuning.file.exists():
         print(f"written: {plan.tuning.file}")

@@ -36,6 +36,8 @@ SMALL: dict[str, Any] = {
         "swish beta": {"activation": "swish_beta"},
         "learned": {"eafo": {"policy": "learned", "update_every_n_steps": 2}},
         "observed": {"eafo": {"policy": "frozen", "eps_init": 0.0}},
+        "tanh": {"activation": "tanh"},
+        "best base": {"activation": "best", "eafo": {"update_every_n_steps": 2}},
     },
     "tune": TUNE,
     "store": "finished.jsonl",
@@ -71,6 +73,8 @@ def test_every_arm_tries_as_many_settings(tuned: Plan) -> None:
         "swish beta": ["rate 1 own 0.001", "rate 1 own 3"],
         "learned": ["rate 1 own 0.001", "rate 1 own 3"],
         "observed": ["rate 0.001", "rate 1"],
+        "tanh": ["rate 0.001", "rate 1"],
+        "best base": ["rate 1 own 0.001", "rate 1 own 3"],
     }
 
 
@@ -78,7 +82,7 @@ def test_choice_is_the_best_in_validation_and_written_down(tuned: Plan) -> None:
     assert tuned.tuning is not None
     written = yaml.safe_load(tuned.tuning.file.read_text())
     assert written["metric"] == "val_loss" and written["seeds"] == [900]
-    assert list(written["arms"]) == ["relu", "swish beta", "learned", "observed"]
+    assert list(written["arms"]) == [arm.name for arm in tuned.arms]
     relu = written["arms"]["relu"]
     assert relu["rate"] == 1.0, "a thousandth of the rate learns nothing in three epochs"
     assert relu["tried"]["rate 1"] < relu["tried"]["rate 0.001"]
@@ -89,7 +93,7 @@ def test_choice_is_the_best_in_validation_and_written_down(tuned: Plan) -> None:
 
 def test_tuned_cells_have_the_chosen_rates_and_no_seed_of_the_table(tuned: Plan) -> None:
     found = sorted(tuned.directory.glob("tuning/cells/*/seed-*"))
-    assert len(found) == 8 and {path.name for path in found} == {"seed-900"}
+    assert len(found) == 12 and {path.name for path in found} == {"seed-900"}
     chosen = apply_choices(tuned)
     written = yaml.safe_load(tuned.tuning.file.read_text())["arms"]  # type: ignore[union-attr]
     task = yaml.safe_load((ROOT / "configs" / "wine_mlp.yaml").read_text())
@@ -100,6 +104,18 @@ def test_tuned_cells_have_the_chosen_rates_and_no_seed_of_the_table(tuned: Plan)
     assert beta == written["swish beta"]["multiple"]
     assert chosen.arm("learned").eafo["lr_multiple"] == written["learned"]["multiple"]  # type: ignore[index]
     assert "lr_multiple" not in chosen.arm("observed").eafo  # type: ignore[operator]
+
+
+def test_best_base_is_the_plain_activation_that_was_best(tuned: Plan) -> None:
+    written = yaml.safe_load(tuned.tuning.file.read_text())["arms"]  # type: ignore[union-attr]
+    outcome = {name: min(written[name]["tried"].values()) for name in ("relu", "tanh")}
+    best = {"relu": None, "tanh": "tanh"}[min(outcome, key=outcome.__getitem__)]
+    assert apply_choices(tuned).arm("best base").activation == best
+
+
+def test_best_base_waits_for_the_plain_arms(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"best base is not known without"):
+        tune(plan_of(tmp_path), ["best base"], jobs=1)
 
 
 def test_an_arm_with_a_choice_is_not_tried_again(tuned: Plan) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import yaml
 
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.experiments.activations import is_learnable
+from eafo_dynamic.experiments.activations import ACTIVATIONS, is_learnable
 from eafo_dynamic.experiments.compare.cell import result_path
 from eafo_dynamic.experiments.compare.compose import compose, flat
 from eafo_dynamic.experiments.compare.paired import is_higher_better
@@ -18,7 +18,10 @@ from eafo_dynamic.experiments.compare.plan import Arm, Plan, Tuning, read_yaml
 from eafo_dynamic.experiments.compare.results import Cell, read_cell
 from eafo_dynamic.experiments.compare.runner import Failure, run
 
-__all__ = ["Setting", "apply_choices", "settings_of", "tune", "untuned"]
+__all__ = ["BEST", "Setting", "apply_choices", "settings_of", "tune", "untuned"]
+
+BEST = "best"
+"""As the activation of an arm: that of the plain arm which was best on the seeds of the tuning."""
 
 RATE = "model.init_args.lr"
 _MULTIPLE = "model.init_args.activation_lr_multiple"
@@ -116,6 +119,8 @@ def apply_choices(plan: Plan) -> Plan:
     arms: list[Arm] = []
     for arm in plan.arms:
         choice = choices.get(arm.name)
+        if arm.activation == BEST:
+            arm = dataclasses.replace(arm, activation=(choice or {}).get("activation"))
         if choice is not None:
             arm = with_setting(plan, arm, Setting(choice["rate"], choice["multiple"]))
         arms.append(arm)
@@ -159,6 +164,8 @@ def tune(plan: Plan, arms: Sequence[str] | None, jobs: int) -> list[Failure]:
     for arm in wanted:
         if arm.name in chosen:
             continue
+        if arm.activation == BEST:
+            arm = dataclasses.replace(arm, activation=_best_base(plan, plan.tuning))
         trials = _trials(plan, plan.tuning, arm)
         trying = dataclasses.replace(
             plan,
@@ -175,6 +182,25 @@ def tune(plan: Plan, arms: Sequence[str] | None, jobs: int) -> list[Failure]:
         if not failed:
             _write_choice(plan.tuning, arm, _tried(trying, trials))
     return failures
+
+
+def _best_base(plan: Plan, tuning: Tuning) -> str | None:
+    """The activation of the plain arm that was best; None: the task's own."""
+    sign = 1 if is_higher_better(tuning.metric) else -1
+    choices = _choices(tuning)
+    plain = [arm for arm in plan.arms if _is_plain(arm)]
+    missing = [arm.name for arm in plain if arm.name not in choices]
+    if missing:
+        mend = "Tune them first, or leave --arms out."
+        raise ConfigError("--arms", missing, "the best base is not known without these arms", mend)
+    outcomes = {arm.name: max(sign * value for value in choices[arm.name]["tried"].values()) for arm in plain}
+    return max(plain, key=lambda arm: outcomes[arm.name]).activation
+
+
+def _is_plain(arm: Arm) -> bool:
+    if arm.eafo is not None or arm.settings:
+        return False
+    return arm.activation is None or (arm.activation in ACTIVATIONS and not is_learnable(arm.activation))
 
 
 def _trials(plan: Plan, tuning: Tuning, arm: Arm) -> dict[Setting, Arm]:
@@ -219,8 +245,9 @@ def _write_choice(tuning: Tuning, arm: Arm, tried: Mapping[Setting, float]) -> N
     choices[arm.name] = {
         "rate": best.rate,
         "multiple": best.multiple,
+        "activation": arm.activation,
         "at_the_edge": best.rate in (min(rates), max(rates)),
-        "tried": {setting.label: float(f"{mean:.5g}") for setting, mean in tried.items()},
+        "tried": {setting.label: float(f"{mean:.5g}") for setting, mean in finite.items()},
     }
     about = {"metric": tuning.metric, "seeds": list(tuning.seeds), "arms": choices}
     heading = (
