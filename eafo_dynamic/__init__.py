@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from eafo_dynamic.correction.bases import register_activation as register_activation
     from eafo_dynamic.entropy.metric import ActivationEntropy as ActivationEntropy
     from eafo_dynamic.errors import EAFOError as EAFOError
+    from eafo_dynamic.experiments.search.searching import search as search
     from eafo_dynamic.find.sites import find_sites as find_sites
     from eafo_dynamic.internals.version import __version__ as __version__
     from eafo_dynamic.policy.controller import EAFOController as EAFOController
@@ -57,6 +58,7 @@ _HOMES = {
     "own_group": "trainers.optim",
     "register_activation": "correction.bases",
     "save_merged": "apply.merge",
+    "search": "experiments.search.searching",
     "unwrap": "apply.surgery",
     "wrap": "apply.surgery",
 }

@@ -25,7 +25,7 @@ from eafo_dynamic.experiments.compare.plan import Arm, Plan, validation_twin
 from eafo_dynamic.experiments.compare.store import append, read_store
 from eafo_dynamic.internals.version import package_versions
 
-__all__ = ["SCHEMA", "check", "check_metrics", "finished", "pretrain", "restore", "result_path", "run_cell"]
+__all__ = ["SCHEMA", "check", "check_metrics", "finished", "pretrain", "quiet", "restore", "result_path", "run_cell"]
 
 SCHEMA = 1
 _TALKATIVE = (
@@ -133,7 +133,7 @@ def run_cell(plan: Plan, arm: Arm, seed: int) -> Path:
     config, expected = _config_and_fingerprint(plan, arm, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     (path.parent / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    with _quiet(plan.threads):
+    with quiet(plan.threads):
         result = _train(config, plan.select, validation_twin(plan.metric))
     about: dict[str, Any] = {
         "schema": SCHEMA,
@@ -203,7 +203,7 @@ def pretrain(plan: Plan, seed: int) -> Path:
     if path.exists() and note.exists() and json.loads(note.read_text())["fingerprint"] == expected:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _quiet(plan.threads):
+    with quiet(plan.threads):
         cli = _built(config)
         _fit(cli)
     _write(path, _packed(cli.model))
@@ -221,7 +221,7 @@ def check(plan: Plan) -> None:
         EAFOError: one line on what is wrong, and in which arm.
     """
     seed = plan.seeds[0]
-    with tempfile.TemporaryDirectory() as folder, _quiet(plan.threads):
+    with tempfile.TemporaryDirectory() as folder, quiet(plan.threads):
         weights = _untrained_weights(plan, Path(folder))
         for arm in plan.arms:
             finished(plan, arm, seed)
@@ -251,7 +251,7 @@ def check_metrics(plan: Plan) -> None:
     logged: dict[str, None] = {}
     reference = plan.arm(plan.reference)
     others = [arm for arm in plan.arms if arm.name != plan.reference]
-    with tempfile.TemporaryDirectory() as folder, _quiet(plan.threads):
+    with tempfile.TemporaryDirectory() as folder, quiet(plan.threads):
         weights = _untrained_weights(plan, Path(folder))
         for arm in (reference, *others):
             with _naming(arm):
@@ -396,8 +396,15 @@ def _write(path: Path, contents: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(threads: int) -> Generator[None]:
-    """Gives torch this number of threads, and silences Lightning's messages."""
+def quiet(threads: int) -> Generator[None]:
+    """Gives torch this number of threads, and silences Lightning's messages.
+
+    Args:
+        threads: number of threads.
+
+    Yields:
+        Nothing; both are put back afterwards.
+    """
     import torch
 
     before = torch.get_num_threads()

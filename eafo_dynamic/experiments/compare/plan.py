@@ -14,7 +14,17 @@ import yaml
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.internals.checks import at_least
 
-__all__ = ["Arm", "Plan", "Tuning", "check_seed", "read_plan", "read_yaml", "validation_twin", "value_text"]
+__all__ = [
+    "SEED_KEYS",
+    "Arm",
+    "Plan",
+    "Tuning",
+    "check_seed",
+    "read_plan",
+    "read_yaml",
+    "validation_twin",
+    "value_text",
+]
 
 Options = dict[str, Any]
 
@@ -40,7 +50,7 @@ _PLAN_KEYS = (
 _TUNE_KEYS = ("seeds", "rates", "own", "file", "metric")
 _OWN_KEYS = ("rates", "multiples")
 _ARM_KEYS = ("activation", "eafo", "set", "against")
-_SEED_KEYS = ("seed_everything", "data.init_args.seed", "data.init_args.split_seed")
+SEED_KEYS = ("seed_everything", "data.init_args.seed", "data.init_args.split_seed")
 _LARGEST_SEED = 2**32 - 1  # of numpy, and of Lightning's seed_everything
 _NAME = re.compile(r"[\w .,=()+:-]+")
 
@@ -134,7 +144,7 @@ class Plan:
     directory: Path
     threads: int
     sweep: str | None = None
-    seed_keys: tuple[str, ...] = _SEED_KEYS
+    seed_keys: tuple[str, ...] = SEED_KEYS
     tuning: Tuning | None = None
     store: Path | None = None
 

@@ -112,8 +112,15 @@ def apply_choices(plan: Plan) -> Plan:
 
     Returns:
         The plan; arms without a choice as they are.
+
+    Raises:
+        ConfigError: for an arm on the best base in a plan that chooses none.
     """
     if plan.tuning is None:
+        for arm in plan.arms:
+            if arm.activation == BEST:
+                mend = "Add tune, or name an activation."
+                raise ConfigError(f"arms.{arm.name}.activation", BEST, "the plan has no tune that finds it", mend)
         return plan
     choices = _choices(plan.tuning)
     arms: list[Arm] = []
