@@ -70,6 +70,10 @@ def register(commands: Commands) -> None:
         action="store_true",
         help="choose the learning rates of each arm as the plan's tune says and write them down; no tables",
     )
+    parser.add_argument("--page", metavar="FILE", help="with --show: one page in Markdown over all plans, with figures")
+    parser.add_argument("--questions", metavar="FILE", help="with --page: YAML, which arm is asked about against which")
+    parser.add_argument("--forest", nargs="+", default=[], metavar="ARM", help="with --page: arms in its first figure")
+    parser.add_argument("--curves", nargs="+", default=[], metavar="NAME", help="with --page: plans to draw over steps")
     parser.add_argument("--no-tables", action="store_true", help="run the cells, leave the evaluation to --show")
     add_format_option(parser)
     parser.set_defaults(run=_run)
@@ -89,7 +93,9 @@ def _run(args: argparse.Namespace) -> int:
     failures = 0
     if not args.show:
         failures = sum(_train(plan, args) for plan in plans)
-    if not args.no_tables:
+    if args.page is not None:
+        _page(plans, args)
+    elif not args.no_tables:
         _show(plans, args.format)
     return 1 if failures else 0
 
@@ -187,6 +193,27 @@ def _report(plan: Plan, failures: Sequence[Failure]) -> int:
             named += f" and {len(cells) - 1} more cells"
         print(f"failed: {plan.title}, {named}: {why}", file=sys.stderr)
     return len(failures)
+
+
+def _page(plans: list[Plan], args: argparse.Namespace) -> None:
+    from eafo_dynamic.experiments.compare.cell import restore
+    from eafo_dynamic.experiments.compare.evaluation import Evaluation
+    from eafo_dynamic.experiments.compare.evidence import read_questions, write_page
+
+    questions = read_questions(Path(args.questions)) if args.questions else []
+    for plan in plans:
+        restore(plan)
+    evaluations = [Evaluation(plan) for plan in plans]
+    files = write_page(
+        [each for each in evaluations if not each.plan.name.endswith("_early")],
+        questions,
+        Path(args.page),
+        forest_arms=args.forest,
+        curves_of=args.curves,
+        early=[each for each in evaluations if each.plan.name.endswith("_early")],
+        configs={Path(path).stem: path for path in args.config},
+    )
+    print("written: " + ", ".join(map(str, files)))
 
 
 def _show(plans: list[Plan], fmt: str) -> None:

@@ -18,7 +18,7 @@ from eafo_dynamic.experiments.compare.plan import Arm, Plan, Tuning, read_yaml
 from eafo_dynamic.experiments.compare.results import Cell, read_cell
 from eafo_dynamic.experiments.compare.runner import Failure, run
 
-__all__ = ["BEST", "Setting", "apply_choices", "settings_of", "tune", "untuned"]
+__all__ = ["BEST", "Setting", "apply_choices", "is_plain", "settings_of", "tune", "untuned"]
 
 BEST = "best"
 """As the activation of an arm: that of the plain arm which was best on the seeds of the tuning."""
@@ -195,7 +195,7 @@ def _best_base(plan: Plan, tuning: Tuning) -> str | None:
     """The activation of the plain arm that was best; None: the task's own."""
     sign = 1 if is_higher_better(tuning.metric) else -1
     choices = _choices(tuning)
-    plain = [arm for arm in plan.arms if _is_plain(arm)]
+    plain = [arm for arm in plan.arms if is_plain(arm)]
     missing = [arm.name for arm in plain if arm.name not in choices]
     if missing:
         mend = "Tune them first, or leave --arms out."
@@ -204,8 +204,16 @@ def _best_base(plan: Plan, tuning: Tuning) -> str | None:
     return max(plain, key=lambda arm: outcomes[arm.name]).activation
 
 
-def _is_plain(arm: Arm) -> bool:
-    if arm.eafo is not None or arm.settings:
+def is_plain(arm: Arm) -> bool:
+    """Whether an arm is another activation and nothing else: no correction, no parameters of its own.
+
+    Args:
+        arm: an arm; its learning rate may have been chosen.
+
+    Returns:
+        True for the task's own activation too.
+    """
+    if arm.eafo is not None or set(arm.settings) - {RATE}:
         return False
     return arm.activation is None or (arm.activation in ACTIVATIONS and not is_learnable(arm.activation))
 
