@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import json
 import random
+import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from eafo_dynamic.cli import main
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.experiments import ConvNet, FashionData, Mnist1D, SignalNet
+from eafo_dynamic.experiments import GPT, ConvNet, FashionData, Mnist1D, SignalNet
 from eafo_dynamic.experiments.images.fashion import read_idx
 from eafo_dynamic.experiments.signals.mnist1d import generate
 
@@ -206,3 +209,30 @@ def test_plans_of_the_evidence_share_no_seed_with_their_tuning() -> None:
 def test_celu_is_elu_so_that_plans_leave_it_out() -> None:
     z = torch.linspace(-5, 5, 101)
     assert torch.equal(torch.nn.CELU()(z), torch.nn.ELU()(z))
+
+
+def test_gpu_script_runs_small_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(CONFIGS / "gpt_30m_gpu.py"))
+    size = ["--steps", "6", "--windows", "2", "--block", "16", "--dim", "16", "--depth", "2", "--heads", "2"]
+    size += ["--eval-batches", "1", "--megabytes", "0.2"]
+    text = str(Path(torch.__file__).parent / "nn")
+    common = ["--out", str(tmp_path), "--text", text, *size]
+    script["main"]([*common, "--seeds", "1", "--minutes", "5"])
+    assert "squared relu, seed 1: " in capsys.readouterr().out
+    script["main"]([*common, "--seeds", "1", "2", "--minutes", "5"])
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 10, "finished runs are not run again"
+    runs = {(run["arm"], run["seed"]): run for run in map(json.loads, lines)}
+    assert {arm for arm, _ in runs} == {"gelu", "relu", "squared relu", "held", "default on squared_relu"}
+    assert len({run["parameters"] for run in runs.values()}) == 1
+    assert runs["held", 1]["curve"]["step"] == [1, 2, 3, 4, 5, 6]
+    shown = capsys.readouterr().out
+    assert re.search(r"\| gelu \| 2 \| \d\.\d+ \| \+0\.00 \[\+0\.00, \+0\.00\] \| \+0\.00", shown)
+    script["main"]([*common, "--seeds", "3", "--minutes", "0"])
+    assert "gelu, seed 3: would not end in time" in capsys.readouterr().out
+
+
+def test_gpu_script_has_some_thirty_million_parameters() -> None:
+    with torch.device("meta"):
+        model = GPT(block_size=512, dim=576, depth=8, heads=9)
+    assert 29e6 < sum(parameter.numel() for parameter in model.parameters()) < 34e6
