@@ -56,6 +56,12 @@ def register(commands: Commands) -> None:
         help="only these; seeds that are not in the plan are added to it, also for --show",
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (default: 1)")
+    parser.add_argument(
+        "--backend",
+        choices=("local", "ray"),
+        default="local",
+        help="local: processes of this machine (default); ray: a cluster of Ray whose nodes share the folders",
+    )
     parser.add_argument("--out", metavar="DIR", help="where results are kept (default: as the plan says)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="print one command per unfinished cell; run nothing")
@@ -169,7 +175,7 @@ def _train(plan: Plan, args: argparse.Namespace) -> int:
     if all(finished(plan, arm, seed) for arm, seed in chosen):
         return 0
     check(plan)
-    return _report(plan, run(plan, chosen, args.jobs))
+    return _report(plan, run(plan, chosen, args.jobs, args.backend))
 
 
 def _tune(plan: Plan, args: argparse.Namespace) -> int:
@@ -177,7 +183,7 @@ def _tune(plan: Plan, args: argparse.Namespace) -> int:
     from eafo_dynamic.experiments.compare.tuning import apply_choices, tune
 
     check(apply_choices(plan))
-    failed = _report(plan, tune(plan, args.arms, args.jobs))
+    failed = _report(plan, tune(plan, args.arms, args.jobs, args.backend))
     if plan.tuning is not None and plan.tuning.file.exists():
         print(f"written: {plan.tuning.file}")
     return failed

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from eafo_dynamic.experiments.preferences import PreferenceTask as PreferenceTask
     from eafo_dynamic.experiments.preferences import causal_lm as causal_lm
     from eafo_dynamic.experiments.sampling import EpochSampler as EpochSampler
+    from eafo_dynamic.experiments.search.swap import SwapActivations as SwapActivations
+    from eafo_dynamic.experiments.search.swap import swap_activations as swap_activations
     from eafo_dynamic.experiments.signals import Mnist1D as Mnist1D
     from eafo_dynamic.experiments.signals import SignalNet as SignalNet
     from eafo_dynamic.experiments.splits import SplitData as SplitData
@@ -62,6 +64,7 @@ _HOMES = {
     "SignalNet": "signals",
     "SplitData": "splits",
     "StdlibText": "text",
+    "SwapActivations": "search.swap",
     "TabularData": "tables",
     "Task": "tasks",
     "TransformerInTransformer": "images",
@@ -69,6 +72,7 @@ _HOMES = {
     "causal_lm": "preferences",
     "load_weights": "weights",
     "make_activation": "activations",
+    "swap_activations": "search.swap",
 }
 
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

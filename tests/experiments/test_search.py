@@ -63,7 +63,10 @@ def test_a_planted_activation_is_found(found: tuple[Answer, Path]) -> None:
     assert answer.ranking[0].candidate == "tanh" and answer.ranking[0].outcome == "finalist"
     (pair,) = answer.pairs
     assert pair.verdict == "better" and pair.seeds == tuple(range(2, 10)), "fresh seeds"
-    assert answer.snippet == "trainer = Trainer(callbacks=[SwapActivations('tanh')])\n"
+    assert answer.snippet.endswith("\ntrainer = Trainer(callbacks=[SwapActivations('tanh')])\n")
+    names: dict[str, Any] = {}
+    exec(answer.snippet, names)
+    assert names["trainer"].callbacks
     assert "take 'tanh'" in (out / "answer.md").read_text()
     assert (out / "answer.png").stat().st_size > 10_000
 
@@ -296,3 +299,21 @@ def test_command_line_names_mistakes(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_importing_the_package_does_not_import_optuna() -> None:
     code = "import sys, eafo_dynamic; eafo_dynamic.search; print('optuna' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_a_network_that_names_no_activation_gets_another_one(tmp_path: Path) -> None:
+    config = read_yaml(ROOT / "configs" / "wine_mlp.yaml", "task")
+    network = {
+        "class_path": "torch.nn.Sequential",
+        "init_args": {"args": []},
+    }
+    config["model"]["init_args"]["model"] = network
+    path = tmp_path / "task.yaml"
+    path.write_text(yaml.safe_dump(config))
+    task = ConfiguredTask(path, "val_loss")
+    composed = task.composed(Candidate("elu default", "elu", {}), 1, tmp_path)
+    kinds = [callback["class_path"] for callback in composed["trainer"]["callbacks"]]
+    assert kinds == ["eafo_dynamic.experiments.SwapActivations", "eafo_dynamic.EAFOCallback"]
+    assert yaml.safe_load(task.snippet(Candidate("elu", "elu")))["trainer"]["callbacks"] == [
+        {"class_path": "eafo_dynamic.experiments.SwapActivations", "init_args": {"base": "elu"}}
+    ]

@@ -149,13 +149,14 @@ def untuned(plan: Plan) -> list[str]:
     return [arm.name for arm in plan.arms if arm.name not in choices]
 
 
-def tune(plan: Plan, arms: Sequence[str] | None, jobs: int) -> list[Failure]:
+def tune(plan: Plan, arms: Sequence[str] | None, jobs: int, backend: str = "local") -> list[Failure]:
     """Tries all settings of each arm and writes the best one down, arm by arm. Arms with a choice are left alone.
 
     Args:
         plan: a plan with `tune`, without choices applied.
         arms: names of arms; None: all.
         jobs: number of processes at a time.
+        backend: where they run, see `runner.run`.
 
     Returns:
         Trainings that failed; an arm that has one gets no choice.
@@ -184,7 +185,7 @@ def tune(plan: Plan, arms: Sequence[str] | None, jobs: int) -> list[Failure]:
             store=None,
             tuning=None,
         )
-        failed = run(trying, [(each, seed) for each in trying.arms for seed in trying.seeds], jobs)
+        failed = run(trying, [(each, seed) for each in trying.arms for seed in trying.seeds], jobs, backend)
         failures += failed
         if not failed:
             _write_choice(plan.tuning, arm, _tried(trying, trials))

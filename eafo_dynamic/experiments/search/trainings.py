@@ -24,6 +24,7 @@ __all__ = ["ConfiguredTask", "MadeTask", "Run", "Task", "Watch"]
 Report = Callable[[int, float], bool]
 """Called with the number of validations so far and the metric; True stops the training."""
 
+SWAP = "eafo_dynamic.experiments.SwapActivations"
 _RATE = "model.init_args.lr"
 
 
@@ -158,7 +159,7 @@ class ConfiguredTask:
             put(config, key, value)
         if candidate.base is not None and ACTIVATION not in flat(config):
             swap = {
-                "class_path": f"{SwapActivations.__module__}.SwapActivations",
+                "class_path": SWAP,
                 "init_args": {"base": candidate.base},
             }
             callbacks.insert(0, swap)
@@ -200,8 +201,7 @@ class ConfiguredTask:
         callbacks: list[dict[str, Any]] = []
         changes = self.changes(candidate)
         if candidate.base is not None and ACTIVATION not in changes:
-            name = f"{SwapActivations.__module__}.SwapActivations"
-            callbacks.append({"class_path": name, "init_args": {"base": candidate.base}})
+            callbacks.append({"class_path": SWAP, "init_args": {"base": candidate.base}})
         if candidate.eafo is not None:
             callback: dict[str, Any] = {"class_path": "eafo_dynamic.EAFOCallback"}
             if candidate.eafo:
@@ -261,14 +261,15 @@ class MadeTask:
         if candidate.base is not None:
             callbacks.append(SwapActivations(candidate.base))
         if candidate.eafo is not None:
-            callbacks.append(EAFOCallback(**{"verbose": False, "save_log": False, **candidate.eafo}))
+            corrections: dict[str, Any] = {"verbose": False, "save_log": False, **candidate.eafo}
+            callbacks.append(EAFOCallback(**corrections))
         if candidate.rate != 1.0:
             callbacks.append(ScaleRate(candidate.rate))
         with tempfile.TemporaryDirectory() as folder, quiet(self.threads):
             seed_everything(seed, verbose=False)
             model = self.make_model()
             data = self.make_data(seed)
-            options = {
+            options: dict[str, Any] = {
                 "logger": False,
                 "enable_checkpointing": False,
                 "enable_progress_bar": False,
@@ -276,7 +277,7 @@ class MadeTask:
                 "default_root_dir": folder,
                 **self.trainer,
             }
-            given = list(options.pop("callbacks", None) or [])
+            given: list[Callback] = list(options.pop("callbacks", None) or [])
             trainer = Trainer(**options, callbacks=[*callbacks, *given, watch])
             if isinstance(data, tuple):
                 trainer.fit(model, *data)
@@ -295,12 +296,14 @@ class MadeTask:
         Returns:
             Python.
         """
-        lines: list[str] = []
+        lines = ["from lightning.pytorch import Trainer", ""]
         callbacks: list[str] = []
         if candidate.base is not None:
+            lines.insert(0, "from eafo_dynamic.experiments import SwapActivations")
             callbacks.append(f"SwapActivations({candidate.base!r})")
         if candidate.eafo is not None:
             options = ", ".join(f"{name}={value!r}" for name, value in candidate.eafo.items())
+            lines.insert(0, "from eafo_dynamic import EAFOCallback")
             callbacks.append(f"EAFOCallback({options})")
         if candidate.rate != 1.0:
             lines.append(f"# learning rate times {candidate.rate:g}")
