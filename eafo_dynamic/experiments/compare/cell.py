@@ -177,7 +177,8 @@ def restore(plan: Plan) -> int:
         _, expected = _config_and_fingerprint(plan, arm, result["seed"])
         if result["fingerprint"] == expected:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps(result, indent=1) + "\n")
+            whole = {"schema": SCHEMA, "task": plan.title, **result}
+            _write(path, json.dumps(whole, indent=1) + "\n")
             restored += 1
     return restored
 

@@ -13,8 +13,19 @@ from eafo_dynamic.errors import LogError
 __all__ = ["append", "read_store"]
 
 _DIGITS = 7  # significant ones; float32 has no more
-_POINTS = 16  # of a curve that are kept
-_LEFT_OUT = {"versions": {}, "entropy_steps": [], "entropy_mean": [], "eps_last": None}
+_CURVE_DIGITS = 4
+_POINTS = 8  # of a curve that are kept
+# In place of what a line does not hold: the task is the plan's, and series of the correction log would be long.
+_DEFAULTS: dict[str, Any] = {
+    "best_epoch": None,
+    "entropy_first": None,
+    "entropy_last": None,
+    "eps_last": None,
+    "entropy_steps": [],
+    "entropy_mean": [],
+    "curve": {},
+}
+_LEFT_OUT = ("schema", "task", "versions", "finished", "eps_last", "entropy_steps", "entropy_mean")
 
 
 def append(path: Path, result: Mapping[str, Any]) -> None:
@@ -22,11 +33,17 @@ def append(path: Path, result: Mapping[str, Any]) -> None:
 
     Args:
         path: the file; it and its folder are made if they are not there.
-        result: what the cell's own file holds. Numbers are rounded to seven digits, of a curve sixteen points are kept,
-            and series of the correction log are left out.
+        result: what the cell's own file holds. Numbers are rounded to seven digits, of a curve to four, and eight of
+            its points are kept; metrics of single training batches and series of the correction log are left out.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    small = {key: _rounded(value) for key, value in {**result, **_LEFT_OUT, "curve": _thinned(result)}.items()}
+    small: dict[str, Any] = {}
+    for key, value in result.items():
+        if key not in _LEFT_OUT and (key not in _DEFAULTS or value != _DEFAULTS[key]):
+            small[key] = _rounded(value, _DIGITS)
+    small["metrics"] = {name: value for name, value in small["metrics"].items() if not name.startswith("train_")}
+    if "curve" in small:
+        small["curve"] = _rounded(_thinned(result["curve"]), _CURVE_DIGITS)
     line = json.dumps(small, separators=(",", ":")) + "\n"
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -42,7 +59,7 @@ def read_store(path: Path) -> list[dict[str, Any]]:
         path: the file; it need not be there.
 
     Returns:
-        One mapping for each line.
+        One mapping for each line: what the cell's own file holds, without schema and task.
 
     Raises:
         LogError: for a line that is no result of a cell.
@@ -59,12 +76,11 @@ def read_store(path: Path) -> list[dict[str, Any]]:
             cell = None
         if not known:
             raise LogError(f"{path}: line {number} is torn or no finished cell. Delete it; its cell is run again.")
-        cells.append(cast("dict[str, Any]", cell))
+        cells.append({**_DEFAULTS, **cast("dict[str, Any]", cell)})
     return cells[::-1]
 
 
-def _thinned(result: Mapping[str, Any]) -> dict[str, list[float]]:
-    curve = cast("dict[str, list[float]]", result.get("curve") or {})
+def _thinned(curve: Mapping[str, list[float]]) -> Mapping[str, list[float]]:
     length = max(map(len, curve.values()), default=0)
     if length <= _POINTS:
         return curve
@@ -73,11 +89,11 @@ def _thinned(result: Mapping[str, Any]) -> dict[str, list[float]]:
     return {name: [values[place] for place in places] for name, values in curve.items()}
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: Any, digits: int) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.{_DIGITS}g}")
+        return float(f"{value:.{digits}g}")
     if isinstance(value, Mapping):
-        return {key: _rounded(each) for key, each in cast("Mapping[str, Any]", value).items()}
+        return {key: _rounded(each, digits) for key, each in cast("Mapping[str, Any]", value).items()}
     if isinstance(value, list):
-        return [_rounded(each) for each in cast("list[Any]", value)]
+        return [_rounded(each, digits) for each in cast("list[Any]", value)]
     return value
