@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from eafo_dynamic.cli.helptext import examples
-from eafo_dynamic.cli.output import add_format_option, emit, quiet_pipe
+from eafo_dynamic.cli.output import add_format_option, emit, quiet_pipe, table_width
 from eafo_dynamic.errors import ConfigError
 
 __all__ = ["register"]
@@ -69,8 +69,10 @@ def _run(args: argparse.Namespace) -> int:
     import dataclasses
 
     import yaml
+    from rich.console import Console
 
     from eafo_dynamic.experiments.compare.plan import read_yaml
+    from eafo_dynamic.experiments.compare.tables import rich_table
     from eafo_dynamic.experiments.search.candidates import read_space
     from eafo_dynamic.experiments.search.searching import Settings, run_search
     from eafo_dynamic.experiments.search.trainings import ConfiguredTask
@@ -104,9 +106,11 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     emit(answer.table(), title="All candidates, on the seeds of the search; gain: positive is better")
     finals, below = answer.finals()
-    if finals:
-        emit(finals, title="The finalists, on seeds that no choice has seen", optional=("d_z", "gain per time"))
+    console = Console(width=table_width(), highlight=False)
     with quiet_pipe():
+        if finals:
+            console.print()
+            console.print(rich_table(finals, "The finalists, on seeds that no choice has seen", console.width))
         for line in below:
             print(line)
         print(f"\n{answer.sentence}")

@@ -50,7 +50,8 @@ class Answer:
     """What a search found.
 
     Attributes:
-        best: the candidate to take; None: nothing beats the model as it is.
+        best: the candidate to take; None: nothing beats the model as it is. Where a candidate without a correction is
+            within noise of the best, it is that one.
         ranking: all candidates, by how far they came and how good they were there.
         pairs: the finalists against the model as it is, on seeds that no choice has seen. The answer comes from these.
         snippet: what to paste for `best`; empty without one.
@@ -169,11 +170,12 @@ def make_answer(
     """
     finals = {name: runs for name, runs in confirmed.items() if name != reference_name and runs}
     pairs = _pairs(confirmed, reference_name, task.metric, higher_is_better)
+    by_name = {each.name: each for each in candidates}
     better = [pair for pair in pairs if pair.verdict == "better"]
     best = None
     if better:
-        winner = min(better, key=lambda pair: -pair.sign * pair.difference)
-        best = next(each for each in candidates if each.name == winner.arm)
+        winner = max(better, key=lambda pair: pair.sign * pair.difference)
+        best = by_name[_simplest(winner, better, by_name)]
     ranking = [
         _row(each.name, searched.get(each.name), references, relative, each.name in finals) for each in candidates
     ]
@@ -183,6 +185,19 @@ def make_answer(
     if best is not None:
         snippet = task.snippet(best)
     return Answer(best, ranking, pairs, snippet, task.metric)
+
+
+def _simplest(winner: Paired, better: Sequence[Paired], candidates: Mapping[str, Candidate]) -> str:
+    """The winner, or a candidate without a correction that is within noise of it: the interval holds 0."""
+    ours = dict(zip(winner.seeds, winner.differences, strict=True))
+    for pair in better:
+        if candidates[pair.arm].eafo is not None or candidates[winner.arm].eafo is None:
+            continue
+        theirs = dict(zip(pair.seeds, pair.differences, strict=True))
+        low, high = interval([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+        if low <= 0 <= high:
+            return pair.arm
+    return winner.arm
 
 
 def _pairs(

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from eafo_dynamic.errors import ConfigError, EAFOError, interruptible, one_line
-from eafo_dynamic.experiments.compare.paired import is_higher_better
+from eafo_dynamic.experiments.compare.paired import is_higher_better, seeds_needed
 from eafo_dynamic.experiments.search.answer import Answer, make_answer
 from eafo_dynamic.experiments.search.candidates import Candidate, Space, read_space
 from eafo_dynamic.experiments.search.trainings import MadeTask, Run, Task
@@ -59,7 +59,7 @@ class Settings:
     Attributes:
         seeds: seeds of the search, of which good candidates see all.
         confirm: fresh seeds on which the best few are compared with the model as it is.
-        finalists: number of these few.
+        finalists: number of these few; of two or more one has no correction, where such a candidate was finished.
         first_seed: seeds are counted from here.
         pruner: "halving" (successive halving), "hyperband" (for gains that come late) or "none".
         higher_is_better: direction of the metric; None: known from its name.
@@ -76,6 +76,10 @@ class Settings:
         for option in ("seeds", "confirm", "finalists"):
             at_least(option, getattr(self, option), 1)
         at_least("first_seed", self.first_seed, 0)
+        needed = seeds_needed(self.finalists)
+        if self.confirm < needed:
+            problem = f"with {self.finalists} finalists the test cannot find anything below {needed} seeds"
+            raise ConfigError("confirm", self.confirm, problem, f"Give {needed} or more, or fewer finalists.")
         if self.pruner not in ("hyperband", "halving", "none"):
             raise ConfigError("pruner", self.pruner, "no such pruner", "Use hyperband, halving or none.")
 
@@ -145,7 +149,7 @@ def search(
         out: folder of the journal, the tables and the figure.
         seeds: seeds of the search, of which good candidates see all.
         confirm: fresh seeds for the answer.
-        finalists: number of candidates that are compared on these.
+        finalists: number of candidates that are compared on these; the best one without a correction is among them.
         first_seed: seeds are counted from here.
         pruner: "halving" (successive halving), "hyperband" (for gains that come late) or "none".
         higher_is_better: direction of the metric; None: known from its name.
@@ -508,7 +512,12 @@ def _finalists(this: _Search, study: Study) -> list[str]:
         for name, trial in _best_trials(study).items()
         if trial.state.name == "COMPLETE" and trial.value is not None
     }
-    return sorted(complete, key=lambda name: complete[name])[: this.settings.finalists]
+    order = sorted(complete, key=lambda name: complete[name])
+    finalists = order[: this.settings.finalists]
+    plain = [name for name in order if this.candidate(name).eafo is None]
+    if plain and plain[0] not in finalists and len(finalists) > 1:
+        finalists[-1] = plain[0]  # a correction is to be measured against the best activation without one
+    return finalists
 
 
 def _references(study: Study) -> dict[int, Run]:
