@@ -45,7 +45,7 @@ __all__ = ["Pruner", "Settings", "run_search", "search"]
 Pruner = Literal["hyperband", "halving", "none"]
 Stage = Literal["reference", "candidates", "confirm"]
 
-REFERENCE = "as it is"
+REFERENCE = "your model"
 """Name of the model without any change."""
 _ATTEMPTS = 2  # of a candidate whose process was killed
 _INTERRUPTED = "interrupted"
