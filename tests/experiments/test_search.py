@@ -45,10 +45,11 @@ def find(out: Path, make_data: Any, **options: Any) -> Answer:
 
 
 def finished_trainings(out: Path) -> dict[str, int]:
-    """Number of trials by study, whatever their state."""
+    """Number of trials by study that were trained, whatever their state."""
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(out / "journal.log")))
     names = [summary.study_name for summary in optuna.get_all_study_summaries(storage)]
-    return {name: len(optuna.load_study(study_name=name, storage=storage).trials) for name in names}
+    studies = {name: optuna.load_study(study_name=name, storage=storage) for name in names}
+    return {name: sum("duplicate" not in trial.user_attrs for trial in study.trials) for name, study in studies.items()}
 
 
 @pytest.fixture(scope="module")
@@ -342,3 +343,16 @@ def test_the_best_activation_without_a_correction_is_a_finalist_and_taken_where_
     answer = find(tmp_path, search_tasks.taught_by_tanh, space=space, finalists=2, confirm=7)
     assert "tanh" in {pair.arm for pair in answer.pairs} and len(answer.pairs) == 2
     assert answer.best == Candidate("tanh", "tanh")
+
+
+@pytest.mark.slow
+def test_two_searches_share_one_folder(tmp_path: Path) -> None:
+    words = ["search", "--config", str(ROOT / "configs" / "wine_mlp.yaml"), "--bases", "elu", "tanh"]
+    words += ["--set", "trainer.max_epochs=2", "--seeds", "1", "--confirm", "6", "--finalists", "1"]
+    command = [sys.executable, "-m", "eafo_dynamic", *words, "--out", str(tmp_path), "--format", "json"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = [process.communicate(timeout=250) for process in both]
+    assert [process.returncode for process in both] == [0, 0], answers
+    assert answers[0][0] == answers[1][0]
+    counts = finished_trainings(tmp_path)
+    assert counts["reference"] == 1 and counts["confirm"] == 12, "nothing was trained twice"

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,6 +50,7 @@ REFERENCE = "your model"
 """Name of the model without any change."""
 _ATTEMPTS = 2  # of a candidate whose process was killed
 _INTERRUPTED = "interrupted"
+_UNCLAIMED = timedelta(seconds=60)  # after which a trial that began has no process
 _POLL = 0.5  # seconds between two looks at the workers
 
 
@@ -371,7 +373,9 @@ def _work(this: _Search, stage: Stage, show: Callable[[Study], None] | None = No
             study = _study(this, stage, len(next(iter(references.values())).curve))
         while any(trial.state.name == "WAITING" for trial in study.get_trials(deepcopy=False)):
             trial = study.ask()
-            if not trial.user_attrs.get("enqueued"):  # another process was faster: this one is made up
+            # Another process was faster: the trial is made up, or enqueued by both.
+            if not trial.user_attrs.get("enqueued") or _is_duplicate(study, trial):
+                trial.set_user_attr("duplicate", True)
                 _tell(study, trial, "FAIL")
                 continue
             trial.set_user_attr("owner", [platform.node(), os.getpid()])
@@ -381,6 +385,12 @@ def _work(this: _Search, stage: Stage, show: Callable[[Study], None] | None = No
                 _attempt(study, trial, lambda trial=trial: _single_trial(this, trial))
             if show is not None:
                 show(study)
+
+
+def _is_duplicate(study: Study, trial: Trial) -> bool:
+    earlier = study.get_trials(deepcopy=False)[: trial.number]
+    params = {key: trial.user_attrs[key] for key in ("candidate", "seed") if key in trial.user_attrs}
+    return any(_params(each) == params and each.state.name != "FAIL" for each in earlier)
 
 
 def _attempt(study: Study, trial: Trial, run: Callable[[], tuple[str, float | None]]) -> None:
@@ -465,22 +475,33 @@ def _kept(trial: FrozenTrial) -> dict[int, Run]:
 
 def _requeue_orphans(study: Study) -> None:
     """Trials whose process on this machine is gone wait again; one that was killed twice has failed."""
+    from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
     trials = study.get_trials(deepcopy=False)
     for trial in trials:
         if trial.state != TrialState.RUNNING:
             continue
-        host, process = trial.user_attrs.get("owner", (platform.node(), os.getpid()))
-        # This process runs no trial now: what it has begun was interrupted.
-        if host != platform.node() or (process != os.getpid() and _is_alive(process)):
+        if not _is_orphan(trial):
             continue
-        study.tell(trial.number, state=TrialState.FAIL)
+        try:
+            study.tell(trial.number, state=TrialState.FAIL)
+        except UpdateFinishedTrialError:  # another process has seen it too
+            continue
         params = _params(trial)
-        same = [each for each in trials if _params(each) == params]
+        same = [each for each in trials if _params(each) == params and not each.user_attrs.get("duplicate")]
         attempts = sum(f"{_INTERRUPTED} {each.number}" not in study.user_attrs for each in same)
         if attempts < _ATTEMPTS:
             study.enqueue_trial(dict(params), user_attrs={"enqueued": True, **params})
+
+
+def _is_orphan(trial: FrozenTrial) -> bool:
+    """Whether nobody runs a trial that is said to be running. This process runs none when it asks."""
+    if "owner" not in trial.user_attrs:
+        started = trial.datetime_start
+        return started is not None and datetime.now() - started > _UNCLAIMED
+    host, process = trial.user_attrs["owner"]
+    return host == platform.node() and (process == os.getpid() or not _is_alive(process))
 
 
 def _is_alive(process: int) -> bool:
@@ -531,10 +552,9 @@ def _references(study: Study) -> dict[int, Run]:
 def _check_reference(this: _Search, study: Study) -> None:
     if set(_references(study)) >= set(this.settings.search_seeds):
         return
-    reasons = [trial.user_attrs.get("why", "its process was killed") for trial in study.get_trials(deepcopy=False)]
-    why = next((reason for reason in reasons if reason), "it was not trained")
+    why = "it was not trained"
     for trial in study.get_trials(deepcopy=False):
-        if trial.state.name == "FAIL":
+        if trial.state.name == "FAIL" and "duplicate" not in trial.user_attrs:
             why = trial.user_attrs.get("why", "its process was killed")
     raise EAFOError(f"the model as it is cannot be trained: {why}. Delete {this.out} once that is corrected.")
 
@@ -565,7 +585,10 @@ def _progress(stage: Stage, verbose: bool) -> Generator[Callable[[Study], None]]
         task = bar.add_task(stage, total=None)
 
         def show(study: Study) -> None:
-            trials = [each for each in study.get_trials(deepcopy=False) if "candidate" in each.user_attrs]
+            everything = study.get_trials(deepcopy=False)
+            trials = [
+                each for each in everything if "candidate" in each.user_attrs and "duplicate" not in each.user_attrs
+            ]
             done = sum(each.state.is_finished() for each in trials)
             bar.update(task, total=len(trials), completed=done, description=stage)
 
