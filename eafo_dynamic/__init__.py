@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from eafo_dynamic.correction.bases import register_activation as register_activation
     from eafo_dynamic.entropy.metric import ActivationEntropy as ActivationEntropy
     from eafo_dynamic.errors import EAFOError as EAFOError
+    from eafo_dynamic.experiments.search.searching import search as search
     from eafo_dynamic.find.sites import find_sites as find_sites
     from eafo_dynamic.internals.version import __version__ as __version__
     from eafo_dynamic.policy.controller import EAFOController as EAFOController
@@ -63,6 +64,7 @@ _HOMES = {
     "register_activation": "correction.bases",
     "save_corrections": "apply.corrections",
     "save_merged": "apply.merge",
+    "search": "experiments.search.searching",
     "unwrap": "apply.surgery",
     "wrap": "apply.wrapping",
 }

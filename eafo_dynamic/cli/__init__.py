@@ -22,7 +22,7 @@ _TRAINING = {
     "test": "run the test loop on a checkpoint",
     "predict": "run the prediction loop on a checkpoint",
 }
-_INSPECTION = ("log", "sites", "rank", "shape", "compare", "merge", "bench")
+_INSPECTION = ("log", "sites", "rank", "shape", "compare", "search", "merge", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

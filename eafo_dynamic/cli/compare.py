@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,6 +17,7 @@ from eafo_dynamic.internals.files import see_working_directory
 
 if TYPE_CHECKING:
     from eafo_dynamic.experiments.compare.plan import Plan
+    from eafo_dynamic.experiments.compare.runner import Failure
 
 __all__ = ["register"]
 
@@ -42,6 +44,7 @@ def register(commands: Commands) -> None:
             "compare --config configs/compare_digits_vit.yaml --check",
             "compare --config configs/compare_digits_vit.yaml --jobs 2",
             "compare --config configs/compare_*.yaml --show --format md",
+            "compare --config configs/evidence_digits_autoencoder.yaml --tune --jobs 2",
         ),
     )
     parser.add_argument("--config", required=True, nargs="+", metavar="PLAN", help="a plan; several: one after another")
@@ -54,6 +57,12 @@ def register(commands: Commands) -> None:
         help="only these; seeds that are not in the plan are added to it, also for --show",
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (default: 1)")
+    parser.add_argument(
+        "--backend",
+        choices=("local", "ray"),
+        default="local",
+        help="local: processes of this machine (default); ray: a cluster of Ray whose nodes share the folders",
+    )
     parser.add_argument("--out", metavar="DIR", help="where results are kept (default: as the plan says)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="print one command per unfinished cell; run nothing")
@@ -63,6 +72,15 @@ def register(commands: Commands) -> None:
         action="store_true",
         help="build every arm and the data, try one step, say what differs; train nothing",
     )
+    what.add_argument(
+        "--tune",
+        action="store_true",
+        help="choose the learning rates of each arm as the plan's tune says and write them down; no tables",
+    )
+    parser.add_argument("--page", metavar="FILE", help="with --show: one page in Markdown over all plans, with figures")
+    parser.add_argument("--questions", metavar="FILE", help="with --page: YAML, which arm is asked about against which")
+    parser.add_argument("--forest", nargs="+", default=[], metavar="ARM", help="with --page: arms in its first figure")
+    parser.add_argument("--curves", nargs="+", default=[], metavar="NAME", help="with --page: plans to draw over steps")
     parser.add_argument("--no-tables", action="store_true", help="run the cells, leave the evaluation to --show")
     add_format_option(parser)
     parser.set_defaults(run=_run)
@@ -73,6 +91,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError("--jobs", args.jobs, "must be at least 1", "Give the number of processes.")
     see_working_directory()
     plans = [_plan(Path(path), args) for path in args.config]
+    if args.tune:
+        return 1 if sum(_tune(plan, args) for plan in plans) else 0
     if args.list:
         _list(plans, args)
         return 0
@@ -81,7 +101,9 @@ def _run(args: argparse.Namespace) -> int:
     failures = 0
     if not args.show:
         failures = sum(_train(plan, args) for plan in plans)
-    if not args.no_tables:
+    if args.page is not None:
+        _page(plans, args)
+    elif not args.no_tables:
         _show(plans, args.format)
     return 1 if failures else 0
 
@@ -89,6 +111,7 @@ def _run(args: argparse.Namespace) -> int:
 def _plan(path: Path, args: argparse.Namespace) -> Plan:
     """The plan with the seeds that the command line adds to it."""
     from eafo_dynamic.experiments.compare.plan import check_seed, read_plan
+    from eafo_dynamic.experiments.compare.tuning import apply_choices
 
     directory = None
     if args.out is not None:
@@ -100,7 +123,10 @@ def _plan(path: Path, args: argparse.Namespace) -> Plan:
         plan.arm(name)
     for seed in args.seeds or ():
         check_seed("--seeds", seed)
-    return dataclasses.replace(plan, seeds=tuple(dict.fromkeys([*plan.seeds, *(args.seeds or ())])))
+    plan = dataclasses.replace(plan, seeds=tuple(dict.fromkeys([*plan.seeds, *(args.seeds or ())])))
+    if args.tune:
+        return plan
+    return apply_choices(plan)
 
 
 def _cells(plan: Plan, args: argparse.Namespace) -> list[Any]:
@@ -113,9 +139,10 @@ def _cells(plan: Plan, args: argparse.Namespace) -> list[Any]:
 
 
 def _list(plans: list[Plan], args: argparse.Namespace) -> None:
-    from eafo_dynamic.experiments.compare.cell import finished
+    from eafo_dynamic.experiments.compare.cell import finished, restore
 
     for path, plan in zip(args.config, plans, strict=True):
+        restore(plan)
         for arm, seed in _cells(plan, args):
             if not finished(plan, arm, seed):
                 words = ["--config", path, "--arms", arm.name, "--seeds", str(seed), "--out", str(plan.directory)]
@@ -137,14 +164,34 @@ def _check(plans: list[Plan]) -> int:
 
 
 def _train(plan: Plan, args: argparse.Namespace) -> int:
-    from eafo_dynamic.experiments.compare.cell import check, finished
+    from eafo_dynamic.experiments.compare.cell import check, finished, restore
     from eafo_dynamic.experiments.compare.runner import run
+    from eafo_dynamic.experiments.compare.tuning import untuned
 
     chosen = _cells(plan, args)
+    without_choice = [name for name in untuned(plan) if any(arm.name == name for arm, _ in chosen)]
+    if without_choice:
+        mend = "Run the same command with --tune first."
+        raise ConfigError("tune", without_choice, "no learning rate has been chosen for these arms", mend)
+    restore(plan)
     if all(finished(plan, arm, seed) for arm, seed in chosen):
         return 0
     check(plan)
-    failures = run(plan, chosen, args.jobs)
+    return _report(plan, run(plan, chosen, args.jobs, args.backend))
+
+
+def _tune(plan: Plan, args: argparse.Namespace) -> int:
+    from eafo_dynamic.experiments.compare.cell import check
+    from eafo_dynamic.experiments.compare.tuning import apply_choices, tune
+
+    check(apply_choices(plan))
+    failed = _report(plan, tune(plan, args.arms, args.jobs, args.backend))
+    if plan.tuning is not None and plan.tuning.file.exists():
+        print(f"written: {plan.tuning.file}")
+    return failed
+
+
+def _report(plan: Plan, failures: Sequence[Failure]) -> int:
     cells_by_reason: dict[str, list[str]] = {}
     for failure in failures:
         cells_by_reason.setdefault(failure.why, []).append(failure.what)
@@ -156,10 +203,34 @@ def _train(plan: Plan, args: argparse.Namespace) -> int:
     return len(failures)
 
 
+def _page(plans: list[Plan], args: argparse.Namespace) -> None:
+    from eafo_dynamic.experiments.compare.cell import restore
+    from eafo_dynamic.experiments.compare.evaluation import Evaluation
+    from eafo_dynamic.experiments.compare.evidence import read_questions, write_page
+
+    questions = read_questions(Path(args.questions)) if args.questions else []
+    for plan in plans:
+        restore(plan)
+    evaluations = [Evaluation(plan) for plan in plans]
+    files = write_page(
+        [each for each in evaluations if not each.plan.name.endswith("_early")],
+        questions,
+        Path(args.page),
+        forest_arms=args.forest,
+        curves_of=args.curves,
+        early=[each for each in evaluations if each.plan.name.endswith("_early")],
+        configs={Path(path).stem: path for path in args.config},
+    )
+    print("written: " + ", ".join(map(str, files)))
+
+
 def _show(plans: list[Plan], fmt: str) -> None:
+    from eafo_dynamic.experiments.compare.cell import restore
     from eafo_dynamic.experiments.compare.evaluation import evaluate, write
     from eafo_dynamic.experiments.compare.tables import rich_table
 
+    for plan in plans:
+        restore(plan)
     evaluations, tables = evaluate(plans)
     files = [path for each in evaluations for path in write(each)]
     if fmt != "table":

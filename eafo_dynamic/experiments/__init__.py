@@ -1,7 +1,8 @@
 """Networks, tasks and data for the YAML files in `configs/`, and for experiments of your own.
 
 Every name here can follow `class_path: eafo_dynamic.experiments.` in such a file. One folder holds one kind of data and
-the networks for it: `images`, `text`, `tables`, `graphs`, `preferences`. The files beside them serve several kinds.
+the networks for it: `images`, `text`, `tables`, `signals`, `graphs`, `preferences`. The files beside them serve several
+kinds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from eafo_dynamic.experiments.graphs import BlockGraphs as BlockGraphs
     from eafo_dynamic.experiments.graphs import GraphNetwork as GraphNetwork
     from eafo_dynamic.experiments.images import CifarData as CifarData
+    from eafo_dynamic.experiments.images import ConvNet as ConvNet
     from eafo_dynamic.experiments.images import DigitsData as DigitsData
+    from eafo_dynamic.experiments.images import FashionData as FashionData
     from eafo_dynamic.experiments.images import ResNet as ResNet
     from eafo_dynamic.experiments.images import TransformerInTransformer as TransformerInTransformer
     from eafo_dynamic.experiments.images import VisionTransformer as VisionTransformer
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
     from eafo_dynamic.experiments.preferences import PreferenceTask as PreferenceTask
     from eafo_dynamic.experiments.preferences import causal_lm as causal_lm
     from eafo_dynamic.experiments.sampling import EpochSampler as EpochSampler
+    from eafo_dynamic.experiments.search.swap import SwapActivations as SwapActivations
+    from eafo_dynamic.experiments.search.swap import swap_activations as swap_activations
+    from eafo_dynamic.experiments.signals import Mnist1D as Mnist1D
+    from eafo_dynamic.experiments.signals import SignalNet as SignalNet
     from eafo_dynamic.experiments.splits import SplitData as SplitData
     from eafo_dynamic.experiments.tables import MLP as MLP
     from eafo_dynamic.experiments.tables import TabularData as TabularData
@@ -41,18 +48,23 @@ _HOMES = {
     "BlockGraphs": "graphs",
     "CifarData": "images",
     "Classifier": "tasks",
+    "ConvNet": "images",
     "DigitsData": "images",
     "EpochSampler": "sampling",
+    "FashionData": "images",
     "GPT": "text",
     "GraphNetwork": "graphs",
     "LanguageModel": "tasks",
     "MLP": "tables",
+    "Mnist1D": "signals",
     "PreferenceData": "preferences",
     "PreferenceTask": "preferences",
     "Regressor": "tasks",
     "ResNet": "images",
+    "SignalNet": "signals",
     "SplitData": "splits",
     "StdlibText": "text",
+    "SwapActivations": "search.swap",
     "TabularData": "tables",
     "Task": "tasks",
     "TransformerInTransformer": "images",
@@ -60,6 +72,7 @@ _HOMES = {
     "causal_lm": "preferences",
     "load_weights": "weights",
     "make_activation": "activations",
+    "swap_activations": "search.swap",
 }
 
 __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

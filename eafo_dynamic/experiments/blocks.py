@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.experiments.activations import make_activation
 
-__all__ = ["FeedForward", "SelfAttention", "TransformerBlock", "check_divides"]
+__all__ = ["FeedForward", "GatedFeedForward", "SelfAttention", "TransformerBlock", "check_divides"]
+
+_GATED = "swiglu"
 
 
 def check_divides(option: str, value: int, whole_option: str, whole: int) -> None:
@@ -85,6 +87,30 @@ class FeedForward(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
+class GatedFeedForward(nn.Module):
+    """SwiGLU (Shazeer, 2020): fc2(silu(gate) * up), with (gate, up) = fc1(x), applied to each token separately.
+
+    Args:
+        dim: features of a token.
+        hidden: features of gate and of up. Two thirds of those of a `FeedForward` give as many weights.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 2 * hidden)
+        self.activation = nn.SiLU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens to tokens, shape [..., dim].
+
+        Returns:
+            Shape [..., dim].
+        """
+        gate, up = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(self.activation(gate) * up)
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
 
@@ -92,7 +118,7 @@ class TransformerBlock(nn.Module):
         dim: features of a token.
         heads: attention heads.
         mlp_ratio: hidden features of the feed-forward part, in units of `dim`.
-        activation: a key of `ACTIVATIONS`.
+        activation: a name for `make_activation`; "swiglu" for a gated part with as many weights.
         dropout: probability of dropping an entry of a residual update.
         causal: a token attends to itself and to the tokens before it, not to those after it.
     """
@@ -104,7 +130,12 @@ class TransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attention = SelfAttention(dim, heads, causal=causal)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = FeedForward(dim, int(mlp_ratio * dim), activation)
+        hidden = int(mlp_ratio * dim)
+        self.mlp: nn.Module
+        if activation == _GATED:
+            self.mlp = GatedFeedForward(dim, round(2 * hidden / 3))
+        else:
+            self.mlp = FeedForward(dim, hidden, activation)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

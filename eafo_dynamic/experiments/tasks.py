@@ -1,4 +1,4 @@
-"""LightningModules that train a given network. They know nothing of activations or their correction."""
+"""LightningModules that train a given network. They know nothing of corrections."""
 
 from __future__ import annotations
 
@@ -35,9 +35,11 @@ class Task(LightningModule, ABC):
         weights: file with weights to start from, the checkpoint of another run or a state dict; see `load_weights`.
         fresh: regular expressions over names of parameters; parameters that match keep their initial values, as those
             of a new head must.
+        activation_lr_multiple: learning rate of learnable activations, in units of `lr`, without weight decay; None:
+            they train as all other parameters do.
 
     Raises:
-        ConfigError: for a learning rate, weight decay or warm-up that cannot work, or weights that do not fit.
+        ConfigError: for a rate, a multiple of it, weight decay or warm-up that cannot work, or weights that do not fit.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Task(LightningModule, ABC):
         warmup_steps: int = 50,
         weights: str | None = None,
         fresh: Sequence[str] = (),
+        activation_lr_multiple: float | None = None,
     ) -> None:
         super().__init__()
         # A checkpoint holds all weights and must load without the file of `weights`, which config.yaml names.
@@ -57,6 +60,9 @@ class Task(LightningModule, ABC):
                 raise ConfigError(option, value, "must not be negative", "Choose 0 or more.")
         if lr <= 0:
             raise ConfigError("lr", lr, "must be positive", "Choose a number above 0.")
+        if activation_lr_multiple is not None and activation_lr_multiple <= 0:
+            mend = "Choose a number above 0, or leave it out."
+            raise ConfigError("activation_lr_multiple", activation_lr_multiple, "must be positive", mend)
         if fresh and weights is None:
             raise ConfigError("fresh", list(fresh), "no weights to start from", "Set weights, or leave fresh out.")
         if weights is not None:
@@ -65,6 +71,7 @@ class Task(LightningModule, ABC):
         self.lr = lr
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
+        self.activation_lr_multiple = activation_lr_multiple
 
     @abstractmethod
     def evaluate(self, batch: Batch, stage: Stage) -> Tensor:
@@ -129,7 +136,7 @@ class Task(LightningModule, ABC):
         Returns:
             The optimiser and the scheduler, in Lightning's form.
         """
-        return adamw_with_schedule(self, self.lr, self.weight_decay, self.warmup_steps)
+        return adamw_with_schedule(self, self.lr, self.weight_decay, self.warmup_steps, self.activation_lr_multiple)
 
 
 class Classifier(Task):
@@ -144,6 +151,7 @@ class Classifier(Task):
         label_smoothing: probability that is spread evenly over all classes, in training only.
         weights: file with weights to start from.
         fresh: names of parameters that are not taken from the file.
+        activation_lr_multiple: learning rate of learnable activations, in units of `lr`.
     """
 
     def __init__(
@@ -156,8 +164,9 @@ class Classifier(Task):
         label_smoothing: float = 0.0,
         weights: str | None = None,
         fresh: Sequence[str] = (),
+        activation_lr_multiple: float | None = None,
     ) -> None:
-        super().__init__(model, lr, weight_decay, warmup_steps, weights, fresh)
+        super().__init__(model, lr, weight_decay, warmup_steps, weights, fresh, activation_lr_multiple)
         self.label_smoothing = label_smoothing
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -194,6 +203,7 @@ class Regressor(Task):
         warmup_steps: optimiser steps until the learning rate is at its largest.
         weights: file with weights to start from.
         fresh: names of parameters that are not taken from the file.
+        activation_lr_multiple: learning rate of learnable activations, in units of `lr`.
     """
 
     def __init__(
@@ -204,8 +214,9 @@ class Regressor(Task):
         warmup_steps: int = 50,
         weights: str | None = None,
         fresh: Sequence[str] = (),
+        activation_lr_multiple: float | None = None,
     ) -> None:
-        super().__init__(model, lr, weight_decay, warmup_steps, weights, fresh)
+        super().__init__(model, lr, weight_decay, warmup_steps, weights, fresh, activation_lr_multiple)
         self.val_r2 = R2Score()
         self.test_r2 = R2Score()
 
@@ -252,6 +263,7 @@ class Autoencoder(Regressor):
         warmup_steps: optimiser steps until the learning rate is at its largest.
         weights: file with weights to start from.
         fresh: names of parameters that are not taken from the file.
+        activation_lr_multiple: learning rate of learnable activations, in units of `lr`.
     """
 
     def evaluate(self, batch: Batch, stage: Stage) -> Tensor:
@@ -278,6 +290,7 @@ class LanguageModel(Task):
         warmup_steps: optimiser steps until the learning rate is at its largest.
         weights: file with weights to start from.
         fresh: names of parameters that are not taken from the file.
+        activation_lr_multiple: learning rate of learnable activations, in units of `lr`.
     """
 
     def evaluate(self, batch: Batch, stage: Stage) -> Tensor:

@@ -381,9 +381,8 @@ class _Naming:
             return False
         readers = [self._readers(name) for name in self.aliases[call.module]]
         places = call.pieces[0].places
-        is_indexed = isinstance(
-            self.model.get_submodule(call.module.rpartition(".")[0]), (nn.ModuleList, nn.ModuleDict)
-        )
+        around = self.model.get_submodule(call.module.rpartition(".")[0])
+        is_indexed = isinstance(around, (nn.ModuleList, nn.ModuleDict))
         return sum(readers) == 1 and (is_indexed or not places or not is_repeated(places))
 
     def _readers(self, name: str) -> int:

@@ -257,7 +257,7 @@ def test_every_config_is_tested() -> None:
     assert [f"{name.removesuffix('_finetune')}_pretrain" for name in FINETUNING] == PRETRAINING
     for path in CONFIGS.glob("*.yaml"):
         kinds = (*WITHOUT_FILES, *PRETRAINING, *WITH_FILES)
-        assert path.stem in kinds or path.stem.startswith(("compare_", "study_"))
+        assert path.stem in kinds or path.stem.startswith(("compare_", "study_", "evidence_"))
 
 
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")

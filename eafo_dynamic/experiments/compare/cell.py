@@ -21,10 +21,11 @@ import yaml
 
 from eafo_dynamic.errors import ConfigError, EAFOError, interruptible, one_line
 from eafo_dynamic.experiments.compare.compose import compose, compose_pretraining, fingerprint
-from eafo_dynamic.experiments.compare.plan import Arm, Plan
+from eafo_dynamic.experiments.compare.plan import Arm, Plan, validation_twin
+from eafo_dynamic.experiments.compare.store import append, read_store
 from eafo_dynamic.internals.version import package_versions
 
-__all__ = ["SCHEMA", "check", "check_metrics", "finished", "pretrain", "result_path", "run_cell"]
+__all__ = ["SCHEMA", "check", "check_metrics", "finished", "pretrain", "quiet", "restore", "result_path", "run_cell"]
 
 SCHEMA = 1
 _TALKATIVE = (
@@ -132,8 +133,8 @@ def run_cell(plan: Plan, arm: Arm, seed: int) -> Path:
     config, expected = _config_and_fingerprint(plan, arm, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     (path.parent / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    with _quiet(plan.threads):
-        result = _train(config, plan.select)
+    with quiet(plan.threads):
+        result = _train(config, plan.select, validation_twin(plan.metric))
     about: dict[str, Any] = {
         "schema": SCHEMA,
         "task": plan.title,
@@ -146,8 +147,40 @@ def run_cell(plan: Plan, arm: Arm, seed: int) -> Path:
         about["value"] = arm.swept
     entropies = _entropies(path.parent / "eafo")
     stamp = {"versions": package_versions(), "finished": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    _write(path, json.dumps({**about, **result, **entropies, **stamp}, indent=1) + "\n")
+    whole = {**about, **result, **entropies, **stamp}
+    _write(path, json.dumps(whole, indent=1) + "\n")
+    if plan.store is not None:
+        append(plan.store, whole)
     return path
+
+
+def restore(plan: Plan) -> int:
+    """Brings finished cells back from the plan's store, where they were made with the plan's settings.
+
+    Args:
+        plan: the plan.
+
+    Returns:
+        The number of cells that had no result in the plan's folder.
+    """
+    if plan.store is None:
+        return 0
+    restored = 0
+    arms = {arm.name: arm for arm in plan.arms}
+    for result in read_store(plan.store):
+        arm = arms.get(result["arm"])
+        if arm is None:
+            continue
+        path = result_path(plan, arm, result["seed"])
+        if path.exists():
+            continue
+        _, expected = _config_and_fingerprint(plan, arm, result["seed"])
+        if result["fingerprint"] == expected:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole = {"schema": SCHEMA, "task": plan.title, **result}
+            _write(path, json.dumps(whole, indent=1) + "\n")
+            restored += 1
+    return restored
 
 
 @interruptible()
@@ -171,7 +204,7 @@ def pretrain(plan: Plan, seed: int) -> Path:
     if path.exists() and note.exists() and json.loads(note.read_text())["fingerprint"] == expected:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _quiet(plan.threads):
+    with quiet(plan.threads):
         cli = _built(config)
         _fit(cli)
     _write(path, _packed(cli.model))
@@ -189,7 +222,7 @@ def check(plan: Plan) -> None:
         EAFOError: one line on what is wrong, and in which arm.
     """
     seed = plan.seeds[0]
-    with tempfile.TemporaryDirectory() as folder, _quiet(plan.threads):
+    with tempfile.TemporaryDirectory() as folder, quiet(plan.threads):
         weights = _untrained_weights(plan, Path(folder))
         for arm in plan.arms:
             finished(plan, arm, seed)
@@ -219,7 +252,7 @@ def check_metrics(plan: Plan) -> None:
     logged: dict[str, None] = {}
     reference = plan.arm(plan.reference)
     others = [arm for arm in plan.arms if arm.name != plan.reference]
-    with tempfile.TemporaryDirectory() as folder, _quiet(plan.threads):
+    with tempfile.TemporaryDirectory() as folder, quiet(plan.threads):
         weights = _untrained_weights(plan, Path(folder))
         for arm in (reference, *others):
             with _naming(arm):
@@ -282,11 +315,11 @@ def _fit(cli: Any) -> None:
         raise KeyboardInterrupt
 
 
-def _train(config: dict[str, Any], select: str | None) -> dict[str, Any]:
+def _train(config: dict[str, Any], select: str | None, followed: str) -> dict[str, Any]:
     from eafo_dynamic.experiments.compare.paired import is_higher_better
     from eafo_dynamic.experiments.compare.witness import BestEpoch, Witness
 
-    witness = Witness()
+    witness = Witness(followed)
     best = None
     callbacks: list[Any] = [witness]
     if select is not None:
@@ -311,6 +344,7 @@ def _train(config: dict[str, Any], select: str | None) -> dict[str, Any]:
         "parameters": witness.parameters,
         "weights": witness.weights,
         "batches": witness.batches,
+        "curve": witness.curve,
     }
 
 
@@ -363,8 +397,15 @@ def _write(path: Path, contents: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(threads: int) -> Generator[None]:
-    """Gives torch this number of threads, and silences Lightning's messages."""
+def quiet(threads: int) -> Generator[None]:
+    """Gives torch this number of threads, and silences Lightning's messages.
+
+    Args:
+        threads: number of threads.
+
+    Yields:
+        Nothing; both are put back afterwards.
+    """
     import torch
 
     before = torch.get_num_threads()

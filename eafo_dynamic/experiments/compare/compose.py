@@ -10,9 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.experiments.compare.plan import Arm, Plan, read_yaml
+from eafo_dynamic.experiments.compare.plan import SEED_KEYS, Arm, Plan, read_yaml
 
-__all__ = ["ACTIVATION", "WEIGHTS", "compose", "compose_pretraining", "differences", "fingerprint", "flat"]
+__all__ = [
+    "ACTIVATION",
+    "WEIGHTS",
+    "cell_config",
+    "compose",
+    "compose_pretraining",
+    "differences",
+    "fingerprint",
+    "flat",
+    "put",
+]
 
 Config = dict[str, Any]
 
@@ -47,14 +57,14 @@ def compose(plan: Plan, arm: Arm, seed: int, folder: Path, weights: Path | None 
         ConfigError: if the arm names an activation but the task's network takes none.
     """
     config = _task_config(plan.task, {**plan.settings, **arm.settings}, seed, plan.seed_keys)
-    _put(config, "trainer.default_root_dir", str(folder))
+    put(config, "trainer.default_root_dir", str(folder))
     if weights is not None:
-        _put(config, WEIGHTS, str(weights))
+        put(config, WEIGHTS, str(weights))
     if arm.activation is not None:
         if _get(config, ACTIVATION) is None:
             mend = f"Say it with set: and the key of your network, or give the task the key {ACTIVATION}."
             raise ConfigError(f"arms.{arm.name}.activation", arm.activation, "the task's network names none", mend)
-        _put(config, ACTIVATION, arm.activation)
+        put(config, ACTIVATION, arm.activation)
     if arm.eafo is not None:
         options = {"verbose": False, "dirpath": str(folder / "eafo"), **arm.eafo}
         config["trainer"]["callbacks"].insert(0, {"class_path": _CALLBACK, "init_args": options})
@@ -74,7 +84,7 @@ def compose_pretraining(plan: Plan, seed: int, folder: Path) -> Config:
     """
     assert plan.pretrain is not None
     config = _task_config(plan.pretrain, plan.pretrain_settings, seed, plan.seed_keys)
-    _put(config, "trainer.default_root_dir", str(folder))
+    put(config, "trainer.default_root_dir", str(folder))
     return config
 
 
@@ -88,18 +98,42 @@ def _task_config(task: Path, settings: Mapping[str, Any], seed: int, seed_keys: 
         callbacks = [callbacks]
     trainer["callbacks"] = [each for each in callbacks if _class_name(each) not in _LEFT_OUT]
     for key, value in {**_QUIET, **settings}.items():
-        _put(config, key, copy.deepcopy(value))
+        put(config, key, copy.deepcopy(value))
     for key in seed_keys:
         if key == "seed_everything" or _get(config, key) is not None:
-            _put(config, key, seed)
+            put(config, key, seed)
     return config
+
+
+def cell_config(task: Path, settings: Mapping[str, Any], seed: int) -> Config:
+    """A task's configuration without corrections, checkpoints and loggers, with every seed set.
+
+    Args:
+        task: a configuration of ``eafo-dynamic fit``.
+        settings: configuration keys with dots and their values.
+        seed: the seed.
+
+    Returns:
+        A configuration for LightningCLI, in plain values.
+    """
+    return _task_config(task, settings, seed, SEED_KEYS)
 
 
 def _class_name(callback: Mapping[str, Any]) -> str:
     return callback.get("class_path", "").rpartition(".")[2]
 
 
-def _put(config: Config, key: str, value: Any) -> None:
+def put(config: Config, key: str, value: Any) -> None:
+    """Sets one value of a nested configuration.
+
+    Args:
+        config: changed in place.
+        key: path with dots; mappings that are missing are made.
+        value: the value.
+
+    Raises:
+        ConfigError: if a part of the path is no mapping.
+    """
     *path, last = key.split(".")
     for part in path:
         config = config.setdefault(part, {})

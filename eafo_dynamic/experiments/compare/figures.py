@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["address", "embedded", "entropy_change", "entropy_trajectories", "forest", "sensitivity"]
+__all__ = [
+    "address",
+    "embedded",
+    "entropy_change",
+    "entropy_trajectories",
+    "forest",
+    "loss_curves",
+    "over_tasks",
+    "sensitivity",
+]
 
 _BETTER = 2  # index of a style's line colours
 _WORSE = 1
@@ -204,6 +213,106 @@ def entropy_change(cells: Sequence[Cell], dark: bool = False) -> Figure:
         axes.set_xlabel("entropy, mean over the sites [nats]; one faint line per seed")
         axes.set_title("Entropy, from the first update to the last")
         figure.legend(loc="outside lower right", ncols=2)
+        figure.draw_without_rendering()
+        return figure
+
+
+def over_tasks(tasks: Mapping[str, Sequence[Paired]], arms: Sequence[str] = (), dark: bool = False) -> Figure:
+    """Draw arms over tasks: mean relative difference from each task's reference and its 95 % interval.
+
+    Args:
+        tasks: what `compare` returned, by title of the task.
+        arms: names of arms, at most as many as there are colours; none: those that every task has.
+        dark: whether to draw on a dark background.
+
+    Returns:
+        A figure with a group of lines for each task, a line for each arm; where higher is better, the sign is turned,
+        so that left is better everywhere.
+
+    Raises:
+        LogError: if no task has one of the arms.
+    """
+    from matplotlib.figure import Figure
+
+    style = _style(dark)
+    if not arms:
+        shared = set.intersection(*({pair.arm for pair in pairs} for pairs in tasks.values()))
+        arms = [pair.arm for pair in next(iter(tasks.values())) if pair.arm in shared]
+    chosen = list(arms)[: len(style.lines)]
+    if not any(pair.arm in chosen for pairs in tasks.values() for pair in pairs):
+        raise LogError(f"no task has a finished cell of {', '.join(arms) or 'an arm that all tasks have'}")
+    with drawing(style):
+        figure = Figure(figsize=(8, 1.5 + len(tasks) * (0.25 + 0.13 * len(chosen))), layout="constrained")
+        axes = figure.add_subplot()
+        for line, pairs in enumerate(tasks.values()):
+            for number, arm in enumerate(chosen):
+                pair = next((each for each in pairs if each.arm == arm), None)
+                if pair is None or pair.relative is None or pair.relative_interval is None:
+                    continue
+                height = line + 0.7 * ((number + 0.5) / len(chosen) - 0.5)
+                colour = style.lines[number]
+                ends = [-pair.sign * end for end in pair.relative_interval]
+                if not any(map(math.isnan, ends)):
+                    axes.plot(ends, [height, height], color=colour, linewidth=2)
+                axes.scatter([-pair.sign * pair.relative], [height], s=22, marker="D", color=colour, zorder=3)
+        for number, arm in enumerate(chosen):
+            axes.plot([], [], color=style.lines[number], marker="D", markersize=4, linewidth=2, label=arm)
+        axes.axvline(0, color=style.ink, linewidth=0.8)
+        _name_lines(axes, list(tasks))
+        axes.set_xlabel("relative difference from the task's plain activation [%]; left is better")
+        figure.legend(loc="outside lower center", ncols=3)
+        figure.draw_without_rendering()
+        return figure
+
+
+def loss_curves(cells: Sequence[Cell], reference: str, dark: bool = False) -> Figure:
+    """Draw the validation metric, relative to the reference, against steps and against seconds of training.
+
+    Args:
+        cells: cells of one task; those without a curve are left out.
+        reference: name of the arm that the others are compared with.
+        dark: whether to draw on a dark background.
+
+    Returns:
+        A figure with two panels. Left: mean over the seeds of the paired relative difference at equal steps. Right: the
+        same at equal seconds, CPU time of the training steps; curves are interpolated.
+
+    Raises:
+        LogError: if the reference has no curve.
+    """
+    import numpy
+    from matplotlib.figure import Figure
+
+    found = [cell for cell in cells if cell.curve.get("step")]
+    references = {cell.seed: cell.curve for cell in found if cell.arm == reference}
+    if not references:
+        raise LogError(f"no finished cell of {reference} has a curve")
+    style = _style(dark)
+    metric = next(name for name in next(iter(references.values())) if name not in ("step", "seconds"))
+    others = {arm: each for arm, each in _by_arm(found).items() if arm != reference}
+    with drawing(style):
+        figure = Figure(figsize=(8, 4.4), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, key in zip(panels, ("step", "seconds"), strict=True):
+            for number, (arm, runs) in enumerate(others.items()):
+                paired = [(run.curve, references[run.seed]) for run in runs if run.seed in references]
+                if not paired:
+                    continue
+                first = max(max(ours[key][0], theirs[key][0]) for ours, theirs in paired)
+                last = min(min(ours[key][-1], theirs[key][-1]) for ours, theirs in paired)
+                places = numpy.linspace(first, last, 60)
+                ratios = [
+                    numpy.interp(places, ours[key], ours[metric]) / numpy.interp(places, theirs[key], theirs[metric])
+                    for ours, theirs in paired
+                ]
+                colour, dashes = _line(number, style)
+                label = arm if key == "step" else None
+                mean = 100 * (numpy.mean(ratios, axis=0) - 1)
+                axes.plot(places, mean, color=colour, linestyle=dashes, linewidth=1.5, label=label)
+            axes.axhline(0, color=style.ink, linewidth=0.8)
+            axes.set_xlabel("optimiser steps" if key == "step" else "seconds of training steps (CPU)")
+        panels[0].set_ylabel(f"{metric}, relative to {reference} [%]")
+        figure.legend(loc="outside lower center", ncols=3)
         figure.draw_without_rendering()
         return figure
 

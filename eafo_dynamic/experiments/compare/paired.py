@@ -327,10 +327,15 @@ def sign_flip(differences: Sequence[float]) -> tuple[float, str]:
 
 
 def _scipy_stats() -> Any:
+    return _imported("scipy.stats")
+
+
+def _imported(name: str) -> Any:
     try:
-        return importlib.import_module("scipy.stats")
+        return importlib.import_module(name)
     except ImportError:
-        raise EAFOError("statistics of a comparison need scipy: pip install 'eafo-dynamic[examples]'") from None
+        package = name.partition(".")[0]
+        raise EAFOError(f"statistics of a comparison need {package}: pip install 'eafo-dynamic[examples]'") from None
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -343,14 +348,18 @@ def holm(p: Sequence[float]) -> list[float]:
 
     Returns:
         The corrected p-values, in the same order.
+
+    Raises:
+        EAFOError: if statsmodels is not installed.
     """
-    ascending = sorted((value, index) for index, value in enumerate(p) if not math.isnan(value))
     corrected = [math.nan] * len(p)
-    largest = 0.0
-    for rank, (value, index) in enumerate(ascending):
-        remaining = len(ascending) - rank
-        largest = max(largest, min(1.0, remaining * value))
-        corrected[index] = largest
+    tested = [index for index, value in enumerate(p) if not math.isnan(value)]
+    if not tested:
+        return corrected
+    multitest = _imported("statsmodels.stats.multitest")
+    found = multitest.multipletests([p[index] for index in tested], method="holm")[1]
+    for index, value in zip(tested, found, strict=True):
+        corrected[index] = float(value)
     return corrected
 
 

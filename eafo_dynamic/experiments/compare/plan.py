@@ -14,7 +14,17 @@ import yaml
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.internals.checks import at_least
 
-__all__ = ["Arm", "Plan", "check_seed", "read_plan", "read_yaml", "value_text"]
+__all__ = [
+    "SEED_KEYS",
+    "Arm",
+    "Plan",
+    "Tuning",
+    "check_seed",
+    "read_plan",
+    "read_yaml",
+    "validation_twin",
+    "value_text",
+]
 
 Options = dict[str, Any]
 
@@ -34,9 +44,13 @@ _PLAN_KEYS = (
     "directory",
     "threads",
     "select",
+    "tune",
+    "store",
 )
+_TUNE_KEYS = ("seeds", "rates", "own", "file", "metric")
+_OWN_KEYS = ("rates", "multiples")
 _ARM_KEYS = ("activation", "eafo", "set", "against")
-_SEED_KEYS = ("seed_everything", "data.init_args.seed", "data.init_args.split_seed")
+SEED_KEYS = ("seed_everything", "data.init_args.seed", "data.init_args.split_seed")
 _LARGEST_SEED = 2**32 - 1  # of numpy, and of Lightning's seed_everything
 _NAME = re.compile(r"[\w .,=()+:-]+")
 
@@ -68,6 +82,27 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """How the learning rate of each arm is chosen: as many trainings for every arm, on seeds that no table uses.
+
+    Attributes:
+        seeds: what every setting is tried with.
+        rates: learning rates that an arm without parameters of its own tries, in units of the task's.
+        own_rates: those that an arm with parameters of its own tries.
+        multiples: learning rates of these parameters, in units of the model's; each is tried with each of `own_rates`.
+        metric: logged in validation; the setting whose mean is best is chosen.
+        file: where the choice is written, with everything that was tried.
+    """
+
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+    own_rates: tuple[float, ...]
+    multiples: tuple[float, ...]
+    metric: str
+    file: Path
+
+
+@dataclass(frozen=True)
 class Plan:
     """Arms times seeds on one task.
 
@@ -89,6 +124,8 @@ class Plan:
         threads: number of threads that torch uses in every cell.
         sweep: name of the swept option, for example ``eafo.eps_init``; None: the arms are listed one by one.
         seed_keys: configuration keys that are set to the seed, where the task has them.
+        tuning: how the learning rate of each arm is chosen; None: all arms have the task's.
+        store: one file with a line for each finished cell, which can be carried to other machines; None: there is none.
     """
 
     name: str
@@ -107,7 +144,9 @@ class Plan:
     directory: Path
     threads: int
     sweep: str | None = None
-    seed_keys: tuple[str, ...] = _SEED_KEYS
+    seed_keys: tuple[str, ...] = SEED_KEYS
+    tuning: Tuning | None = None
+    store: Path | None = None
 
     def arm(self, name: str) -> Arm:
         """The arm with this name.
@@ -201,11 +240,78 @@ def read_plan(path: Path, directory: Path | None = None) -> Plan:
         directory=directory or Path(raw.get("directory") or Path("runs") / "compare" / path.stem),
         threads=raw.get("threads", 1),
         sweep=sweep,
+        tuning=_tuning(raw, path),
+        store=_store(raw, path),
     )
     at_least("threads", plan.threads, 1)
     plan.arm(plan.reference)
     _check_against(plan)
+    if plan.tuning is not None:
+        shared = sorted(set(plan.seeds) & set(plan.tuning.seeds))
+        if shared:
+            raise ConfigError(
+                "tune.seeds", shared, "stand in the table too", "Choose seeds that the plan does not have."
+            )
     return plan
+
+
+def validation_twin(metric: str) -> str:
+    """Name under which a metric of the test is logged in validation.
+
+    Args:
+        metric: for example test_loss.
+
+    Returns:
+        For example val_loss; a name without "test" as it is.
+    """
+    return metric.replace("test", "val")
+
+
+def _tuning(raw: Options, plan: Path) -> Tuning | None:
+    if raw.get("tune") is None:
+        return None
+    given = _mapping("tune", raw["tune"])
+    _check_keys("tune", given, _TUNE_KEYS)
+    own = _mapping("tune.own", given.get("own"))
+    _check_keys("tune.own", own, _OWN_KEYS)
+    rates = _positive("tune.rates", given.get("rates"))
+    own_rates = _positive("tune.own.rates", own.get("rates"))
+    multiples = _positive("tune.own.multiples", own.get("multiples"))
+    if len(rates) != len(own_rates) * len(multiples):
+        counts = f"{len(rates)} settings, with parameters of its own an arm has {len(own_rates) * len(multiples)}"
+        raise ConfigError("tune.rates", list(rates), counts, "Give every arm as many settings.")
+    file = given.get("file")
+    if not isinstance(file, str):
+        mend = "Write file: tuned/<name of the plan>.yaml"
+        raise ConfigError("tune.file", file, "the plan must say where the choice is written", mend)
+    return Tuning(
+        seeds=_seeds(given.get("seeds", 2), "tune.seeds"),
+        rates=rates,
+        own_rates=own_rates,
+        multiples=multiples,
+        metric=str(given.get("metric", validation_twin(raw["metric"]))),
+        file=plan.parent / file,
+    )
+
+
+def _positive(where: str, given: Any) -> tuple[float, ...]:
+    if not isinstance(given, list) or not given:
+        raise ConfigError(where, given, "is no list of numbers", "Write for example [0.5, 1, 2].")
+    numbers: list[float] = []
+    for value in cast("list[Any]", given):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ConfigError(where, value, "is no positive number", "Write for example [0.5, 1, 2].")
+        numbers.append(float(value))
+    return tuple(numbers)
+
+
+def _store(raw: Options, plan: Path) -> Path | None:
+    given = raw.get("store")
+    if given is None:
+        return None
+    if not isinstance(given, str):
+        raise ConfigError("store", given, "is no name of a file", "Write store: results/<name of the plan>.jsonl")
+    return plan.parent / given
 
 
 def _check_against(plan: Plan) -> None:
@@ -326,15 +432,15 @@ def check_seed(option: str, seed: int) -> None:
         raise ConfigError(option, seed, "is no seed", f"Write a number from 0 to {_LARGEST_SEED}.")
 
 
-def _seeds(given: Any) -> tuple[int, ...]:
+def _seeds(given: Any, where: str = "seeds") -> tuple[int, ...]:
     seeds = list(range(given)) if isinstance(given, int) else given
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in cast("list[Any]", seeds)):
-        raise ConfigError("seeds", given, "is neither a number of seeds nor a list of them", "Write seeds: 10.")
+        raise ConfigError(where, given, "is neither a number of seeds nor a list of them", "Write seeds: 10.")
     seeds = cast("list[int]", seeds)
     if len(set(seeds)) < len(seeds):
-        raise ConfigError("seeds", given, "names a seed twice", "Name each once.")
+        raise ConfigError(where, given, "names a seed twice", "Name each once.")
     for seed in seeds:
-        check_seed("seeds", seed)
+        check_seed(where, seed)
     return tuple(seeds)
 
 

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +41,7 @@ class Cell:
         entropy_mean: mean of H_r over the sites at each of these steps [nats].
         option: name of the swept option; None without a sweep.
         value: its value in this cell.
+        curve: by "step", "seconds" and the name of a metric, one number for each validation; empty in older results.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class Cell:
     entropy_mean: list[float]
     option: str | None = None
     value: Any = None
+    curve: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def read_cell(path: Path) -> Cell:
         entropy_mean=_numbers(path, given, "entropy_mean"),
         option=given.get("option"),
         value=given.get("value"),
+        curve={str(name): _numbers(path, given["curve"], name) for name in given.get("curve") or {}},
     )
     if len(cell.entropy_steps) != len(cell.entropy_mean):
         raise LogError(f"{path}: 'entropy_steps' and 'entropy_mean' differ in length. Run its cell again.")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import active_children, get_context
 from typing import NamedTuple
 
+from eafo_dynamic.errors import EAFOError
 from eafo_dynamic.experiments.compare.cell import finished, pretrain, run_cell
 from eafo_dynamic.experiments.compare.plan import Arm, Plan
 
-__all__ = ["Failure", "cells", "run"]
+__all__ = ["BACKENDS", "Failure", "cells", "run"]
+
+BACKENDS = ("local", "ray")
 
 _Task = tuple[str, Callable[..., object], tuple[object, ...]]
+_RETRIES = 2  # of a task whose worker of Ray died
 _KILLED = "its process was killed; run the same command again"
 
 
@@ -51,13 +57,14 @@ def cells(plan: Plan, arms: Sequence[str] | None = None, seeds: Sequence[int] | 
     return [(arm, seed) for seed in seeds for arm in chosen]
 
 
-def run(plan: Plan, chosen: Sequence[tuple[Arm, int]], jobs: int) -> list[Failure]:
+def run(plan: Plan, chosen: Sequence[tuple[Arm, int]], jobs: int, backend: str = "local") -> list[Failure]:
     """Runs the cells that have no result yet, with a progress bar on stderr.
 
     Args:
         plan: the plan.
         chosen: cells.
-        jobs: number of processes at a time, each with the plan's number of threads.
+        jobs: number of processes at a time, each with the plan's number of threads; ray decides that by itself.
+        backend: "local", processes of this machine; "ray", a cluster of Ray, whose nodes share the plan's folder.
 
     Returns:
         The cells that failed; a failure does not stop the others.
@@ -65,6 +72,8 @@ def run(plan: Plan, chosen: Sequence[tuple[Arm, int]], jobs: int) -> list[Failur
     Raises:
         KeyboardInterrupt: at Ctrl-C, which stops all cells.
     """
+    if backend == "ray":
+        plan = _absolute(plan)
     open_cells = [(arm, seed) for arm, seed in chosen if not finished(plan, arm, seed)]
     pretraining: list[_Task] = []
     if plan.pretrain is not None:
@@ -76,10 +85,54 @@ def run(plan: Plan, chosen: Sequence[tuple[Arm, int]], jobs: int) -> list[Failur
     done = len(chosen) - len(open_cells)
     with _progress(total, done) as advance:
         for stage in (pretraining, training):
-            if jobs == 1 or len(stage) < 2:
+            if backend == "ray":
+                failures += _in_ray(stage, advance, plan.threads)
+            elif jobs == 1 or len(stage) < 2:
                 failures += _in_this_process(stage, advance)
             else:
                 failures += _in_processes(stage, advance, jobs)
+    return failures
+
+
+def _absolute(plan: Plan) -> Plan:
+    """The plan with paths that hold wherever a worker is started."""
+    pretrain_path = plan.pretrain
+    if pretrain_path is not None:
+        pretrain_path = pretrain_path.absolute()
+    store = plan.store
+    if store is not None:
+        store = store.absolute()
+    return replace(
+        plan, task=plan.task.absolute(), pretrain=pretrain_path, directory=plan.directory.absolute(), store=store
+    )
+
+
+def _in_ray(tasks: Sequence[_Task], advance: Callable[[str], None], threads: int) -> list[Failure]:
+    """Runs tasks on a cluster of Ray, or on this machine if there is none. A task whose worker dies is run again."""
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError:
+        raise EAFOError("--backend ray needs ray: pip install 'eafo-dynamic[ray]'") from None
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(log_to_driver=False)  # the cluster of RAY_ADDRESS or of this machine, or else a new one
+    failures: list[Failure] = []
+    try:
+        attempt = ray.remote(num_cpus=threads, max_retries=_RETRIES)(_attempt)
+        running = {attempt.remote(function, args): what for what, function, args in tasks}
+        while running:
+            done, _ = ray.wait(list(running), num_returns=1)
+            what = running.pop(done[0])
+            try:
+                why = ray.get(done[0])
+            except ray.exceptions.RayError as error:
+                why = _line(error)
+            if why is not None:
+                failures.append(Failure(what, why))
+            advance(what)
+    finally:
+        if started_here:
+            ray.shutdown()
     return failures
 
 

@@ -39,7 +39,7 @@ MEANINGS = {
     "gain [%]": "mean relative gain over the tasks, positive is better, and its 95 % interval over tasks",
     "standardised gain": "the same, each task's gain in standard deviations of its paired differences",
 }
-_TEXT = ("arm", "verdict")
+_TEXT = ("arm", "verdict", "task", "against")
 # Columns that a narrow terminal leaves out, the first one first.
 _OPTIONAL = ("d_z", "gain per time", "difference", "mean", "w/t/l", "n", "standardised gain")
 

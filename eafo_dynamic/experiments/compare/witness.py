@@ -13,12 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from eafo_dynamic.errors import ConfigError
+from eafo_dynamic.experiments.learnable import own_parameters
 
 __all__ = ["BestEpoch", "Witness", "weights_hash"]
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A hash of a model's parameters and buffers, without those of corrections.
+    """A hash of a model's parameters and buffers, without those of corrections and of learnable activations.
 
     Args:
         model: the model.
@@ -27,8 +28,9 @@ def weights_hash(model: nn.Module) -> str:
         Sixteen hexadecimal digits; equal if and only if all names and bytes are equal.
     """
     digest = hashlib.sha256()
+    of_activations = {name for name, _ in own_parameters(model)}
     for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor) and not _is_correction(name):
+        if isinstance(tensor, Tensor) and not _is_correction(name) and name not in of_activations:
             digest.update(name.encode())
             digest.update(_bytes(tensor))
     return digest.hexdigest()[:16]
@@ -105,14 +107,21 @@ class Witness(Callback):
     It must be the last callback: a step is timed from the end of the other callbacks' `on_train_batch_start` to the
     end of their `on_train_batch_end`, in CPU time of this process, which does not depend on other processes.
 
+    Args:
+        followed: name of a metric that is logged in validation.
+
     Attributes:
         weights: hash of the weights that training starts from.
         parameters: number of the model's parameters, without those of corrections.
         steps: number of training batches seen.
         step_seconds: CPU time of all of them [s], update rounds included.
+        curve: by "step" (optimiser steps), "seconds" (`step_seconds`) and the name of the followed metric, one number
+            for each validation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, followed: str) -> None:
+        self.followed = followed
+        self.curve: dict[str, list[float]] = {"step": [], "seconds": [], followed: []}
         self.weights = ""
         self.parameters = 0
         self.steps = 0
@@ -137,6 +146,14 @@ class Witness(Callback):
         for tensor in _tensors(batch):
             self._batches.update(_bytes(tensor))
         self._start = time.process_time()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds a point to the curve."""
+        if trainer.sanity_checking or self.followed not in trainer.callback_metrics:
+            return
+        self.curve["step"].append(trainer.global_step)
+        self.curve["seconds"].append(self.step_seconds)
+        self.curve[self.followed].append(float(trainer.callback_metrics[self.followed]))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
