@@ -161,6 +161,8 @@ PARTS: dict[str, list[str]] = {
     "TorchFunctionModeVariable": [],
     "_compiled_call_impl": [],
     "_orig_mod": [],
+    "_fsdp_wrapped_module": [],
+    "_checkpoint_wrapped_module": [],
     "_push_mode": [],
     "_pop_mode": [],
     "TorchDispatchMode": [],
