@@ -58,7 +58,7 @@ def _put_in_place_of(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def _copied(module: nn.Module) -> nn.Module:
     """A module of its own over the same parameters, buffers and children."""
     own = copy.copy(module)
-    for table in MODULE_TABLES:
+    for table in set(MODULE_TABLES) & vars(module).keys():
         vars(own)[table] = dict(vars(module)[table])
     return own
 

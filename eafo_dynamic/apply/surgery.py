@@ -230,14 +230,12 @@ def _key(found: FoundSite, target: Hosting) -> str:
 def _know_what_is_left_alone(model: nn.Module, report: SiteReport) -> None:
     """Tells the owners of the calls that have no site, beside others of the same key that have one."""
     for found in report.skipped:
-        module = model.get_submodule(found.module)
-        owner = None if found.owner is None else model.get_submodule(found.owner)
-        if not isinstance(module, Hosting) or not isinstance(owner, Hosting):
-            continue
-        known = owner.eafo_routes.get(_key(found, module))
-        evidence = Evidence(found.places, found.after)
-        if known is not None and not known.has(evidence, found.turn):
-            known.put(evidence, found.turn, None)
+        if _is_known(model, found):
+            owner: Any = model.get_submodule(found.owner or "")
+            known = owner.eafo_routes[_key(found, cast(Hosting, model.get_submodule(found.module)))]
+            evidence = Evidence(found.places, found.after)
+            if not known.has(evidence, found.turn):
+                known.put(evidence, found.turn, None)
 
 
 def _device(model: nn.Module, found: FoundSite) -> torch.device | None:
@@ -253,10 +251,12 @@ def _device(model: nn.Module, found: FoundSite) -> torch.device | None:
 
 
 def _guard(model: nn.Module, report: SiteReport) -> None:
-    """Lets the modules that a caller of functions calls open frames of their own; see hosting."""
+    """Lets the modules around and beside the calls open frames of their own, and their children be noted."""
     modules = dict(model.named_modules(remove_duplicate=False))
     owners: set[str] = set()
-    for found in report.wrapped:
+    for found in report.sites:
+        if not _is_known(model, found):
+            continue
         for name in (*found.guarded, *found.through, *found.beside):
             if name in modules and not isinstance(modules[name], torch.jit.ScriptModule):
                 become(modules[name], OWNER, name)
@@ -267,6 +267,16 @@ def _guard(model: nn.Module, report: SiteReport) -> None:
         if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.activation, Hosting):
             become(module, OWNER, name)
     note_children(model, owners)
+
+
+def _is_known(model: nn.Module, found: FoundSite) -> bool:
+    """Whether a call has a site, or is one that its owner tells from those that have."""
+    if found.wrapped:
+        return True
+    module, owner = model.get_submodule(found.module), model.get_submodule(found.owner or "")
+    if found.owner is None or not isinstance(module, Hosting) or not isinstance(owner, Hosting):
+        return False
+    return _key(found, module) in owner.eafo_routes
 
 
 def unwrap(model: nn.Module) -> nn.Module:

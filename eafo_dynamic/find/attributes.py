@@ -39,7 +39,8 @@ class Attributes:
             How often the module's class reads it of ``self``, and 1 more where some class reads an attribute of this
             name of anything else. A container whose forward is torch's own reads each of its modules once.
         """
-        if type(module).forward.__module__.partition(".")[0] == "torch":
+        home = getattr(type(module).forward, "__module__", None) or ""  # the code of a graph has none
+        if home.partition(".")[0] == "torch":
             return 1
         return _reads(type(module))[0][name] + (name in self._of_others)
 

@@ -134,10 +134,10 @@ def place_of(code: CodeType, at: int) -> str:
         at: offset of the instruction in it, in bytes.
 
     Returns:
-        The place; empty for code of torch and of this package's machinery.
+        The place; empty for code of torch, of this package's machinery, and of graphs of ``torch.fx``, which is made anew.
     """
     file = code.co_filename
-    if file.startswith(_TORCH):
+    if file.startswith((_TORCH, "<eval_with_key>")):
         return ""
     if file.startswith(_PACKAGE) and not file.startswith(_NETWORKS):
         return ""

@@ -378,6 +378,7 @@ class TestWhatCannotBeCorrected:
         unwrap(model)
         assert torch.equal(torch.fx.symbolic_trace(model)(example()), forward(model))
 
+    @pytest.mark.filterwarnings("ignore:EAFO. .*act is called outside the forward:UserWarning")  # by torch.fx itself
     @pytest.mark.parametrize("inside", [False, True])
     def test_nor_is_one_of_calls_that_an_owner_counts(self, inside: bool) -> None:
         class Twice(nn.Module):
