@@ -123,7 +123,7 @@ def test_only_the_gaussian_density_goes_without_tables() -> None:
     assert not Options().tabulated
     assert Options(density="histogram").tabulated
     assert Options(density=gaussian).tabulated
-    form = {"tabulated": False, "per_channel": True, "terms": ("eps", "lift")}
+    form = {"tabulated": False, "per_channel": True, "terms": ("eps", "lift"), "base": None}
     assert Options(per_channel=True, terms="free").form == form
 
 
