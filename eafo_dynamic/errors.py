@@ -64,7 +64,7 @@ class ConfigError(EAFOError, ValueError):
 
     def __init__(self, option: str, value: object, problem: str, mend: str) -> None:
         super().__init__(f"{option}={value!r}: {problem}. {mend}")
-        self.option = option
+        self.option, self.problem, self.mend = option, problem, mend
 
     @classmethod
     def joined(cls, errors: Sequence[ConfigError]) -> ConfigError:

@@ -35,7 +35,7 @@ from eafo_dynamic.errors import CompoundingError
 from eafo_dynamic.find.sites import find_sites
 from eafo_dynamic.records import CorrectionLog
 
-FORM = {"tabulated": True, "per_channel": False, "free": False}
+FORM = {"tabulated": True, "per_channel": False, "terms": ("tied",)}
 
 
 def x() -> Tensor:
@@ -55,7 +55,8 @@ def wrapped() -> nn.Sequential:
 
 def checkpoint_of_0_1_0(compounding: bool) -> dict[str, Any]:
     model = wrapped()
-    saved = {**manifest(find_sites(network()), **FORM), "compounding": compounding}
+    saved = {**manifest(find_sites(network()), **FORM), "compounding": compounding, "free": False}
+    del saved["terms"]
     state = dict(model.state_dict())
     if compounding:
         state |= {f"{name}.eafo_0_offset": torch.ones(4, 256) for name in ("1", "3")}
@@ -157,9 +158,12 @@ def test_resuming_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def pickled_by_0_1_0(model: nn.Module, offset: Tensor | None) -> bytes:
     for host, site in hosted_sites(model):
-        eps, shape, table, lift = site.keys
+        eps, shape, table, lift, *tails = site.keys
         key = eps.replace("_eps", "_offset")
         vars(site)["keys"] = (eps, shape, table, key, lift)
+        vars(site).pop("_names")
+        for tail in tails:
+            vars(host).pop(tail)
         if offset is None:
             vars(host)[key] = None
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from operator import index
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eafo_dynamic.apply.site import Site, describe_state
+from eafo_dynamic.apply.site import Site
 from eafo_dynamic.apply.surgery import hosted_sites, site_source
 from eafo_dynamic.correction.bases import Base, as_base
-from eafo_dynamic.correction.kernels import RoundKernel
-from eafo_dynamic.correction.stacked import AmplitudeValues, Functions
+from eafo_dynamic.correction.kernels import EPS, RoundKernel
+from eafo_dynamic.correction.stacked import Functions
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.internals.torch_internals import clamp_all_, copy_all_
 
@@ -73,40 +74,50 @@ class Bank:
                 f"only in the model: {extra}. Use the same model and the same target_modules, exclude_modules."
             )
 
-    @property
-    def eps(self) -> list[nn.Parameter]:
-        """Amplitudes, one parameter a site."""
-        return [getattr(host, site.keys[0]) for host, site in self._hosted]
+    @functools.cached_property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms, the same for all sites, in the order of the stacked amplitudes."""
+        host, site = self._hosted[0]
+        return site.names(host)
+
+    def of_term(self, name: str) -> list[nn.Parameter]:
+        """Amplitudes of one term, one parameter a site.
+
+        Args:
+            name: of one of the terms.
+
+        Returns:
+            In the order of the log.
+        """
+        return [getattr(host, site.key(name)) for host, site in self._hosted]
 
     @property
-    def lifts(self) -> list[nn.Parameter]:
-        """Amplitudes of the second terms, one a site where terms are free; else none."""
-        found = [getattr(host, site.keys[-1]) for host, site in self._hosted]
-        return [lift for lift in found if lift is not None]
+    def eps(self) -> list[nn.Parameter]:
+        """Amplitudes of the first local term, one parameter a site."""
+        return self.of_term(EPS.name)
 
     @property
     def amplitudes(self) -> list[nn.Parameter]:
-        """Eps of all sites, then their lifts."""
-        return [*self.eps, *self.lifts]
+        """Amplitudes of all sites, term by term."""
+        return [amplitude for name in self.terms for amplitude in self.of_term(name)]
 
-    def _columns(self) -> list[tuple[Tensor | None, ...]]:
-        """Eps, shapes, tables and lifts of all sites; None where a site has none."""
-        return list(zip(*(site.tensors(host) for host, site in self._hosted), strict=True))
+    def _own(self, name: str) -> list[Tensor | None]:
+        """Shape or table of all sites; None where a site has none."""
+        return [getattr(host, site.key(name)) for host, site in self._hosted]
 
     def states(self) -> list[str]:
-        """Eps, mu and sigma of every site, as text.
+        """Amplitudes, mu and sigma of every site, as text.
 
         Returns:
             For example ``eps=+0.0100, mu=+0.000, sigma=1.000``.
         """
-        tensors = [site.tensors(host) for host, site in self._hosted]
-        return [describe_state(eps, shape, lift=lift) for eps, shape, *_, lift in tensors]
+        return [site.describe(host) for host, site in self._hosted]
 
     @property
     def device(self) -> torch.device:
         """Where rounds are computed: the device of the first site."""
         host, site = self._hosted[0]
-        return getattr(host, site.keys[0]).device
+        return getattr(host, site.key("shape")).device
 
     def functions(self, kernel: RoundKernel | None = None) -> Functions:
         """All sites' functions as they are now.
@@ -115,35 +126,35 @@ class Bank:
             kernel: what computes them on the CPU; None for torch's operations.
 
         Returns:
-            Stacked copies of eps, mu, sigma and tables.
+            Stacked copies of amplitudes, mu, sigma and tables.
         """
         device = self.device
         one: dict[Base, Base] = {}  # equal bases become the same, so that nobody has to compare them again
-        eps, shapes, tables, lifts = self._columns()
+        tables = self._own("table")
         with torch.no_grad():
             return Functions(
                 bases=[one.setdefault(base, base) for base in map(as_base, self._plain)],
                 # one amplitude a channel: the log and the entropies see their mean
-                eps=_stacked(_means(_present(eps)), device),
-                shape=_stacked(_present(shapes), device),
+                amplitudes=torch.stack([_stacked(_means(self.of_term(name)), device) for name in self.terms]),
+                shape=_stacked(_present(self._own("shape")), device),
                 tables=_stacked(_present(tables), device),
                 tabulated=torch.tensor(
                     [row for row, table in enumerate(tables) if table is not None], dtype=torch.long, device=device
                 ),
-                lift=_stacked(_means(free), device) if (free := _present(lifts)) else None,
+                names=self.terms,
                 kernel=kernel,
             )
 
-    def channels(self) -> AmplitudeValues | None:
+    def channels(self) -> Tensor | None:
         """The amplitudes of every channel, where a site has several.
 
         Returns:
-            Eps and lift, float32, each of shape [S, C], C the most channels of a site: one with fewer repeats its first
-            amplitude. None where every site has one amplitude.
+            Float32, shape [T, S, C], C the most channels of a site: one with fewer repeats its first amplitude. None
+            where every site has one amplitude a term.
         """
         if not any(amplitude.dim() for amplitude in self.amplitudes):
             return None
-        return AmplitudeValues(_padded(self.eps, self.device), _padded(self.lifts, self.device) if self.lifts else None)
+        return torch.stack([_padded(self.of_term(name), self.device) for name in self.terms])
 
     def commit(self, old: Functions, new: Functions, bound: float = math.inf) -> None:
         """Writes functions back into the model, in place.
@@ -153,12 +164,12 @@ class Bank:
             new: what to write.
             bound: largest absolute amplitude of a channel; see :func:`moved_channels`.
         """
-        eps, shapes, tables, lifts = map(_present, self._columns())
         with torch.no_grad():
-            copy_all_(eps, _moved(eps, old.eps, new.eps, bound))
-            copy_all_(shapes, new.shape.unbind())
-            if old.lift is not None and new.lift is not None:
-                copy_all_(lifts, _moved(lifts, old.lift, new.lift, bound))
+            for name, before, after in zip(self.terms, old.amplitudes, new.amplitudes, strict=True):
+                amplitudes = self.of_term(name)
+                copy_all_(amplitudes, _moved(amplitudes, before, after, bound))
+            copy_all_(_present(self._own("shape")), new.shape.unbind())
+            tables = _present(self._own("table"))
             if tables:
                 copy_all_(tables, new.tables.unbind())
 

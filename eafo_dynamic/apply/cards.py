@@ -38,8 +38,8 @@ load_corrections(model, {file!r})  # model: the base model
 
 What they change: c(z) for z within {reach:g} sigma of mu.
 
-| site | base | eps | lift | mu | sigma | largest change |
-|---|---|---|---|---|---|---|
+| site | base | amplitudes | mu | sigma | largest change |
+|---|---|---|---|---|---|
 {rows}
 """
 
@@ -110,18 +110,19 @@ def card_of(model: nn.Module, sites: Mapping[str, Any], about: Mapping[str, Any]
 
 
 def _count(host: nn.Module, site: Site) -> int:
-    tensors: list[Tensor] = [getattr(host, key) for key in site.keys if getattr(host, key) is not None]
+    tensors: list[Tensor] = [getattr(host, key) for key in site.keys if getattr(host, key, None) is not None]
     return sum(tensor.numel() for tensor in tensors)
 
 
 def _row(said: Mapping[str, Any], host: nn.Module, site: Site) -> str:
-    eps, shape, _, lift = site.tensors(host)
+    shape = getattr(host, site.key("shape"))
     mu, sigma = shape.tolist()
+    amplitudes = dict(zip(site.names(host), site.amplitudes(host), strict=True))
+    values = [f"{name} {float(value.detach().mean()):+.4f}" for name, value in amplitudes.items()]
     cells = [
         f"`{said['name'] or '(root)'}`",
         str(said["base"]),
-        f"{float(eps.detach().mean()):+.4f}",
-        "" if lift is None else f"{float(lift.detach().mean()):+.4f}",
+        ", ".join(values),
         f"{mu:+.3f}",
         f"{sigma:.3f}",
         f"{_largest_change(host, site):.4f}",
@@ -131,7 +132,7 @@ def _row(said: Mapping[str, Any], host: nn.Module, site: Site) -> str:
 
 @torch.no_grad()
 def _largest_change(host: nn.Module, site: Site) -> float:
-    eps, shape, *_ = site.tensors(host)
+    shape, eps = getattr(host, site.key("shape")), site.amplitudes(host)[0]
     steps = torch.linspace(-_REACH, _REACH, _POINTS, dtype=shape.dtype, device=shape.device)
     z = shape[0] + shape[1] * steps
     if eps.dim():  # one column a channel, wherever the layer before has its channels

@@ -51,7 +51,7 @@ class Corrections:
 
     Args:
         sites: the list of sites, as ``manifest`` gives it.
-        tensors: eps, shape, table and lift of every site, by their names in the state_dict of the model.
+        tensors: amplitudes, shape and table of every site, by their names in the state_dict of the model.
         about: what else is known: base model, options of the training, version of the package.
     """
 
@@ -64,7 +64,7 @@ def save_corrections(model: nn.Module, path: str | Path) -> Path:
     """Writes the corrections of a model to a safetensors file of their own, with a card in words beside it.
 
     The file has the tensors of every site, under the names that they have in ``model.state_dict()``: amplitudes
-    ``eps`` and ``lift``, centre and width ``shape``, and tables; in its header stand the sites and the options. It
+    of all terms, centre and width ``shape``, and tables; in its header stand the sites and the options. It
     serves alone, beside the files of ``save_pretrained``, or beside an adapter of PEFT.
 
     Args:

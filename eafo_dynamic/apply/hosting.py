@@ -29,7 +29,7 @@ from eafo_dynamic.apply.frames import (
     route,
 )
 from eafo_dynamic.apply.known import ENTRIES, KnownCalls, warn_of_order
-from eafo_dynamic.apply.site import Site, describe_state, register
+from eafo_dynamic.apply.site import Site, register
 from eafo_dynamic.correction.kernels import is_correctable, known_module, prepare
 from eafo_dynamic.errors import CompoundingError, SiteError, printable
 from eafo_dynamic.find.functional import unbound
@@ -133,8 +133,7 @@ class Hosting(Wrapped):
         """
         parts = [self.eafo_class.extra_repr(cast(nn.Module, self))]
         for site in self.eafo_sites:
-            eps, shape, *_, lift = (getattr(self, key) for key in site.keys)
-            parts.append(describe_state(eps, shape, site.switch.backend, lift))
+            parts.append(site.describe(cast(nn.Module, self)))
         return ", ".join(part for part in parts if part)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -148,7 +147,7 @@ class Hosting(Wrapped):
             The module.
         """
         host = cast(nn.Module, self)
-        own = [key for site in self.eafo_sites for key in site.keys if getattr(self, key) is not None]
+        own = [key for site in self.eafo_sites for key in site.keys if getattr(self, key, None) is not None]
         before = {key: getattr(host, key).detach() for key in own}
         cast(Any, super())._apply(fn, recurse)
         for key, tensor in before.items():
@@ -158,10 +157,10 @@ class Hosting(Wrapped):
                 if now.grad is not None:
                     now.grad.data = now.grad.data.to(torch.float32)
         for site in self.eafo_sites:
-            eps = site.keys[0]
-            if before[eps].is_meta and not getattr(host, eps).is_meta:
+            shape = site.key("shape")
+            if before[shape].is_meta and not getattr(host, shape).is_meta:
                 site.reset(host)
-            prepare(getattr(host, eps).device, site.switch.backend)
+            prepare(getattr(host, shape).device, site.switch.backend)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

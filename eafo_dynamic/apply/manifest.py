@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, replace
 from reprlib import repr as _shown
 from typing import Any
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from eafo_dynamic.apply.kept import CHECKPOINT_KEY, keep_sites
 from eafo_dynamic.apply.known import warn_of_order
 from eafo_dynamic.apply.surgery import hosted_sites, unwrap, wrap
-from eafo_dynamic.errors import CompoundingError, SiteError, legible, printable
+from eafo_dynamic.apply.swaps import check_base, swap_of
+from eafo_dynamic.correction.bases import as_base
+from eafo_dynamic.correction.terms import LOCAL, TIED, resolve_terms
+from eafo_dynamic.errors import CompoundingError, ConfigError, SiteError, legible, printable
 from eafo_dynamic.find.evidence import BY_ORDER
 from eafo_dynamic.find.functional import WRITTEN, function_base
 from eafo_dynamic.find.sites import MAX_CALLS, FoundSite, SiteReport
@@ -32,7 +35,7 @@ __all__ = [
 MANIFEST_VERSION = 3  # 3 tells calls by evidence; 1 and 2 by their order, 2 also by an older kind of places
 _BY_EVIDENCE = 3
 
-_FORM = ("tabulated", "per_channel", "free")
+_FLAGS = ("tabulated", "per_channel")
 _DAMAGED = "the checkpoint's list of sites is damaged, or of another version"
 _MEND = "Use a checkpoint that eafo-dynamic has written."
 
@@ -63,7 +66,8 @@ def manifest(
     *,
     tabulated: bool = False,
     per_channel: bool = False,
-    free: bool = False,
+    terms: Sequence[str] = TIED,
+    base: str | Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What has to be known to wrap the same sites again; primitives only.
 
@@ -71,16 +75,24 @@ def manifest(
         report: what was wrapped.
         tabulated: see ``wrap``.
         per_channel: see ``wrap``.
-        free: see ``wrap``.
+        terms: from ``resolve_terms``.
+        base: see ``wrap``.
 
     Returns:
-        Keys ``manifest_version``, ``sites``, ``tabulated``, ``per_channel`` and ``free``.
+        Keys ``manifest_version``, ``sites``, ``tabulated``, ``per_channel``, ``terms`` and, if given, ``base``. The
+        ``base`` of a site is the one that it has got.
     """
     sites = [
         {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(found).items()}
         for found in report.wrapped
     ]
-    form = {"tabulated": tabulated, "per_channel": per_channel, "free": free}
+    for entry, found in zip(sites, report.wrapped, strict=True):
+        name = swap_of(found, base)
+        if name is not None:
+            entry["base"] = str(as_base(name))
+    form: dict[str, Any] = {"tabulated": tabulated, "per_channel": per_channel, "terms": list(terms)}
+    if base is not None:
+        form["base"] = base if isinstance(base, str) else dict(base)
     return {"manifest_version": MANIFEST_VERSION, "sites": sites, **form}
 
 
@@ -103,7 +115,8 @@ def check_manifest(saved: object) -> Mapping[str, Any]:
         saved: what stands under ``CHECKPOINT_KEY``; it may be anything.
 
     Returns:
-        The same, without what version 0.1.0 says of corrections that do not compound.
+        The same, without what version 0.1.0 says of corrections that do not compound, and with ``terms`` in place of
+        its ``free``.
 
     Raises:
         SiteError: if it is damaged, somebody else's, or of a newer schema; the message says which entry.
@@ -117,8 +130,10 @@ def check_manifest(saved: object) -> Mapping[str, Any]:
             f"the checkpoint's list of sites has manifest_version={version!r}, and this version of eafo-dynamic reads "
             f"up to {MANIFEST_VERSION}. Upgrade eafo-dynamic."
         )
-    form = {key: saved.get(key) for key in _FORM}
+    form = {key: saved.get(key) for key in _FLAGS}
     form["compounding"] = saved.get("compounding", False)
+    if "terms" not in saved:
+        form["free"] = saved.get("free")
     for key, value in form.items():
         if not isinstance(value, bool):
             raise SiteError(f"{_DAMAGED}: {key}={value!r} is neither true nor false. {_MEND}")
@@ -126,7 +141,25 @@ def check_manifest(saved: object) -> Mapping[str, Any]:
         raise CompoundingError("the checkpoint")
     for number, site in enumerate(saved["sites"]):
         _check_site(number, site)
-    return {key: value for key, value in saved.items() if key != "compounding"}
+    try:
+        check_base(saved.get("base"))
+    except ConfigError as error:
+        raise SiteError(f"{_DAMAGED}: {error}") from None
+    kept = {key: value for key, value in saved.items() if key not in ("compounding", "free")}
+    return {**kept, "terms": _terms(saved)}
+
+
+def _terms(saved: Mapping[str, Any]) -> list[str]:
+    if "terms" not in saved:
+        return list(LOCAL if saved["free"] else TIED)
+    terms = saved["terms"]
+    known = isinstance(terms, (list, tuple)) and all(isinstance(name, str) for name in terms)
+    try:
+        if known and list(resolve_terms(terms)) == list(terms):
+            return list(terms)
+    except ConfigError:
+        known = False
+    raise SiteError(f"{_DAMAGED}: terms={_shown(terms)} are no terms of a correction. {_MEND}")
 
 
 def _check_site(number: int, site: object) -> None:
@@ -198,22 +231,24 @@ _EVIDENCE = ("caller", "places", "after", "turn", "through", "beside", "guarded"
 _GONE = "gone#"
 
 
-def check_form(saved: Mapping[str, Any], form: Mapping[str, bool]) -> None:
+def check_form(saved: Mapping[str, Any], form: Mapping[str, Any]) -> None:
     """Checks that a run's options make sites of the form that a manifest has.
 
     Args:
         saved: from ``manifest``.
-        form: ``tabulated``, ``per_channel`` and ``free`` of the run.
+        form: ``tabulated``, ``per_channel`` and ``terms`` of the run.
 
     Raises:
         SiteError: if they differ.
     """
-    check_manifest(saved)
-    differing = [key for key, value in form.items() if saved[key] != value]
+    then = check_manifest(saved)
+    now = {"base": None, **form, "terms": list(form["terms"])}
+    then = {"base": None, **then}
+    differing = [key for key, value in now.items() if then[key] != value]
     if differing:
         raise SiteError(
             "the checkpoint was made with other options: "
-            + ", ".join(f"{key}={saved[key]} (now {form[key]})" for key in differing)
+            + ", ".join(f"{key}={then[key]} (now {now[key]})" for key in differing)
             + ". Use the options of the run that is resumed; its manifest.json lists them."
         )
 
@@ -283,7 +318,8 @@ def wrap_from_manifest(model: nn.Module, saved: Mapping[str, Any], present: Site
         warn_of_order("the checkpoint")
     try:
         with legible(_DAMAGED):
-            wrap(model, report, backend="auto", **{key: bool(saved[key]) for key in _FORM})
+            flags = {key: bool(saved[key]) for key in _FLAGS}
+            wrap(model, report, backend="auto", terms=saved["terms"], base=saved.get("base"), **flags)
     except SiteError:
         unwrap(model)
         raise
@@ -307,7 +343,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
     for host, site in hosted_sites(model):
         for key in site.keys:
             name = f"{names[id(host)]}.{key}".removeprefix(".")
-            own = getattr(host, key)
+            own = getattr(host, key, None)
             if own is not None and name in weights:
                 _check_tensor(name, weights[name], own)
 

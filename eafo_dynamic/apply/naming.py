@@ -110,7 +110,12 @@ def renamed_sites(saved: Mapping[str, Any], rename: Mapping[str, str]) -> dict[s
     Returns:
         The list, as a copy.
     """
-    return {**saved, "sites": [_renamed(site, rename) for site in saved["sites"]]}
+    sites = [_renamed(site, rename) for site in saved["sites"]]
+    renamed = {**saved, "sites": sites}
+    if isinstance(saved.get("base"), Mapping):
+        now = {then["name"]: site["name"] for then, site in zip(saved["sites"], sites, strict=True)}
+        renamed["base"] = {now.get(pattern, pattern): base for pattern, base in saved["base"].items()}
+    return renamed
 
 
 def _renamed(site: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, Any]:

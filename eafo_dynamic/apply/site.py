@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from eafo_dynamic.apply.swaps import Swap, made_swap
 from eafo_dynamic.correction.bases import Base
 from eafo_dynamic.correction.kernels import (
+    EPS,
+    TERMS,
     Backend,
     Known,
     Terms,
@@ -28,6 +31,7 @@ from eafo_dynamic.correction.kernels import (
 )
 from eafo_dynamic.correction.shape import correction_shape, is_closed_form
 from eafo_dynamic.correction.table import table_half_width, tabulate
+from eafo_dynamic.correction.terms import TIED, TIED_TERM, amplitude_names
 from eafo_dynamic.density.collector import Collector
 from eafo_dynamic.density.estimators import Density, Gaussian
 from eafo_dynamic.find.selection import FoundSite
@@ -53,7 +57,7 @@ __all__ = [
 ]
 
 _PLAIN = (Tensor, nn.Parameter)
-_Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # of a site, as its keys
+_PARTS = ("eps", "shape", "table", "lift", "gain", "slope")  # of a site, as its keys
 
 
 def standard_normal() -> Gaussian:
@@ -100,14 +104,24 @@ class Form:
         eps_init: starting amplitude.
         tabulated: whether every shape is a table, as densities other than the Gaussian need.
         per_channel: whether every channel has an amplitude of its own.
-        free: whether the two terms of the correction have an amplitude each, eps u exp(-u^2/2) + lift exp(-u^2/2), in
-            place of one for both in the proportion that the base and the density give.
+        terms: what is added to the base, from ``resolve_terms``.
     """
 
     eps_init: float = 0.01
     tabulated: bool = False
     per_channel: bool = False
-    free: bool = False
+    terms: tuple[str, ...] = TIED
+
+    def start(self, name: str) -> float:
+        """The amplitude that a term begins with: eps is small, and the others are 0.
+
+        Args:
+            name: of the amplitude.
+
+        Returns:
+            The amplitude.
+        """
+        return float(self.eps_init) if name == EPS.name else 0.0
 
 
 @dataclass
@@ -132,9 +146,9 @@ class Switch:
 class Site:
     """One corrected call.
 
-    Its tensors are registered on its host, so they train, move and are saved with the model: parameter
-    ``eafo_<index>_eps`` (0-dim, or one a channel), buffers ``eafo_<index>_shape`` (mu, sigma), ``eafo_<index>_table``
-    (ghat, where it has no closed form), parameter ``eafo_<index>_lift`` (where the terms are free).
+    Its tensors are registered on its host, so they train, move and are saved with the model: one parameter for each of
+    its terms, ``eafo_<index>_eps``, ``_lift``, ``_gain`` and ``_slope`` (0-dim, or one a channel), buffers
+    ``eafo_<index>_shape`` (mu, sigma) and ``eafo_<index>_table`` (ghat, where it has no closed form).
 
     Args:
         name: the site's name, as in the report of ``find_sites``.
@@ -144,6 +158,7 @@ class Site:
         collector: sample of the pre-activations.
         function: name and hyper-parameters of a functional call; None where a module is called.
         enabled: whether the correction acts.
+        base: name of the function that is computed in place of the activation's own; None for its own.
         start: eps and table that the site begins with; None if it was pickled by version 0.1.0.
         found: what the site was made from, with the form of its function; likewise.
     """
@@ -155,19 +170,52 @@ class Site:
     collector: Collector = field(default_factory=Collector)
     function: tuple[str, dict[str, object]] | None = None
     enabled: bool = True
+    base: str | None = None
     start: tuple[float, Tensor | None] | None = field(default=None, init=False, repr=False)
     found: tuple[FoundSite, Form] | None = field(default=None, init=False, repr=False)
+    _names: tuple[str, ...] | None = field(default=None, init=False, repr=False)
     _zero_seen: tuple[tuple[tuple[int, int | None], ...], bool] | None = field(default=None, init=False, repr=False)
+
+    @functools.cached_property
+    def swap(self) -> Swap | None:
+        """The function in place of the activation's own."""
+        return None if self.base is None else made_swap(self.base)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "swap"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # not the keys: a site that was pickled by version 0.1.0 has one more
         vars(self).update({name: value for name, value in state.items() if name != "keys"})
 
     @functools.cached_property
-    def keys(self) -> tuple[str, str, str, str]:
-        """Attribute names of eps, shape, table and lift on the host."""
-        stem = f"eafo_{self.index}_"
-        return f"{stem}eps", f"{stem}shape", f"{stem}table", f"{stem}lift"
+    def keys(self) -> tuple[str, ...]:
+        """Attribute names on the host: eps, shape, table, lift, gain and slope; None there for what there is not."""
+        return tuple(f"eafo_{self.index}_{name}" for name in _PARTS)
+
+    def key(self, name: str) -> str:
+        """Attribute name of one tensor on the host.
+
+        Args:
+            name: of a term, "shape" or "table".
+
+        Returns:
+            The name.
+        """
+        return self.keys[_PARTS.index(name)]
+
+    def names(self, host: nn.Module) -> tuple[str, ...]:
+        """The terms of the site.
+
+        Args:
+            host: where the site's tensors are registered.
+
+        Returns:
+            Names of their amplitudes, in order.
+        """
+        if self._names is None:  # it was pickled by an earlier version
+            self._names = tuple(name for name in TERMS if getattr(host, self.key(name), None) is not None)
+        return self._names
 
     def register(
         self, host: nn.Module, base: Base, form: Form, channels: int | None, device: torch.device | None = None
@@ -181,16 +229,18 @@ class Site:
             channels: number of channels, for one amplitude each; None: one for all.
             device: where the host's inputs live.
         """
-        eps_key, shape_key, table_key, lift_key = self.keys
         size = () if channels is None else (channels,)
         dtype = amplitude_dtype()
-        eps = torch.full(size, float(form.eps_init), dtype=dtype, device=device)
-        host.register_parameter(eps_key, nn.Parameter(eps))
-        host.register_buffer(shape_key, torch.tensor([0.0, 1.0], dtype=dtype, device=device))
-        table = None if form.free else shape_table(base, standard_normal(), form.tabulated)
+        self._names = amplitude_names(form.terms)
+        table = shape_table(base, standard_normal(), form.tabulated) if TIED_TERM in form.terms else None
         self.start = (float(form.eps_init), table)
-        register(host, table_key, None if table is None else table.to(device, copy=True))
-        register(host, lift_key, nn.Parameter(torch.zeros(size, dtype=dtype, device=device)) if form.free else None)
+        for name in TERMS:
+            amplitude = None
+            if name in self._names:
+                amplitude = nn.Parameter(torch.full(size, form.start(name), dtype=dtype, device=device))
+            register(host, self.key(name), amplitude)
+        host.register_buffer(self.key("shape"), torch.tensor([0.0, 1.0], dtype=dtype, device=device))
+        register(host, self.key("table"), None if table is None else table.to(device, copy=True))
 
     @torch.no_grad()
     def reset(self, host: nn.Module) -> None:
@@ -202,13 +252,13 @@ class Site:
         if self.start is None:
             return
         eps_init, table_then = self.start
-        eps, shape, table, lift = self.tensors(host)
-        eps.fill_(eps_init)
+        for name, amplitude in zip(self.names(host), self.amplitudes(host), strict=True):
+            amplitude.fill_(eps_init if name == EPS.name else 0.0)
+        shape = getattr(host, self.key("shape"))
         shape.copy_(torch.tensor([0.0, 1.0], dtype=shape.dtype, device="cpu"))
+        table = getattr(host, self.key("table"))
         if table is not None and table_then is not None:
             table.copy_(table_then)
-        if lift is not None:
-            lift.zero_()
 
     def unregister(self, host: nn.Module) -> None:
         """Removes the site's tensors from its host.
@@ -219,59 +269,75 @@ class Site:
         for key in self.keys:
             forget(host, key)
 
-    def tensors(self, host: nn.Module) -> _Tensors:
-        """The site's tensors, as its keys name them.
+    def amplitudes(self, host: nn.Module) -> list[nn.Parameter]:
+        """The site's amplitudes, one parameter a term.
 
         Args:
             host: where they are registered.
 
         Returns:
-            Eps, shape, table and lift; None for those that its function does not have.
+            As many as the site has names.
         """
+        names = self.names(host)
         if is_compiling():
-            eps, shape, table, lift = (getattr(host, key) for key in self.keys)
-            return eps, shape, table, lift
-        # a module's own __getattr__ takes ten times as long as a look where it looks; a loop would take twice as long
-        parameters, buffers = own_parameters(host), own_buffers(host)
-        eps, shape, table, lift = self.keys
+            return [getattr(host, self.key(name)) for name in names]
+        # a module's own __getattr__ takes ten times as long as a look where it looks
+        parameters = own_parameters(host)
+        keys = [self.key(name) for name in names]
+        return [parameters[key] if key in parameters else getattr(host, key) for key in keys]  # pyright: ignore[reportReturnType]
+
+    def tensors(self, host: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The site's tensors.
+
+        Args:
+            host: where they are registered.
+
+        Returns:
+            Amplitudes, shape [T] or [T, channels], shape, and the table or None.
+        """
+        each = self.amplitudes(host)
+        amplitudes = each[0].unsqueeze(0) if len(each) == 1 else torch.stack(list(each))
+        shape, table = self.key("shape"), self.key("table")
+        if is_compiling():
+            return amplitudes, getattr(host, shape), getattr(host, table)
+        buffers: Any = own_buffers(host)
         return (
-            parameters[eps] if eps in parameters else getattr(host, eps),
+            amplitudes,
             buffers[shape] if shape in buffers else getattr(host, shape),
             buffers[table] if table in buffers else getattr(host, table),
-            parameters[lift] if lift in parameters else getattr(host, lift),
-        )  # pyright: ignore[reportReturnType]
+        )
 
     def terms(self, host: nn.Module, z: Tensor) -> Terms:
-        """The operands of the site's correction term.
+        """The operands of the site's correction.
 
         Args:
             host: where the site's tensors are registered.
             z: pre-activations, any shape.
 
         Returns:
-            Eps, shape, table and lift, where z lives.
+            Amplitudes, shape and table, where z lives.
         """
-        eps, shape, table, lift = self.tensors(host)
+        amplitudes, shape, table = self.tensors(host)
         near = shape.is_cpu and z.is_cpu
         if not near and shape.device != z.device:  # of a model that is spread over several devices
-            eps, shape = eps.to(z.device), shape.to(z.device)
-            table, lift = (None if each is None else each.to(z.device) for each in (table, lift))
-        if eps.dim():
-            dim = self.collector.channel_dim
-            eps, lift = per_channel(eps, z, dim), None if lift is None else per_channel(lift, z, dim)
-        return Terms(eps, shape, table, table_half_width(), lift)
+            amplitudes, shape = amplitudes.to(z.device), shape.to(z.device)
+            table = None if table is None else table.to(z.device)
+        if amplitudes.dim() > 1:
+            amplitudes = per_channel(amplitudes, z, self.collector.channel_dim)
+        return Terms(amplitudes, shape, table, table_half_width(), self.names(host))
 
-    def correction(self, host: nn.Module, z: Tensor) -> Tensor:
-        """The site's correction term alone.
+    def correction(self, host: nn.Module, z: Tensor, base: Tensor | None = None) -> Tensor:
+        """The site's correction alone.
 
         Args:
             host: where the site's tensors are registered.
             z: pre-activations, any shape.
+            base: base(z), of the shape and dtype of z; needed where there is a gain.
 
         Returns:
             c(z), of the shape and dtype of z.
         """
-        return correction_of(z, self.terms(host, z))
+        return correction_of(z, self.terms(host, z), base)
 
     def idle(self, host: nn.Module) -> bool:
         """Whether the site has nothing to do: no sample to take, and a correction that is off or certainly zero.
@@ -287,15 +353,16 @@ class Site:
             return False
         if not self.enabled:
             return True
-        first, _, _, last = self.keys
-        parameters = own_parameters(host)
-        eps: Any = parameters[first] if first in parameters else getattr(host, first)
-        lift: Any = parameters[last] if last in parameters else getattr(host, last)
-        if (eps.requires_grad or (lift is not None and lift.requires_grad)) and torch.is_grad_enabled():
+        if self.swap is not None:
             return False
-        return self._is_zero((eps,) if lift is None else (eps, lift), host.training)
+        amplitudes = self.amplitudes(host)
+        if torch.is_grad_enabled():
+            for each in amplitudes:
+                if each.requires_grad:
+                    return False
+        return self._is_zero(amplitudes, host.training)
 
-    def _is_zero(self, amplitudes: tuple[Tensor, ...], training: bool) -> bool:
+    def _is_zero(self, amplitudes: Sequence[Tensor], training: bool) -> bool:
         """Whether amplitudes are known to be zero; on an accelerator a training step never waits for them.
 
         Elsewhere than in training it is read once after each change there.
@@ -315,7 +382,7 @@ class Site:
                 return False
         return not far or self._seen_zero(amplitudes, training)
 
-    def _seen_zero(self, amplitudes: tuple[Tensor, ...], training: bool) -> bool:
+    def _seen_zero(self, amplitudes: Sequence[Tensor], training: bool) -> bool:
         if any(each.is_meta or each.is_inference() for each in amplitudes):
             return False
         versions = [version_of(each) for each in amplitudes]
@@ -354,7 +421,22 @@ class Site:
             self.collector.observe(values_of(z) if z.is_nested else z)
         if not self.enabled:
             return base(z)
+        swap = self.swap
+        if swap is not None:
+            base, known = swap.function, None if is_compiling() else swap.known
         return apply_correction(base, functools.partial(self.terms, host), z, inplace, known, self.switch.backend)
+
+    def describe(self, host: nn.Module) -> str:
+        """Short text of the site's state.
+
+        Args:
+            host: where the site's tensors are registered.
+
+        Returns:
+            See ``describe_state``.
+        """
+        amplitudes = dict(zip(self.names(host), self.amplitudes(host), strict=True))
+        return describe_state(amplitudes, getattr(host, self.key("shape")), self.switch.backend)
 
     def pass_over(self, host: nn.Module, value: object) -> None:
         """Takes down, where samples are taken, that a call could not be corrected.
@@ -404,23 +486,23 @@ def _recomputing() -> bool:
     return not is_compiling() and running_backward() != -1
 
 
-def describe_state(eps: Tensor, shape: Tensor, backend: Backend = "auto", lift: Tensor | None = None) -> str:
+def describe_state(amplitudes: Mapping[str, Tensor], shape: Tensor, backend: Backend = "auto") -> str:
     """Short text of a site's state.
 
     Args:
-        eps: amplitude, 0-dim or one a channel (then their mean is shown).
+        amplitudes: by the names of the terms, each 0-dim or one a channel (then their mean is shown).
         shape: mu and sigma.
         backend: what was asked for; shown is what tensors get where the site is.
-        lift: likewise, where terms are free.
 
     Returns:
         For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``; without the last on other
         devices than a CPU and CUDA.
     """
-    if eps.is_meta or shape.is_meta:
-        return "eps, mu, sigma on meta"
+    if shape.is_meta or any(each.is_meta for each in amplitudes.values()):
+        return f"{', '.join(amplitudes)}, mu, sigma on meta"
     mu, sigma = shape.tolist()
-    amplitudes = {"eps": eps} if lift is None else {"eps": eps, "lift": lift}
     values = {name: float(each.detach().mean()) if each.numel() else math.nan for name, each in amplitudes.items()}
     state = ", ".join(f"{name}={value:+.4f}" for name, value in values.items()) + f", mu={mu:+.3f}, sigma={sigma:.3f}"
-    return f"{state}, backend={resolve_backend(backend, eps.device)}" if eps.device.type in ("cpu", "cuda") else state
+    if shape.device.type not in ("cpu", "cuda"):
+        return state
+    return f"{state}, backend={resolve_backend(backend, shape.device)}"

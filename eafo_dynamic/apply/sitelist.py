@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from eafo_dynamic.apply.manifest import manifest
 from eafo_dynamic.apply.naming import Renaming, plain_name
 from eafo_dynamic.apply.surgery import hosted_sites
+from eafo_dynamic.correction.kernels import EPS, LIFT, TERMS
+from eafo_dynamic.correction.terms import TIED_TERM
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.find.sites import FoundSite, SiteReport
 
 __all__ = ["has_corrections", "site_keys", "site_tensors", "sites_from_keys", "sites_of"]
 
-_KEY = re.compile(r"(?:^|\.)eafo_(\d+)_(eps|shape|table|lift)$")
+_KEY = re.compile(rf"(?:^|\.)eafo_(\d+)_(shape|table|{'|'.join(TERMS)})$")
 
 
 def has_corrections(keys: Iterable[str]) -> bool:
@@ -46,7 +48,7 @@ def site_keys(keys: Iterable[str]) -> list[str]:
 
 
 def site_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a wrapped model's sites: eps, shape, and table and lift where there are any.
+    """The tensors of a wrapped model's sites: amplitudes, shape, and the table where there is one.
 
     Args:
         model: wrapped.
@@ -58,7 +60,7 @@ def site_tensors(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for host, site in hosted_sites(model):
         for key in site.keys:
-            tensor = getattr(host, key)
+            tensor = getattr(host, key, None)
             if tensor is not None:
                 found[f"{names[id(host)]}.{key}".removeprefix(".")] = tensor
     return found
@@ -82,7 +84,8 @@ def sites_of(model: nn.Module) -> dict[str, Any]:
         raise SiteError(f"{type(model).__name__} has no corrections: wrap(model) first, or train it with a callback.")
     names = {id(module): name for name, module in model.named_modules()}
     found: list[FoundSite] = []
-    forms: list[tuple[bool, bool, bool]] = []
+    forms: list[tuple[bool, bool, tuple[str, ...]]] = []
+    bases: dict[str, str] = {}
     for host, site in hosted:
         if site.found is None:
             raise SiteError(
@@ -91,15 +94,17 @@ def sites_of(model: nn.Module) -> dict[str, Any]:
             )
         was, form = site.found
         found.append(_now(was, names[id(host)], model))
-        forms.append((form.tabulated, form.per_channel, form.free))
+        forms.append((form.tabulated, form.per_channel, form.terms))
+        if site.base is not None:
+            bases[found[-1].name] = site.base
     if len(set(forms)) > 1:
         raise SiteError(
-            f"parts of this {type(model).__name__} were wrapped with different options (tabulated, per_channel, free: "
+            f"parts of this {type(model).__name__} were wrapped with different options (tabulated, per_channel, terms: "
             f"{', '.join(map(str, sorted(set(forms))))}). Save each part in a file of its own."
         )
-    tabulated, per_channel, free = forms[0]
+    tabulated, per_channel, terms = forms[0]
     report = SiteReport(found, dynamic=True)
-    return manifest(report, tabulated=tabulated, per_channel=per_channel, free=free)
+    return manifest(report, tabulated=tabulated, per_channel=per_channel, terms=terms, base=bases or None)
 
 
 def _now(found: FoundSite, host: str, model: nn.Module) -> FoundSite:
@@ -146,7 +151,7 @@ def sites_from_keys(weights: Mapping[str, Tensor], report: SiteReport, names: Se
         SiteError: if what is found cannot be what was wrapped.
     """
     keys = site_keys(weights)
-    wanted = Counter(key.rpartition("eafo_")[0].rstrip(".") for key in keys if key.endswith("_eps"))
+    wanted = Counter(key.rpartition("eafo_")[0].rstrip(".") for key in keys if key.endswith("_shape"))
     if names is None:
         chosen = [site for site in report.sites if site.wrapped]
     else:
@@ -164,12 +169,15 @@ def sites_from_keys(weights: Mapping[str, Tensor], report: SiteReport, names: Se
             "Give an example input, apply_from_checkpoint(model, path, x), or a file of save_corrections."
         )
     last = {key.rpartition("_")[2] for key in keys}
+    terms = [name for name in TERMS if name in last]
+    if LIFT.name not in terms:
+        terms = [TIED_TERM if name == EPS.name else name for name in terms]
     report = replace(report, sites=[replace(site, wrapped=True) for site in chosen])
     return manifest(
         report,
-        tabulated="table" in last and "lift" not in last,
-        per_channel=any(weights[key].dim() for key in keys if key.endswith("_eps")),
-        free="lift" in last,
+        tabulated="table" in last,
+        per_channel=any(weights[key].dim() for key in keys if not key.endswith(("_shape", "_table"))),
+        terms=terms,
     )
 
 

@@ -17,65 +17,93 @@ from eafo_dynamic.apply.site import (
     shape_table,
     standard_normal,
 )
-from eafo_dynamic.correction.bases import as_base
-from eafo_dynamic.correction.kernels import Terms, correction_value, is_correctable, known_module, per_channel, prepare
+from eafo_dynamic.correction.bases import PointwiseActivation, as_base
+from eafo_dynamic.correction.kernels import (
+    TERMS,
+    Terms,
+    correction_value,
+    is_correctable,
+    known_base,
+    known_module,
+    per_channel,
+    prepare,
+)
 from eafo_dynamic.correction.table import table_half_width
 from eafo_dynamic.density.estimators import Density
-from eafo_dynamic.errors import CompoundingError
+from eafo_dynamic.errors import CompoundingError, ConfigError
 from eafo_dynamic.find.wrapped import CarriesCorrection
 from eafo_dynamic.internals.torch_internals import own_buffers, own_parameters
 
 __all__ = ["CRReLU", "CorrectedActivation"]
 
-_TENSORS = ("eps", "shape", "table", "lift")
-
 
 class CorrectedActivation(CarriesCorrection, nn.Module):
-    """An activation with its correction, on its own: f(z) = base(z) + eps * sigma * ghat((z - mu) / sigma).
+    """An activation with its correction, on its own.
 
-    With eps = 0, ``CorrectedActivation(base)(z)`` equals ``base(z)`` bit for bit.
+        f(z) = (1 + gain) base(z) + slope z + sigma (eps ghat(u) + lift exp(-u^2 / 2)),   u = (z - mu) / sigma
+
+    With all amplitudes 0, ``CorrectedActivation(base)(z)`` equals ``base(z)`` bit for bit.
 
     Args:
         base: a pointwise activation module; it is not changed.
-        eps: starting amplitude, no unit.
+        eps: starting amplitude, no unit; None: no such term.
         density: density of the pre-activations, of one site; None: standard normal.
-        trainable: whether eps and lift are parameters; otherwise buffers.
-        lift: starting amplitude of the bell, for free terms: f(z) = base(z) + sigma (eps u + lift) exp(-u^2 / 2);
-            None: one amplitude for ghat alone.
+        trainable: whether the amplitudes are parameters; otherwise buffers.
+        lift: starting amplitude of the bell; with it ghat(u) = u exp(-u^2 / 2) whatever the base. None: one amplitude,
+            for the ghat of base and density.
+        gain: starting amplitude of the base itself; None: no such term.
+        slope: starting amplitude of z; None: no such term.
 
     Attributes:
+        names: of the terms that there are.
         channel_dim: dimension of the channels where every channel has an amplitude of its own, as after ``merge``: 1 or
             -1; None: 1 with four dimensions or more, the last one otherwise.
+        other_base: name of the base, where ``merge`` has put another one in the place of the model's own.
     """
 
     if TYPE_CHECKING:  # torch.jit.script reads the values, and does not understand annotations that are text
-        eps: Tensor
+        eps: Tensor | None
         shape: Tensor
         table: Tensor | None
         lift: Tensor | None
+        gain: Tensor | None
+        slope: Tensor | None
+        names: list[str]
         channel_dim: int | None
+        other_base: str | None
 
     def __init__(
         self,
         base: nn.Module,
-        eps: float = 0.01,
+        eps: float | None = 0.01,
         density: Density | None = None,
         trainable: bool = True,
         lift: float | None = None,
+        gain: float | None = None,
+        slope: float | None = None,
     ) -> None:
         super().__init__()
         density = density or standard_normal()
         self.base = base
-        for name, start in (("eps", eps), ("lift", lift)):
+        starts = {"eps": eps, "lift": lift, "gain": gain, "slope": slope}
+        for name, start in starts.items():
             amplitude = None if start is None else torch.tensor(float(start), dtype=amplitude_dtype())
             register(self, name, nn.Parameter(amplitude) if trainable and amplitude is not None else amplitude)
+        self.names = [name for name, start in starts.items() if start is not None]
+        if not self.names:
+            raise ConfigError("eps", eps, "a correction needs a term", "Give eps, lift, gain or slope.")
         self.register_buffer("shape", torch.stack([density.mean[0], density.std[0]]).to(torch.float32))
-        register(self, "table", None if lift is not None else shape_table(as_base(base), density))
+        tied = lift is None and eps is not None
+        register(self, "table", shape_table(as_base(base), density) if tied else None)
         self.half_width = table_half_width()
         self.channel_dim = None
+        self.other_base = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"channel_dim": None, **state})  # a pickle need not say it
+        super().__setstate__({"channel_dim": None, "other_base": None, **state})  # a pickle need not say it
+        if "names" not in vars(self):  # of an earlier version, which had no tails
+            vars(self).update(gain=None, slope=None)
+            self.names = [name for name in TERMS if getattr(self, name) is not None]
         if self._buffers.get("offset") is not None:
             raise CompoundingError("the pickled model")
         vars(self).pop("offset", None)  # which version 0.1.0 had where nothing compounded, too
@@ -87,7 +115,7 @@ class CorrectedActivation(CarriesCorrection, nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        prepare(self.eps.device)
+        prepare(self.shape.device)
         return self
 
     def __call__(self, *args: Any, **named: Any) -> Any:
@@ -117,11 +145,11 @@ class CorrectedActivation(CarriesCorrection, nn.Module):
         elif not z.is_floating_point() or z.is_sparse:
             out = self.base(z)
         else:
-            lift = per_channel(self.lift, z, self.channel_dim) if self.lift is not None else None
-            eps = per_channel(self.eps, z, self.channel_dim)
-            c = correction_value(z, eps, self.shape, self.table, self.half_width, lift)
+            plain = self.base(z.clone() if getattr(self.base, "inplace", False) else z)
+            amplitudes = per_channel(self.amplitudes(), z, self.channel_dim)
+            c = correction_value(z, amplitudes, self.shape, self.table, self.half_width, self.names, plain)
             c = c.masked_fill(c == 0, -0.0)  # which leaves the base bit for bit
-            out = z.copy_(self.base(z.clone()) + c) if getattr(self.base, "inplace", False) else self.base(z) + c
+            out = z.copy_(plain + c) if getattr(self.base, "inplace", False) else plain + c
         return out
 
     def _run(self, z: Tensor) -> Tensor:
@@ -131,18 +159,35 @@ class CorrectedActivation(CarriesCorrection, nn.Module):
         if not is_correctable(z):
             return self.base(z)
         base = self.base
-        known = None if is_compiling() else known_module(base)
+        known = None
+        if not is_compiling():
+            known = known_base(base.base.fn) if isinstance(base, PointwiseActivation) else known_module(base)
         return apply_correction(base, self._terms, z, getattr(base, "inplace", False), known)
 
     def _terms(self, z: Tensor) -> Terms:
         if is_compiling():
-            eps, shape, table, lift = self.eps, self.shape, self.table, self.lift
+            rows, shape, table = [getattr(self, name) for name in self.names], self.shape, self.table
         else:
-            eps, shape, table, lift = map(self._own, _TENSORS)
-        if eps.dim():
-            dim = self.channel_dim
-            eps, lift = per_channel(eps, z, dim), None if lift is None else per_channel(lift, z, dim)
-        return Terms(eps, shape, table, self.half_width, lift)
+            rows, shape, table = [self._own(name) for name in self.names], self._own("shape"), self._own("table")
+        amplitudes = rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
+        return Terms(per_channel(amplitudes, z, self.channel_dim), shape, table, self.half_width, tuple(self.names))
+
+    def amplitudes(self) -> Tensor:
+        """The amplitudes in one tensor; of what torch.jit.script can read.
+
+        Returns:
+            Shape [T], or [T, channels], in the order of ``names``.
+        """
+        rows: list[Tensor] = []
+        if self.eps is not None:
+            rows.append(self.eps)
+        if self.lift is not None:
+            rows.append(self.lift)
+        if self.gain is not None:
+            rows.append(self.gain)
+        if self.slope is not None:
+            rows.append(self.slope)
+        return torch.stack(rows)
 
     def _own(self, name: str) -> Any:
         """A tensor by its name: a look where a module's own __getattr__ looks takes a tenth of its time."""
@@ -157,8 +202,9 @@ class CorrectedActivation(CarriesCorrection, nn.Module):
         Returns:
             For example ``eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``.
         """
-        state = describe_state(self.eps, self.shape, lift=self.lift)
-        known = self.eps.dim() and self.channel_dim is not None
+        amplitudes = {name: getattr(self, name) for name in self.names}
+        state = describe_state(amplitudes, self.shape)
+        known = self.channel_dim is not None and any(each.dim() for each in amplitudes.values())
         return f"{state}, channel_dim={self.channel_dim}" if known else state
 
 

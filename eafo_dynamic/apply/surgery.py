@@ -8,7 +8,7 @@ them apart, by where they are made and by the children that have run before; see
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -22,8 +22,10 @@ from eafo_dynamic.apply.kept import forget_sites
 from eafo_dynamic.apply.known import KnownCalls
 from eafo_dynamic.apply.noting import forget_children, note_children
 from eafo_dynamic.apply.site import Form, Site, Switch
+from eafo_dynamic.apply.swaps import check_base, check_swap, check_swaps, swap_of
 from eafo_dynamic.correction.bases import Base, as_base
 from eafo_dynamic.correction.kernels import Backend, prepare
+from eafo_dynamic.correction.terms import LOCAL, TIED, resolve_terms
 from eafo_dynamic.density.collector import Collector
 from eafo_dynamic.errors import SiteError
 from eafo_dynamic.find.attributes import methods_that_call
@@ -81,6 +83,21 @@ def site_source(model: nn.Module, site: Site) -> nn.Module | Base:
     Returns:
         Something for ``as_base``.
     """
+    if site.swap is not None:
+        return site.swap.base
+    return own_source(model, site)
+
+
+def own_source(model: nn.Module, site: Site) -> nn.Module | Base:
+    """What a site would compute without this package; see ``site_source``.
+
+    Args:
+        model: the wrapped model.
+        site: one of its sites.
+
+    Returns:
+        Something for ``as_base``.
+    """
     if site.function is not None:
         return function_base(*site.function)
     return plain_view(model.get_submodule(site.module_name))
@@ -94,6 +111,8 @@ def wrap(
     tabulated: bool = False,
     per_channel: bool = False,
     free: bool = False,
+    terms: str | Sequence[str] | None = None,
+    base: str | Mapping[str, str] | None = None,
     backend: Backend = "auto",
 ) -> list[tuple[nn.Module, Site]]:
     """Gives every selected activation call of a model its correction, in place.
@@ -107,7 +126,11 @@ def wrap(
         eps_init: starting amplitude of every new site.
         tabulated: whether every shape is a table, as densities other than the Gaussian need.
         per_channel: whether every channel has an amplitude of its own.
-        free: whether the two terms of a correction have an amplitude each.
+        free: the older name of ``terms="local"``.
+        terms: what is added to the base: "full", "local", "tails", "tied" or a list of terms, see Options; None:
+            "local" if ``free``, else "tied".
+        base: name of the function that takes the place of every activation, or names by patterns of sites; None: each
+            its own. ``unwrap`` gives them back.
         backend: what computes the functions, see Options; of new models, not of one that is wrapped already.
 
     Returns:
@@ -115,6 +138,8 @@ def wrap(
 
     Raises:
         SiteError: if the report selects no site, or one in a lazy module that is not initialised.
+        ConfigError: if a base is unknown, or a site that would get one is a gate; the model is then as it was.
+        PatternError: if a pattern of ``base`` matches nothing.
     """
     report = report or find_sites(model)
     if not report.wrapped:
@@ -122,17 +147,22 @@ def wrap(
             return hosted_sites(model)
         raise SiteError(_nothing_to_wrap(model, report))
     _check_initialised(model, report)
+    check_swaps(report, check_base(base))
+    for found in report.wrapped:
+        name = swap_of(found, base)
+        if name is not None:
+            check_swap(name, as_base(_own_source(model, found)), found.name)
     existing = hosted_sites(model)
     switch = existing[0][1].switch if existing else Switch(backend=backend)
-    form = Form(eps_init, tabulated, per_channel, free)
+    form = Form(eps_init, tabulated, per_channel, _terms(free, terms))
     if per_channel:
         for found in report.wrapped:
             _channels(found)
     take_own_copies(model, _plain_activations(model, report))
-    hosted = [_install(model, found, switch, form) for found in report.wrapped]
+    hosted = [_install(model, found, switch, form, swap_of(found, base)) for found in report.wrapped]
     _know_what_is_left_alone(model, report)
     _guard(model, report)
-    for device in {getattr(host, site.keys[0]).device for host, site in hosted}:
+    for device in {getattr(host, site.key("shape")).device for host, site in hosted}:
         prepare(device, switch.backend)
     return hosted
 
@@ -140,6 +170,12 @@ def wrap(
 def _plain_activations(model: nn.Module, report: SiteReport) -> set[str]:
     names = {found.module for found in report.wrapped if found.parameters is None}
     return {name for name in names if not isinstance(model.get_submodule(name), Hosting)}
+
+
+def _terms(free: bool, terms: str | Sequence[str] | None) -> tuple[str, ...]:
+    if terms is None:
+        return LOCAL if free else TIED
+    return resolve_terms(terms)
 
 
 def _nothing_to_wrap(model: nn.Module, report: SiteReport) -> str:
@@ -177,7 +213,15 @@ def _channels(found: FoundSite) -> int:
     return found.shape[0 if images else -1]
 
 
-def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> tuple[nn.Module, Site]:
+def _own_source(model: nn.Module, found: FoundSite) -> nn.Module | Base:
+    if found.parameters is not None:
+        return function_base(WRITTEN if found.kind == "written" else found.class_name, found.parameters)
+    return plain_view(model.get_submodule(found.module))
+
+
+def _install(
+    model: nn.Module, found: FoundSite, switch: Switch, form: Form, base: str | None
+) -> tuple[nn.Module, Site]:
     module = model.get_submodule(found.module)
     host = module if found.owner is None else model.get_submodule(found.owner)
     for site in host.eafo_sites if isinstance(host, Hosting) else ():
@@ -186,7 +230,7 @@ def _install(model: nn.Module, found: FoundSite, switch: Switch, form: Form) -> 
     target = become(module, ACTIVATION if found.parameters is None else OWNER, found.module)
     owner = become(host, OWNER, found.module if found.owner is None else found.owner)
     index = 1 + max((each.index for each in owner.eafo_sites), default=-1)
-    site = Site(found.name, index, found.module, switch, Collector(channel_dim=found.channel_dim))
+    site = Site(found.name, index, found.module, switch, Collector(channel_dim=found.channel_dim), base=base)
     site.found = (found, form)
     key = _key(found, target)
     if found.parameters is None:

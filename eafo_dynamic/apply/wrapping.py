@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from torch import nn
 
 from eafo_dynamic.apply import surgery
@@ -20,6 +23,8 @@ def wrap(
     tabulated: bool = False,
     per_channel: bool = False,
     free: bool = False,
+    terms: str | Sequence[str] | None = None,
+    base: str | Mapping[str, str] | None = None,
     backend: Backend = "auto",
 ) -> nn.Module:
     """Gives every selected activation call of a model its correction, in place.
@@ -33,15 +38,22 @@ def wrap(
         eps_init: starting amplitude of every new site.
         tabulated: whether every shape is a table, as densities other than the Gaussian need.
         per_channel: whether every channel has an amplitude of its own.
-        free: whether the two terms of a correction have an amplitude each.
+        free: the older name of ``terms="local"``.
+        terms: what is added to the base: "full", "local", "tails", "tied" or a list of terms, see Options; None:
+            "local" if ``free``, else "tied".
+        base: name of the function that takes the place of every activation, or names by patterns of sites; None: each
+            its own. ``unwrap`` gives them back.
         backend: what computes the functions, see Options; of new models, not of one that is wrapped already.
 
     Returns:
         The model. ``apply.surgery.hosted_sites(model)`` gives its sites, each with the module that hosts it.
 
     Raises:
-        SiteError: if the report selects no site.
+        SiteError: if the report selects no site, or one in a lazy module that is not initialised.
+        ConfigError: if a base is unknown, or a site that would get one is a gate; the model is then as it was.
+        PatternError: if a pattern of ``base`` matches nothing.
     """
-    surgery.wrap(model, report, eps_init, tabulated=tabulated, per_channel=per_channel, free=free, backend=backend)
+    form: dict[str, Any] = {"tabulated": tabulated, "per_channel": per_channel, "free": free}
+    surgery.wrap(model, report, eps_init, terms=terms, base=base, backend=backend, **form)
     keep_beside(model)
     return model

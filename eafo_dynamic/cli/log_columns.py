@@ -38,6 +38,8 @@ LAYERS = [
     "eps",
     "eps_trend",
     "lift",
+    "gain",
+    "slope",
     "entropy_first",
     "entropy",
     "entropy_trend",
@@ -66,6 +68,8 @@ LAYERS_OPTIONAL = [
     "d_entropy_d_eps",
     "entropy_first",
     "lift",
+    "gain",
+    "slope",
     "eps_trend",
     "entropy_trend",
 ]
@@ -76,6 +80,8 @@ SHOW = [
     "eps",
     "delta_eps",
     "lift",
+    "gain",
+    "slope",
     "entropy",
     "d_entropy_d_eps",
     "atom_mass",
@@ -103,5 +109,7 @@ SHOW_OPTIONAL = [
     "std",
     "mean",
     "lift",
+    "gain",
+    "slope",
 ]
 COMPARE_OPTIONAL = ["updates", "mean_abs_eps", "last_step", "policy", "events", "sites", "entropy_first"]

@@ -209,13 +209,11 @@ def _rows(model: nn.Module, plan: MergePlan) -> list[dict[str, object]]:
     becomes = _becomes(plan)
     rows: list[dict[str, object]] = []
     for host, site in hosted_sites(model):
-        eps, moments, table, lift = (getattr(host, key) for key in site.keys[:4])
-        mu, sigma = moments.tolist()
+        table = getattr(host, site.key("table"))
+        mu, sigma = getattr(host, site.key("shape")).tolist()
         row: dict[str, object] = {"site": site.name, "base": str(as_base(site_source(model, site)))}
-        if eps is not None:
-            row["eps"] = float(eps.detach().mean())
-        if lift is not None:
-            row["lift"] = float(lift.detach().mean())
+        for name, amplitude in zip(site.names(host), site.amplitudes(host), strict=True):
+            row[name] = float(amplitude.detach().mean())
         row["mu"] = mu
         row["sigma"] = sigma
         row["shape"] = "closed form" if table is None else "table"

@@ -6,50 +6,48 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from eafo_dynamic.correction.bases import Base
-from eafo_dynamic.correction.kernels import MAX_U, Known, RoundKernel, RoundOperands, Workspace, bell, known_pointwise
+from eafo_dynamic.correction.kernels import (
+    BASE_TERM,
+    EPS,
+    LIFT,
+    MAX_U,
+    TERMS,
+    Known,
+    RoundKernel,
+    RoundOperands,
+    Workspace,
+    known_pointwise,
+)
 from eafo_dynamic.correction.table import HALF_WIDTH, evaluate_table
 
-__all__ = ["AmplitudeValues", "Functions"]
-
-
-class AmplitudeValues(NamedTuple):
-    """The amplitudes of all sites at one moment.
-
-    Args:
-        eps: shape [S].
-        lift: shape [S]; None unless terms are free.
-    """
-
-    eps: Tensor
-    lift: Tensor | None
+__all__ = ["Functions"]
 
 
 @dataclass(frozen=True)
 class Functions:
-    """The functions of all sites, f(z) = base(z) + eps * sigma * ghat((z - mu) / sigma), plus the lift's bell.
+    """The functions of all sites, f(z) = base(z) + sum over the terms of amplitude * direction.
 
     Args:
         bases: base function of each site, S of them.
-        eps: amplitudes, shape [S].
+        amplitudes: no unit, one row a term, shape [T, S].
         shape: mu and sigma, shape [S, 2].
-        tables: ghat of the tabulated sites, shape [T, 4, intervals].
-        tabulated: which sites these are, shape [T], int64; all others have the closed form.
-        lift: amplitudes of the bells, shape [S]; None unless terms are free.
+        tables: ghat of the tabulated sites, shape [N, 4, intervals].
+        tabulated: which sites these are, shape [N], int64; all others have the closed form.
+        names: of the terms, T of them; the same for all sites.
         kernel: what computes them for float32 on the CPU; None for torch's operations.
     """
 
     bases: Sequence[Base]
-    eps: Tensor
+    amplitudes: Tensor
     shape: Tensor
     tables: Tensor
     tabulated: Tensor
-    lift: Tensor | None = None
+    names: tuple[str, ...] = (EPS.name,)
     kernel: RoundKernel | None = None
 
     @property
@@ -58,9 +56,25 @@ class Functions:
         return self.shape[:, 1:]
 
     @property
-    def amplitudes(self) -> AmplitudeValues:
-        """The amplitudes, without the functions they belong to."""
-        return AmplitudeValues(self.eps, self.lift)
+    def of_base(self) -> bool:
+        """Whether one of the terms is the base itself, so that a correction needs to know it."""
+        return BASE_TERM in self.names
+
+    @property
+    def has_tails(self) -> bool:
+        """Whether one of the terms does not vanish away from the data."""
+        return not all(TERMS[name].local for name in self.names)
+
+    def amplitude(self, name: str) -> Tensor:
+        """The amplitudes of one term.
+
+        Args:
+            name: one of ``names``.
+
+        Returns:
+            Shape [S].
+        """
+        return self.amplitudes[self.names.index(name)]
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors, for a checkpoint.
@@ -71,58 +85,62 @@ class Functions:
         found = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
-    def direction(self, z: Tensor) -> Tensor:
-        """D f / d eps = sigma * ghat(u): what one unit of eps adds.
+    def direction(self, name: str, z: Tensor) -> Tensor:
+        """D f / d amplitude of one term: what one unit of it adds.
 
         Args:
+            name: one of ``names``.
             z: pre-activations, shape [S, n].
 
         Returns:
             Shape [S, n], units of z.
         """
+        if name == BASE_TERM:
+            return self._bases(z)
+        term = TERMS[name]
+        if not term.local:
+            return term.value(z, z, z)
         compiled = self._compiled(z)
         if compiled is not None:
             out = torch.empty_like(z)
-            compiled(z, by_eps=out)
+            compiled(z, **{f"by_{name}": out})
             return out
         u = (z - self.shape[:, :1]) / self.sigma
+        if name == EPS.name:
+            return self._ghat_(u).mul_(self.sigma)
+        return self.sigma * term.value(u, z, z)
+
+    def _ghat_(self, u: Tensor) -> Tensor:
+        """Ghat of all sites by torch's operations; may be written over u."""
         if len(self.tabulated) == len(self.bases):  # not first the closed form of all, and no copies
-            return self.sigma * evaluate_table(self.tables, u).to(u.dtype)
+            return evaluate_table(self.tables, u).to(u.dtype)
         if not self.tabulated.numel():
-            return _closed_form_(u).mul_(self.sigma)
+            return _closed_form_(u)
         read = evaluate_table(self.tables, u[self.tabulated])
         value = _closed_form_(u)
         value[self.tabulated] = read.to(value.dtype)
-        return value.mul_(self.sigma)
+        return value
 
-    def lift_direction(self, z: Tensor) -> Tensor:
-        """D f / d lift = sigma * exp(-u^2 / 2): what one unit of lift adds.
-
-        Args:
-            z: pre-activations, shape [S, n].
-
-        Returns:
-            Shape [S, n], units of z.
-        """
-        compiled = self._compiled(z)
-        if compiled is not None:
-            out = torch.empty_like(z)
-            compiled(z, by_lift=out)
-            return out
-        return self.sigma * bell((z - self.shape[:, :1]) / self.sigma)[0]
+    def _bases(self, z: Tensor) -> Tensor:
+        """base(z), shape [S, n]."""
+        groups = self.groups()
+        if len(groups) == 1:
+            return next(iter(groups)).fn(z)
+        out = torch.empty_like(z)
+        for base, rows in groups.items():
+            out[rows] = base.fn(z[rows])
+        return out
 
     def directions(self, z: Tensor) -> tuple[Tensor, ...]:
-        """What one unit of each amplitude adds: ``direction``, and ``lift_direction`` where terms are free.
+        """What one unit of each amplitude adds, term by term.
 
         Args:
             z: pre-activations, shape [S, n].
 
         Returns:
-            One or two of shape [S, n], units of z.
+            T of shape [S, n], units of z.
         """
-        if self.lift is None:
-            return (self.direction(z),)
-        return self.direction(z), self.lift_direction(z)
+        return tuple(self.direction(name, z) for name in self.names)
 
     def correction(self, z: Tensor) -> Tensor:
         """c(z), shape [S, n].
@@ -133,7 +151,7 @@ class Functions:
         Returns:
             Corrections, units of z.
         """
-        compiled = self._compiled(z)
+        compiled = None if self.of_base else self._compiled(z)
         if compiled is not None:
             out = torch.empty_like(z)
             compiled(z, out, bases=False)
@@ -165,10 +183,11 @@ class Functions:
 
         Args:
             z: pre-activations, shape [S, n].
-            workspace: gives the compiled functions room named "outputs", "first" and "second"; None for new tensors.
+            workspace: gives the compiled functions room named "outputs", "first", "second" and "third"; None for new
+                tensors.
 
         Returns:
-            Activations, shape [S, n], and one or two of that shape.
+            Activations, shape [S, n], and T of that shape.
         """
         workspace = workspace or Workspace()
         out = self._started(z, workspace, "outputs")
@@ -176,17 +195,15 @@ class Functions:
         if compiled is None:
             directions = self.directions(z)
             return out.add_(self._combined(directions)), directions
-        directions = (workspace.like(z, "first"),)
-        if self.lift is not None:
-            directions += (workspace.like(z, "second"),)
-        compiled(z, out, *directions)
-        return out, directions
+        rooms = {name: workspace.like(z, room) for name, room in _ROOMS.items() if name in self.names}
+        compiled(z, out, **{f"by_{name}": room for name, room in rooms.items()})
+        return out, tuple(rooms[name] if name in rooms else self.direction(name, z) for name in self.names)
 
     def _combined(self, directions: Sequence[Tensor]) -> Tensor:
-        """C(z) = eps * direction + lift * lift_direction, by torch's operations."""
-        c = self.eps.unsqueeze(-1) * directions[0]
-        if self.lift is not None:
-            c = c + self.lift.unsqueeze(-1) * directions[1]
+        """c(z), the sum of amplitude * direction, by torch's operations."""
+        c = self.amplitudes[0].unsqueeze(-1) * directions[0]
+        for amplitude, direction in zip(self.amplitudes[1:], directions[1:], strict=True):
+            c = c + amplitude.unsqueeze(-1) * direction
         return c
 
     def _started(self, z: Tensor, workspace: Workspace, name: str) -> Tensor:
@@ -206,7 +223,7 @@ class Functions:
 
     def _compiled(self, *samples: Tensor) -> Callable[..., None] | None:
         """The compiled functions, where they can work on these."""
-        mixed = self.lift is not None and self.tabulated.numel() > 0
+        mixed = LIFT.name in self.names and self.tabulated.numel() > 0
         if self.kernel is None or mixed or not self.kernel.takes(*samples, self.shape):
             return None
         return functools.partial(self.kernel.functions, self._operands)
@@ -227,18 +244,15 @@ class Functions:
             if known is not None:
                 for row in rows:
                     codes[row], below[row] = known.code, known.below
-        lift = None
-        if self.lift is not None:
-            lift = self.lift.contiguous()
         return RoundOperands(
-            eps=self.eps.contiguous(),
-            lift=lift,
+            amplitudes=self.amplitudes.contiguous(),
+            names=self.names,
             shape=self.shape.contiguous(),
             tables=self.tables.contiguous(),
             place=place,
             half_width=HALF_WIDTH,
             codes=place.new_tensor(codes, dtype=torch.int32),
-            below=self.eps.new_tensor(below),
+            below=self.amplitudes.new_tensor(below),
         )
 
     def groups(self) -> dict[Base, list[int]]:
@@ -264,16 +278,16 @@ class Functions:
         Returns:
             Functions between.
         """
-        lift = self.lift
-        if lift is not None and other.lift is not None:
-            lift = _between(lift, other.lift, fraction)
         return replace(
             self,
-            eps=_between(self.eps, other.eps, fraction),
+            amplitudes=_between(self.amplitudes, other.amplitudes, fraction),
             shape=_between(self.shape, other.shape, fraction.unsqueeze(-1)),
             tables=_between(self.tables, other.tables, fraction[self.tabulated].view(-1, 1, 1)),
-            lift=lift,
         )
+
+
+_ROOMS = {EPS.name: "first", LIFT.name: "second", BASE_TERM: "third"}
+"""Rooms of a workspace for the directions that the compiled functions write."""
 
 
 def _closed_form_(u: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def place_of(code: CodeType, at: int) -> str:
         at: offset of the instruction in it, in bytes.
 
     Returns:
-        The place; empty for code of torch, of this package's machinery, and of graphs of ``torch.fx``, which is made anew.
+        The place; empty for code of torch, of this package's machinery, and of graphs of ``torch.fx``.
     """
     file = code.co_filename
     if file.startswith((_TORCH, "<eval_with_key>")):

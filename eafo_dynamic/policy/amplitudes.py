@@ -44,7 +44,7 @@ def _first_match(rules: Sequence[Rule], site: FoundSite) -> Policy:
 
 
 class Amplitudes:
-    """Eps of all sites, then their lifts, each with the policy of its site.
+    """The amplitudes of all sites, term by term, each with the policy of its site.
 
     Args:
         bank: the sites; those whose policy leaves eps to the loss become trainable, the others fixed.
@@ -113,16 +113,14 @@ class Amplitudes:
         """Where the policies want amplitudes to be.
 
         Args:
-            amplitudes: eps or lift of every site, shape [S].
-            gradient: of H_r by them, shape [S].
+            amplitudes: one row a term, shape [T, S].
+            gradient: of H_r by them, shape [T, S].
 
         Returns:
-            Shape [S].
+            Shape [T, S].
         """
         moved = amplitudes.clone()
-        for policy, rows in self._rows.items():
-            if len(rows) == len(moved):  # one policy for all sites, as nearly always
-                moved[:] = policy.move(amplitudes, gradient)
-                return moved
-            moved[rows] = policy.move(amplitudes[rows], gradient[rows])
+        for term, (before, by_amplitude) in enumerate(zip(amplitudes, gradient, strict=True)):
+            for policy, rows in self._rows.items():
+                moved[term, rows] = policy.move(before[rows], by_amplitude[rows])
         return moved

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eafo_dynamic.correction.stacked import AmplitudeValues, Functions
+from eafo_dynamic.correction.stacked import Functions
 from eafo_dynamic.density.estimators import Density
 from eafo_dynamic.density.sample_moments import SampleMoments
 from eafo_dynamic.entropy.output import MixedEntropy
 from eafo_dynamic.policy.estimates import OutputEntropy, Pooled, entropies
-from eafo_dynamic.records.schema import COLUMNS, Record
+from eafo_dynamic.records.schema import AMPLITUDES, COLUMNS, Record
 
 __all__ = ["RoundFindings", "aggregate", "describe_events", "diagnostics", "snapshot", "state", "to_rows"]
 
@@ -26,9 +26,8 @@ class RoundFindings:
     Args:
         moments: of the sampled pre-activations.
         new: functions after the round.
-        delta_eps: change of eps since the previous round, shape [S].
-        delta_lift: likewise of lift; None unless terms are free.
-        gradient: dH_r/d amplitude of the functions before the round in nats, shape [terms, S].
+        delta: change of the amplitudes since the previous round, shape [T, S].
+        gradient: dH_r/d amplitude of the functions before the round in nats, shape [T, S].
         mixed: atom mass, entropy of the rest and H_r of the outputs before the round, each of shape [S].
         entropy_predicted: H_r after the round to first order, in nats, shape [S].
         entropy_after: H_r after the round on the same samples, in nats, shape [S].
@@ -40,8 +39,7 @@ class RoundFindings:
 
     moments: SampleMoments
     new: Functions
-    delta_eps: Tensor
-    delta_lift: Tensor | None
+    delta: Tensor
     gradient: Tensor
     mixed: MixedEntropy
     entropy_predicted: Tensor
@@ -51,14 +49,22 @@ class RoundFindings:
     dead: Tensor
     nonfinite: Tensor
 
-    @property
-    def lift_gradient(self) -> Tensor | None:
-        """DH_r/d lift, shape [S]; None unless terms are free."""
-        return None if self.delta_lift is None else self.gradient[1]
+    def of_term(self, name: str, rows: Tensor) -> Tensor | None:
+        """One row of what is known of every term.
+
+        Args:
+            name: of a term.
+            rows: shape [T, S], as ``gradient``.
+
+        Returns:
+            Shape [S]; None where the functions do not have the term.
+        """
+        names = self.new.names
+        return rows[names.index(name)] if name in names else None
 
 
 def diagnostics(
-    collected: Pooled, entropy: OutputEntropy, new: Functions, last: AmplitudeValues, gradient: Tensor
+    collected: Pooled, entropy: OutputEntropy, new: Functions, last: Tensor, gradient: Tensor
 ) -> dict[str, Tensor]:
     """Columns that describe one update round, each of shape [S].
 
@@ -66,8 +72,8 @@ def diagnostics(
         collected: samples of the round, and what they say.
         entropy: entropy of the outputs under the functions before the round.
         new: functions after it.
-        last: amplitudes after the previous round.
-        gradient: dH_r/d amplitude of the functions before the round in nats, shape [terms, S].
+        last: amplitudes after the previous round, shape [T, S].
+        gradient: dH_r/d amplitude of the functions before the round in nats, shape [T, S].
 
     Returns:
         Columns by name; their meaning and units are documented with the log.
@@ -76,14 +82,10 @@ def diagnostics(
     outputs_after = new.outputs(collected.samples, entropy.workspace, "first")
     mixed = entropy.mixed
     entropy_after, entropy_of_samples = entropies(outputs_after, collected.samples, r, entropy.kernel)
-    delta_lift = None
-    if new.lift is not None and last.lift is not None:
-        delta_lift = new.lift - last.lift
     found = RoundFindings(
         moments=collected.stats,
         new=new,
-        delta_eps=new.eps - last.eps,
-        delta_lift=delta_lift,
+        delta=new.amplitudes - last,
         gradient=gradient,
         mixed=mixed,
         entropy_predicted=entropy.entropy + entropy.change(outputs_after),
@@ -97,19 +99,19 @@ def diagnostics(
     return {name: values for name, values in columns.items() if values is not None}
 
 
-def state(functions: Functions, last: AmplitudeValues) -> dict[str, Tensor]:
+def state(functions: Functions, last: Tensor) -> dict[str, Tensor]:
     """Columns that say what the corrections are, each of shape [S].
 
     Args:
         functions: of all sites.
-        last: amplitudes after the previous round.
+        last: amplitudes after the previous round, shape [T, S].
 
     Returns:
-        ``eps``, ``delta_eps``, ``mu`` and ``sigma``, and ``lift`` and ``delta_lift`` where terms are free.
+        Of every term the amplitude and its change, as ``eps`` and ``delta_eps``; ``mu`` and ``sigma``.
     """
-    columns = {"eps": functions.eps, "delta_eps": functions.eps - last.eps}
-    if functions.lift is not None and last.lift is not None:
-        columns |= {"lift": functions.lift, "delta_lift": functions.lift - last.lift}
+    columns: dict[str, Tensor] = {}
+    for name, now, before in zip(functions.names, functions.amplitudes, last, strict=True):
+        columns |= {name: now, f"delta_{name}": now - before}
     return {**columns, "mu": functions.shape[:, 0], "sigma": functions.shape[:, 1]}
 
 
@@ -195,9 +197,10 @@ def snapshot(sites: Sequence[str], functions: Functions, density: Density | None
         points: of the grid.
 
     Returns:
-        One row per site: site, eps, mu, sigma, z, base, function; with a density u and pdf, per standard deviation.
+        One row per site: site, the amplitudes by their names, mu, sigma, z, base, function; with a density u and pdf,
+        per standard deviation.
     """
-    u = torch.linspace(-4.0, 4.0, points, dtype=functions.eps.dtype, device=functions.eps.device)
+    u = torch.linspace(-4.0, 4.0, points, dtype=functions.shape.dtype, device=functions.shape.device)
     z = functions.shape[:, :1] + functions.sigma * u
     corrected = functions.outputs(z)
     base = corrected - functions.correction(z)
@@ -207,9 +210,8 @@ def snapshot(sites: Sequence[str], functions: Functions, density: Density | None
     rows: list[Record] = []
     for row, name in enumerate(sites):
         mu, sigma = functions.shape[row].tolist()
-        entry: Record = {"site": name, "eps": functions.eps[row].item(), "mu": mu, "sigma": sigma}
-        if functions.lift is not None:
-            entry["lift"] = functions.lift[row].item()
+        entry: Record = {"site": name, **dict(zip(functions.names, functions.amplitudes[:, row].tolist(), strict=True))}
+        entry.update(mu=mu, sigma=sigma)
         entry.update(z=z[row].tolist(), base=base[row].tolist(), function=corrected[row].tolist())
         if pdf is not None:
             entry.update(u=u.tolist(), pdf=pdf[row].tolist())
@@ -224,11 +226,13 @@ def aggregate(rows: Sequence[Record]) -> dict[str, float]:
         rows: of one round.
 
     Returns:
-        ``mean_entropy``, ``mean_eps``, ``mean_atom_mass`` and ``mean_d_entropy_d_eps``.
+        ``mean_entropy``, ``mean_atom_mass``, and of every term ``mean_eps`` and ``mean_d_entropy_d_eps``.
     """
 
     def mean(column: str) -> float:
         values = torch.tensor([float(row[column]) for row in rows], dtype=torch.float64)  # pyright: ignore[reportArgumentType]
         return float(values.nanmean())
 
-    return {f"mean_{name}": mean(name) for name in ("entropy", "eps", "atom_mass", "d_entropy_d_eps")}
+    names = [name for name in AMPLITUDES if rows and name in rows[0]]
+    columns = ("entropy", *names, "atom_mass", *(f"d_entropy_d_{name}" for name in names))
+    return {f"mean_{name}": mean(name) for name in columns}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eafo_dynamic.correction.shape import correction_shape
-from eafo_dynamic.correction.stacked import AmplitudeValues, Functions
+from eafo_dynamic.correction.stacked import Functions
 from eafo_dynamic.correction.table import tabulate
 from eafo_dynamic.density.estimators import Density
 
@@ -18,7 +18,7 @@ _LEAST_SIGMA = 1e-6  # z / sigma must not become 0 / 0 in float16
 
 
 def refreshed(old: Functions, density: Density, usable: Tensor, resolution: float) -> Functions:
-    """The functions with shapes that fit a new density; eps as before.
+    """The functions with shapes that fit a new density; amplitudes as before.
 
     Args:
         old: the functions now.
@@ -44,23 +44,18 @@ def refreshed(old: Functions, density: Density, usable: Tensor, resolution: floa
     return replace(old, shape=shape, tables=tables)
 
 
-def with_finite_amplitudes(functions: Functions, last: AmplitudeValues) -> tuple[Functions, Tensor]:
+def with_finite_amplitudes(functions: Functions, last: Tensor) -> tuple[Functions, Tensor]:
     """The functions, with the last round's amplitudes where a gradient that was not finite has broken them.
 
     Args:
         functions: the functions now.
-        last: amplitudes after the last round.
+        last: amplitudes after the last round, shape [T, S].
 
     Returns:
         The functions, and which sites were broken, shape [S], bool. The optimiser itself cannot repair them.
     """
-    broken = ~functions.eps.isfinite()
-    if functions.lift is not None:
-        broken |= ~functions.lift.isfinite()
-    repaired = replace(functions, eps=torch.where(broken, last.eps, functions.eps))
-    if functions.lift is not None and last.lift is not None:
-        repaired = replace(repaired, lift=torch.where(broken, last.lift, functions.lift))
-    return repaired, broken
+    broken = ~functions.amplitudes.isfinite().all(0)
+    return replace(functions, amplitudes=torch.where(broken, last, functions.amplitudes)), broken
 
 
 def reverted(old: Functions, before: Functions, trained: Tensor) -> Functions:
@@ -74,12 +69,9 @@ def reverted(old: Functions, before: Functions, trained: Tensor) -> Functions:
     Returns:
         The functions to go back to.
     """
-    trained = trained.to(old.eps.device)
-    eps = torch.where(trained, old.eps, before.eps)
-    back = replace(before, bases=old.bases, kernel=old.kernel, eps=eps)  # a checkpoint has neither of the two
-    if old.lift is None or before.lift is None:
-        return back
-    return replace(back, lift=torch.where(trained, old.lift, before.lift))
+    amplitudes = torch.where(trained.to(old.shape.device), old.amplitudes, before.amplitudes)
+    # a checkpoint has no bases and no kernel
+    return replace(before, bases=old.bases, kernel=old.kernel, amplitudes=amplitudes)
 
 
 def _fitted(density: Density, like: Tensor) -> Tensor:

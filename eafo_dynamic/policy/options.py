@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from eafo_dynamic.apply.swaps import check_base
 from eafo_dynamic.correction.kernels import Backend, check_backend, resolve_backend
+from eafo_dynamic.correction.terms import LOCAL, TIED, local_terms, resolve_terms
 from eafo_dynamic.density.estimators import Density, make_estimator
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.find.sites import Selection
@@ -55,10 +57,15 @@ def _made_by(make: Callable[[Any], object]) -> Check:
     return check
 
 
-def _terms(name: str, value: object) -> object:
-    if value not in ("auto", "tied", "free"):
-        raise ConfigError(name, value, "unknown", "Choose 'auto', 'tied' or 'free'.")
+def _terms(name: str, value: Any) -> object:
+    if value == "auto":
+        return value
+    resolve_terms(value)
     return value
+
+
+def _base(name: str, value: Any) -> object:
+    return check_base(value)
 
 
 def _number(fits: Callable[[float], bool], problem: str, mend: str) -> Check:
@@ -134,6 +141,17 @@ class Options(Checked):
             "dimensions or more"
         ),
     )
+    base: str | Mapping[str, str] | None = option(
+        default=None,
+        part=SITES,
+        text=(
+            "another activation in place of the model's own, corrected in their stead: a name (`relu`, `gelu`, "
+            "`squared_relu`, `squared_leaky_relu`, `xielu`, `swish_beta(beta=1.5)`, ...), or a mapping from patterns "
+            "as in `target_modules` to names, of which the first that matches decides; `None`: each its own"
+        ),
+        check=_base,
+        when="the base is worth more than the correction in short trainings; not for gates, which it refuses",
+    )
 
     policy: str | Policy | Sequence[Rule] = option(
         default="learned",
@@ -171,8 +189,8 @@ class Options(Checked):
         default=1.0,
         part=HOW_FAR,
         text=(
-            "bound of |eps| and |lift|: the slope of f stays within this of the base's with tied terms, within "
-            "1.16 times this with free ones"
+            "bound of every amplitude: the slope of f stays within this of the base's with tied terms, within "
+            "1.16 times this with local ones; tails add this times (1 + the base's steepest slope)"
         ),
         check=_BOUND,
         unit="1",
@@ -181,13 +199,15 @@ class Options(Checked):
             "[what was measured](../results/2026-11-26-ten-times.md)"
         ),
     )
-    terms: str = option(
+    terms: str | Sequence[str] = option(
         default="auto",
         part=HOW_FAR,
         text=(
-            '`"tied"`: one amplitude eps for both terms of the correction, in the proportion that base and '
-            'density give; `"free"`: an amplitude each, `(eps u + lift) exp(-u^2 / 2)` on every base; `"auto"`: '
-            "free where the density is Gaussian and no policy is `static`, otherwise tied"
+            "what is added to the base, `f(z) = (1 + gain) base(z) + slope z + sigma (eps u + lift) exp(-u^2 / 2)`: "
+            '`"local"`: eps and lift, which bend f where the data lie; `"tails"`: gain and slope; `"full"`: all four; '
+            '`"tied"`: one amplitude eps for both local ones, in the proportion that base and density give; or a list '
+            'of names; `"auto"`: local where the density is Gaussian and no policy is `static`, otherwise tied. '
+            '`"free"` is the older name of `"local"`'
         ),
         check=_terms,
         when=(
@@ -198,7 +218,7 @@ class Options(Checked):
     max_delta: float = option(
         default=0.5,
         part=HOW_FAR,
-        text="bound of the change of a function at one update round, max |c_new - c_old|",
+        text="bound of the change of a function at one update round, max |f_new - f_old| over the range of the data",
         check=_BOUND,
         unit="standard deviations of the pre-activation",
         when="smaller if the loss jumps at updates; larger if the log says `bounded` all the time",
@@ -298,9 +318,10 @@ class Options(Checked):
         if collect is not None and collect > period:
             problem = f"larger than update_every_n_steps={period}: rounds would find no sample"
             yield ConfigError("collect_every_n_steps", collect, problem, "Collect at least once per update.")
-        if self.terms == "free" and self.tabulated:
-            problem = "an amplitude for each term needs density='gaussian'"
-            mend = "Leave the density at its default, or use terms='auto'."
+        local = local_terms(self.resolved_terms)
+        if local and self.tabulated:
+            problem = f"{' and '.join(local)} need{'s' if len(local) == 1 else ''} density='gaussian'"
+            mend = "Leave the density at its default, or use 'auto', 'tails', or tied in the list."
             yield ConfigError("terms", self.terms, problem, mend)
 
     @property
@@ -329,17 +350,22 @@ class Options(Checked):
         return self.density != "gaussian"
 
     @property
-    def free(self) -> bool:
-        """Whether the two terms of a correction have an amplitude each."""
+    def resolved_terms(self) -> tuple[str, ...]:
+        """The terms of a correction; see ``resolve_terms``."""
         if self.terms != "auto":
-            return self.terms == "free"
+            return resolve_terms(self.terms)
         static = any(isinstance(rule.policy, Static) for rule in make_rules(self.policy))
-        return not self.tabulated and not static
+        return TIED if self.tabulated or static else LOCAL
 
     @property
-    def form(self) -> dict[str, bool]:
+    def form(self) -> dict[str, Any]:
         """The options that say what a site's function is made of, as ``wrap`` takes them."""
-        return {"tabulated": self.tabulated, "per_channel": self.per_channel, "free": self.free}
+        return {
+            "tabulated": self.tabulated,
+            "per_channel": self.per_channel,
+            "terms": self.resolved_terms,
+            "base": self.base,
+        }
 
     def primitives(self) -> dict[str, object]:
         """The options of the corrections as text and numbers, for the manifest; not what a subclass adds.
@@ -355,4 +381,6 @@ def _plain(value: object) -> object:
         return repr(value)  # JSON has no infinity
     if value is None or isinstance(value, (str, int, float)):
         return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in cast("Mapping[object, object]", value).items()}
     return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else repr(value)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eafo_dynamic.apply.bank import Bank
 from eafo_dynamic.correction.kernels import Workspace, round_kernel
-from eafo_dynamic.correction.stacked import AmplitudeValues, Functions
+from eafo_dynamic.correction.stacked import Functions
 from eafo_dynamic.density.estimators import make_estimator
 from eafo_dynamic.density.running import RunningDensity
 from eafo_dynamic.density.sample_moments import SampleMoments
@@ -23,7 +23,8 @@ from eafo_dynamic.policy.moves import refreshed, reverted, with_finite_amplitude
 from eafo_dynamic.policy.options import Options
 from eafo_dynamic.policy.policies import Policy
 from eafo_dynamic.policy.rollback import LossWatch
-from eafo_dynamic.policy.trust_region import bounded_move
+from eafo_dynamic.policy.saved import amplitudes_before, stacked_functions
+from eafo_dynamic.policy.trust_region import bounded_move, range_of
 from eafo_dynamic.records.schema import Record
 
 __all__ = ["Rounds"]
@@ -32,7 +33,7 @@ __all__ = ["Rounds"]
 class Rounds:
     """The update rounds of one model: what a round does, and what it leaves for the next.
 
-    S is the number of sites, n the number of samples per site; a site has one amplitude per term.
+    S is the number of sites, n the number of samples per site, T the number of terms; a site has an amplitude for each.
 
     Args:
         bank: the sites' tensors.
@@ -43,7 +44,7 @@ class Rounds:
         amplitudes: the sites' amplitudes under their policies.
         density: the running estimate of every site's density.
         losses: the training loss since the last round, for ``rollback_factor``.
-        gradient: dH_r/d amplitude in nats, shape [terms, S], 0 where a site had too few samples: of the functions that
+        gradient: dH_r/d amplitude in nats, shape [T, S], 0 where a site had too few samples: of the functions that
             the last round left where a policy adds it to eps.grad, else of those that it found. None before the
             first round.
         count: rounds so far.
@@ -97,7 +98,10 @@ class Rounds:
 
         # as much of the way as the trust region admits
         channels = self._bank.channels()
-        new, fraction = bounded_move(functions, wanted, self._region, channels)
+        span = None
+        if functions.has_tails:
+            span = range_of(samples, functions)
+        new, fraction = bounded_move(functions, wanted, self._region, channels, span)
         self._bank.commit(functions, new, self._region.max_eps)
         if channels is not None:
             new = self._bank.functions(self._kernel)  # a channel at its bound stayed there, which changes the mean
@@ -126,21 +130,15 @@ class Rounds:
         return pooled(drained, losses, passed_over, self._options.samples_per_site, self._kernel)
 
     def _entropy_and_gradient(self, functions: Functions, samples: Tensor) -> tuple[OutputEntropy, Tensor]:
-        """H_r of the functions' outputs, and dH_r/d amplitude, shape [terms, S]; good until the next call."""
+        """H_r of the functions' outputs, and dH_r/d amplitude, shape [T, S]; good until the next call."""
         outputs, directions = functions.outputs_and_directions(samples, self._workspace)
         entropy = OutputEntropy(outputs, self._options.resolution, self._kernel, self._workspace)
         return entropy, torch.stack([entropy.gradient(direction) for direction in directions])
 
     def _with_moved_amplitudes(self, functions: Functions, gradient: Tensor, usable: Tensor) -> Functions:
         """The functions with amplitudes where the policies want them; those that the loss trains stay."""
-        wanted = replace(functions, eps=self._moved(functions.eps, gradient[0], usable))
-        if functions.lift is not None:
-            wanted = replace(wanted, lift=self._moved(functions.lift, gradient[1], usable))
-        return wanted
-
-    def _moved(self, amplitudes: Tensor, gradient: Tensor, usable: Tensor) -> Tensor:
-        moved = self._region.clamp(self.amplitudes.moved(amplitudes, gradient))
-        return torch.where(usable, moved, amplitudes)
+        moved = self._region.clamp(self.amplitudes.moved(functions.amplitudes, gradient))
+        return replace(functions, amplitudes=torch.where(usable, moved, functions.amplitudes))
 
     def _with_followed_shapes(
         self, functions: Functions, samples: Tensor, moments: SampleMoments, usable: Tensor
@@ -154,7 +152,7 @@ class Rounds:
 
     def _trained(self, functions: Functions) -> Tensor:
         """Sites whose amplitudes the optimiser moves, shape [S], bool."""
-        return torch.tensor([policy.trains_eps for policy in self._policies], device=functions.eps.device)
+        return torch.tensor([policy.trains_eps for policy in self._policies], device=functions.shape.device)
 
     def _rows(self, step: int, epoch: int, columns: Mapping[str, Tensor], events: Sequence[str | None]) -> list[Record]:
         heads: list[Record] = [{"step": step, "epoch": epoch, "site": name} for name in self._bank.names]
@@ -199,8 +197,8 @@ class Rounds:
             "rounds": self.count,
             "running": self.density.state_dict(),
             "gradient": gradient,
-            "eps_before": self._last.eps,
-            "lift_before": self._last.lift,
+            "terms": list(self._bank.terms),
+            "amplitudes_before": self._last,
             "losses": self.losses.state_dict(),
             "undo": undo,
         }
@@ -216,28 +214,24 @@ class Rounds:
         """
         now = self._bank.functions()
         self.count = int(state["rounds"])
-        like, lift_before = now.eps.unsqueeze(0), None
-        if now.lift is not None:
-            like = torch.stack([now.eps, now.lift])
-            lift_before = fitting(state["lift_before"], now.lift)
-        self._last = AmplitudeValues(fitting(state["eps_before"], now.eps), lift_before)
+        self._last = fitting(amplitudes_before(state, now.names), now.amplitudes)
         self.gradient = None
         if state["gradient"] is not None:
-            self.gradient = fitting(state["gradient"], like.flatten()).view_as(like)
-        self.density.load_state_dict(state["running"], now.eps)
+            self.gradient = fitting(state["gradient"], now.amplitudes.flatten()).view_as(now.amplitudes)
+        self.density.load_state_dict(state["running"], now.shape[:, 0])
         self._replaced = None
         if state["undo"] is not None:
-            before = {name: fitting(value, getattr(now, name)) for name, value in state["undo"].items()}
+            undo = stacked_functions(state["undo"])
+            before = {name: fitting(value, getattr(now, name)) for name, value in undo.items()}
             self._replaced = replace(now, **before)
         self.losses.load_state_dict(state["losses"])
 
 
-def _beside(last: AmplitudeValues, functions: Functions) -> AmplitudeValues:
+def _beside(last: Tensor, functions: Functions) -> Tensor:
     """Amplitudes on the device of the functions: the model may have moved since, or have left the meta device."""
-    if last.eps.is_meta:
+    if last.is_meta:
         return functions.amplitudes
-    lift = None if last.lift is None else last.lift.to(functions.eps.device)
-    return AmplitudeValues(last.eps.to(functions.eps.device), lift)
+    return last.to(functions.shape.device)
 
 
 def _where_usable(by_amplitude: Tensor, usable: Tensor) -> Tensor:

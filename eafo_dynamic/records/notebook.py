@@ -11,7 +11,20 @@ from eafo_dynamic.records.schema import Record
 
 __all__ = ["History", "SiteList"]
 
-_SHOWN = ("step", "site", "eps", "lift", "entropy", "entropy_after", "d_entropy_d_eps", "n", "policy", "event")
+_SHOWN = (
+    "step",
+    "site",
+    "eps",
+    "lift",
+    "gain",
+    "slope",
+    "entropy",
+    "entropy_after",
+    "d_entropy_d_eps",
+    "n",
+    "policy",
+    "event",
+)
 _MOST_ROWS = 60
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 __all__ = [
+    "AMPLITUDES",
     "COLUMNS",
     "CORRECTIONS",
     "FIT_END",
@@ -24,6 +25,9 @@ MANIFEST = "manifest.json"
 CORRECTIONS = "corrections.jsonl"
 SHAPES = "shapes.jsonl"
 FIT_END = "fit_end"  # only the rows and snapshots of the end of a fit have this key
+
+AMPLITUDES = ("eps", "lift", "gain", "slope")
+"""Columns of the terms' amplitudes; a log has those of the terms that its run had."""
 
 Record = dict[str, object]
 """One row of the correction log: one site at one update round, or at the end of a fit."""
@@ -49,53 +53,36 @@ class Column:
     of: Callable[[Any], Any] | None = None
 
 
+def _term_columns(name: str, meaning: str) -> tuple[Column, ...]:
+    """What a row says of one term; missing where corrections do not have it."""
+    return (
+        Column(name, "float", "1", meaning, lambda found: found.of_term(name, found.new.amplitudes)),
+        Column(
+            f"delta_{name}",
+            "float",
+            "1",
+            f"change of {name} since the site's previous update",
+            lambda found: found.of_term(name, found.delta),
+        ),
+        Column(
+            f"d_entropy_d_{name}",
+            "float",
+            "nats",
+            f"predicted change of entropy for each unit of {name}, before the update",
+            lambda found: found.of_term(name, found.gradient),
+        ),
+    )
+
+
 _Z = "pre-activation"
 _COLUMNS = (
     Column("step", "int", "optimiser steps", "optimiser steps taken when the update was made"),
     Column("epoch", "int", "epochs", "epoch in which the update was made, counted from 0"),
     Column("site", "text", "", "name of the site: one call of one activation in one layer"),
-    Column(
-        "eps",
-        "float",
-        "1",
-        "amplitude of the correction after the update; 0 is the base function",
-        lambda found: found.new.eps,
-    ),
-    Column(
-        "delta_eps",
-        "float",
-        "1",
-        "change of eps since the site's previous update",
-        lambda found: found.delta_eps,
-    ),
-    Column(
-        "d_entropy_d_eps",
-        "float",
-        "nats",
-        "predicted change of entropy for each unit of eps, before the update",
-        lambda found: found.gradient[0],
-    ),
-    Column(
-        "lift",
-        "float",
-        "1",
-        "amplitude of the second term after the update; missing unless terms are free",
-        lambda found: found.new.lift,
-    ),
-    Column(
-        "delta_lift",
-        "float",
-        "1",
-        "change of lift since the site's previous update",
-        lambda found: found.delta_lift,
-    ),
-    Column(
-        "d_entropy_d_lift",
-        "float",
-        "nats",
-        "predicted change of entropy for each unit of lift",
-        lambda found: found.lift_gradient,
-    ),
+    *_term_columns("eps", "amplitude of the correction after the update; 0 is the base function"),
+    *_term_columns("lift", "amplitude of the second local term after the update"),
+    *_term_columns("gain", "amplitude of base(z) after the update"),
+    *_term_columns("slope", "amplitude of z after the update"),
     Column(
         "entropy",
         "float",
@@ -122,7 +109,7 @@ _COLUMNS = (
         "float",
         "nats",
         "d_entropy_d_eps x delta_eps: what the move of eps was worth",
-        lambda found: found.gradient[0] * found.delta_eps,
+        lambda found: found.of_term("eps", found.gradient * found.delta),
     ),
     Column(
         "continuous_entropy",

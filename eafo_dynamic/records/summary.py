@@ -9,7 +9,7 @@ from itertools import compress, pairwise
 from typing import Any
 
 from eafo_dynamic.records.reader import CorrectionLog
-from eafo_dynamic.records.schema import COLUMNS, FIT_END
+from eafo_dynamic.records.schema import AMPLITUDES, COLUMNS, FIT_END
 
 __all__ = [
     "compare_runs",
@@ -73,7 +73,7 @@ def layer_rows(log: CorrectionLog) -> list[dict[str, Any]]:
 
 
 def with_values(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the columns of a table; `lift` and `fit_end`, which not every log has, only where some row has one.
+    """Return the columns of a table; those that not every log has only where some row has one.
 
     Args:
         names: columns.
@@ -82,7 +82,7 @@ def with_values(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[st
     Returns:
         The columns that are shown.
     """
-    sparse = ("lift", FIT_END)
+    sparse = (*AMPLITUDES, FIT_END)
     return [name for name in names if name not in sparse or any(row.get(name) is not None for row in rows)]
 
 
@@ -146,11 +146,11 @@ def _update_changes(log: CorrectionLog, site: str) -> list[tuple[float, float]]:
 
 
 def drift_changes(log: CorrectionLog, site: str) -> list[tuple[float, float]]:
-    """Return what moving eps was predicted to do to a site's entropy between updates, and how it changed.
+    """Return what moving the amplitudes was predicted to do to a site's entropy between updates, and how it changed.
 
-    Between two rows the prediction is d_entropy_d_eps x (change of eps), eps taken as it was when each row's
-    entropy was measured: before the update's own step under the policy `entropy`, else as logged. The
-    weights move meanwhile too, so the two agree only as far as eps is what moved the entropy.
+    Between two rows the prediction is the sum over the terms of d_entropy_d_eps x (change of eps), eps taken as it was
+    when each row's entropy was measured: before the update's own step under the policy `entropy`, else as logged. The
+    weights move meanwhile too, so the two agree only as far as the amplitudes are what moved the entropy.
 
     Args:
         log: the run's log.
@@ -159,14 +159,24 @@ def drift_changes(log: CorrectionLog, site: str) -> list[tuple[float, float]]:
     Returns:
         Pairs (predicted, measured) in nats, one for each two rows in which nothing is missing.
     """
-    names = ("eps", "delta_eps", "d_entropy_d_eps", "entropy", "policy")
-    rows = list(zip(*(log.series(site, name) for name in names), strict=True))
+    entropy, policy = log.series(site, "entropy"), log.series(site, "policy")
+    drifts = [_drifts(log, site, name, policy) for name in AMPLITUDES]
+    terms = [drift for drift in drifts if any(value is not None for value in drift)]
     found: list[tuple[float, float]] = []
-    for (eps, delta, slope, before, policy), (next_eps, next_delta, _, after, next_policy) in pairwise(rows):
-        old, new = _measured_at(eps, delta, policy), _measured_at(next_eps, next_delta, next_policy)
-        if None not in (old, new, slope, before, after):
-            found.append((slope * (new - old), after - before))
+    for number, (before, after) in enumerate(pairwise(entropy)):
+        parts = [drift[number] for drift in terms]
+        if terms and None not in (before, after, *parts):
+            found.append((math.fsum(parts), after - before))
     return found
+
+
+def _drifts(log: CorrectionLog, site: str, name: str, policy: Sequence[Any]) -> list[Any]:
+    """Return what the change of one amplitude between each row and the next was worth, None where unknown."""
+    columns = (log.series(site, f"{stem}{name}") for stem in ("", "delta_", "d_entropy_d_"))
+    rows = [
+        (_measured_at(value, delta, mover), slope) for value, delta, slope, mover in zip(*columns, policy, strict=True)
+    ]
+    return [None if None in (old, slope, new) else slope * (new - old) for (old, slope), (new, _) in pairwise(rows)]
 
 
 def _measured_at(eps: float | None, delta: float | None, policy: str | None) -> Any:

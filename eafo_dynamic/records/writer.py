@@ -266,7 +266,7 @@ class LogWriter:
 
 def _has_moved(row: Row) -> bool:
     """Return whether an amplitude has changed by more than rounding since the last update."""
-    moves = (row.get("delta_eps"), row.get("delta_lift"))
+    moves = [value for name, value in row.items() if name.startswith("delta_")]
     return any(isinstance(move, float) and abs(move) > _ROUNDING for move in moves)
 
 

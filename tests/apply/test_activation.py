@@ -147,7 +147,7 @@ def test_repr_shows_the_live_state() -> None:
 
 
 def test_state_of_channels_shows_their_mean() -> None:
-    text = describe_state(torch.tensor([0.1, 0.3]), torch.tensor([1.0, 2.0]))
+    text = describe_state({"eps": torch.tensor([0.1, 0.3])}, torch.tensor([1.0, 2.0]))
     assert text == f"eps=+0.2000, mu=+1.000, sigma=2.000, backend={resolve_backend('auto')}"
     assert math.isclose(float(text.split("eps=")[1].split(",")[0]), 0.2)
 

@@ -268,7 +268,7 @@ class TestOtherNumbersOfCalls:
         def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             calls.append(1)
             (z,) = args
-            c = correction(z, torch.tensor(0.3), torch.tensor([0.0, 1.0]), site_table(model), 8.0)
+            c = correction(z, torch.tensor([0.3]), torch.tensor([0.0, 1.0]), site_table(model), 8.0)
             return output + c if len(calls) in (6, 8) else output  # the second call of the block, in its last turns
 
         act.register_forward_hook(replace)

@@ -7,6 +7,7 @@ import functools
 import pickle
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,9 @@ TRAITS = {
     "sigmoid": "monotone gate",
     "normal_cdf": "monotone gate",
     "squared_relu": "monotone flat",
+    "squared_leaky_relu": "",
+    "swish_beta": "",
+    "xielu": "",
     "hardswish": "flat",
     "gelu": "",
     "gelu_tanh": "",
@@ -245,6 +249,9 @@ def test_every_pointwise_activation_of_transformers_is_a_base() -> None:
     for name in activations.ACT2FN:
         module = activations.ACT2FN[name]
         base = as_base(name)
+        if name == "xielu":  # the module rounds its numbers to bfloat16
+            rounded = F.softplus(module.alpha_p), module.beta + F.softplus(module.alpha_n)
+            base = as_base("xielu(alpha_p={}, alpha_n={})".format(*(each.item() for each in rounded)))
         if not isinstance(module, nn.PReLU):
             z = POINTS.float()
             torch.testing.assert_close(base(z), module(z).detach(), rtol=1e-5, atol=1e-6)
@@ -252,3 +259,55 @@ def test_every_pointwise_activation_of_transformers_is_a_base() -> None:
     assert activations.ReLUSquaredActivation in activation_types()
     assert as_base("gelu_python") == as_base("gelu_python")
     assert as_base("gelu_10").traits.flat
+
+
+def _numpy_xielu(z: np.ndarray) -> np.ndarray:
+    below = 0.8 * (np.expm1(np.minimum(z, -1e-6)) - z) + 0.5 * z
+    return np.where(z > 0, 0.8 * z * z + 0.5 * z, below)
+
+
+FURTHER = {
+    "squared_relu": lambda z: np.maximum(z, 0) ** 2,
+    "squared_leaky_relu": lambda z: np.where(z > 0, z, 0.5 * z) ** 2,
+    "squared_leaky_relu(negative_slope=0.1)": lambda z: np.where(z > 0, z, 0.1 * z) ** 2,
+    "xielu": _numpy_xielu,
+    "swish_beta": lambda z: z / (1 + np.exp(-z)),
+    "swish_beta(beta=1.5)": lambda z: z / (1 + np.exp(-1.5 * z)),
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_bases_that_torch_does_not_have(name: str) -> None:
+    z = torch.linspace(-6, 6, 501, dtype=torch.float64)
+    base = as_base(name)
+    np.testing.assert_allclose(base(z).numpy(), FURTHER[name](z.numpy()), rtol=1e-12, atol=1e-12)
+    value, first, second = derivatives(base, z)
+    step = 1e-5
+    away = z.abs() > 1e-3  # from the kink, where the slopes of the two sides differ
+    np.testing.assert_allclose(first[away], ((base(z + step) - base(z - step)) / (2 * step))[away], atol=1e-6)
+    assert torch.equal(value, base(z)) and second.isfinite().all()
+
+
+def test_a_name_with_numbers_is_the_base_with_these_numbers() -> None:
+    assert as_base("leaky_relu(negative_slope=0.2)") == as_base(nn.LeakyReLU(0.2))
+    assert as_base("LeakyReLU(negative_slope=0.2)") == as_base("leaky_relu( negative_slope = 0.2 )")
+    assert as_base("gelu(approximate='tanh')") == as_base(nn.GELU("tanh"))
+    assert str(as_base("swish_beta(beta=1.5)")) == "swish_beta(beta=1.5)"
+    assert as_base(str(as_base(nn.ELU(0.7)))) == as_base(nn.ELU(0.7))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "leaky_relu(0.2)",
+        "leaky_relu(slope=0.2)",
+        "relu(alpha=1)",
+        "leaky_relu(negative_slope='a')",
+        "elu(alpha=)",
+        "no(a=1)",
+    ],
+)
+def test_a_name_with_numbers_that_it_does_not_have_is_one_line(name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        as_base(name)
+    assert "\n" not in str(error.value) and str(error.value).startswith("activation=")

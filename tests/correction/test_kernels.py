@@ -37,10 +37,13 @@ def smooth_table(intervals: int = 16) -> Tensor:
     return torch.stack([v0, s0, 3 * (v1 - v0) - 2 * s0 - s1, 2 * (v0 - v1) + s0 + s1])
 
 
+LOCAL = ("eps", "lift")
+
+
 def inputs(*size: int) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     z = torch.randn(*size, dtype=torch.float64, requires_grad=True)
-    eps = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    eps = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
     return z, eps, torch.tensor([0.2, 1.4], dtype=torch.float64)
 
 
@@ -66,7 +69,7 @@ def test_value_and_gradients_are_those_of_the_formula() -> None:
 def test_first_and_second_derivatives(table: Tensor | None, channels: bool) -> None:
     z, eps, shape = inputs(2, 3, 2, 2)
     if channels:
-        eps = torch.tensor([0.1, 0.0, -0.4], dtype=torch.float64).view(3, 1, 1).requires_grad_()
+        eps = torch.tensor([0.1, 0.0, -0.4], dtype=torch.float64).view(1, 3, 1, 1).requires_grad_()
 
     def term(z: Tensor, eps: Tensor) -> Tensor:
         return correction(z, eps, shape, table, HALF_WIDTH)
@@ -87,7 +90,7 @@ def test_a_table_compiles_and_maps() -> None:
 
 def test_one_amplitude_a_channel_gets_one_gradient_each() -> None:
     z, _, shape = inputs(2, 3, 4, 4)
-    eps = torch.full((3, 1, 1), 0.1, dtype=torch.float64, requires_grad=True)
+    eps = torch.full((1, 3, 1, 1), 0.1, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda e: correction(z, e, shape), (eps,))
 
 
@@ -108,7 +111,7 @@ def test_eps_zero_is_the_base_bit_for_bit(base: nn.Module, dtype: torch.dtype, t
     special = torch.tensor([0.0, -0.0, math.inf, -math.inf, 1e30, -1e30, 1e-30, -1e-30])
     z = torch.cat([special, torch.randn(500, generator=torch.Generator().manual_seed(0)) * 5]).to(dtype)
     plain, corrected = z.clone().requires_grad_(), z.clone().requires_grad_()
-    eps = torch.tensor(0.0, requires_grad=True)
+    eps = torch.tensor([0.0], requires_grad=True)
     expected = base(plain)
     actual = base(corrected) + correction(corrected, eps, torch.tensor([0.1, 0.7]), table, HALF_WIDTH)
     assert_same_bits(actual, expected)
@@ -124,7 +127,7 @@ def test_eps_zero_is_the_base_bit_for_bit(base: nn.Module, dtype: torch.dtype, t
 @pytest.mark.parametrize("table", [None, smooth_table().float()], ids=["closed form", "table"])
 def test_infinite_and_huge_inputs_give_finite_corrections(dtype: torch.dtype, table: Tensor | None) -> None:
     z = torch.tensor([math.inf, -math.inf, 60000.0, -60000.0], dtype=dtype, requires_grad=True)
-    eps = torch.tensor(0.5, requires_grad=True)
+    eps = torch.tensor([0.5], requires_grad=True)
     c = correction(z, eps, torch.tensor([0.0, 1.0]), table, HALF_WIDTH)
     c.sum().backward()
     assert c.dtype == dtype
@@ -144,7 +147,7 @@ def test_slope_never_exceeds_one_and_reaches_it_at_zero() -> None:
 def test_only_the_input_is_kept_for_the_backward() -> None:
     kept: list[Tensor] = []
     z = torch.randn(1000, requires_grad=True)
-    eps = torch.tensor(0.1, requires_grad=True)
+    eps = torch.tensor([0.1], requires_grad=True)
 
     def pack(tensor: Tensor) -> Tensor:
         kept.append(tensor)
@@ -191,7 +194,9 @@ def test_second_derivatives_are_right_at_zeros_under_transforms(
     z[0], z[1, 2] = shape[0], shape[0] + shape[1]  # where the correction or its slope is zero
     eps, lift = (torch.full((3, 1) if channels else (), each, dtype=torch.float64) for each in amplitudes)
     expected = second_derivatives(lambda z, e, b: reference_with_lift(z, e, b, shape), z, eps, lift)[0]
-    for actual in second_derivatives(lambda z, e, b: correction(z, e, shape, lift=b), z, eps, lift):
+    for actual in second_derivatives(
+        lambda z, e, b: correction(z, torch.stack([e, b]), shape, names=LOCAL), z, eps, lift
+    ):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -203,7 +208,8 @@ def test_a_gradient_by_z_is_differentiable_by_amplitudes_of_zero(channels: bool,
     eps, lift = (torch.zeros(size, dtype=torch.float64, requires_grad=True) for _ in range(2))
     wanted = (eps, lift) if lifted else (eps,)
     found = []
-    for c in (correction(z, eps, shape, lift=lift if lifted else None), reference_with_lift(z, eps, lift, shape)):
+    names = LOCAL if lifted else LOCAL[:1]
+    for c in (correction(z, torch.stack(wanted), shape, names=names), reference_with_lift(z, eps, lift, shape)):
         (slope,) = torch.autograd.grad(c.sum(), z, create_graph=True)
         found.append(torch.autograd.grad(slope.square().sum() + slope.sum(), wanted))
     torch.testing.assert_close(*found)
@@ -212,12 +218,14 @@ def test_a_gradient_by_z_is_differentiable_by_amplitudes_of_zero(channels: bool,
 
 def test_a_cotangent_of_zero_leaves_the_way_to_the_next_derivative_open() -> None:
     z, _, shape = inputs(2, 3)
-    eps = torch.tensor([0.3, 0.0, -0.2], dtype=torch.float64)
+    eps = torch.tensor([[0.3, 0.0, -0.2]], dtype=torch.float64)
     along = torch.randn(2, 3, dtype=torch.float64)
     cotangent = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
     (pulled,) = torch.autograd.grad(correction(z, eps, shape), z, cotangent, create_graph=True)
     (pushed,) = torch.autograd.grad(pulled, cotangent, along)
-    torch.testing.assert_close(pushed, torch.func.jvp(lambda z: reference(z, eps, shape), (z.detach(),), (along,))[1])
+    torch.testing.assert_close(
+        pushed, torch.func.jvp(lambda z: reference(z, eps[0], shape), (z.detach(),), (along,))[1]
+    )
 
 
 def test_curvature_of_a_loss_at_its_minimum_is_that_of_gauss_and_newton() -> None:
@@ -246,7 +254,7 @@ def test_a_compiled_gradient_by_z_is_differentiable_by_an_amplitude_of_zero() ->
         return torch.func.grad(lambda eps: slopes(eps).sum())(eps)
 
     compiled = torch.compile(mixed, fullgraph=True, backend="aot_eager")
-    at = z.detach(), torch.zeros((), dtype=torch.float64)
+    at = z.detach(), torch.zeros(1, dtype=torch.float64)
     torch.testing.assert_close(compiled(correction, *at), mixed(reference, *at))
 
 
@@ -255,7 +263,7 @@ def test_a_compiled_gradient_by_z_is_differentiable_by_an_amplitude_of_zero() ->
 def test_gradients_by_amplitudes_are_summed_in_single_precision(dtype: torch.dtype, channels: bool) -> None:
     z = torch.ones(2048, 4, 8, 8, dtype=dtype)
     eps, lift = (torch.zeros((4, 1, 1) if channels else (), requires_grad=True) for _ in range(2))
-    correction(z, eps, torch.tensor([0.0, 1.0]), lift=lift).sum().backward()
+    correction(z, torch.stack([eps, lift]), torch.tensor([0.0, 1.0]), names=LOCAL).sum().backward()
     each = math.exp(-0.5) * z.numel() / eps.numel()
     for amplitude in (eps, lift):
         torch.testing.assert_close(amplitude.grad, torch.full_like(amplitude, each), rtol=3e-3, atol=0)

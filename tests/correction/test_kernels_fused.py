@@ -63,8 +63,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 def terms(eps: float = 0.3, table: Tensor | None = None) -> Terms:
-    amplitude = torch.tensor(eps, requires_grad=True)
-    return Terms(amplitude, torch.tensor([0.2, 1.4]), table, HALF_WIDTH)
+    return Terms(torch.tensor([eps], requires_grad=True), torch.tensor([0.2, 1.4]), table, HALF_WIDTH)
 
 
 def points(*size: int, seed: int = 0) -> Tensor:
@@ -87,7 +86,9 @@ def assert_meets_formula(z: Tensor, base: nn.Module, given: Terms, backend: Back
     base.float()
     assert actual.shape == z.shape and actual.stride() == z.stride() and actual.dtype == z.dtype
     torch.testing.assert_close(actual.double(), expected, rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(gradients(actual, z, given.eps), gradients(expected, z, given.eps), rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(
+        gradients(actual, z, given.amplitudes), gradients(expected, z, given.amplitudes), rtol=1e-5, atol=5e-5
+    )
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
@@ -115,7 +116,7 @@ def test_every_layout_gives_the_same_function(layout: str, backend: Backend) -> 
     out = corrected(laid, F.silu, given, known_module(nn.SiLU()), backend)
     expected = by_formula(laid.contiguous(), nn.SiLU(), given)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
-    found, wanted = (gradients(each, laid, given.eps) for each in (out, expected))
+    found, wanted = (gradients(each, laid, given.amplitudes) for each in (out, expected))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
 
 
@@ -131,7 +132,7 @@ def test_eps_zero_is_the_base_bit_for_bit(base: nn.Module, table: Tensor | None,
     weight = torch.linspace(-1, 1, z.numel())
     weight[20:40] = -0.0
     (by_z,) = torch.autograd.grad(expected, plain, weight)
-    by_ours, by_eps = torch.autograd.grad(actual, (ours, given.eps), weight)
+    by_ours, by_eps = torch.autograd.grad(actual, (ours, given.amplitudes), weight)
     assert_same_bits(by_ours, by_z)
     assert not by_eps.isnan(), "a NaN input has no correction, and no say in eps"
 
@@ -166,7 +167,7 @@ def test_only_the_input_is_kept_for_the_backward(backend: Backend) -> None:
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_first_and_second_derivatives_in_double(table: Tensor | None) -> None:
     z = (points(24).double() / 4).requires_grad_()
-    eps = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    eps = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
     shape = torch.tensor([0.2, 1.4], dtype=torch.float64)
     double = None if table is None else table.double()
 
@@ -204,8 +205,8 @@ def test_second_derivatives_in_single_are_those_of_the_formula(backend: Backend)
     z, given = points(200).requires_grad_(), terms()
 
     def twice(out: Tensor) -> tuple[Tensor, ...]:
-        first = torch.autograd.grad(out.square().sum(), (z, given.eps), create_graph=True)
-        return torch.autograd.grad(first[0].square().sum() + first[1], (z, given.eps))
+        first = torch.autograd.grad(out.square().sum(), (z, given.amplitudes), create_graph=True)
+        return torch.autograd.grad(first[0].square().sum() + first[1], (z, given.amplitudes))
 
     actual = twice(corrected(z, F.silu, given, known_module(nn.SiLU()), backend))
     torch.testing.assert_close(actual, twice(by_formula(z, nn.SiLU(), given)), rtol=1e-4, atol=1e-3)
@@ -224,7 +225,9 @@ def test_in_place_is_the_same_function_written_over_its_input(
     assert out.data_ptr() == overwritten[:, 50:].data_ptr()
     expected = by_formula(z.view(3, 100)[:, 50:], plain, given)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(gradients(out, z, given.eps), gradients(expected, z, given.eps), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        gradients(out, z, given.amplitudes), gradients(expected, z, given.amplitudes), rtol=1e-5, atol=1e-4
+    )
     whole = points(6, 50).requires_grad_() * 1.0
     kept = whole.detach().clone()
     assert corrected_(whole, base, given, known_module(base), backend) is whole
@@ -238,8 +241,8 @@ def test_in_place_can_be_differentiated_twice(backend: Backend) -> None:
     z, given, known = points(60).requires_grad_(), terms(), known_module(nn.SiLU())
 
     def twice(out: Tensor) -> tuple[Tensor, ...]:
-        first = torch.autograd.grad(out.square().sum(), (z, given.eps), create_graph=True)
-        return torch.autograd.grad(first[0].square().sum() + first[1], (z, given.eps))
+        first = torch.autograd.grad(out.square().sum(), (z, given.amplitudes), create_graph=True)
+        return torch.autograd.grad(first[0].square().sum() + first[1], (z, given.amplitudes))
 
     actual = twice(corrected_(z * 1.0, F.silu, given, known, backend))
     torch.testing.assert_close(actual, twice(by_formula(z, nn.SiLU(), given)), rtol=1e-4, atol=1e-3)
@@ -248,9 +251,9 @@ def test_in_place_can_be_differentiated_twice(backend: Backend) -> None:
 def test_gradients_are_computed_for_those_who_want_them(backend: Backend) -> None:
     given = terms()
     out = corrected(points(50), F.gelu, given, known_module(nn.GELU()), backend)
-    (by_eps,) = torch.autograd.grad(out.sum(), given.eps)
+    (by_eps,) = torch.autograd.grad(out.sum(), given.amplitudes)
     assert by_eps != 0
-    z, frozen = points(50).requires_grad_(), Terms(given.eps.detach(), *given[1:])
+    z, frozen = points(50).requires_grad_(), Terms(given.amplitudes.detach(), *given[1:])
     out = corrected(z, F.gelu, frozen, known_module(nn.GELU()), backend)
     (by_z,) = torch.autograd.grad(out.sum(), z)
     expected = by_formula(z, nn.GELU(), frozen)
@@ -309,7 +312,7 @@ def test_the_whole_compiles_without_a_break(backend: Backend) -> None:
     compiled = torch.compile(lambda z: corrected(z, F.gelu, given, known, backend), fullgraph=True, backend="aot_eager")
     expected = by_formula(z, nn.GELU(), given)
     torch.testing.assert_close(compiled(z), expected)
-    torch.testing.assert_close(gradients(compiled(z), z, given.eps), gradients(expected, z, given.eps))
+    torch.testing.assert_close(gradients(compiled(z), z, given.amplitudes), gradients(expected, z, given.amplitudes))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -332,7 +335,7 @@ def test_numbers_of_threads_give_the_same_bits(backend: Backend) -> None:
             torch.set_num_threads(threads)
             given = terms(table=TABLES["table"])
             out = corrected(z, F.relu, given, known_module(nn.ReLU()), backend)
-            results.append([out, *torch.autograd.grad(out, (z, given.eps), torch.ones_like(out))])
+            results.append([out, *torch.autograd.grad(out, (z, given.amplitudes), torch.ones_like(out))])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -485,7 +488,7 @@ def test_amplitudes_of_another_dtype_stay_alive_while_a_large_tensor_is_overwrit
     if native.native_kernel() is None:
         pytest.skip("no C compiler here")
     z = torch.linspace(-5.0, 5.0, 1 << 17)
-    terms = Terms(torch.tensor(0.3, dtype=dtype), torch.tensor([0.2, 1.4], dtype=dtype), None, HALF_WIDTH)
+    terms = Terms(torch.tensor([0.3], dtype=dtype), torch.tensor([0.2, 1.4], dtype=dtype), None, HALF_WIDTH)
     known = known_module(nn.ReLU())
     expected = corrected(z, torch.relu, terms, known, "native")
     z.requires_grad_()

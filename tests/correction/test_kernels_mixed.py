@@ -38,7 +38,8 @@ def points(size: tuple[int, ...], dtype: torch.dtype, memory: torch.memory_forma
 
 def one_a_channel(z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     eps = torch.linspace(-0.5, 0.4, 13).to(dtype)
-    return (eps.view(-1, *[1] * (z.dim() - 2)) if z.dim() >= 4 else eps).requires_grad_()
+    eps = eps.view(-1, *[1] * (z.dim() - 2)) if z.dim() >= 4 else eps
+    return eps.unsqueeze(0).requires_grad_()
 
 
 def assert_meets_formula(z: Tensor, base: nn.Module, given: Terms) -> None:
@@ -47,17 +48,17 @@ def assert_meets_formula(z: Tensor, base: nn.Module, given: Terms) -> None:
     out = corrected(z, base, given, known_module(base), "native")
     weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(3)).to(z.dtype)
     weight = torch.empty_like(out).copy_(weight)
-    by_z, by_eps = torch.autograd.grad(out, (z, given.eps), weight)
-    wide, amplitude = (each.detach().double().requires_grad_() for each in (z, given.eps))
+    by_z, by_eps = torch.autograd.grad(out, (z, given.amplitudes), weight)
+    wide, amplitude = (each.detach().double().requires_grad_() for each in (z, given.amplitudes))
     table = None if given.table is None else given.table.double()
     exact = base(wide) + correction(wide, amplitude, given.shape.double(), table, given.half_width)
     exact_z, exact_eps = torch.autograd.grad(exact, (wide, amplitude), weight.double())
     rounding = torch.finfo(z.dtype).eps
-    assert out.dtype == by_z.dtype == z.dtype and out.stride() == z.stride() and by_eps.dtype == given.eps.dtype
+    assert out.dtype == by_z.dtype == z.dtype and out.stride() == z.stride() and by_eps.dtype == given.amplitudes.dtype
     torch.testing.assert_close(out.double(), exact, rtol=2 * rounding, atol=max(rounding / 8, 2e-6))
     torch.testing.assert_close(by_z.double(), exact_z, rtol=4 * rounding, atol=max(rounding / 4, 1e-5))
     # summed from unrounded terms: half precision comes in with its last rounding only
-    last = torch.finfo(given.eps.dtype).eps
+    last = torch.finfo(given.amplitudes.dtype).eps
     torch.testing.assert_close(by_eps.double(), exact_eps, rtol=max(last, 1e-5), atol=1e-4)
 
 
@@ -75,21 +76,21 @@ def test_one_amplitude_a_channel_in_every_layout(layout: str, table: Tensor | No
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_base_and_type(dtype: torch.dtype, base: nn.Module, table: Tensor | None, channels: bool) -> None:
     z = points((91, 13), dtype)
-    eps = one_a_channel(z) if channels else torch.tensor(0.3, requires_grad=True)
+    eps = one_a_channel(z) if channels else torch.tensor([0.3], requires_grad=True)
     assert_meets_formula(z, base, Terms(eps, torch.tensor([0.2, 1.4]), table, HALF_WIDTH))
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 255, 256, 257, 4097, 300_001])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_every_length_is_covered(n: int, dtype: torch.dtype) -> None:
-    given = Terms(torch.tensor(-0.4, requires_grad=True), torch.tensor([0.2, 1.4]), TABLES["table"], HALF_WIDTH)
+    given = Terms(torch.tensor([-0.4], requires_grad=True), torch.tensor([0.2, 1.4]), TABLES["table"], HALF_WIDTH)
     z = points((n,), dtype)
     (out := corrected(z, nn.ReLU(), given, known_module(nn.ReLU()), "native")).float().sum().backward()
     exact = torch.relu(z.double()) + correction(z.double(), *(t.double() for t in given[:3]), HALF_WIDTH)  # pyright: ignore[reportOptionalMemberAccess]
     torch.testing.assert_close(out.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
-    slope = torch.autograd.grad(exact.sum(), given.eps, allow_unused=True)[0]
-    assert slope is not None and given.eps.grad is not None
-    torch.testing.assert_close(given.eps.grad, slope, rtol=1e-5, atol=2e-3)
+    slope = torch.autograd.grad(exact.sum(), given.amplitudes, allow_unused=True)[0]
+    assert slope is not None and given.amplitudes.grad is not None
+    torch.testing.assert_close(given.amplitudes.grad, slope, rtol=1e-5, atol=2e-3)
 
 
 def test_a_model_in_half_precision_keeps_its_amplitudes_dtype() -> None:
@@ -112,7 +113,7 @@ def test_channels_with_eps_zero_are_the_base_bit_for_bit(
         z[2] = torch.nan
         z[3] = -0.0
     eps = one_a_channel(z).detach().clone()
-    eps[::2] = 0.0
+    eps[:, ::2] = 0.0
     given = Terms(eps.requires_grad_(), torch.tensor([0.2, 1.4]), table, HALF_WIDTH)
     out = corrected(z, base, given, known_module(base), "native")
     weight = torch.linspace(-2, 2, z.numel()).view_as(z).to(dtype)
@@ -129,7 +130,7 @@ def test_channels_with_eps_zero_are_the_base_bit_for_bit(
 def test_every_number_of_16_bits_is_read_and_written_as_it_is(dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     out, z = every.clone(), torch.zeros_like(every)
-    given = Terms(torch.tensor(0.0), torch.tensor([0.0, 1.0]), None, 0.0)
+    given = Terms(torch.tensor([0.0]), torch.tensor([0.0, 1.0]), None, 0.0)
     kernel = native.native_kernel()
     assert kernel is not None
     kernel.add(out, z, given)
@@ -141,11 +142,11 @@ def test_results_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
     wide = torch.cat([torch.logspace(-9, 6, 20_000), -torch.logspace(-9, 6, 20_000), torch.tensor([65519.0, 65520.0])])
     z, line = wide.to(dtype).view(-1, 2), nn.LeakyReLU(1.0)
     # a bell that is flat over all of z: f(z) = z + 2^-12 z exactly, most often between two numbers of 16 bits
-    given = Terms(torch.full((2,), 2.0**-12), torch.tensor([0.0, 2.0**60]), None, 0.0)
+    given = Terms(torch.full((1, 2), 2.0**-12), torch.tensor([0.0, 2.0**60]), None, 0.0)
     out = corrected(z, line, given, known_module(line), "native")
     assert_same_bits(out, (z.double() * (1 + 2.0**-12)).to(torch.float32).to(dtype))
     # one amplitude for all: the kernel of float32 at work on parts
-    given = Terms(torch.tensor(0.3), torch.tensor([0.2, 1.4]), None, 0.0)
+    given = Terms(torch.tensor([0.3]), torch.tensor([0.2, 1.4]), None, 0.0)
     expected = corrected(z.float(), line, given, known_module(line), "native")
     assert_same_bits(corrected(z, line, given, known_module(line), "native"), expected.to(dtype))
 
@@ -159,7 +160,7 @@ def test_numbers_of_threads_give_the_same_bits(dtype: torch.dtype) -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             out = corrected(z, nn.ReLU(), given, known_module(nn.ReLU()), "native")
-            results.append((out, *torch.autograd.grad(out, (z, given.eps), torch.ones_like(out))))
+            results.append((out, *torch.autograd.grad(out, (z, given.amplitudes), torch.ones_like(out))))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -179,13 +180,13 @@ def test_in_place_is_the_same_function_written_over_its_input(dtype: torch.dtype
 
 def test_amplitudes_of_another_shape_go_by_the_formula() -> None:
     z = points((4, 13), torch.float32)
-    eps = torch.linspace(-0.5, 0.5, 4).view(4, 1)
+    eps = torch.linspace(-0.5, 0.5, 4).view(1, 4, 1)
     assert fused._kernel_for(z, Terms(eps, torch.tensor([0.0, 1.0]), None, 0.0), "native") is not None
-    eps = torch.linspace(-0.5, 0.5, 52).view(4, 13)
+    eps = torch.linspace(-0.5, 0.5, 52).view(1, 4, 13)
     given = Terms(eps, torch.tensor([0.0, 1.0]), None, 0.0)
     assert fused._kernel_for(z, given, "native") is None
     out = corrected(z, nn.ReLU(), given, known_module(nn.ReLU()), "native")
-    torch.testing.assert_close(out, torch.relu(z) + eps * z * torch.exp(-z * z / 2))
+    torch.testing.assert_close(out, torch.relu(z) + eps[0] * z * torch.exp(-z * z / 2))
 
 
 def test_autocast_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from eafo_dynamic.correction import correction_shape, tabulate
 from eafo_dynamic.correction.bases import as_base
 from eafo_dynamic.correction.kernels import (
+    TERMS,
     RoundKernel,
     Workspace,
     compiled,
@@ -172,7 +173,7 @@ def functions_of(kernel: RoundKernel | None, all_tabulated: bool = False) -> Fun
     tabulated = [0, 1, 2, 3] if all_tabulated else [1, 2]
     return Functions(
         bases=bases,
-        eps=torch.tensor([0.1, -0.2, 0.3, 0.0]),
+        amplitudes=torch.tensor([[0.1, -0.2, 0.3, 0.0]]),
         shape=torch.tensor([[0.0, 1.0], [-0.5, 2.0], [3.0, 0.1], [0.2, 0.7]]),
         tables=torch.stack([tables[row] for row in tabulated]).float(),
         tabulated=torch.tensor(tabulated),
@@ -186,7 +187,7 @@ def test_functions_are_those_of_the_reference(kernel: RoundKernel, all_tabulated
     mine, theirs = functions_of(kernel, all_tabulated), functions_of(None, all_tabulated)
     z = mine.shape[:, :1] + mine.shape[:, 1:] * u
     z[0, 3], z[1, 4], z[2, 5] = math.inf, -math.inf, 1e30
-    assert_close(mine.direction(z), theirs.direction(z))
+    assert_close(mine.direction("eps", z), theirs.direction("eps", z))
     assert_close(mine.correction(z), theirs.correction(z))
     assert_close(mine.outputs(z), theirs.outputs(z))
     assert torch.equal(mine.outputs(z)[3], torch.relu(z[3])), "eps = 0 is the base bit for bit"
@@ -195,17 +196,19 @@ def test_functions_are_those_of_the_reference(kernel: RoundKernel, all_tabulated
 INSIDE = ["relu", nn.LeakyReLU(0.3), nn.PReLU(init=-0.2), "gelu", nn.GELU("tanh"), "silu"]
 
 
-@pytest.mark.parametrize("free", [False, True])
-def test_bases_that_are_compiled_with_it_are_those_of_torch(kernel: RoundKernel, free: bool) -> None:
+@pytest.mark.parametrize(
+    "names", [("eps",), ("eps", "lift"), ("gain", "slope"), tuple(TERMS), ("lift", "gain")], ids=str
+)
+def test_bases_that_are_compiled_with_it_are_those_of_torch(kernel: RoundKernel, names: tuple[str, ...]) -> None:
     bases = [as_base(each) for each in [*INSIDE, "softplus", "elu"]]
     count, generator = len(bases), torch.Generator().manual_seed(0)
     theirs = Functions(
         bases=bases,
-        eps=torch.linspace(-0.5, 0.5, count),
+        amplitudes=torch.stack([torch.linspace(-0.5, 0.5, count).roll(k) for k in range(len(names))]),
+        names=names,
         shape=torch.stack([torch.linspace(-1, 1, count), torch.linspace(0.5, 2, count)], dim=1),
         tables=torch.empty(0, 4, 1),
         tabulated=torch.empty(0, dtype=torch.long),
-        lift=torch.linspace(0.3, -0.4, count) if free else None,
     )
     z = 3 * torch.randn(count, 777, generator=generator)
     z[:, 0], z[:, 1] = math.nan, 0.0
@@ -213,12 +216,12 @@ def test_bases_that_are_compiled_with_it_are_those_of_torch(kernel: RoundKernel,
     outputs, directions = mine.outputs_and_directions(z)
     assert_close(outputs, theirs.outputs(z))
     assert torch.equal(outputs.nan_to_num(), mine.outputs(z).nan_to_num())
-    assert len(directions) == 1 + free
+    assert len(directions) == len(names)
     for found, wanted in zip(directions, theirs.directions(z), strict=True):
         assert_close(found[:, 1:], wanted[:, 1:])  # no direction is asked for where there is no sample
     for row in range(count):  # alone, as together
-        one = {"bases": bases[row : row + 1], "eps": mine.eps[row : row + 1], "shape": mine.shape[row : row + 1]}
-        one["lift"] = None if mine.lift is None else mine.lift[row : row + 1]
+        at = slice(row, row + 1)
+        one = {"bases": bases[at], "amplitudes": mine.amplitudes[:, at], "shape": mine.shape[at]}
         alone = replace(mine, **one).outputs(z[row : row + 1])
         torch.testing.assert_close(alone[0], outputs[row], rtol=1e-6, atol=1e-7, equal_nan=True)
 
@@ -247,11 +250,11 @@ def test_room_of_an_earlier_round_changes_nothing(kernel: RoundKernel, names: li
     workspace, generator = Workspace(), torch.Generator().manual_seed(1)
     functions = Functions(
         bases=[as_base(name) for name in names],
-        eps=torch.tensor([0.2, -0.3]),
+        amplitudes=torch.tensor([[0.2, -0.3], [0.1, 0.2], [0.05, -0.1], [0.2, 0.1]]),
+        names=tuple(TERMS),
         shape=torch.tensor([[0.1, 1.2], [-0.4, 0.8]]),
         tables=torch.empty(0, 4, 1),
         tabulated=torch.empty(0, dtype=torch.long),
-        lift=torch.tensor([0.1, 0.2]),
         kernel=kernel,
     )
     for inference in (True, False, False):  # what is kept from inference mode can be written outside of it
@@ -283,7 +286,8 @@ def test_a_workspace_gives_the_same_room_until_the_shape_changes() -> None:
 def test_lifts_are_those_of_the_reference(kernel: RoundKernel) -> None:
     theirs = functions_of(None)
     theirs = replace(theirs, tables=torch.empty(0, 4, 1), tabulated=torch.empty(0, dtype=torch.long))
-    theirs = replace(theirs, lift=torch.tensor([0.2, -0.1, 0.0, 0.3]))
+    both = torch.stack([theirs.amplitudes[0], torch.tensor([0.2, -0.1, 0.0, 0.3])])
+    theirs = replace(theirs, amplitudes=both, names=("eps", "lift"))
     mine, z = replace(theirs, kernel=kernel), hostile()[8:]
     for found, wanted in zip(mine.directions(z), theirs.directions(z), strict=True):
         assert_close(found, wanted)

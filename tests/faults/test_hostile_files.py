@@ -88,7 +88,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "newer": (lambda c: c["eafo"].update(manifest_version=3), "manifest_version=3.* Upgrade eafo-dynamic"),
     "version that is none": (lambda c: c["eafo"].update(manifest_version="x"), "manifest_version='x'"),
     "a form as text": (lambda c: c["eafo"].update(tabulated="yes"), "tabulated='yes' is neither true nor false"),
-    "a form missing": (lambda c: c["eafo"].pop("free"), "free=None is neither"),
+    "a form missing": (lambda c: c["eafo"].pop("terms"), "free=None is neither"),
     "a form of 0.1.0 as text": (lambda c: c["eafo"].update(compounding="yes"), "compounding='yes' is neither"),
     "a site that is none": (lambda c: sites_of(c).append(3), "site 3 is 3"),
     "a site in part": (lambda c: sites_of(c)[0].pop("owner"), "site 'act' lacks 'owner'"),

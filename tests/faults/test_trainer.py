@@ -104,7 +104,9 @@ def test_corrections_learn_and_the_log_is_whole(tmp_path: Path, name: str, tally
         assert log.steps == sorted({*steps, host.global_step}), "the log ends with the model"
         updates = [row for row in log.rows if row.get("fit_end") is None]
         assert len(updates) == len(steps) * len(log.sites)
-        assert plugin.controller.bank.functions().eps.tolist() == pytest.approx([row["eps"] for row in log.last()])
+        assert plugin.controller.bank.functions().amplitude("eps").tolist() == pytest.approx(
+            [row["eps"] for row in log.last()]
+        )
     for row in plugin.controller.records:
         assert all(math.isfinite(row[column]) for column in ("eps", "entropy", "entropy_after", "mu", "sigma"))
     assert not plugin.controller.collecting

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.correction.bases import as_base
-from eafo_dynamic.correction.stacked import AmplitudeValues, Functions
+from eafo_dynamic.correction.kernels import TERMS
+from eafo_dynamic.correction.stacked import Functions
 from eafo_dynamic.policy import Entropy, Hybrid, Policy
 from eafo_dynamic.policy.controller import EAFOController
 from eafo_dynamic.policy.trust_region import TrustRegion, bounded_move
@@ -96,42 +97,39 @@ def test_no_channel_jumps_further_than_max_delta(policy: str) -> None:
     assert controller.records[-1]["event"] in ("bounded", "held")
 
 
-def functions(eps: float, lift: float | None, mu: float, sigma: float) -> Functions:
+def functions(amplitudes: list[float], names: tuple[str, ...], mu: float, sigma: float) -> Functions:
     return Functions(
         bases=[as_base("relu")],
-        eps=torch.tensor([eps], dtype=torch.float64),
+        amplitudes=torch.tensor(amplitudes, dtype=torch.float64).unsqueeze(1),
         shape=torch.tensor([[mu, sigma]], dtype=torch.float64),
         tables=torch.empty(0, 4, 1, dtype=torch.float64),
         tabulated=torch.empty(0, dtype=torch.long),
-        lift=None if lift is None else torch.tensor([lift], dtype=torch.float64),
+        names=names,
     )
 
 
-@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("names", [("eps",), ("eps", "lift"), ("gain", "slope"), tuple(TERMS)], ids="-".join)
 @pytest.mark.parametrize("bound", [0.02, 0.1, 0.5])
-def test_the_bound_of_channels_against_brute_force(free: bool, bound: float) -> None:
+def test_the_bound_of_channels_against_brute_force(names: tuple[str, ...], bound: float) -> None:
     """The part that is taken is the largest tried one with which no channel moves too far."""
     generator = torch.Generator().manual_seed(1)
-    of_channels = 2 * torch.rand(2, 1, 5, generator=generator, dtype=torch.float64) - 1
+    count, tails = len(names), "slope" in names
+    of_channels = 2 * torch.rand(count, 1, 5, generator=generator, dtype=torch.float64) - 1
     means = of_channels.mean(-1)[:, 0].tolist()
-    old = functions(means[0], means[1] if free else None, 0.0, 1.0)
-    new = functions(means[0] + 0.3, means[1] - 0.2 if free else None, 0.4, 1.3)
-    channels = AmplitudeValues(of_channels[0], of_channels[1] if free else None)
-    _, taken = bounded_move(old, new, TrustRegion(1.0, bound), channels)
-    z = torch.linspace(-20, 20, 20001, dtype=torch.float64)
+    moves = [0.3, -0.2, 0.1, -0.05][:count]
+    old = functions(means, names, 0.0, 1.0)
+    new = functions([mean + move for mean, move in zip(means, moves, strict=True)], names, 0.4, 1.3)
+    span = torch.tensor([[-2.5]], dtype=torch.float64), torch.tensor([[3.0]], dtype=torch.float64)
+    _, taken = bounded_move(old, new, TrustRegion(1.0, bound), of_channels, span if tails else None)
+    z = torch.linspace(-2.5 if tails else -20, 3.0 if tails else 20, 20001, dtype=torch.float64)
 
     def furthest(part: float) -> float:
         between = old.towards(new, torch.full((1,), part, dtype=torch.float64))
         found = 0.0
         for channel in range(5):
-            eps, lift = of_channels[0, 0, channel], of_channels[1, 0, channel] if free else None
-            moved = replace(
-                between,
-                eps=(eps + between.eps - old.eps).clamp(-1, 1),
-                lift=None if lift is None else (lift + between.lift - old.lift).clamp(-1, 1),
-            )
-            still = replace(old, eps=eps.view(1), lift=None if lift is None else lift.view(1))
-            change = moved.correction(z[None]) - still.correction(z[None])
+            own = of_channels[:, :, channel]
+            moved = replace(between, amplitudes=(own + between.amplitudes - old.amplitudes).clamp(-1, 1))
+            change = moved.correction(z[None]) - replace(old, amplitudes=own).correction(z[None])
             found = max(found, float(change.abs().max()) / max(between.sigma.item(), old.sigma.item()))
         return found
 

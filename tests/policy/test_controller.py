@@ -130,7 +130,7 @@ def test_hybrid_adds_the_entropy_gradient_to_eps_grad() -> None:
     plain = eps.grad.clone()
     controller.before_optimizer_step(1)
     functions = controller.bank.functions()  # as the round has left them
-    gradient = entropy_gradient(functions.outputs(z.view(1, -1)), functions.direction(z.view(1, -1)))
+    gradient = entropy_gradient(functions.outputs(z.view(1, -1)), functions.direction("eps", z.view(1, -1)))
     torch.testing.assert_close(eps.grad - plain, 0.3 * gradient[0], rtol=1e-3, atol=1e-4)
 
 
@@ -143,8 +143,8 @@ def test_hybrid_follows_the_shape_that_the_round_has_put_in_place() -> None:
     controller.before_optimizer_step(1)
     (eps,) = controller.amplitudes.values()
     after, rows = controller.bank.functions(), z.view(1, -1)
-    of_old = float(entropy_gradient(before.outputs(rows), before.direction(rows)))
-    of_new = float(entropy_gradient(after.outputs(rows), after.direction(rows)))
+    of_old = float(entropy_gradient(before.outputs(rows), before.direction("eps", rows)))
+    of_new = float(entropy_gradient(after.outputs(rows), after.direction("eps", rows)))
     assert abs(of_old - of_new) > 0.02
     assert eps.grad is not None
     assert eps.grad.item() == pytest.approx(of_new, abs=2e-3)

@@ -34,7 +34,7 @@ def make_functions(eps: float = 0.05) -> Functions:
     density = Gaussian(torch.tensor([-0.3]), torch.tensor([1.4]))
     return Functions(
         bases=bases,
-        eps=torch.full((SITES,), eps, dtype=torch.float64),
+        amplitudes=torch.full((1, SITES), eps, dtype=torch.float64),
         shape=torch.tensor([[-0.3, 1.4]], dtype=torch.float64).repeat(SITES, 1),
         tables=torch.stack([tabulate(correction_shape(bases[row], density))[0] for row in tabulated]),
         tabulated=torch.tensor(tabulated),
@@ -57,7 +57,7 @@ def describe(old: Functions, new: Functions, samples: Tensor) -> dict[str, Tenso
 def move(size: float) -> dict[str, Tensor]:
     old = make_functions()
     shape = old.shape + size * torch.tensor([0.2, 0.3])
-    return describe(old, replace(old, eps=old.eps + size, shape=shape), quantiles())
+    return describe(old, replace(old, amplitudes=old.amplitudes + size, shape=shape), quantiles())
 
 
 # ------------------------------------------------------------------ entropies
@@ -84,7 +84,7 @@ def test_the_drift_has_the_sign_and_size_of_the_change(size: float) -> None:
     """A move of eps alone: the drift is the change of the entropy, to first order."""
     old = make_functions()
     samples = quantiles()
-    columns = describe(old, replace(old, eps=old.eps + size), samples)
+    columns = describe(old, replace(old, amplitudes=old.amplitudes + size), samples)
     change = columns["entropy_after"] - columns["entropy"]
     assert torch.equal(columns["entropy_drift"].sign(), change.sign())
     np.testing.assert_allclose(columns["entropy_drift"], change, rtol=0.1)
@@ -94,14 +94,15 @@ def test_the_drift_has_the_sign_and_size_of_the_change(size: float) -> None:
 def test_the_gradient_is_the_difference_quotient_of_the_entropy() -> None:
     functions, samples, step = make_functions(0.0), quantiles(), 1e-3
     sides = [
-        OutputEntropy(replace(functions, eps=functions.eps + s * step).outputs(samples), R).entropy for s in (1, -1)
+        OutputEntropy(replace(functions, amplitudes=functions.amplitudes + s * step).outputs(samples), R).entropy
+        for s in (1, -1)
     ]
     expected = (sides[0] - sides[1]) / (2 * step)
-    found = OutputEntropy(functions.outputs(samples), R).gradient(functions.direction(samples))
+    found = OutputEntropy(functions.outputs(samples), R).gradient(functions.direction("eps", samples))
     np.testing.assert_allclose(found, expected, rtol=0.02, atol=2e-3)
     # the theory's table, for the direction sigma u exp(-u^2 / 2) of every base
     closed = replace(functions, tables=torch.empty(0, 4, 1), tabulated=torch.empty(0, dtype=torch.long))
-    found = OutputEntropy(closed.outputs(samples), R).gradient(closed.direction(samples))
+    found = OutputEntropy(closed.outputs(samples), R).gradient(closed.direction("eps", samples))
     np.testing.assert_allclose(found[:4], [0.5865, 1.0803, -0.4469, 0.8648], atol=5e-3)
 
 
@@ -121,7 +122,7 @@ def negentropies(*rows: np.ndarray) -> list[float]:
     samples = torch.from_numpy(np.stack(rows))
     functions = Functions(
         bases=[as_base("relu")] * len(rows),
-        eps=torch.zeros(len(rows)),
+        amplitudes=torch.zeros(1, len(rows)),
         shape=torch.tensor([[0.0, 1.0]]).repeat(len(rows), 1),
         tables=torch.empty(0, 4, 1),
         tabulated=torch.empty(0, dtype=torch.long),
@@ -165,12 +166,13 @@ def test_negentropy_of_few_gaussian_samples_is_not_far_from_zero(n: int) -> None
 
 def test_columns_are_those_of_the_samples_and_of_the_new_function() -> None:
     old = make_functions()
-    new = replace(old, eps=old.eps + 0.1, shape=old.shape * 1.5)
+    new = replace(old, amplitudes=old.amplitudes + 0.1, shape=old.shape * 1.5)
     samples = quantiles(999)
     samples[1, ::4] = math.nan
     columns = describe(old, new, samples)
     assert all(column.shape == (SITES,) for column in columns.values())
-    assert torch.equal(columns["eps"], new.eps) and torch.equal(columns["delta_eps"], new.eps - old.eps)
+    assert torch.equal(columns["eps"], new.amplitudes[0])
+    assert torch.equal(columns["delta_eps"], (new.amplitudes - old.amplitudes)[0])
     assert torch.equal(columns["mu"], new.shape[:, 0]) and torch.equal(columns["sigma"], new.shape[:, 1])
     clean = samples[1][samples[1].isfinite()].numpy()
     assert columns["n"][1] == clean.size < 999
@@ -182,9 +184,9 @@ def test_columns_are_those_of_the_samples_and_of_the_new_function() -> None:
 def test_a_site_without_samples_spoils_no_other() -> None:
     old = make_functions()
     samples = quantiles(999)
-    whole = describe(old, replace(old, eps=old.eps * 2), samples)
+    whole = describe(old, replace(old, amplitudes=old.amplitudes * 2), samples)
     samples[2] = math.nan
-    found = describe(old, replace(old, eps=old.eps * 2), samples)
+    found = describe(old, replace(old, amplitudes=old.amplitudes * 2), samples)
     rest = [0, 1, 3, 4]
     for name, column in found.items():
         torch.testing.assert_close(column[rest], whole[name][rest], rtol=1e-5, atol=1e-6)

@@ -123,34 +123,62 @@ def test_only_the_gaussian_density_goes_without_tables() -> None:
     assert not Options().tabulated
     assert Options(density="histogram").tabulated
     assert Options(density=gaussian).tabulated
-    form = {"tabulated": False, "per_channel": True, "free": True}
+    form = {"tabulated": False, "per_channel": True, "terms": ("eps", "lift"), "base": None}
     assert Options(per_channel=True, terms="free").form == form
 
 
 @pytest.mark.parametrize("options", [{"density": "histogram"}, {"density": gaussian}], ids=["histogram", "own density"])
-def test_free_terms_need_the_closed_form(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"terms='free': an amplitude for each term needs density='gaussian'"):
+def test_local_terms_need_the_closed_form(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"terms='free': eps and lift need density='gaussian'"):
         Options(terms="free", **options)
+    with pytest.raises(ConfigError, match=r"terms=\['lift', 'slope'\]: lift needs density='gaussian'"):
+        Options(terms=["lift", "slope"], **options)
+    assert Options(terms="tails", **options).resolved_terms == ("gain", "slope")
+    assert Options(terms=["slope", "tied"], **options).resolved_terms == ("tied", "slope")
 
 
-FREE: list[tuple[dict[str, Any], bool]] = [
-    ({}, True),
-    ({"policy": "entropy"}, True),
-    ({"density": "histogram"}, False),
-    ({"policy": "static"}, False),
-    ({"policy": [Rule("a", "learned"), Rule(".*", "static")]}, False),
+LOCAL, TIED = ("eps", "lift"), ("tied",)
+AUTO: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({}, LOCAL),
+    ({"policy": "entropy"}, LOCAL),
+    ({"density": "histogram"}, TIED),
+    ({"policy": "static"}, TIED),
+    ({"policy": [Rule("a", "learned"), Rule(".*", "static")]}, TIED),
 ]
 
 
-@pytest.mark.parametrize(("options", "free"), FREE, ids=str)
-def test_terms_are_free_where_they_can_be(options: dict[str, Any], free: bool) -> None:
-    assert Options(**options).form["free"] is free
-    assert not Options(**options, terms="tied").form["free"]
+@pytest.mark.parametrize(("options", "terms"), AUTO, ids=str)
+def test_terms_are_local_where_they_can_be(options: dict[str, Any], terms: tuple[str, ...]) -> None:
+    assert Options(**options).form["terms"] == terms
+    assert Options(**options, terms="tied").form["terms"] == TIED
 
 
-def test_unknown_terms_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"terms='loose': unknown. Choose 'auto', 'tied' or 'free'"):
-        Options(terms="loose")
+def test_names_of_terms() -> None:
+    every = ("eps", "lift", "gain", "slope")
+    assert (
+        Options(terms="full").resolved_terms == Options(terms=["slope", "eps", "gain", "lift"]).resolved_terms == every
+    )
+    assert Options(terms="local").resolved_terms == Options(terms="free").resolved_terms == LOCAL
+    assert Options(terms=("lift",)).resolved_terms == ("lift",)
+
+
+WRONG_TERMS: list[tuple[Any, str]] = [
+    ("loose", "terms='loose': unknown. Choose one of auto, full, local, tails, tied, free, or a list of terms."),
+    (["eps", "bend"], "terms='bend': unknown. Give a list of tied, eps, lift, gain, slope."),
+    ([], "terms=[]: neither a name nor a list of terms. Give a list of tied, eps, lift, gain, slope."),
+    (3, "terms=3: neither a name nor a list of terms. Give a list of tied, eps, lift, gain, slope."),
+    (["eps", "eps"], "terms=['eps', 'eps']: a term stands there twice. Give a list of tied, eps, lift, gain, slope."),
+    (
+        ["tied", "lift"],
+        "terms=['tied', 'lift']: tied is one amplitude for eps and lift together. Give tied, or eps and ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("terms", "message"), WRONG_TERMS, ids=str)
+def test_terms_that_there_are_not_are_one_line(terms: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        Options(terms=terms)
 
 
 def test_primitives_are_json_and_complete() -> None:

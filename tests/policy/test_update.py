@@ -46,7 +46,7 @@ def make_functions(tabulated: Sequence[int] = CURVED, dtype: torch.dtype = torch
     tables = [tabulate(correction_shape(bases[row], standard(1), route="score"))[0] for row in tabulated]
     return Functions(
         bases=bases,
-        eps=torch.tensor(EPS, dtype=dtype),
+        amplitudes=torch.tensor([EPS], dtype=dtype),
         shape=torch.tensor(SHAPES, dtype=dtype),
         tables=torch.stack(tables).to(dtype) if tables else torch.empty(0, 4, 1, dtype=dtype),
         tabulated=torch.tensor(list(tabulated), dtype=torch.long),
@@ -59,7 +59,9 @@ def make_tabulated(seed: int = 0, eps: float = 0.2) -> Functions:
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand(5, generator=generator, dtype=torch.float64) - 0.5
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
-    return replace(functions, eps=eps * sign, tables=functions.tables * (1 + 0.2 * scale).view(-1, 1, 1))
+    return replace(
+        functions, amplitudes=(eps * sign).unsqueeze(0), tables=functions.tables * (1 + 0.2 * scale).view(-1, 1, 1)
+    )
 
 
 def spread(functions: Functions, n: int = 501, reach: float = HALF_WIDTH) -> Tensor:
@@ -89,7 +91,7 @@ def reference_direction(functions: Functions, row: int, z: float) -> float:
 
 def assert_no_site_is_new(new: Functions, old: Functions, rows: Sequence[int]) -> None:
     for row in rows:
-        assert new.eps[row] == old.eps[row] and torch.equal(new.shape[row], old.shape[row])
+        assert new.amplitudes[0, row] == old.amplitudes[0, row] and torch.equal(new.shape[row], old.shape[row])
         if row in old.tabulated.tolist():
             place = old.tabulated.tolist().index(row)
             assert torch.equal(new.tables[place], old.tables[place])
@@ -106,7 +108,7 @@ def test_direction_correction_and_outputs_against_a_loop() -> None:
     for row, name in enumerate(NAMES):
         expected = torch.tensor([reference_direction(functions, row, x) for x in z[row].tolist()], dtype=torch.float64)
         close = {"rtol": 1e-9, "atol": 1e-12}
-        torch.testing.assert_close(functions.direction(z)[row], expected, **close)
+        torch.testing.assert_close(functions.direction("eps", z)[row], expected, **close)
         torch.testing.assert_close(functions.correction(z)[row], EPS[row] * expected, **close)
         torch.testing.assert_close(functions.outputs(z)[row], plain[name](z[row]) + EPS[row] * expected, **close)
 
@@ -115,7 +117,9 @@ def test_the_update_and_the_forward_compute_the_same_correction() -> None:
     functions = make_tabulated()
     z = spread(functions, 301, 9.0)
     for row in range(5):
-        found = correction(z[row], functions.eps[row], functions.shape[row], functions.tables[row], HALF_WIDTH)
+        found = correction(
+            z[row], functions.amplitudes[:, row], functions.shape[row], functions.tables[row], HALF_WIDTH
+        )
         torch.testing.assert_close(found, functions.correction(z)[row], rtol=1e-9, atol=1e-11)
 
 
@@ -140,8 +144,10 @@ def test_part_of_the_way() -> None:
     new = replace(new, shape=old.shape * 2)
     fraction = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
     between = old.towards(new, fraction)
-    for name in ("eps", "shape", "tables"):
+    for name in ("amplitudes", "shape", "tables"):
         a, b, c = (getattr(each, name) for each in (old, new, between))
+        if name == "amplitudes":
+            a, b, c = a.T, b.T, c.T  # one row a site, as the others
         share = fraction.view(-1, *[1] * (a.dim() - 1))
         torch.testing.assert_close(c, (1 - share) * a + share * b)
         assert torch.equal(c[0], a[0]) and torch.equal(c[-1], b[-1])
@@ -149,7 +155,9 @@ def test_part_of_the_way() -> None:
 
 def test_a_move_that_is_refused_leaves_no_trace_even_of_nan() -> None:
     old = make_tabulated()
-    poison = replace(old, eps=old.eps * math.nan, shape=old.shape * math.inf, tables=old.tables * math.nan)
+    poison = replace(
+        old, amplitudes=old.amplitudes * math.nan, shape=old.shape * math.inf, tables=old.tables * math.nan
+    )
     assert_no_site_is_new(old.towards(poison, torch.zeros(5, dtype=torch.float64)), old, range(5))
 
 
@@ -333,7 +341,7 @@ def test_refreshed_fits_each_usable_site_as_if_alone(estimator: Any) -> None:
     usable = torch.tensor([True, True, False, False, True])
     density = estimator(samples)
     new = refreshed(old, density, usable, 0.1)
-    assert torch.equal(new.eps, old.eps) and new.bases == old.bases
+    assert torch.equal(new.amplitudes, old.amplitudes) and new.bases == old.bases
     assert_no_site_is_new(new, old, [2, 3])
     rows = old.tabulated.tolist()
     for row in (0, 1, 4):
@@ -346,9 +354,9 @@ def test_refreshed_fits_each_usable_site_as_if_alone(estimator: Any) -> None:
 
 def test_refreshing_changes_nothing_in_place() -> None:
     old = make_functions()
-    kept = copy.deepcopy((old.eps, old.shape, old.tables))
+    kept = copy.deepcopy((old.amplitudes, old.shape, old.tables))
     refreshed(old, gaussian(samples_of(SHAPES)), torch.ones(5, dtype=torch.bool), 0.1)
-    for one, two in zip(kept, (old.eps, old.shape, old.tables), strict=True):
+    for one, two in zip(kept, (old.amplitudes, old.shape, old.tables), strict=True):
         assert torch.equal(one, two)
 
 
@@ -357,7 +365,7 @@ def test_a_vanishing_spread_keeps_a_scale_that_half_precision_can_divide_by() ->
     density = Gaussian(torch.zeros(5), torch.full((5,), 1e-12))
     new = refreshed(old, density, torch.ones(5, dtype=torch.bool), 0.1)
     assert (new.shape[:, 1].half() > 0).all()
-    half = correction(torch.zeros(3, dtype=torch.float16), torch.tensor(0.5), new.shape[0].float())
+    half = correction(torch.zeros(3, dtype=torch.float16), torch.tensor([0.5]), new.shape[0].float())
     assert half.isfinite().all()
 
 
@@ -373,7 +381,7 @@ def largest_jump(old: Functions, new: Functions) -> Tensor:
 
 def assert_bounded(old: Functions, wanted: Functions, max_delta: float) -> Tensor:
     taken, fraction = bounded_move(old, wanted, TrustRegion(1.0, max_delta))
-    assert taken.eps.isfinite().all() and taken.shape.isfinite().all() and taken.tables.isfinite().all()
+    assert taken.amplitudes.isfinite().all() and taken.shape.isfinite().all() and taken.tables.isfinite().all()
     assert (taken.shape[:, 1] > 0).all()
     assert (largest_jump(old, taken) <= max_delta * 1.001).all()
     held = [row for row in range(5) if fraction[row] == 0]
@@ -399,7 +407,7 @@ def test_hostile_moves_stay_within_the_bound(
     old = make_functions(range(5) if all_tabulated else CURVED)
     mu, sigma = old.shape.unbind(-1)
     moved = torch.stack([mu + torch.tensor(shifts) * sigma, sigma * torch.tensor(factors)], -1)
-    assert_bounded(old, replace(old, shape=moved, eps=torch.tensor(eps, dtype=torch.float64)), max_delta)
+    assert_bounded(old, replace(old, shape=moved, amplitudes=torch.tensor([eps], dtype=torch.float64)), max_delta)
 
 
 def test_another_table_counts_too() -> None:
@@ -414,10 +422,10 @@ def test_another_table_counts_too() -> None:
 @pytest.mark.parametrize("part", ["eps", "mu", "sigma", "table"])
 def test_what_is_no_number_is_never_taken(part: str) -> None:
     old = make_functions(range(5))
-    eps, shape, tables = old.eps.clone(), old.shape.clone(), old.tables.clone()
-    target = {"eps": eps, "mu": shape[:, 0], "sigma": shape[:, 1], "table": tables[:, :, 97]}[part]
+    amplitudes, shape, tables = old.amplitudes.clone(), old.shape.clone(), old.tables.clone()
+    target = {"eps": amplitudes[0], "mu": shape[:, 0], "sigma": shape[:, 1], "table": tables[:, :, 97]}[part]
     target[...] = math.nan
-    fraction = assert_bounded(old, replace(old, eps=eps, shape=shape, tables=tables), 0.1)
+    fraction = assert_bounded(old, replace(old, amplitudes=amplitudes, shape=shape, tables=tables), 0.1)
     assert (fraction == 0).all()
 
 
@@ -425,13 +433,13 @@ def test_a_small_move_is_taken_whole_and_a_larger_one_as_far_as_allowed() -> Non
     old = make_functions(())
     peak = math.exp(-0.5)  # of u exp(-u^2 / 2)
     steps = torch.tensor([0.0, 0.09, 0.17, 0.33, 2.9], dtype=torch.float64) / peak
-    taken, fraction = bounded_move(old, replace(old, eps=old.eps + steps), TrustRegion(1.0, 0.1))
+    taken, fraction = bounded_move(old, replace(old, amplitudes=old.amplitudes + steps), TrustRegion(1.0, 0.1))
     assert fraction.tolist() == [1.0, 1.0, 0.5, 0.25, 0.0]
-    torch.testing.assert_close(taken.eps - old.eps, steps * fraction)
+    torch.testing.assert_close((taken.amplitudes - old.amplitudes)[0], steps * fraction)
 
 
 def test_a_scale_that_grows_is_followed_since_the_bound_grows_with_it() -> None:
-    old = replace(make_functions(()), eps=torch.full((5,), 0.15, dtype=torch.float64))
+    old = replace(make_functions(()), amplitudes=torch.full((1, 5), 0.15, dtype=torch.float64))
     grown = old.shape.clone()
     grown[:, 1] *= 50
     assert (assert_bounded(old, replace(old, shape=grown), 0.1) == 1).all()
@@ -439,7 +447,7 @@ def test_a_scale_that_grows_is_followed_since_the_bound_grows_with_it() -> None:
 
 def test_a_bump_that_would_appear_between_two_places_is_seen() -> None:
     """Half-way of a long shift the function stands where neither grid of the two ends lies."""
-    old = replace(make_functions(()), eps=torch.full((5,), 0.3, dtype=torch.float64))
+    old = replace(make_functions(()), amplitudes=torch.full((1, 5), 0.3, dtype=torch.float64))
     shift = torch.zeros_like(old.shape)
     shift[:, 0] = 100 * old.shape[:, 1]
     assert (assert_bounded(old, replace(old, shape=old.shape + shift), 0.1) == 0).all()

@@ -117,7 +117,7 @@ def test_the_log_ends_with_the_model(tmp_path: Path, name: str) -> None:
     log = CorrectionLog.load(tmp_path)
     assert log.steps[-1] == step == host.global_step
     assert callback.controller is not None
-    eps = callback.controller.bank.functions().eps.tolist()
+    eps = callback.controller.bank.functions().amplitude("eps").tolist()
     rows = [row for row in log.rows if row["step"] == step]
     assert [row["fit_end"] for row in rows] == [word, word]
     assert [row["eps"] for row in rows] == pytest.approx(eps, rel=1e-8)
@@ -136,7 +136,7 @@ def test_the_log_ends_with_averaged_weights(tmp_path: Path) -> None:
     log = CorrectionLog.load(tmp_path)
     assert log.update_steps == [1, 2, 4, 8, 12]
     assert callback.controller is not None
-    eps = callback.controller.bank.functions().eps.tolist()
+    eps = callback.controller.bank.functions().amplitude("eps").tolist()
     assert [row["eps"] for row in log.rows[-4:-2]] != pytest.approx(eps, rel=1e-3)
     assert [row["eps"] for row in log.last()] == pytest.approx(eps, rel=1e-8)
     assert [shape["eps"] for shape in log.shapes()[-2:]] == pytest.approx(eps, rel=1e-5)

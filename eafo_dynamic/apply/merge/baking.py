@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from eafo_dynamic.apply.noting import note_children, parents_of_noted
 from eafo_dynamic.apply.site import Site, register
 from eafo_dynamic.apply.standalone import CorrectedActivation
 from eafo_dynamic.apply.surgery import hosted_sites
+from eafo_dynamic.correction.bases import activation_module, as_base
+from eafo_dynamic.correction.kernels import TERMS
 from eafo_dynamic.find.functional import function_name
 from eafo_dynamic.internals.torch_internals import forget, hook_tables
 
@@ -25,13 +27,22 @@ _MODULES: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "si
 
 
 class State(NamedTuple):
-    """The tensors of one corrected function, as its site has them, and the dimension of its channels."""
+    """The tensors of one corrected function, as its site has them, the dimension of its channels, and another base."""
 
-    eps: Tensor
+    eps: Tensor | None
     shape: Tensor
     table: Tensor | None
     lift: Tensor | None = None
+    gain: Tensor | None = None
+    slope: Tensor | None = None
     channel_dim: int | None = None
+    base: str | None = None
+
+    @property
+    def amplitudes(self) -> dict[str, Tensor]:
+        """The amplitudes by the names of the terms."""
+        each = {name: getattr(self, name) for name in TERMS}
+        return {name: value for name, value in each.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -103,9 +114,11 @@ class _Served(NamedTuple):
 
 
 def _state(host: nn.Module, site: Site) -> State:
-    eps, *others = (getattr(host, key) for key in site.keys)
+    tensors: list[Any] = [getattr(host, key, None) for key in site.keys]
+    state = State(*tensors, base=site.base)
     # one amplitude for all channels is the same function wherever they are
-    return State(eps, *others, channel_dim=site.collector.channel_dim if eps.dim() else None)
+    by_channel = any(each.dim() for each in state.amplitudes.values())
+    return state._replace(channel_dim=site.collector.channel_dim if by_channel else None)
 
 
 def _tellers(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
@@ -140,7 +153,7 @@ def _holds_function(layer: Hosting, function: str) -> bool:
 
 
 def _is_zero(state: State) -> bool:
-    return not bool(state.eps.any()) and (state.lift is None or not bool(state.lift.any()))
+    return state.base is None and not any(bool(each.any()) for each in state.amplitudes.values())
 
 
 def _baked(
@@ -230,10 +243,14 @@ def _take_place(module: nn.Module, other: nn.Module) -> None:
 
 
 def _corrected(base: nn.Module, state: State) -> CorrectedActivation:
-    corrected = CorrectedActivation(base, trainable=False)
     tensors = state._asdict()
-    corrected.channel_dim = tensors.pop("channel_dim")
+    other = tensors.pop("base")
+    if other is not None:
+        base = activation_module(as_base(other)).train(base.training)
+    corrected = CorrectedActivation(base, trainable=False)
+    corrected.channel_dim, corrected.other_base = tensors.pop("channel_dim"), other
     for key, value in tensors.items():
         forget(corrected, key)
         register(corrected, key, value)
+    corrected.names = list(state.amplitudes)
     return corrected.train(base.training)

@@ -148,8 +148,10 @@ def _places(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _place(name: str, module: nn.Module, orders: Mapping[str, Order]) -> dict[str, Any]:
-    dims = [each.channel_dim for each in _functions(module)]
-    return {"module": name, "functions": len(dims), "orders": orders, "channel_dims": dims}
+    functions = _functions(module)
+    dims, bases = [each.channel_dim for each in functions], [each.other_base for each in functions]
+    place = {"module": name, "functions": len(dims), "orders": orders, "channel_dims": dims}
+    return place if not any(bases) else {**place, "bases": bases}
 
 
 def _functions(module: nn.Module) -> list[CorrectedActivation]:
@@ -314,13 +316,17 @@ def _stems(place: Mapping[str, Any]) -> list[str]:
 
 
 def _baked(place: Mapping[str, Any], state: Mapping[str, Tensor]) -> Baked:
+    stems = _stems(place)
     functions = tuple(
         State(
-            state[f"{stem}eps"],
+            state.get(f"{stem}eps"),
             state[f"{stem}shape"],
             state.get(f"{stem}table"),
             state.get(f"{stem}lift"),
+            state.get(f"{stem}gain"),
+            state.get(f"{stem}slope"),
+            base=base,
         )
-        for stem in _stems(place)
+        for stem, base in zip(stems, place.get("bases") or [None] * len(stems), strict=True)
     )
     return Baked(place["module"], (), functions, place["orders"], tuple(place.get("parents", ())))

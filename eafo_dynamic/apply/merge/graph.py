@@ -201,7 +201,7 @@ def _rename(host: nn.Module, site: Site) -> None:
     """Turns a site's parameters and buffers ``eafo_<index>_...`` into buffers ``corrected_<index>_...``."""
     keys = tuple(_THEIRS + key.removeprefix(_OURS) for key in site.keys)
     for key, now in zip(site.keys, keys, strict=True):
-        value: Tensor | None = getattr(host, key)
+        value: Tensor | None = getattr(host, key, None)
         forget(host, key)
         register(host, now, None if value is None else value.detach().clone())
     vars(site)["keys"] = keys

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
@@ -14,10 +16,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eafo_dynamic.correction.bases.descriptor import Base, LogSlope, Pointwise, probe_points
+from eafo_dynamic.correction.bases.further import (
+    normal_cdf,
+    quick_gelu,
+    squared_leaky_relu,
+    squared_relu,
+    swish_beta,
+    xielu,
+)
 from eafo_dynamic.correction.bases.log_slopes import LOG_SLOPES
 from eafo_dynamic.errors import ConfigError
 
-__all__ = ["activation_names", "activation_types", "as_base", "register_activation"]
+__all__ = [
+    "PointwiseActivation",
+    "activation_module",
+    "activation_names",
+    "activation_types",
+    "as_base",
+    "register_activation",
+]
 
 _Kind = TypeVar("_Kind", bound="type[nn.Module] | Pointwise")
 
@@ -63,19 +80,6 @@ def _identity(z: Tensor) -> Tensor:
     return z * 1.0  # not z itself: a result that aliases its input is not out of place
 
 
-def _normal_cdf(z: Tensor) -> Tensor:
-    # The erfc form keeps its relative precision in the left tail, where 1 + erf rounds to 0.
-    return 0.5 * torch.erfc(z * -(0.5**0.5))
-
-
-def _quick_gelu(z: Tensor) -> Tensor:
-    return z * torch.sigmoid(1.702 * z)
-
-
-def _squared_relu(z: Tensor) -> Tensor:
-    return F.relu(z).square()
-
-
 _BY_TYPE: dict[type[nn.Module], _Entry] = {
     nn.Identity: _Entry("identity", _identity),
     nn.ReLU: _Entry("relu", F.relu),
@@ -108,6 +112,9 @@ _BY_CALLABLE: dict[Any, _Entry] = {}
 _MODULES: list[type[nn.Module]] = [*_BY_TYPE, nn.PReLU, nn.RReLU]
 
 
+_CALLED = re.compile(r"\s*([\w\- ]+?)\s*\((.*)\)\s*")
+
+
 def _canonical(name: str) -> str:
     return name.replace("_", "").replace("-", "").replace(" ", "").lower()
 
@@ -124,10 +131,13 @@ def _fill_tables() -> None:
     gelu_tanh = _Entry("gelu_tanh", functools.partial(F.gelu, approximate="tanh"))
     for name, entry in {
         "gelu_tanh": gelu_tanh,
-        "normal_cdf": _Entry("normal_cdf", _normal_cdf, log_slope=LOG_SLOPES["normal_cdf"]),
-        "quick_gelu": _Entry("quick_gelu", _quick_gelu),
-        "squared_relu": _Entry("squared_relu", _squared_relu),
-        "relu2": _Entry("squared_relu", _squared_relu),
+        "normal_cdf": _Entry("normal_cdf", normal_cdf, log_slope=LOG_SLOPES["normal_cdf"]),
+        "quick_gelu": _Entry("quick_gelu", quick_gelu),
+        "squared_relu": _Entry("squared_relu", squared_relu),
+        "relu2": _Entry("squared_relu", squared_relu),
+        "squared_leaky_relu": _Entry("squared_leaky_relu", squared_leaky_relu, {"negative_slope": 0.5}),
+        "swish_beta": _Entry("swish_beta", swish_beta, {"beta": 1.0}),
+        "xielu": _Entry("xielu", xielu, {"alpha_p": 0.8, "alpha_n": 0.8, "beta": 0.5}),
         "swish": _BY_TYPE[nn.SiLU],
         "linear": _BY_TYPE[nn.Identity],
     }.items():
@@ -198,8 +208,9 @@ def as_base(obj: str | nn.Module | type[nn.Module] | Pointwise | Base) -> Base:
     mean of its slopes, which is also what it computes in eval mode.
 
     Args:
-        obj: a name (``"gelu"``, ``"LeakyReLU"``, a key of transformers' ``ACT2FN``), an ``nn.Module`` or
-            a class of one, a function of one tensor (also a ``functools.partial`` of a torch one), or a base.
+        obj: a name (``"gelu"``, ``"LeakyReLU"``, a key of transformers' ``ACT2FN``), with hyper-parameters as ``str``
+            shows them (``"swish_beta(beta=1.5)"``), an ``nn.Module`` or a class of one, a function of one tensor (also
+            a ``functools.partial`` of a torch one), or a base.
 
     Returns:
         The base.
@@ -228,6 +239,9 @@ def as_base(obj: str | nn.Module | type[nn.Module] | Pointwise | Base) -> Base:
 
 
 def _from_name(name: str) -> Base:
+    called = _CALLED.fullmatch(name)
+    if called is not None:
+        return _with_parameters(name, *called.groups())
     entry = _BY_NAME.get(_canonical(name))
     if isinstance(entry, _Entry):
         return entry.base({})
@@ -242,6 +256,76 @@ def _from_name(name: str) -> Base:
     raise ConfigError("activation", name, "is not a known activation", f"Use one of: {known}.")
 
 
+def _with_parameters(name: str, stem: str, given: str) -> Base:
+    """The base of a name with hyper-parameters in brackets."""
+    entry = _BY_NAME.get(_canonical(stem))
+    if not isinstance(entry, _Entry):
+        return _from_name(stem)  # which says that it is unknown, or takes no hyper-parameters
+    try:
+        call = ast.parse(f"f({given})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        values = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+    except (SyntaxError, ValueError, AssertionError):
+        problem = "its hyper-parameters cannot be read"
+        raise ConfigError("activation", name, problem, "Write them as in leaky_relu(negative_slope=0.2).") from None
+    unknown = sorted(set(values) - set(entry.defaults))
+    if unknown:
+        known = ", ".join(entry.defaults) or "none"
+        problem = f"{entry.name} has no hyper-parameter {unknown[0]}"
+        raise ConfigError("activation", name, problem, f"It has: {known}.")
+    for key, value in values.items():
+        if isinstance(_number(entry.defaults[key]), float) is not isinstance(_number(value), float):
+            default = entry.defaults[key]
+            raise ConfigError("activation", name, f"{key}={value!r} is of another kind", f"The default is {default!r}.")
+    return entry.base(values)
+
+
+def activation_module(base: Base) -> nn.Module:
+    """A module that computes a base.
+
+    Args:
+        base: the base.
+
+    Returns:
+        The module of torch for a function that torch has one for, else one that calls the function.
+    """
+    for cls, entry in _BY_TYPE.items():
+        if entry.name == base.name and base.key is None:
+            return cls(**dict(base.params))
+    return PointwiseActivation(base)
+
+
+class PointwiseActivation(nn.Module):
+    """A pointwise function as a module.
+
+    Args:
+        base: the function.
+    """
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, z: Tensor) -> Tensor:
+        """f(z).
+
+        Args:
+            z: pre-activations, any shape.
+
+        Returns:
+            Activations, same shape.
+        """
+        return self.base.fn(z)
+
+    def extra_repr(self) -> str:
+        """The name of the function with its hyper-parameters.
+
+        Returns:
+            For example ``swish_beta(beta=1.5)``.
+        """
+        return str(self.base)
+
+
 def _instance(cls: type[nn.Module]) -> nn.Module:
     try:
         return cls()
@@ -251,6 +335,8 @@ def _instance(cls: type[nn.Module]) -> nn.Module:
 
 
 def _from_module(module: nn.Module, name: str | None = None) -> Base:
+    if isinstance(module, PointwiseActivation):
+        return module.base
     if isinstance(module, nn.PReLU):
         return _PRELU.base({"negative_slope": float(module.weight.detach().double().mean())})
     if isinstance(module, nn.RReLU):

@@ -1,5 +1,6 @@
 """Base plus correction: one equation (formula), a traceable form of it, and faster ways to compute it.
 
+- ``directions`` are the terms: what each adds to the base, per unit of its amplitude.
 - ``formula`` is the equation as operations that autograd, compilers, transforms and every device understand.
 - ``terms`` are its operands, and the layouts of tensors that the back ends take; ``known`` has the bases.
 - ``compiled`` builds the C code on the user's machine, keeps it on disk and loads it.
@@ -21,17 +22,23 @@ from eafo_dynamic.correction.kernels.choice import (
     resolve_backend,
     round_kernel,
 )
-from eafo_dynamic.correction.kernels.formula import (
+from eafo_dynamic.correction.kernels.directions import (
+    BASE_TERM,
+    EPS,
+    GAIN,
+    LIFT,
     MAX_U,
+    SLOPE,
+    TERMS,
+    Term,
     bell,
-    correction,
-    correction_of,
-    correction_value,
+    finite,
     ghat_closed_form,
-    ghat_table,
+    in_order,
 )
+from eafo_dynamic.correction.kernels.formula import correction, correction_of, correction_value, ghat_table
 from eafo_dynamic.correction.kernels.fused import corrected, corrected_
-from eafo_dynamic.correction.kernels.known import Known, known_function, known_module, known_pointwise
+from eafo_dynamic.correction.kernels.known import Known, known_base, known_function, known_module, known_pointwise
 from eafo_dynamic.correction.kernels.layouts import (
     corrected_nested,
     describe,
@@ -45,12 +52,19 @@ from eafo_dynamic.correction.kernels.terms import Terms
 
 __all__ = [
     "BACKENDS",
+    "BASE_TERM",
+    "EPS",
+    "GAIN",
+    "LIFT",
     "MAX_U",
+    "SLOPE",
+    "TERMS",
     "Backend",
     "Known",
     "RoundKernel",
     "RoundOperands",
     "Smoothed",
+    "Term",
     "Terms",
     "Workspace",
     "bell",
@@ -62,9 +76,12 @@ __all__ = [
     "correction_of",
     "correction_value",
     "describe",
+    "finite",
     "ghat_closed_form",
     "ghat_table",
+    "in_order",
     "is_correctable",
+    "known_base",
     "known_function",
     "known_module",
     "known_pointwise",

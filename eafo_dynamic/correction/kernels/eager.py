@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from eafo_dynamic.correction.kernels.formula import MAX_U
+from eafo_dynamic.correction.kernels.directions import EPS, GAIN, LIFT, MAX_U, SLOPE, finite
 from eafo_dynamic.correction.kernels.known import Known
 from eafo_dynamic.correction.kernels.terms import Terms, flat
 
@@ -33,10 +33,10 @@ class EagerKernel:
             terms: the other operands, on the CPU.
 
         Returns:
-            Whether z is float32 or float64, there is one amplitude for all elements, and no lift beside a table.
+            Whether z is float32 or float64, no amplitudes differ along it, and there is no lift beside a table.
         """
-        both = terms.lift is not None and terms.table is not None
-        return z.dtype in (torch.float32, torch.float64) and not terms.eps.dim() and not both
+        both = terms.table is not None and LIFT.name in terms.names
+        return z.dtype in (torch.float32, torch.float64) and not terms.by_channel and not both
 
     @staticmethod
     def inside(z: Tensor, terms: Terms, known: Known) -> Known | None:
@@ -61,19 +61,29 @@ class EagerKernel:
             terms: the other operands.
             inside: not used; see :meth:`inside`.
         """
-        eps = float(terms.eps)
-        lift = _lift_of(terms)
-        if eps == 0.0 and not lift:
+        amplitudes = _amplitudes_of(terms)
+        if not any(amplitudes.values()):
             return  # every bit of the base stays
         size = _part_size(z)
         shape = _shape_of(terms, z, size)
         for out_part, z_part in zip(flat(out).split(size), flat(z).split(size), strict=True):
-            shape.add_value(out_part, z_part, eps, lift)
+            base = finite(out_part) if amplitudes.get(GAIN.name) else None
+            if shape is not None:
+                shape.add_value(out_part, z_part, amplitudes.get(EPS.name, 0.0), amplitudes.get(LIFT.name))
+            if base is not None:
+                out_part.add_(base, alpha=amplitudes[GAIN.name])
+            if amplitudes.get(SLOPE.name):
+                out_part.add_(finite(z_part), alpha=amplitudes[SLOPE.name])
 
     @staticmethod
     def add_gradient(
-        out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        out: Tensor,
+        grad: Tensor,
+        z: Tensor,
+        terms: Terms,
+        inside: Known | None = None,
+        value: Tensor | None = None,
+    ) -> Tensor:
         """Adds grad * c'(z) to the base's gradient, in place.
 
         Args:
@@ -82,33 +92,48 @@ class EagerKernel:
             z: pre-activations, dense.
             terms: the other operands.
             inside: not used; see :meth:`inside`.
+            value: base(z), with the strides of z; needed where there is a gain.
 
         Returns:
-            Gradients by eps and by the lift, 0-dim; None for the lift where there is none.
+            Gradient by the amplitudes, of their shape and dtype.
         """
-        eps = float(terms.eps)
-        lift = _lift_of(terms)
+        amplitudes = _amplitudes_of(terms)
         size = _part_size(z)
         shape = _shape_of(terms, z, size)
-        total = z.new_zeros(2, dtype=torch.float64)
-        parts = zip(flat(out).split(size), flat(grad).split(size), flat(z).split(size), strict=True)
-        for out_part, grad_part, z_part in parts:
-            total += shape.add_slope(out_part, grad_part, z_part, eps, lift)
-        by_eps, by_lift = total.to(terms.eps.dtype).unbind()
-        if terms.lift is None:
-            return by_eps, None
-        return by_eps, by_lift
+        total = z.new_zeros(len(amplitudes), dtype=torch.float64)
+        values = flat(z if value is None else value).split(size)
+        parts = zip(flat(out).split(size), flat(grad).split(size), flat(z).split(size), values, strict=True)
+        for out_part, grad_part, z_part, value_part in parts:
+            sums: list[Tensor] = []
+            if amplitudes.get(GAIN.name):
+                out_part.add_(torch.where(value_part.isfinite(), out_part, 0.0), alpha=amplitudes[GAIN.name])
+            if shape is not None:
+                both = shape.add_slope(
+                    out_part, grad_part, z_part, amplitudes.get(EPS.name, 0.0), amplitudes.get(LIFT.name)
+                )
+                sums += [each for name, each in zip((EPS.name, LIFT.name), both, strict=True) if name in amplitudes]
+            if GAIN.name in amplitudes:
+                sums.append(torch.dot(grad_part, finite(value_part)))
+            if SLOPE.name in amplitudes:
+                sums.append(torch.dot(grad_part, finite(z_part)))
+                if amplitudes[SLOPE.name]:
+                    out_part.add_(torch.where(z_part.isfinite(), grad_part, 0.0), alpha=amplitudes[SLOPE.name])
+            total += torch.stack(sums)
+        return total.to(terms.amplitudes.dtype)
 
 
-def _lift_of(terms: Terms) -> float | None:
-    return None if terms.lift is None else float(terms.lift)
+def _amplitudes_of(terms: Terms) -> dict[str, float]:
+    return dict(zip(terms.names, terms.amplitudes.tolist(), strict=True))
 
 
 def _part_size(z: Tensor) -> int:
     return max(1, min(_PART * torch.get_num_threads(), z.numel()))
 
 
-def _shape_of(terms: Terms, z: Tensor, size: int) -> _ClosedForm | _Table:
+def _shape_of(terms: Terms, z: Tensor, size: int) -> _ClosedForm | _Table | None:
+    """What computes the local terms; None where there are none."""
+    if EPS.name not in terms.names and LIFT.name not in terms.names:
+        return None
     mu, sigma = terms.shape.tolist()
     if terms.table is None:
         return _ClosedForm(mu, sigma, z, size)

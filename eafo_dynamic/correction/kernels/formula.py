@@ -1,10 +1,11 @@
 """The correction: the one formula behind every forward, and its backward, in operations that everything understands.
 
-    f(z) = base(z) + c(z),   c(z) = eps * sigma * ghat(u),   u = (z - mu) / sigma        (Theory, section 4, (3))
+    f(z) = base(z) + c(z),   c(z) = sigma (eps ghat(u) + lift exp(-u^2 / 2)) + gain base(z) + slope z,
+    u = (z - mu) / sigma                                                                 (Theory, section 4, (3))
 
-``ghat`` is either the closed form ``u * exp(-u^2 / 2)`` (piecewise linear base, Gaussian density) or a piecewise
-cubic read from a table. With free terms the bell ``exp(-u^2 / 2)`` is added with an amplitude of its own, the lift.
-The backward keeps the pre-activations z and recomputes the rest.
+``ghat`` is either the closed form ``u * exp(-u^2 / 2)`` or a piecewise cubic read from a table, which belongs to one
+base and density. A correction has some of the four terms; see ``directions``. The backward keeps the pre-activations z,
+and base(z) where there is a gain, and recomputes the rest.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from eafo_dynamic.correction.kernels.directions import BASE_TERM, EPS, MAX_U, TERMS, bell, finite, ghat_closed_form
 from eafo_dynamic.correction.kernels.terms import Terms
 from eafo_dynamic.internals.torch_internals import (
     CAN_SWITCH_FORWARD_MODE,
@@ -25,62 +27,20 @@ from eafo_dynamic.internals.torch_internals import (
 
 __all__ = ["MAX_U", "bell", "correction", "correction_of", "correction_value", "ghat_closed_form", "ghat_table"]
 
-MAX_U = 13.0
-"""Standardised pre-activations are clamped to [-MAX_U, MAX_U]. exp(-MAX_U^2 / 2) = 2e-37 is still a float32, MAX_U^2 is
-still a float16, and an infinite z gives a finite correction."""
 
-
-def correction_of(z: Tensor, terms: Terms) -> Tensor:
+def correction_of(z: Tensor, terms: Terms, base: Tensor | None = None) -> Tensor:
     """``correction`` with its operands in one tuple.
 
     Args:
         z: pre-activations, any shape, floating point.
-        terms: amplitudes, shape and table.
+        terms: amplitudes, shape, table and the names of the terms.
+        base: base(z), where one of the terms is the gain.
 
     Returns:
-        c(z), of the shape and dtype of z; twice differentiable in z, eps and lift.
+        c(z), of the shape and dtype of z; twice differentiable in z, the amplitudes and base.
     """
-    eps, shape, table, half_width, lift = terms
-    return correction(z, eps, shape, table, half_width, lift)
-
-
-def _clamped(u: Tensor) -> Tensor:
-    # MAX_U as a literal: torch.jit.script cannot read a global number, and torch.compile with dynamic=True makes one an
-    # input of the graph, which fails at the second site
-    return u.clamp(-13.0, 13.0)
-
-
-def ghat_closed_form(u: Tensor) -> tuple[Tensor, Tensor]:
-    """Shape of the correction for a piecewise linear base and a Gaussian density, and its slope.
-
-        ghat(u) = u exp(-u^2/2),   ghat'(u) = (1 - u^2) exp(-u^2/2)
-
-    Args:
-        u: standardised pre-activations, any shape, no unit.
-
-    Returns:
-        ghat and ghat', both of the shape of u.
-    """
-    u = _clamped(u)
-    square = u * u
-    peak = torch.exp(-0.5 * square)
-    return u * peak, (1.0 - square) * peak
-
-
-def bell(u: Tensor) -> tuple[Tensor, Tensor]:
-    """Shape of the lift, and its slope.
-
-        bell(u) = exp(-u^2/2),   bell'(u) = -u exp(-u^2/2)
-
-    Args:
-        u: standardised pre-activations, any shape, no unit; a NaN counts as infinitely far away.
-
-    Returns:
-        The bell and its slope, both of the shape of u.
-    """
-    u = _clamped(u.nan_to_num(nan=13.0))
-    value = torch.exp(-0.5 * u * u)
-    return value, -u * value
+    amplitudes, shape, table, half_width, names = terms
+    return correction(z, amplitudes, shape, table, half_width, names, base)
 
 
 def ghat_table(u: Tensor, table: Tensor, half_width: float) -> tuple[Tensor, Tensor]:
@@ -128,101 +88,143 @@ def _bell(z: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
 
 def correction_value(
     z: Tensor,
-    eps: Tensor,
+    amplitudes: Tensor,
     shape: Tensor,
     table: Tensor | None,
     half_width: float,
-    lift: Tensor | None,
+    names: list[str],
+    base: Tensor | None,
 ) -> Tensor:
-    """``correction`` in operations that torch.jit.script understands too; without its promise at eps = 0.
+    """``correction`` in operations that torch.jit.script understands too; without its promise at amplitudes of 0.
 
     Args:
         z: see ``correction``.
-        eps: see ``correction``.
+        amplitudes: see ``correction``.
         shape: see ``correction``.
         table: see ``correction``.
         half_width: see ``correction``.
-        lift: see ``correction``.
+        names: see ``correction``.
+        base: see ``correction``.
 
     Returns:
         c(z), of the shape and dtype of z.
     """
     sigma = shape[1].to(z.dtype)
-    value, _ = _ghat(z, shape, table, half_width)
-    c = value * (eps.to(z.dtype) * sigma)
-    if lift is not None:
-        c = c + _bell(z, shape)[0] * (lift.to(z.dtype) * sigma)
+    c = torch.zeros_like(z) if len(names) == 0 else z
+    for number, name in enumerate(names):
+        amplitude = amplitudes[number].to(z.dtype)
+        if name == "eps":
+            part = _ghat(z, shape, table, half_width)[0] * (amplitude * sigma)
+        elif name == "lift":
+            part = _bell(z, shape)[0] * (amplitude * sigma)
+        elif name == "gain" and base is not None:
+            part = finite(base) * amplitude
+        else:
+            part = finite(z) * amplitude
+        c = part if number == 0 else c + part
     return c
 
 
-def _summed(grad: Tensor, value: Tensor, amplitude: Tensor, shape: Tensor) -> Tensor:
-    """Gradient by an amplitude that multiplies sigma * value."""
+def _direction(
+    name: str, z: Tensor, shape: Tensor, table: Tensor | None, half_width: float, base: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What one unit of an amplitude adds, per unit of its scale, and the slope of what it adds; None for 0."""
+    if name == EPS.name and table is not None:
+        return _ghat(z, shape, table, half_width)
+    mu, sigma = shape.unbind()
+    u = (z - mu) / sigma
+    term = TERMS[name]
+    value = term.value(u, z, z if base is None else base)
+    return value, None if name == BASE_TERM else term.derivative(u, z)
+
+
+def _scale(name: str, shape: Tensor) -> Tensor | float:
+    return TERMS[name].scale(shape[1])
+
+
+def _summed(grad: Tensor, value: Tensor, amplitude: Tensor, scale: Tensor | float) -> Tensor:
+    """Gradient by an amplitude that multiplies scale * value."""
     # a sum over a batch is soon too large for half precision
     wide = torch.promote_types(value.dtype, torch.float32)
     product = grad * value
-    sigma = shape[1]
     if not amplitude.dim():
-        return (product.sum(dtype=wide) * sigma).to(amplitude.dtype)
-    return (product.to(wide).sum_to_size(amplitude.shape) * sigma).to(amplitude.dtype)
+        return (product.sum(dtype=wide) * scale).to(amplitude.dtype)
+    return (product.to(wide).sum_to_size(amplitude.shape) * scale).to(amplitude.dtype)
 
 
-def _neutral_zeros(c: Tensor, eps: Tensor) -> Tensor:
+def _neutral_zeros(c: Tensor, amplitudes: Tensor) -> Tensor:
     """Turns zeros into -0.0, the only number with x + (-0.0) == x bit for bit for every x, +0.0 and -0.0 included.
 
-    Only eps = 0 promises the base's very bits. For any other eps the extra passes are left out where the value costs
-    nothing to read, that is of a plain CPU tensor.
+    Only amplitudes of 0 promise the base's very bits. For any others the extra passes are left out where the values
+    cost nothing to read, that is of a plain CPU tensor.
 
     Returns:
         c with every zero negative. Its derivative by c is 1 everywhere; a constant in place of the zeros would have
         derivative 0 there.
     """
-    readable = eps.dim() == 0 and eps.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and not transforms_active() and eps.item() != 0.0:
+    readable = amplitudes.dim() == 1 and amplitudes.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not transforms_active() and any(amplitudes.tolist()):
         return c
     # a product, since Triton's minus is 0 - x, which never gives -0.0
     return torch.where(c == 0, (c.detach() - c) * -1.0, c)
 
 
 class _Correction(torch.autograd.Function):
-    """c(z), twice differentiable in z and the amplitudes; keeps no intermediate result for the backward."""
+    """c(z), twice differentiable in z, the amplitudes and base(z); keeps no intermediate result for the backward."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         z: Tensor,
-        eps: Tensor,
+        amplitudes: Tensor,
         shape: Tensor,
         table: Tensor | None,
+        base: Tensor | None,
         half_width: float,
-        lift: Tensor | None,
+        names: str,
     ) -> Tensor:
-        return _neutral_zeros(correction_value(z, eps, shape, table, half_width, lift), eps)
+        c = correction_value(z, amplitudes, shape, table, half_width, names.split(), base)
+        return _neutral_zeros(c, amplitudes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, eps, shape, table, ctx.half_width, lift = inputs
-        ctx.save_for_backward(z, eps, shape, table, lift)
+        *tensors, ctx.half_width, ctx.names = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        z, eps, shape, table, lift = ctx.saved_tensors
-        value, slope = _ghat(z, shape, table, ctx.half_width)
-        bell_value = bell_slope = None
-        if lift is not None:
-            bell_value, bell_slope = _bell(z, shape)
-        grad_z = grad_eps = grad_lift = None
+        z, amplitudes, shape, table, base = ctx.saved_tensors
+        names = ctx.names.split()
+        found = [_direction(name, z, shape, table, ctx.half_width, base) for name in names]
+        grad_z = grad_base = grad_amplitudes = None
         if ctx.needs_input_grad[0]:
-            total = slope * eps.to(z.dtype)
-            if lift is not None and bell_slope is not None:
-                total = total + bell_slope * lift.to(z.dtype)
-            grad_z = _neutral_zeros(grad * total, eps)
+            total = _slope_of_terms(names, found, amplitudes, z)
+            if total is not None:
+                grad_z = _neutral_zeros(grad * total, amplitudes)
         if ctx.needs_input_grad[1]:
-            grad_eps = _summed(grad, value, eps, shape)
-        if ctx.needs_input_grad[5] and lift is not None and bell_value is not None:
-            grad_lift = _summed(grad, bell_value, lift, shape)
-        return grad_z, grad_eps, None, None, None, grad_lift
+            sums = [
+                _summed(grad, value, amplitudes[number], _scale(name, shape))
+                for number, (name, (value, _)) in enumerate(zip(names, found, strict=True))
+            ]
+            grad_amplitudes = torch.stack(sums)
+        if ctx.needs_input_grad[4] and base is not None:
+            gain = amplitudes[names.index(BASE_TERM)].to(z.dtype)
+            grad_base = _neutral_zeros(grad * (gain * base.isfinite()), amplitudes)
+        return grad_z, grad_amplitudes, None, None, grad_base, None, None
+
+
+def _slope_of_terms(
+    names: list[str], found: list[tuple[Tensor, Tensor | None]], amplitudes: Tensor, z: Tensor
+) -> Tensor | None:
+    """dc/dz with base(z) held; None where no term depends on z itself."""
+    total: Tensor | None = None
+    for number, (_, (_, slope)) in enumerate(zip(names, found, strict=True)):
+        if slope is not None:
+            part = slope * amplitudes[number].to(z.dtype)
+            total = part if total is None else total + part
+    return total
 
 
 class _CorrectionInBothModes(_Correction):
@@ -231,14 +233,14 @@ class _CorrectionInBothModes(_Correction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _Correction.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:4], inputs[5])
+        ctx.save_for_forward(*inputs[:5])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         # torch calls this with forward mode off for all levels, which would lose the derivatives of the outer ones
         with forward_mode():
             operands = [_primal(each) for each in ctx.saved_tensors]
-            return _directional_derivative(tangents, ctx.half_width, *operands)
+            return _directional_derivative(tangents, ctx.half_width, ctx.names.split(), *operands)
 
 
 def _primal(operand: Any) -> Any:
@@ -248,54 +250,64 @@ def _primal(operand: Any) -> Any:
 def _directional_derivative(
     tangents: tuple[Tensor | None, ...],
     half_width: float,
+    names: list[str],
     z: Tensor,
-    eps: Tensor,
+    amplitudes: Tensor,
     shape: Tensor,
     table: Tensor | None,
-    lift: Tensor | None,
+    base: Tensor | None,
 ) -> Tensor:
     """Derivative of c(z) along tangents of the operands of ``_Correction``."""
-    along_z, along_eps, *_, along_lift = tangents
-    value, slope = _ghat(z, shape, table, half_width)
+    along_z, along_amplitudes, _, _, along_base, *_ = tangents
+    found = [_direction(name, z, shape, table, half_width, base) for name in names]
     total = torch.zeros_like(z)
-    if along_z is not None:
-        slope = slope * eps.to(z.dtype)
-        if lift is not None:
-            slope = slope + _bell(z, shape)[1] * lift.to(z.dtype)
+    slope = _slope_of_terms(names, found, amplitudes, z)
+    if along_z is not None and slope is not None:
         total = slope * along_z
-    if along_eps is not None:
-        total = total + value * (along_eps * shape[1]).to(z.dtype)
-    if along_lift is not None:
-        total = total + _bell(z, shape)[0] * (along_lift * shape[1]).to(z.dtype)
-    return _neutral_zeros(total, eps)
+    if along_amplitudes is not None:
+        for number, (name, (value, _)) in enumerate(zip(names, found, strict=True)):
+            total = total + value * (along_amplitudes[number] * _scale(name, shape)).to(z.dtype)
+    if along_base is not None and base is not None:
+        gain = amplitudes[names.index(BASE_TERM)].to(z.dtype)
+        total = total + along_base * (gain * base.isfinite())
+    return _neutral_zeros(total, amplitudes)
 
 
 def correction(
     z: Tensor,
-    eps: Tensor,
+    amplitudes: Tensor,
     shape: Tensor,
     table: Tensor | None = None,
     half_width: float = 0.0,
-    lift: Tensor | None = None,
+    names: tuple[str, ...] = (EPS.name,),
+    base: Tensor | None = None,
 ) -> Tensor:
-    """The correction term c(z) = sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)), u = (z - mu) / sigma.
+    """The correction c(z): each term's amplitude times its direction.
 
-    With eps and lift 0, ``base(z) + correction(z, ...)`` equals ``base(z)`` bit for bit, and so do its gradients.
+        c(z) = sigma (eps ghat(u) + lift exp(-u^2 / 2)) + gain base(z) + slope z,   u = (z - mu) / sigma
+
+    With all amplitudes 0, ``base(z) + correction(z, ...)`` equals ``base(z)`` bit for bit, and so do its gradients.
+    Where z or base(z) is infinite or NaN the two tails add nothing.
 
     Args:
         z: pre-activations, any shape, floating point.
-        eps: amplitude, no unit; 0-dim, or of a shape that broadcasts to z (one amplitude per channel).
+        amplitudes: no unit, one row a term: shape [T], or [T, ...] with rows that broadcast to z (one per channel).
         shape: mu and sigma of the pre-activations, shape [2], in the units of z.
         table: coefficients of ghat, shape [4, intervals]; None means the closed form u exp(-u^2/2).
         half_width: end of the table in standard deviations; not used without a table.
-        lift: amplitude of the bell, no unit, of the shape of eps; None for none.
+        names: of the terms, T of them.
+        base: base(z), of the shape and dtype of z; needed for the gain.
 
     Returns:
-        c(z), of the shape and dtype of z; twice differentiable in z, eps and lift.
+        c(z), of the shape and dtype of z; twice differentiable in z, the amplitudes and base.
     """
+    if BASE_TERM not in names:
+        base = None
+    joined = " ".join(names)
     compiling = torch.compiler.is_compiling()
     if not CAN_SWITCH_FORWARD_MODE and not compiling and (forward_mode_active() or transforms_active()):
-        return _neutral_zeros(correction_value(z, eps, shape, table, half_width, lift), eps)
+        c = correction_value(z, amplitudes, shape, table, half_width, list(names), base)
+        return _neutral_zeros(c, amplitudes)
     function = _Correction if compiling else _CorrectionInBothModes
-    result: Tensor = function.apply(z, eps, shape, table, half_width, lift)  # pyright: ignore[reportAssignmentType]
+    result: Tensor = function.apply(z, amplitudes, shape, table, base, half_width, joined)  # pyright: ignore[reportAssignmentType]
     return result

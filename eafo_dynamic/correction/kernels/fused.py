@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from eafo_dynamic.correction.kernels.choice import Backend, demanded_kernel
+from eafo_dynamic.correction.kernels.directions import BASE_TERM
 from eafo_dynamic.correction.kernels.eager import EagerKernel
 from eafo_dynamic.correction.kernels.formula import correction_of
 from eafo_dynamic.correction.kernels.known import NOTHING, Known
@@ -34,8 +35,8 @@ __all__ = ["corrected", "corrected_"]
 _PLAIN = (Tensor, torch.nn.Parameter)
 _EAGER = EagerKernel()
 
-_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Gradients by z, eps and lift; None where one is not needed."""
+_Gradients = tuple[Tensor | None, Tensor | None]
+"""Gradients by z and the amplitudes; None where one is not needed."""
 
 
 class _Kernel(Protocol):
@@ -47,8 +48,14 @@ class _Kernel(Protocol):
     def inside(self, z: Tensor, terms: Terms, known: Known) -> Known | None: ...
     def add(self, out: Tensor, z: Tensor, terms: Terms, inside: Known | None = None) -> None: ...
     def add_gradient(
-        self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None
-    ) -> tuple[Tensor, Tensor | None]: ...
+        self,
+        out: Tensor,
+        grad: Tensor,
+        z: Tensor,
+        terms: Terms,
+        inside: Known | None = None,
+        value: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 def corrected(
@@ -58,9 +65,9 @@ def corrected(
     known: Known | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """f(z) = base(z) + sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)), u = (z - mu) / sigma.
+    """f(z) = base(z) + sum of the terms, each an amplitude times its direction; see ``directions``.
 
-    With eps and lift 0 it equals ``base(z)`` bit for bit, and so do its gradients. Compilers, transforms and other
+    With all amplitudes 0 it equals ``base(z)`` bit for bit, and so do its gradients. Compilers, transforms and other
     devices see plain operations.
 
     Args:
@@ -71,19 +78,38 @@ def corrected(
         backend: the back end for plain tensors.
 
     Returns:
-        f(z), of the shape and dtype of z; twice differentiable in z, eps and lift.
+        f(z), of the shape and dtype of z; twice differentiable in z and the amplitudes.
     """
     kernel = _kernel_for(z, terms, backend)
     if kernel is None:
         out = base(z)
-        return out + correction_of(z, terms).to(out.dtype)
+        return out + correction_of(z, terms, out.to(z.dtype)).to(out.dtype)
+    if known is None and BASE_TERM in terms.names:
+        return _with_gain_outside(z, base(z), terms, kernel)
     function = NOTHING if known is None else known
     if _wants_gradient(z, terms):
-        outputs: Any = _apply(z, terms.eps, terms.lift, terms, function, kernel)
+        outputs: Any = _apply(z, terms.amplitudes, terms, function, kernel)
         c: Tensor = outputs if function.gradient_by_value is None else outputs[0]
     else:
         c = _forward(z, terms, function, kernel)
     return c if known is not None else base(z) + c
+
+
+def _with_gain_outside(z: Tensor, out: Tensor, terms: Terms, kernel: _Kernel) -> Tensor:
+    """f(z) from base(z) of a base that no kernel can compute: the gain by the formula, the rest by the kernel."""
+    amplitudes, names = terms.amplitudes, terms.names
+    place = names.index(BASE_TERM)
+    gain = terms._replace(amplitudes=amplitudes[place : place + 1], table=None, names=(BASE_TERM,))
+    others = torch.cat([amplitudes[:place], amplitudes[place + 1 :]])
+    rest = terms._replace(amplitudes=others, names=tuple(name for name in names if name != BASE_TERM))
+    stretched = out + correction_of(z, gain, out.to(z.dtype)).to(out.dtype)
+    if not rest.names:
+        return stretched
+    if _wants_gradient(z, rest):
+        c: Tensor = _apply(z, others, rest, NOTHING, kernel)
+    else:
+        c = _forward(z, rest, NOTHING, kernel)
+    return stretched + c
 
 
 def corrected_(
@@ -116,35 +142,34 @@ def corrected_(
         return out
     if _wants_gradient(z, terms):
         copy = z.clone() if is_view(z) else None
-        outputs: Any = _apply_in_place(copy, z, terms.eps, terms.lift, terms, known, kernel)
+        outputs: Any = _apply_in_place(copy, z, terms.amplitudes, terms, known, kernel)
         return outputs[0] if copy is None else outputs
     _overwrite(z, _twin(z, z), terms, known, kernel)
     return z
 
 
 def _wants_gradient(z: Tensor, terms: Terms) -> bool:
-    needed = z.requires_grad or terms.eps.requires_grad or (terms.lift is not None and terms.lift.requires_grad)
-    return needed and torch.is_grad_enabled()
+    return (z.requires_grad or terms.amplitudes.requires_grad) and torch.is_grad_enabled()
 
 
 def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
     """The back end for these tensors; None for tensors that must be computed by the traceable formula."""
-    eps = terms.eps
-    if is_compiling() or type(z) not in _PLAIN or type(eps) not in _PLAIN:
+    amplitudes = terms.amplitudes
+    if is_compiling() or type(z) not in _PLAIN or type(amplitudes) not in _PLAIN:
         return None
     on_gpu = z.is_cuda
-    if not (on_gpu or z.is_cpu) or (eps.dim() and not is_dense(z)):
+    if not (on_gpu or z.is_cpu) or (terms.by_channel and not is_dense(z)):
         return None
     # transforms, tracers and modes that watch operations must see operations, and so must tensors of an outer transform
     watched = transforms_active() or dispatch_modes() > 0 or forward_mode_active()
     if watched or torch.jit.is_tracing() or is_transformed(z):
         return None
     if on_gpu:
-        if not eps.device == terms.shape.device == z.device:
+        if not amplitudes.device == terms.shape.device == z.device:
             return None
         kernel = demanded_kernel(z.device, backend)
         return kernel if kernel is not None and kernel.takes(z, terms) else None
-    if not (eps.is_cpu and terms.shape.is_cpu):
+    if not (amplitudes.is_cpu and terms.shape.is_cpu):
         return None
     if backend != "eager":
         native = native_kernel()
@@ -197,10 +222,10 @@ class _Corrected(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, eps: Tensor, lift: Tensor | None, terms: Terms, known: Known, kernel: _Kernel
+        ctx: Any, z: Tensor, amplitudes: Tensor, terms: Terms, known: Known, kernel: _Kernel
     ) -> Tensor | tuple[Tensor, Tensor]:
         link = _link_to(z, known)
-        _keep(ctx, z, eps, lift, terms, known, kernel, link)
+        _keep(ctx, z, amplitudes, terms, known, kernel, link)
         out = _forward(z, terms, known, kernel)
         if link is None:
             return out
@@ -211,25 +236,24 @@ class _Corrected(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = _sum_of(*grads)
         if grad is None:
-            return (None,) * 6
+            return (None,) * 5
         needed = ctx.needs_input_grad
-        by_z, by_eps, by_lift = _gradients(ctx, grad, (needed[0], needed[1], needed[2]))
-        return by_z, by_eps, by_lift, None, None, None
+        by_z, by_amplitudes = _gradients(ctx, grad, (needed[0], needed[1]))
+        return by_z, by_amplitudes, None, None, None
 
 
 def _keep(
     ctx: Any,
     z: Tensor,
-    eps: Tensor,
-    lift: Tensor | None,
+    amplitudes: Tensor,
     terms: Terms,
     known: Known,
     kernel: _Kernel,
     link: Tensor | None = None,
 ) -> None:
-    """Keeps what the backward needs; eps and lift are the function's own inputs, so that torch recognises them."""
-    ctx.half_width, ctx.known, ctx.kernel = terms.half_width, known, kernel
-    ctx.save_for_backward(z, eps, lift, terms.shape, terms.table, link)
+    """Keeps what the backward needs; the amplitudes are the function's own input, so that torch recognises them."""
+    ctx.half_width, ctx.names, ctx.known, ctx.kernel = terms.half_width, terms.names, known, kernel
+    ctx.save_for_backward(z, amplitudes, terms.shape, terms.table, link)
 
 
 def _link_to(z: Tensor, known: Known) -> Tensor | None:
@@ -250,17 +274,17 @@ def _sum_of(grad: Tensor | None, by_link: Tensor | None = None) -> Tensor | None
     return grad + by_link
 
 
-def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Gradients:
-    z, eps, lift, shape, table, link = ctx.saved_tensors
-    terms = Terms(eps, shape, table, ctx.half_width, lift)
+def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool]) -> _Gradients:
+    z, amplitudes, shape, table, link = ctx.saved_tensors
+    terms = Terms(amplitudes, shape, table, ctx.half_width, ctx.names)
     if torch.is_grad_enabled() and link is not None and _is_plain(grad, z):
         return _traceable_by_value(z, link, terms, ctx.known, grad, needed)
     if torch.is_grad_enabled() or not _is_plain(grad, z):
         return _traceable(z, terms, ctx.known, grad, needed)
     # of the correction alone with amplitudes of 0, z gets no gradient, not even zeros in another order in memory; only
     # where reading the amplitudes costs nothing
-    if ctx.known is NOTHING and z.is_cpu and not eps.any().item() and not (lift is not None and lift.any()):
-        needed = (False, *needed[1:])
+    if ctx.known is NOTHING and z.is_cpu and not amplitudes.any().item():
+        needed = (False, needed[1])
     z_is_dense = is_dense(z)
     inside = ctx.kernel.inside(z, terms, ctx.known) if z_is_dense else None
     # torch computes it from the gradient as it came, and chooses its order in memory: torch's loops over memory with
@@ -268,10 +292,13 @@ def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Grad
     out = ctx.known.gradient(grad, z) if inside is None else uninitialised_like(z)
     dense = z if z_is_dense else z.contiguous()
     total = _in_order_of(dense, out)
-    by_eps, by_lift = ctx.kernel.add_gradient(total, _in_order_of(dense, grad), dense, terms, inside)
+    value = None
+    if inside is None and BASE_TERM in terms.names:
+        value = _in_order_of(dense, ctx.known.value(dense))
+    by_amplitudes = ctx.kernel.add_gradient(total, _in_order_of(dense, grad), dense, terms, inside, value)
     if total is not out:
         out.copy_(total)
-    return out if needed[0] else None, by_eps if needed[1] else None, by_lift if needed[2] else None
+    return out if needed[0] else None, by_amplitudes if needed[1] else None
 
 
 def _in_order_of(dense: Tensor, values: Tensor) -> Tensor:
@@ -319,8 +346,7 @@ class _CorrectedInPlace(torch.autograd.Function):
         ctx: Any,
         copy: Tensor | None,
         z: Tensor,
-        eps: Tensor,
-        lift: Tensor | None,
+        amplitudes: Tensor,
         terms: Terms,
         known: Known,
         kernel: _Kernel,
@@ -337,10 +363,10 @@ class _CorrectedInPlace(torch.autograd.Function):
             source = kept if kept.stride() == z.stride() else _twin(z, z)
             _overwrite(z, source, terms, known, kernel)
         if copy is not None:
-            _keep(ctx, kept, eps, lift, terms, known, kernel)
+            _keep(ctx, kept, amplitudes, terms, known, kernel)
             return z
         link = _link_to(z, known)
-        _keep(ctx, kept, eps, lift, terms, known, kernel, link)
+        _keep(ctx, kept, amplitudes, terms, known, kernel, link)
         if link is None:
             return z, kept
         return z, kept, link
@@ -349,15 +375,15 @@ class _CorrectedInPlace(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         by_result, *by_copy = grads
         grad = _sum_of(by_result, *by_copy[1:])
-        by_z, by_eps, by_lift = (None, None, None)
+        by_z, by_amplitudes = (None, None)
         if grad is not None:
             needed = ctx.needs_input_grad
-            by_z, by_eps, by_lift = _gradients(ctx, grad, (needed[0] or needed[1], needed[2], needed[3]))
+            by_z, by_amplitudes = _gradients(ctx, grad, (needed[0] or needed[1], needed[2]))
         if ctx.is_view:  # torch writes the first gradient into that of the view's base
-            return by_z, None, by_eps, by_lift, None, None, None
+            return by_z, None, by_amplitudes, None, None, None
         if by_copy[0] is not None:
             by_z = by_copy[0] if by_z is None else by_z + by_copy[0]
-        return None, by_z, by_eps, by_lift, None, None, None
+        return None, by_z, by_amplitudes, None, None, None
 
 
 # none of the arguments is part of a transform, see _kernel_for
@@ -371,21 +397,21 @@ def _is_plain(grad: Tensor, z: Tensor) -> bool:
     return type(grad) in _PLAIN and grad.dtype == z.dtype and not batched
 
 
-def _traceable(z: Tensor, terms: Terms, known: Known, grad: Tensor, needed: tuple[bool, bool, bool]) -> _Gradients:
+def _traceable(z: Tensor, terms: Terms, known: Known, grad: Tensor, needed: tuple[bool, bool]) -> _Gradients:
     """The same gradients by operations that can be differentiated again."""
     differentiable = torch.is_grad_enabled()
-    inputs = (z, terms.eps, terms.lift)
-    wanted = [each for each, is_needed in zip(inputs, needed, strict=True) if is_needed and each is not None]
+    wanted = [each for each, is_needed in zip((z, terms.amplitudes), needed, strict=True) if is_needed]
     with torch.enable_grad():
-        out = known.value(z) + correction_of(z, terms)
+        value = known.value(z)
+        out = value + correction_of(z, terms, value)
         # retained: in place, z is a result of the function whose backward this is, which must not be freed with out
         gradients = iter(torch.autograd.grad(out, wanted, grad, retain_graph=True, create_graph=differentiable))
-    by_z, by_eps, by_lift = (next(gradients) if is_needed else None for is_needed in needed)
-    return by_z, by_eps, by_lift
+    by_z, by_amplitudes = (next(gradients) if is_needed else None for is_needed in needed)
+    return by_z, by_amplitudes
 
 
 def _traceable_by_value(
-    z: Tensor, link: Tensor, terms: Terms, known: Known, grad: Tensor, needed: tuple[bool, bool, bool]
+    z: Tensor, link: Tensor, terms: Terms, known: Known, grad: Tensor, needed: tuple[bool, bool]
 ) -> _Gradients:
     """The same for a base whose gradient torch computes from its value, as that of tanh.
 
@@ -394,19 +420,17 @@ def _traceable_by_value(
     way of the link, less what is the correction's.
 
     Returns:
-        Gradients by z, eps and the lift.
+        Gradients by z and the amplitudes.
     """
     assert known.gradient_by_value is not None
-    inputs = (z, terms.eps, terms.lift)
-    wanted = [each for each, is_needed in zip(inputs, needed, strict=True) if is_needed and each is not None]
-    amplitudes = [each.detach().any() for each in (terms.eps, terms.lift) if each is not None]
-    acts = torch.stack(amplitudes).any()
-    c = correction_of(z, terms)
+    wanted = [each for each, is_needed in zip((z, terms.amplitudes), needed, strict=True) if is_needed]
+    acts = terms.amplitudes.detach().any()
+    value = known.value(z)
+    c = correction_of(z, terms, value)
     gradients = iter(torch.autograd.grad(c, wanted, grad, retain_graph=True, create_graph=True))
-    by_z, by_eps, by_lift = (next(gradients) if is_needed else None for is_needed in needed)
+    by_z, by_amplitudes = (next(gradients) if is_needed else None for is_needed in needed)
     if by_z is not None:
-        value = known.value(z)
         # where, not if: a branch here would wait for the GPU
         value = torch.where(acts, value, value.detach() + (link - c))
         by_z = known.gradient_by_value(grad, value) + by_z
-    return by_z, by_eps, by_lift
+    return by_z, by_amplitudes

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eafo_dynamic.correction.kernels.directions import code_of_terms
 from eafo_dynamic.correction.kernels.known import NOTHING, Known
 from eafo_dynamic.correction.kernels.native import NativeKernel
 from eafo_dynamic.correction.kernels.terms import Terms, channels_of
@@ -124,8 +125,14 @@ class TritonKernel:
             )
 
     def add_gradient(
-        self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        out: Tensor,
+        grad: Tensor,
+        z: Tensor,
+        terms: Terms,
+        inside: Known | None = None,
+        value: Tensor | None = None,
+    ) -> Tensor:
         """Adds grad * c'(z) to the base's gradient, in place.
 
         Args:
@@ -135,13 +142,14 @@ class TritonKernel:
             z: pre-activations, dense.
             terms: the other operands.
             inside: see :meth:`add`.
+            value: base(z), with the strides of z; needed where there is a gain and the base is not computed inside.
 
         Returns:
-            Gradients by eps and by the lift, each of its shape and dtype; None for the lift where there is none.
+            Gradient by the amplitudes, of their shape and dtype.
         """
-        eps, lift = terms.eps, terms.lift
+        amplitudes = terms.amplitudes
         if not z.numel():
-            return torch.zeros_like(eps), None if lift is None else torch.zeros_like(lift)
+            return torch.zeros_like(amplitudes)
         tiling = _tiling_of(z, terms)
         steps = _STEPS if z.numel() >= _LARGE else 1
         down, across = tiling.programs(steps)
@@ -152,14 +160,14 @@ class TritonKernel:
             shape, summed = (down, tiling.columns), [1]
         else:
             shape, summed = (tiling.rows // tiling.channels, tiling.channels, across), [1, 3]
-        amplitudes = 1 if lift is None else 2
-        partial = torch.empty(amplitudes, *shape, dtype=torch.float32, device=z.device)
+        partial = torch.empty(len(terms.names), *shape, dtype=torch.float32, device=z.device)
         launch = self._code.backward[(down * across,)]
         sizes = tiling.rows, tiling.columns, tiling.channels, partial[0].numel()
         with _on(z):
             launch(
                 z,
                 grad,
+                z if value is None else value,
                 out,
                 partial,
                 *_operands(terms),
@@ -168,11 +176,8 @@ class TritonKernel:
                 **self._constants(tiling, terms, inside),
                 STEPS=steps,
             )
-        wide = torch.promote_types(eps.dtype, torch.float32)
-        sums = partial.sum(summed, dtype=wide).to(eps.dtype)
-        by_eps = sums[0].view(eps.shape)
-        by_lift = None if lift is None else sums[1].view(eps.shape)
-        return by_eps, by_lift
+        wide = torch.promote_types(amplitudes.dtype, torch.float32)
+        return partial.sum(summed, dtype=wide).to(amplitudes.dtype).view(amplitudes.shape)
 
     def _constants(self, tiling: _Tiling, terms: Terms, inside: Known | None) -> dict[str, Any]:
         """What a kernel is compiled for."""
@@ -180,7 +185,7 @@ class TritonKernel:
         return {
             "BASE": 0 if inside is None else code_of(inside),
             "INTERVALS": 0 if terms.table is None else terms.table.shape[-1],
-            "LIFT": terms.lift is not None,
+            "TERMS": code_of_terms(terms.names),
             "AXIS": tiling.axis,
             "PRECISE": not self._code.INTERPRETED,
             "ROWS": rows,
@@ -207,9 +212,9 @@ def code_of(known: Known) -> int:
 
 def _tiling_of(z: Tensor, terms: Terms) -> _Tiling:
     n = z.numel()
-    if not terms.eps.dim():
+    if not terms.by_channel:
         return _Tiling(axis=0, rows=1, columns=n, channels=1, tile=(1, _TILE))
-    channels, inner = channels_of(z, terms.eps) or (1, n)
+    channels, inner = channels_of(z, terms.amplitudes) or (1, n)
     if inner == 1:
         # a column is a channel: narrow and high tiles, since the rows of a tile share their sums
         axis, columns, widest = 1, channels, 64
@@ -221,9 +226,9 @@ def _tiling_of(z: Tensor, terms: Terms) -> _Tiling:
 
 
 def _operands(terms: Terms) -> tuple[Tensor, ...]:
-    """Pointers to eps, lift, shape and table; for what there is not, any pointer: it is not read."""
-    eps, shape, table, _, lift = terms
-    return eps, eps if lift is None else lift, shape, eps if table is None else table
+    """Pointers to amplitudes, shape and table; for a table that there is not, any pointer: it is not read."""
+    amplitudes, shape, table, *_ = terms
+    return amplitudes.contiguous(), shape, amplitudes if table is None else table
 
 
 def _numbers(terms: Terms, inside: Known | None) -> tuple[float, float, float]:

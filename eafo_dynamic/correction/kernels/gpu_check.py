@@ -10,6 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from eafo_dynamic.correction.kernels.directions import TERMS
 from eafo_dynamic.correction.kernels.formula import correction_of
 from eafo_dynamic.correction.kernels.gpu import EVERY_BASE, TritonKernel, code_of
 from eafo_dynamic.correction.kernels.known import INSIDE, NOTHING, Known
@@ -19,7 +20,7 @@ from eafo_dynamic.errors import one_line
 __all__ = ["exact_bases", "gpu_kernel", "gpu_problem"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SHAPE, _EPS, _LIFT, _HALF_WIDTH = (0.2, 1.4), 0.3, -0.2, 4.0
+_SHAPE, _AMPLITUDES, _HALF_WIDTH = (0.2, 1.4), (0.3, -0.2, 0.15, -0.1), 4.0  # of every term, in order
 _POINTS = 3200
 
 _kernels: dict[torch.device, TritonKernel | None] = {}
@@ -129,19 +130,20 @@ def _cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Known
     z = torch.linspace(-9.0, 9.0, _POINTS, dtype=torch.float32, device=device)
     knots = torch.cos(torch.arange(17, dtype=z.dtype, device=device))
     table = torch.stack([knots[:-1], knots.diff(), knots[1:], -knots[1:]])  # continuous, as in the check of native
-    eps = z.new_tensor(_EPS)
     shape = z.new_tensor(_SHAPE)
-    lift = z.new_tensor(_LIFT)
-    closed_form = Terms(eps, shape, None, _HALF_WIDTH)
-    with_lift = Terms(eps, shape, None, _HALF_WIDTH, lift)
-    with_table = Terms(eps, shape, table, _HALF_WIDTH)
-    cases = [(z, known, with_lift) for known in INSIDE]
+    amplitudes = z.new_tensor(_AMPLITUDES)
+    names = tuple(TERMS)
+    local = Terms(amplitudes[:2], shape, None, _HALF_WIDTH, names[:2])
+    every = Terms(amplitudes, shape, None, _HALF_WIDTH, names)
+    cases = [(z, known, every) for known in INSIDE]
     if dtype == torch.float32:
         five = torch.linspace(-0.4, 0.4, 5, dtype=z.dtype, device=device)
-        per_column = with_lift._replace(eps=five, lift=-five)
-        per_row = with_lift._replace(eps=five.view(5, 1), lift=-five.view(5, 1))
-        cases += [(z, NOTHING, closed_form), (z, NOTHING, with_table)]
-        cases += [(z.view(-1, 5), NOTHING, per_column), (z.view(-1, 5, 16), NOTHING, per_row)]
+        per_column = torch.stack([five, -five, 0.5 * five, -0.5 * five])
+        with_table = Terms(amplitudes[:1], shape, table, _HALF_WIDTH)
+        cases += [(z, INSIDE[0], local), (z, NOTHING, local._replace(amplitudes=amplitudes[:1], names=names[:1]))]
+        cases += [(z, NOTHING, with_table)]
+        cases += [(z.view(-1, 5), INSIDE[0], every._replace(amplitudes=per_column))]
+        cases += [(z.view(-1, 5, 16), INSIDE[0], every._replace(amplitudes=per_column.view(4, 5, 1)))]
     return [(each.to(dtype), known, terms) for each, known, terms in cases]
 
 
@@ -151,34 +153,33 @@ def _agrees(kernel: TritonKernel, z: Tensor, known: Known, terms: Terms) -> bool
     value, *gradients = _in_float64(z, grad, known, terms)
     near = 1e-5 if z.dtype == torch.float32 else 0.05
     for inside in (known, None) if known is INSIDE[0] else (known,):
+        base = None
         if inside is None:
             out = known.value(z)
+            base = out.clone()
             by_z = known.gradient(grad, z)
         else:
             out = torch.full_like(z, torch.nan)
             by_z = torch.full_like(z, torch.nan)
         kernel.add(out, z, terms, inside)
-        by_amplitudes = kernel.add_gradient(by_z, grad, z, terms, inside)
-        results = [out, by_z, *(each for each in by_amplitudes if each is not None)]
-        tolerances = [near, near, 1e-2, 1e-2]  # of the sums over all elements: larger numbers
-        for found, exact, tolerance in zip(results, [value, *gradients], tolerances, strict=False):
+        by_amplitudes = kernel.add_gradient(by_z, grad, z, terms, inside, base)
+        tolerances = [near, near, 1e-2]  # of the sums over all elements: larger numbers
+        for found, exact, tolerance in zip([out, by_z, by_amplitudes], [value, *gradients], tolerances, strict=True):
             if not torch.allclose(found.double(), exact, rtol=near, atol=tolerance):
                 return False
     return True
 
 
 def _in_float64(z: Tensor, grad: Tensor, known: Known, terms: Terms) -> list[Tensor]:
-    """f(z) by the formula, and its gradients by z, eps and, where there is one, the lift."""
+    """f(z) by the formula, and its gradients by z and the amplitudes."""
     with torch.enable_grad():
         wide_z = z.double().requires_grad_()
-        eps = terms.eps.double().requires_grad_()
+        amplitudes = terms.amplitudes.double().requires_grad_()
         table = None if terms.table is None else terms.table.double()
-        lift = None if terms.lift is None else terms.lift.double().requires_grad_()
-        value = correction_of(wide_z, Terms(eps, terms.shape.double(), table, terms.half_width, lift))
-        if known is not NOTHING:
-            value = value + known.value(wide_z)
-        inputs = [wide_z, eps] if lift is None else [wide_z, eps, lift]
-        return [value, *torch.autograd.grad(value, inputs, grad.double())]
+        base = known.value(wide_z)
+        wide = Terms(amplitudes, terms.shape.double(), table, terms.half_width, terms.names)
+        value = base + correction_of(wide_z, wide, base)
+        return [value, *torch.autograd.grad(value, [wide_z, amplitudes], grad.double())]
 
 
 def _special_points(device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -195,9 +196,9 @@ def _special_points(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def _is_exact(kernel: TritonKernel, z: Tensor, known: Known) -> bool:
     """Whether amplitudes of 0 give torch's own base and gradient, bit for bit."""
-    zero = torch.zeros((), dtype=torch.float32, device=z.device)
+    zero = torch.zeros(len(TERMS), dtype=torch.float32, device=z.device)
     shape = torch.tensor(_SHAPE, dtype=torch.float32, device=z.device)
-    terms = Terms(zero, shape, None, _HALF_WIDTH, zero)
+    terms = Terms(zero, shape, None, _HALF_WIDTH, tuple(TERMS))
     grad = torch.linspace(-2.0, 2.0, len(z), dtype=torch.float32, device=z.device).to(z.dtype)
     out, by_z = torch.full_like(z, torch.nan), torch.full_like(z, torch.nan)
     kernel.add(out, z, terms, known)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from eafo_dynamic.internals.torch_internals import gradient_kernel
 
-__all__ = ["INSIDE", "NOTHING", "Known", "known_function", "known_module", "known_pointwise"]
+__all__ = ["INSIDE", "NOTHING", "Known", "known_base", "known_function", "known_module", "known_pointwise"]
 
 _ATEN: Any = torch.ops.aten
 _GRADIENTS: dict[str, Any] = {
@@ -214,3 +214,26 @@ def known_pointwise(function: Callable[[Tensor], Tensor]) -> Known | None:
     if name is None:
         return None
     return known_function(name, rest, options)
+
+
+@functools.lru_cache(maxsize=256)
+def known_base(function: Callable[[Tensor], Tensor]) -> Known:
+    """Any pointwise function with its gradient: one of the table's, or by torch's autograd.
+
+    Args:
+        function: out of place and differentiable.
+
+    Returns:
+        The function.
+    """
+    known = known_pointwise(function)
+    if known is not None:
+        return known
+
+    def gradient(grad: Tensor, z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            points = z.detach().requires_grad_()
+            value = function(points)
+            return torch.autograd.grad(value, points, grad.to(value.dtype))[0]
+
+    return Known(function, gradient)

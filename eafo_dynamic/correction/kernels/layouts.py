@@ -52,19 +52,19 @@ def describe(value: object) -> str:
     return f"{str(kind).removeprefix('torch.').strip('_')} tensor"
 
 
-def per_channel(eps: Tensor, z: Tensor, dim: int | None = None) -> Tensor:
+def per_channel(amplitudes: Tensor, z: Tensor, dim: int | None = None) -> Tensor:
     """Amplitudes that broadcast to z along its channels.
 
     Args:
-        eps: 0-dim, or one amplitude per channel, shape [C].
+        amplitudes: one row a term, shape [T], or one column per channel, shape [T, C].
         z: pre-activations, dense.
         dim: dimension of the channels, 1 or -1. None: 1 with four dimensions or more, else the last one.
 
     Returns:
-        The amplitudes; their mean where z has another number of channels.
+        The amplitudes; their mean, shape [T], where z has another number of channels.
     """
-    if not eps.dim():
-        return eps
+    if amplitudes.dim() == 1:
+        return amplitudes
     if dim is None:
         dim = 1 if z.dim() >= 4 else -1
     behind_batch = dim == 1 and z.dim() > 1
@@ -73,11 +73,11 @@ def per_channel(eps: Tensor, z: Tensor, dim: int | None = None) -> Tensor:
         channels = z.shape[1]
     elif z.dim():
         channels = z.shape[-1]
-    if channels != eps.numel():
-        return eps.mean()
+    if channels != amplitudes.shape[1]:
+        return amplitudes.mean(1)
     if behind_batch:
-        return eps.view([-1] + [1] * (z.dim() - 2))
-    return eps
+        return amplitudes.view([len(amplitudes), -1] + [1] * (z.dim() - 2))
+    return amplitudes
 
 
 def corrected_nested(
@@ -98,10 +98,11 @@ def corrected_nested(
     values = values_of(kept)
     if not values.numel():
         return base(z)
-    c = _with_values(z, correction_of(values, terms(values)))
+    out = base(z.clone() if inplace else z)
+    c = _with_values(z, correction_of(values, terms(values), values_of(out).to(values.dtype)))
     if inplace:
-        return z.copy_(base(z.clone()) + c)
-    return base(z) + c
+        return z.copy_(out + c)
+    return out + c
 
 
 def size_of(z: Tensor) -> tuple[int, ...]:

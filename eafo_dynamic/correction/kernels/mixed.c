@@ -80,6 +80,15 @@ static void spread(const struct channels *c, const float *amplitudes, int64_t at
     }
 }
 
+/* The same for a term that may be absent. */
+static const float *spread_term(const struct channels *c, const float *amplitudes, int which, int term, int64_t at, int m,
+                                float *each) {
+    const float *of_term = amplitudes_of(amplitudes, which, term, c->count);
+    if (of_term) spread(c, of_term, at, m, each);
+    else fill(each, 0.0f, m);
+    return each;
+}
+
 static float weighted_sum(const float *a, const float *b, int m) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -106,6 +115,13 @@ static void shapes(const float *z, int m, const struct terms *s, const float *ro
                    float *bell, float *bell_slope) {
     int32_t row[PART];
     float t[PART];
+    if (!(s->which & BUMP)) {
+        fill(value, 0.0f, m);
+        fill(bell, 0.0f, m);
+        if (slope) fill(slope, 0.0f, m);
+        if (slope) fill(bell_slope, 0.0f, m);
+        return;
+    }
     if (!rows) {
 #pragma omp simd
         for (int i = 0; i < m; i++) {
@@ -123,19 +139,19 @@ static void shapes(const float *z, int m, const struct terms *s, const float *ro
     read_rows(rows, row, t, m, value, slope);
 }
 
-/* As eafo_forward. type: of z and out; count and inner: see struct channels; eps [count], lift [count] or null. */
-void eafo_mixed_forward(const void *z, void *out, int64_t n, int type, int64_t count, int64_t inner, const float *eps,
-                        const float *lift, const float *shape, const float *table, int intervals, float half_width,
-                        float clamp, int base, float below, int threads) {
+/* As eafo_forward. type: of z and out; count and inner: see struct channels; amplitudes [terms, count]. */
+void eafo_mixed_forward(const void *z, void *out, int64_t n, int type, int64_t count, int64_t inner,
+                        const float *amplitudes, int which, const float *shape, const float *table, int intervals,
+                        float half_width, float clamp, int base, float below, int threads) {
     float rows[4 * (MOST_INTERVALS + 1)];
-    struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
+    struct terms s = read_terms(amplitudes, which, count, shape, intervals, half_width, clamp, base, below);
     struct channels c = {count, inner};
     int single = count == 1;
     if (table && single) to_folded_rows(table, &s, rows);
     if (table && !single) to_rows(table, intervals, rows);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t at = 0; at < n; at += PART) {
-        float room[2][PART], e[PART], l[PART], value[PART], bell[PART];
+        float room[2][PART], e[PART], l[PART], gain[PART], slope[PART], value[PART], bell[PART];
         int m = n - at < PART ? (int)(n - at) : PART;
         const float *x = load((enum type)type, z, at, room[0], m);
         float *y = load_given((enum type)type, s.base, out, at, room[1], m);
@@ -144,65 +160,80 @@ void eafo_mixed_forward(const void *z, void *out, int64_t n, int type, int64_t c
             store((enum type)type, y, out, at, m);
             continue;
         }
-        spread(&c, eps, at, m, e);
-        if (lift) spread(&c, lift, at, m, l);
+        spread_term(&c, amplitudes, which, EPS, at, m, e);
+        if (which & LIFT) spread_term(&c, amplitudes, which, LIFT, at, m, l);
+        if (which & TAILS) spread_term(&c, amplitudes, which, GAIN, at, m, gain);
+        if (which & TAILS) spread_term(&c, amplitudes, which, SLOPE, at, m, slope);
         shapes(x, m, &s, table ? rows : 0, value, 0, bell, 0);
         for (int i = 0; i < m; i++) {   /* without a lift nothing is added: -0 + 0 is not -0 */
             float c = e[i] * value[i];
-            value[i] = s.sigma * (lift ? c + l[i] * bell[i] : c);
+            value[i] = s.sigma * (which & LIFT ? c + l[i] * bell[i] : c);
         }
-        finish_values(s.base, s.below, x, value, y, m);
+        finish_values(s.base, s.below, x, value, which & TAILS ? gain : 0, slope, y, m);
         store((enum type)type, y, out, at, m);
     }
 }
 
-/* As eafo_backward. type: of z, grad and out; count and inner: see struct channels; grad_eps [count], grad_lift [count] or
-   null.
+/* As eafo_backward. type: of z, grad, given and out; count and inner: see struct channels; amplitudes and by_amplitudes
+   [terms, count].
 
-   partial [pieces, 2, count]: zeros, for intermediate sums. Each thread takes whole pieces, and their sums are added up
+   partial [pieces, 4, count]: zeros, for intermediate sums. Each thread takes whole pieces, and their sums are added up
    in order. */
-void eafo_mixed_backward(const void *z, const void *grad, void *out, int64_t n, int type, int64_t count, int64_t inner,
-                         const float *eps, const float *lift, const float *shape, const float *table, int intervals,
-                         float half_width, float clamp, int base, float below, int threads, int pieces,
-                         double *partial, float *grad_eps, float *grad_lift) {
+void eafo_mixed_backward(const void *z, const void *grad, const void *given, void *out, int64_t n, int type,
+                         int64_t count, int64_t inner, const float *amplitudes, int which, const float *shape,
+                         const float *table, int intervals, float half_width, float clamp, int base, float below,
+                         int threads, int pieces, double *partial, float *by_amplitudes) {
     float rows[4 * (MOST_INTERVALS + 1)];
-    struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
+    struct terms s = read_terms(amplitudes, which, count, shape, intervals, half_width, clamp, base, below);
     struct channels c = {count, inner};
     int64_t parts = (n + PART - 1) / PART;
     if (table) to_rows(table, intervals, rows);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int piece = 0; piece < pieces; piece++) {
         int64_t end = PART * (parts * (piece + 1) / pieces);
-        double *sums = partial + 2 * count * piece;
+        double *sums = partial + 4 * count * piece;
         for (int64_t at = PART * (parts * piece / pieces); at < n && at < end; at += PART) {
-            float room[3][PART], e[PART], l[PART], value[PART], slope[PART], bell[PART], bell_slope[PART];
+            float room[4][PART], e[PART], l[PART], gain[PART], slope[PART];
+            float value[PART], bend[PART], bell[PART], bell_slope[PART];
             int m = n - at < PART ? (int)(n - at) : PART;
             const float *x = load((enum type)type, z, at, room[0], m), *g = load((enum type)type, grad, at, room[1], m);
+            const float *b = given ? load((enum type)type, given, at, room[3], m) : 0;
             float *y = load_given((enum type)type, s.base, out, at, room[2], m);
             if (count == 1) {
-                double of_part[2];
-                backward(x, g, y, m, s, table ? rows : 0, of_part);
-                sums[0] += of_part[0];
-                sums[1] += of_part[1];
+                double of_part[4];
+                backward(x, g, b, y, m, s, table ? rows : 0, of_part);
+                for (int k = 0; k < 4; k++) sums[k] += of_part[k];
                 store((enum type)type, y, out, at, m);
                 continue;
             }
-            spread(&c, eps, at, m, e);
-            shapes(x, m, &s, table ? rows : 0, value, slope, bell, bell_slope);
-            add_up(&c, at, m, g, value, sums);
-            if (lift) {
-                spread(&c, lift, at, m, l);
+            spread_term(&c, amplitudes, which, EPS, at, m, e);
+            shapes(x, m, &s, table ? rows : 0, value, bend, bell, bell_slope);
+            if (which & EPS) add_up(&c, at, m, g, value, sums);
+            if (which & LIFT) {
+                spread_term(&c, amplitudes, which, LIFT, at, m, l);
                 add_up(&c, at, m, g, bell, sums + count);
             }
             for (int i = 0; i < m; i++)
-                slope[i] = s.per_sd * (e[i] * slope[i] + (lift ? l[i] * bell_slope[i] : 0.0f));
-            finish_slopes(s.base, s.below, x, g, slope, y, m);
+                bend[i] = s.per_sd * (e[i] * bend[i] + (which & LIFT ? l[i] * bell_slope[i] : 0.0f));
+            if (which & TAILS) {
+                spread_term(&c, amplitudes, which, GAIN, at, m, gain);
+                spread_term(&c, amplitudes, which, SLOPE, at, m, slope);
+                base_values(s.base, s.below, x, b, value, m);
+                for (int i = 0; i < m; i++) bell[i] = if_finite(value[i]);
+                add_up(&c, at, m, g, bell, sums + 2 * count);
+                for (int i = 0; i < m; i++) bell[i] = if_finite(x[i]);
+                add_up(&c, at, m, g, bell, sums + 3 * count);
+            }
+            finish_slopes(s.base, s.below, x, g, bend, which & TAILS ? gain : 0, slope, value, y, m);
             store((enum type)type, y, out, at, m);
         }
     }
-    for (int64_t k = 0; k < (grad_lift ? 2 : 1) * count; k++) {
-        double sum = 0.0;
-        for (int piece = 0; piece < pieces; piece++) sum += partial[2 * count * piece + k];
-        *(k < count ? grad_eps + k : grad_lift + (k - count)) = (float)(sum * s.sigma);
+    for (int term = EPS, k = 0; k < 4; k++, term *= 2) {
+        if (!(which & term)) continue;
+        for (int64_t channel = 0; channel < count; channel++) {
+            double sum = 0.0;
+            for (int piece = 0; piece < pieces; piece++) sum += partial[(4 * piece + k) * count + channel];
+            *by_amplitudes++ = (float)(term & BUMP ? sum * s.sigma : sum);
+        }
     }
 }

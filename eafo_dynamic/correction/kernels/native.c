@@ -1,9 +1,10 @@
 /* Base and correction on float32 arrays with one amplitude: one pass forward, one pass backward. mixed.c has other dtypes
    and one amplitude per channel.
 
-       c(z) = sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)),   u = (z - mu) / sigma
+       c(z) = sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)) + gain * base(z) + slope * z,   u = (z - mu) / sigma
 
-   ghat is u exp(-u^2 / 2), or piecewise cubics read from a table, as in formula.py; beside a table there is no lift.
+   ghat is u exp(-u^2 / 2), or piecewise cubics read from a table, as in formula.py; beside a table there is no lift. Where
+   z or base(z) is not finite the last two terms, the tails, are 0.
    Results do not depend on the number of threads: blocks of fixed size are summed first, then their sums in order. */
 
 #include "native.h"
@@ -16,7 +17,9 @@
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 
 struct terms {
-    float eps, lift;      /* amplitudes; the lift is 0 if there is none */
+    float eps, lift;      /* amplitudes; 0 of a term that is absent */
+    float gain, slope;
+    int which;            /* the terms */
     float mu, sigma;
     float inverse;        /* 1 / sigma */
     float clamp;          /* largest |u| */
@@ -47,6 +50,12 @@ struct terms {
 
 /* a + c, and a bit for bit where c is zero; adding +0.0 would turn -0.0 into +0.0. */
 static inline float plus(float a, float c) { return c == 0.0f ? a : a + c; }
+
+/* x, or 0 for infinities and NaN. */
+static inline float if_finite(float x) { return x - x == 0.0f ? x : 0.0f; }
+
+/* 1, or 0 where x is infinite or NaN. */
+static inline float is_finite(float x) { return x - x == 0.0f ? 1.0f : 0.0f; }
 
 static inline float clamped(float u, float bound) {
     u = u > -bound ? u : -bound;   /* so is a NaN: the base passes it on, and sums over other elements stay finite */
@@ -137,26 +146,51 @@ static inline __attribute__((always_inline)) float base_slope(enum base base, fl
     return base == GELU ? gelu_slope(z) : tanh_slope(z);
 }
 
+/* Joins base and bump; gain and slope [m], or null for both if there are no tails. */
 static inline __attribute__((always_inline)) void
-combine_values(enum base base, float below, const float *z, const float *c, float *out, int m) {
+combine_values(enum base base, float below, const float *z, const float *c, const float *gain, const float *slope,
+               float *out, int m) {
+    if (!gain) {
+#pragma omp simd
+        for (int i = 0; i < m; i++) {
+            if (base == GIVEN) {
+                out[i] = plus(out[i], c[i]);
+            } else {
+                out[i] = base_value(base, below, z[i]) + c[i];
+            }
+        }
+        return;
+    }
 #pragma omp simd
     for (int i = 0; i < m; i++) {
-        if (base == GIVEN) {
-            out[i] = plus(out[i], c[i]);
-        } else {
-            out[i] = base_value(base, below, z[i]) + c[i];
-        }
+        float b = base == GIVEN ? out[i] : base_value(base, below, z[i]);
+        out[i] = plus(b, c[i] + (gain[i] * if_finite(b) + slope[i] * if_finite(z[i])));
     }
 }
 
+/* value [m]: base(z); needed with tails. */
 static inline __attribute__((always_inline)) void
-combine_slopes(enum base base, float below, const float *z, const float *grad, const float *c, float *out, int m) {
+combine_slopes(enum base base, float below, const float *z, const float *grad, const float *c, const float *gain,
+               const float *slope, const float *value, float *out, int m) {
+    if (!gain) {
+#pragma omp simd
+        for (int i = 0; i < m; i++) {
+            if (base == GIVEN) {
+                out[i] = c[i] == 0.0f ? out[i] : plus(out[i], grad[i] * c[i]);   /* 0 * inf is not 0 */
+            } else {
+                out[i] = grad[i] * (base_slope(base, below, z[i]) + c[i]);
+            }
+        }
+        return;
+    }
 #pragma omp simd
     for (int i = 0; i < m; i++) {
+        float tail = c[i] + slope[i] * is_finite(z[i]), stretch = gain[i] * is_finite(value[i]);
         if (base == GIVEN) {
-            out[i] = c[i] == 0.0f ? out[i] : plus(out[i], grad[i] * c[i]);   /* 0 * inf is not 0 */
+            float by_gain = stretch == 0.0f ? out[i] : out[i] + stretch * out[i];
+            out[i] = tail == 0.0f ? by_gain : plus(by_gain, grad[i] * tail);
         } else {
-            out[i] = grad[i] * (base_slope(base, below, z[i]) + c[i]);
+            out[i] = grad[i] * ((1.0f + stretch) * base_slope(base, below, z[i]) + tail);
         }
     }
 }
@@ -171,17 +205,44 @@ combine_slopes(enum base base, float below, const float *z, const float *grad, c
     default: call(GELU_TANH); \
     }
 
-static void finish_values(enum base base, float below, const float *z, const float *c, float *out, int m) {
-#define CALL(which) combine_values(which, below, z, c, out, m)
+static void finish_values(enum base base, float below, const float *z, const float *c, const float *gain,
+                          const float *slope, float *out, int m) {
+#define CALL(which) combine_values(which, below, z, c, gain, slope, out, m)
     FOR_EACH_BASE(base, CALL)
 #undef CALL
 }
 
-static void finish_slopes(
-    enum base base, float below, const float *z, const float *grad, const float *c, float *out, int m) {
-#define CALL(which) combine_slopes(which, below, z, grad, c, out, m)
+static void finish_slopes(enum base base, float below, const float *z, const float *grad, const float *c,
+                          const float *gain, const float *slope, const float *value, float *out, int m) {
+#define CALL(which) combine_slopes(which, below, z, grad, c, gain, slope, value, out, m)
     FOR_EACH_BASE(base, CALL)
 #undef CALL
+}
+
+static inline __attribute__((always_inline)) void
+values_of(enum base base, float below, const float *z, const float *given, float *value, int m) {
+#pragma omp simd
+    for (int i = 0; i < m; i++) value[i] = base == GIVEN ? given[i] : base_value(base, below, z[i]);
+}
+
+/* base(z) of m elements; given [m], or null if nobody asks for the values of a base that is GIVEN. */
+static void base_values(enum base base, float below, const float *z, const float *given, float *value, int m) {
+    if (base == GIVEN && !given) given = z;
+#define CALL(which) values_of(which, below, z, given, value, m)
+    FOR_EACH_BASE(base, CALL)
+#undef CALL
+}
+
+/* Sum of weight * value over the values that are finite. */
+static float finite_sum(const float *weight, const float *value, int m) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < m; i++) sum += weight[i] * if_finite(value[i]);
+    return sum;
+}
+
+static void fill(float *x, float value, int m) {
+    for (int i = 0; i < m; i++) x[i] = value;
 }
 
 /* Transposes a table: the coefficients a0..a3 of an interval side by side. A last row stands for the right end and
@@ -257,85 +318,160 @@ static inline float read_slopes(const float *rows, const int32_t *row, const flo
     return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
 
-/* base(z) + c(z) with the closed form, in one loop; v = BELL_SCALE u. */
+/* base(z) + c(z) with the closed form, in one loop; v = BELL_SCALE u. tails: whether there are any. */
 static inline __attribute__((always_inline)) void
-bell_values(enum base base, const float *z, float *out, int64_t n, const struct terms *s) {
+bell_values(enum base base, int tails, const float *z, float *out, int64_t n, const struct terms *s) {
     float amplitude = s->eps * s->sigma / BELL_SCALE, lift = s->lift * s->sigma, below = s->below;
     float mu = s->mu, inverse = s->inverse * BELL_SCALE, bound = s->clamp * BELL_SCALE;
+    float gain = s->gain, slope = s->slope;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
         float v = clamped((z[i] - mu) * inverse, bound), c = (amplitude * v + lift) * bell_of(v);
-        out[i] = base == GIVEN ? plus(out[i], c) : base_value(base, below, z[i]) + c;
+        float b = base == GIVEN ? out[i] : base_value(base, below, z[i]);
+        if (tails) c += gain * if_finite(b) + slope * if_finite(z[i]);
+        out[i] = base == GIVEN ? plus(b, c) : b + c;
     }
 }
 
-/* grad (base' + c')(z) with the closed form. sums [2]: of grad u e and of grad e, with e = exp(-u^2 / 2); times sigma they
-   are the gradients by eps and lift. */
+/* grad (base' + c')(z) with the closed form. given [n]: base(z), if the base is GIVEN and there is a gain. sums [4]: of
+   grad u e, grad e, grad base(z) and grad z, with e = exp(-u^2 / 2); the first two times sigma, they are the gradients by
+   the amplitudes. */
 static inline __attribute__((always_inline)) void
-bell_slopes(enum base base, const float *z, const float *grad, float *out, int64_t n, const struct terms *s,
-            double *sums) {
+bell_slopes(enum base base, int tails, const float *z, const float *grad, const float *given, float *out, int64_t n,
+            const struct terms *s, double *sums) {
     float eps = s->eps, by_square = s->eps / (BELL_SCALE * BELL_SCALE), by_v = s->lift / BELL_SCALE, below = s->below;
     float mu = s->mu, inverse = s->inverse * BELL_SCALE, bound = s->clamp * BELL_SCALE;
-    float by_eps = 0.0f, by_lift = 0.0f;
-    int nothing = eps == 0.0f && s->lift == 0.0f;
-#pragma omp simd reduction(+ : by_eps, by_lift)
+    float by_eps = 0.0f, by_lift = 0.0f, by_gain = 0.0f, by_slope = 0.0f, gain = s->gain, slope = s->slope;
+    int nothing = eps == 0.0f && s->lift == 0.0f && gain == 0.0f && slope == 0.0f;
+#pragma omp simd reduction(+ : by_eps, by_lift, by_gain, by_slope)
     for (int64_t i = 0; i < n; i++) {
-        float v = clamped((z[i] - mu) * inverse, bound), e = bell_of(v), pull = grad[i] * e;
+        float v = clamped((z[i] - mu) * inverse, bound), e = bell_of(v), pull = grad[i] * e, stretch = 0.0f;
         float c = (eps - v * (by_square * v + by_v)) * e;   /* (eps (1 - u^2) - lift u) e */
         by_eps += pull * v;
         by_lift += pull;
-        if (base == GIVEN) out[i] = nothing ? out[i] : plus(out[i], grad[i] * c);   /* 0 * inf is not 0 */
-        else out[i] = grad[i] * (base_slope(base, below, z[i]) + c);
+        if (tails) {
+            float b = base == GIVEN ? given[i] : base_value(base, below, z[i]);
+            by_gain += grad[i] * if_finite(b);
+            by_slope += grad[i] * if_finite(z[i]);
+            stretch = gain * is_finite(b);
+            c += slope * is_finite(z[i]);
+        }
+        if (base == GIVEN) {
+            float g = out[i];
+            if (tails) g = stretch == 0.0f ? g : g + stretch * g;
+            out[i] = nothing ? out[i] : plus(g, grad[i] * c);   /* 0 * inf is not 0 */
+        } else if (tails) {
+            out[i] = grad[i] * ((1.0f + stretch) * base_slope(base, below, z[i]) + c);
+        } else {
+            out[i] = grad[i] * (base_slope(base, below, z[i]) + c);
+        }
     }
     sums[0] = by_eps / BELL_SCALE;
     sums[1] = by_lift;
+    sums[2] = by_gain;
+    sums[3] = by_slope;
 }
 
 /* One block, by one thread. rows: of sigma * eps * ghat, or null for the closed form. */
 static void forward(const float *z, float *out, int64_t n, struct terms s, const float *rows) {
     int32_t row[PART];
-    float t[PART], value[PART];
-    if (!rows) {
-#define CALL(which) bell_values(which, z, out, n, &s)
-        FOR_EACH_BASE(s.base, CALL)
+    float t[PART], value[PART], gain[PART], slope[PART];
+    int tails = s.which & TAILS;
+    if (!rows && s.which & BUMP) {
+        if (tails) {
+#define CALL(which) bell_values(which, 1, z, out, n, &s)
+            FOR_EACH_BASE(s.base, CALL)
 #undef CALL
+        } else {
+#define CALL(which) bell_values(which, 0, z, out, n, &s)
+            FOR_EACH_BASE(s.base, CALL)
+#undef CALL
+        }
         return;
     }
+    if (tails) {
+        fill(gain, s.gain, PART);
+        fill(slope, s.slope, PART);
+    }
+    if (!(s.which & BUMP)) fill(value, 0.0f, PART);
     for (int64_t start = 0; start < n; start += PART) {
         int m = n - start < PART ? (int)(n - start) : PART;
-        places(z + start, m, &s, row, t);
-        read_rows(rows, row, t, m, value, 0);
-        finish_values(s.base, s.below, z + start, value, out + start, m);
+        if (s.which & BUMP) {
+            places(z + start, m, &s, row, t);
+            read_rows(rows, row, t, m, value, 0);
+        }
+        finish_values(s.base, s.below, z + start, value, tails ? gain : 0, slope, out + start, m);
     }
 }
 
-/* One block, by one thread. rows: of ghat, or null for the closed form; sums [2]: as of bell_slopes. */
-static void backward(const float *z, const float *grad, float *out, int64_t n, struct terms s, const float *rows,
-                     double *sums) {
+/* One block, by one thread. rows: of ghat, or null for the closed form; given and sums: as of bell_slopes. */
+static void backward(const float *z, const float *grad, const float *given, float *out, int64_t n, struct terms s,
+                     const float *rows, double *sums) {
     int32_t row[PART];
-    float t[PART], slope[PART];
-    sums[0] = sums[1] = 0.0;
-    if (!rows) {
-#define CALL(which) bell_slopes(which, z, grad, out, n, &s, sums)
-        FOR_EACH_BASE(s.base, CALL)
+    float t[PART], bend[PART], value[PART], gain[PART], slope[PART];
+    int tails = s.which & TAILS;
+    int acts = s.eps != 0.0f || s.gain != 0.0f || s.slope != 0.0f || s.base != GIVEN;   /* 0 * inf is not 0 */
+    sums[0] = sums[1] = sums[2] = sums[3] = 0.0;
+    if (!rows && s.which & BUMP) {
+        if (tails) {
+            const float *values = given ? given : z;   /* without a gain nobody asks for them */
+#define CALL(which) bell_slopes(which, 1, z, grad, values, out, n, &s, sums)
+            FOR_EACH_BASE(s.base, CALL)
 #undef CALL
+        } else {
+#define CALL(which) bell_slopes(which, 0, z, grad, 0, out, n, &s, sums)
+            FOR_EACH_BASE(s.base, CALL)
+#undef CALL
+        }
         return;
     }
+    if (tails) {
+        fill(gain, s.gain, PART);
+        fill(slope, s.slope, PART);
+    }
+    if (!(s.which & BUMP)) fill(bend, 0.0f, PART);
     for (int64_t start = 0; start < n; start += PART) {
         int m = n - start < PART ? (int)(n - start) : PART;
-        places(z + start, m, &s, row, t);
-        sums[0] += read_slopes(rows, row, t, grad + start, m, s.eps * s.per_sd, slope);
-        if (s.eps != 0.0f || s.base != GIVEN)   /* 0 * inf is not 0 */
-            finish_slopes(s.base, s.below, z + start, grad + start, slope, out + start, m);
+        if (s.which & BUMP) {
+            places(z + start, m, &s, row, t);
+            sums[0] += read_slopes(rows, row, t, grad + start, m, s.eps * s.per_sd, bend);
+        }
+        if (tails) {
+            base_values(s.base, s.below, z + start, given ? given + start : 0, value, m);
+            sums[2] += finite_sum(grad + start, value, m);
+            sums[3] += finite_sum(grad + start, z + start, m);
+        }
+        if (acts)
+            finish_slopes(s.base, s.below, z + start, grad + start, bend, tails ? gain : 0, slope, value, out + start, m);
     }
 }
 
-static struct terms read_terms(const float *eps, const float *lift, const float *shape, int intervals, float half_width,
-                               float clamp, int base, float below) {
+/* How many terms of `which` come before one of them. */
+static int row_of(int which, int term) {
+    int before = 0;
+    for (int each = EPS; each < term; each *= 2) before += (which & each) != 0;
+    return before;
+}
+
+/* Amplitudes of one term, `count` of them; null if it is absent. */
+static const float *amplitudes_of(const float *amplitudes, int which, int term, int64_t count) {
+    return which & term ? amplitudes + count * row_of(which, term) : 0;
+}
+
+static float first_of(const float *amplitudes, int which, int term, int64_t count) {
+    const float *found = amplitudes_of(amplitudes, which, term, count);
+    return found ? *found : 0.0f;
+}
+
+static struct terms read_terms(const float *amplitudes, int which, int64_t count, const float *shape, int intervals,
+                               float half_width, float clamp, int base, float below) {
     float per_sd = intervals ? (float)intervals / (2.0f * half_width) : 1.0f;
     struct terms s = {
-        .eps = *eps,
-        .lift = lift ? *lift : 0.0f,
+        .eps = first_of(amplitudes, which, EPS, count),
+        .lift = first_of(amplitudes, which, LIFT, count),
+        .gain = first_of(amplitudes, which, GAIN, count),
+        .slope = first_of(amplitudes, which, SLOPE, count),
+        .which = which,
         .mu = shape[0],
         .sigma = shape[1],
         .inverse = 1.0f / shape[1],
@@ -349,12 +485,13 @@ static struct terms read_terms(const float *eps, const float *lift, const float 
     return s;
 }
 
-void eafo_forward(const float *z, float *out, float *kept, int64_t n, const float *eps, const float *lift,
+void eafo_forward(const float *z, float *out, float *kept, int64_t n, const float *amplitudes, int which,
                   const float *shape, const float *table, int intervals, float half_width, float clamp, int base,
                   float below, int threads) {
     float rows[4 * (MOST_INTERVALS + 1)];
-    struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
-    if (s.eps == 0.0f && s.lift == 0.0f && base == GIVEN) return;   /* every bit of the base stays */
+    struct terms s = read_terms(amplitudes, which, 1, shape, intervals, half_width, clamp, base, below);
+    int nothing = s.eps == 0.0f && s.lift == 0.0f && s.gain == 0.0f && s.slope == 0.0f;
+    if (nothing && base == GIVEN) return;   /* every bit of the base stays */
     if (table) to_folded_rows(table, &s, rows);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t start = 0; start < n; start += BLOCK) {
@@ -364,26 +501,26 @@ void eafo_forward(const float *z, float *out, float *kept, int64_t n, const floa
     }
 }
 
-/* out = grad (base' + c')(z) for n elements; if the base is GIVEN, out holds grad base'(z) before. grad_eps [1] = sum of
-   grad sigma ghat. grad_lift [1] or null = sum of grad sigma exp(-u^2 / 2), 0 with a table.
+/* out = grad (base' + c')(z) for n elements; if the base is GIVEN, out holds grad base'(z) before. given [n]: base(z), if
+   the base is GIVEN and there is a gain, else null. by_amplitudes [terms] = sums of grad times the terms' directions.
 
-   partial [2 per block of BLOCK elements]: for intermediate sums; null if there are at most FEW_BLOCKS blocks. */
-void eafo_backward(const float *z, const float *grad, float *out, int64_t n, const float *eps, const float *lift,
-                   const float *shape, const float *table, int intervals, float half_width, float clamp, int base,
-                   float below, int threads, double *partial, float *grad_eps, float *grad_lift) {
+   partial [4 per block of BLOCK elements]: for intermediate sums; null if there are at most FEW_BLOCKS blocks. */
+void eafo_backward(const float *z, const float *grad, const float *given, float *out, int64_t n,
+                   const float *amplitudes, int which, const float *shape, const float *table, int intervals,
+                   float half_width, float clamp, int base, float below, int threads, double *partial,
+                   float *by_amplitudes) {
     float rows[4 * (MOST_INTERVALS + 1)];
-    struct terms s = read_terms(eps, lift, shape, intervals, half_width, clamp, base, below);
-    double by_eps = 0.0, by_lift = 0.0, few[2 * FEW_BLOCKS], *sums = partial ? partial : few;
+    struct terms s = read_terms(amplitudes, which, 1, shape, intervals, half_width, clamp, base, below);
+    double total[4] = {0}, few[4 * FEW_BLOCKS], *sums = partial ? partial : few;
     if (table) to_rows(table, intervals, rows);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t start = 0; start < n; start += BLOCK) {
         int64_t m = n - start < BLOCK ? n - start : BLOCK;
-        backward(z + start, grad + start, out + start, m, s, table ? rows : 0, sums + 2 * (start / BLOCK));
+        backward(z + start, grad + start, given ? given + start : 0, out + start, m, s, table ? rows : 0,
+                 sums + 4 * (start / BLOCK));
     }
-    for (int64_t b = 0; b < (n + BLOCK - 1) / BLOCK; b++) {
-        by_eps += sums[2 * b];
-        by_lift += sums[2 * b + 1];
-    }
-    *grad_eps = (float)(by_eps * s.sigma);
-    if (grad_lift) *grad_lift = (float)(by_lift * s.sigma);
+    for (int64_t b = 0; b < (n + BLOCK - 1) / BLOCK; b++)
+        for (int k = 0; k < 4; k++) total[k] += sums[4 * b + k];
+    for (int k = 0, term = EPS; k < 4; k++, term *= 2)
+        if (which & term) *by_amplitudes++ = (float)(term & BUMP ? total[k] * s.sigma : total[k]);
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eafo_dynamic.correction.kernels.compiled import bind, sound_kernel
+from eafo_dynamic.correction.kernels.directions import EPS, GAIN, LIFT, SLOPE, TERMS, code_of_terms
 from eafo_dynamic.correction.kernels.formula import MAX_U, correction_of
 from eafo_dynamic.correction.kernels.known import INSIDE, Known
 from eafo_dynamic.correction.kernels.terms import Terms, channels_of, is_dense, uninitialised_like
@@ -24,7 +25,10 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)  # numbered in this orde
 
 _LEAST_PARALLEL = 32768  # elements from which on several threads work, as in torch's own pointwise kernels
 _LEAST_KEPT = 65536  # elements from which on one pass over memory is faster than a copy and a pass
-_PIECES = 64  # partial sums of a gradient by eps: a fixed number, so that results do not depend on the threads
+_MOST_TERMS = len(TERMS)  # of which there are sums, whichever a correction has
+_PIECES = (
+    64  # partial sums of a gradient by the amplitudes: a fixed number, so that results do not depend on the threads
+)
 
 
 class NativeKernel:
@@ -41,16 +45,15 @@ class NativeKernel:
         size = ctypes.c_int64
         integer = ctypes.c_int
         real = ctypes.c_float
-        # eps, lift, shape, table, intervals, half_width, clamp, base, below, threads
-        terms = [pointer, pointer, pointer, pointer, integer, real, real, integer, real, integer]
+        # amplitudes, which, shape, table, intervals, half_width, clamp, base, below, threads
+        terms = [pointer, integer, pointer, pointer, integer, real, real, integer, real, integer]
         layout = [integer, size, size]  # type, channels, elements of a channel that lie side by side
-        sums = [pointer, pointer, pointer]  # partial, grad_eps, grad_lift
+        into = [pointer, pointer, pointer, pointer, size]  # z, grad, given, out, n
+        sums = [pointer, pointer]  # partial, by_amplitudes
         self._forward = bind(library, "eafo_forward", [pointer, pointer, pointer, size, *terms])
-        self._backward = bind(library, "eafo_backward", [pointer, pointer, pointer, size, *terms, *sums])
+        self._backward = bind(library, "eafo_backward", [*into, *terms, *sums])
         self._mixed_forward = bind(library, "eafo_mixed_forward", [pointer, pointer, size, *layout, *terms])
-        self._mixed_backward = bind(
-            library, "eafo_mixed_backward", [pointer, pointer, pointer, size, *layout, *terms, integer, *sums]
-        )
+        self._mixed_backward = bind(library, "eafo_mixed_backward", [*into, *layout, *terms, integer, *sums])
 
     @staticmethod
     def takes(z: Tensor, terms: Terms) -> bool:
@@ -61,12 +64,12 @@ class NativeKernel:
             terms: the other operands, on the CPU.
 
         Returns:
-            Whether z is float32, bfloat16 or float16, there is one amplitude for all elements or one per channel, the
+            Whether z is float32, bfloat16 or float16, there are amplitudes for all elements or for each channel, the
             table is not too long, and there is no lift beside a table.
         """
-        if terms.lift is not None and (terms.table is not None or terms.lift.shape != terms.eps.shape):
+        if terms.table is not None and LIFT.name in terms.names:
             return False
-        if z.dtype not in _TYPES or (terms.eps.dim() and channels_of(z, terms.eps) is None):
+        if z.dtype not in _TYPES or (terms.by_channel and channels_of(z, terms.amplitudes) is None):
             return False
         return terms.table is None or terms.table.shape[-1] <= _MOST_INTERVALS
 
@@ -74,7 +77,7 @@ class NativeKernel:
     def inside(z: Tensor, terms: Terms, known: Known) -> Known | None:
         """The base, if it may be computed in the same pass as the correction.
 
-        Where an amplitude is 0 it may not: there the output must have the bits of torch's own base.
+        Where all amplitudes are 0 it may not: there the output must have the bits of torch's own base.
 
         Args:
             z: pre-activations, dense.
@@ -85,9 +88,6 @@ class NativeKernel:
             The base, or None.
         """
         if known.code == 0:
-            return None
-        # the closed form without a lift belongs to piecewise linear bases, and is compiled for no others
-        if known.code > 1 and terms.table is None and terms.lift is None:
             return None
         return known if _acts_everywhere(terms) else None
 
@@ -140,8 +140,14 @@ class NativeKernel:
         _call(self._forward, address, address, kept.data_ptr(), n, *_arguments(given, known, n))
 
     def add_gradient(
-        self, out: Tensor, grad: Tensor, z: Tensor, terms: Terms, inside: Known | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        out: Tensor,
+        grad: Tensor,
+        z: Tensor,
+        terms: Terms,
+        inside: Known | None = None,
+        value: Tensor | None = None,
+    ) -> Tensor:
         """Adds grad * c'(z) to the base's gradient, in place.
 
         Args:
@@ -151,38 +157,33 @@ class NativeKernel:
             z: pre-activations, dense.
             terms: the other operands.
             inside: see :meth:`add`.
+            value: base(z), with the strides of z; needed where there is a gain and the base is not computed inside.
 
         Returns:
-            Gradients by eps and by the lift, each of its shape and dtype; None for the lift where there is none.
+            Gradient by the amplitudes, of their shape and dtype.
         """
         n = z.numel()
         given = _float32(terms)
-        by_eps = uninitialised_like(given.eps)
-        by_lift = None
-        by_lift_address = None
-        if given.lift is not None:
-            by_lift = uninitialised_like(given.lift)
-            by_lift_address = by_lift.data_ptr()
-        sums = by_eps.data_ptr(), by_lift_address
-        tensors = z.data_ptr(), grad.data_ptr(), out.data_ptr()
+        by_amplitudes = uninitialised_like(given.amplitudes)
+        sums = by_amplitudes.data_ptr()
+        value_address = None if value is None else value.data_ptr()
+        tensors = z.data_ptr(), grad.data_ptr(), value_address, out.data_ptr()
         arguments = _arguments(given, inside, n)
         if _is_simple(z, terms):
             partial = None
             partial_address = None
             if n > _FEW_BLOCKS * _BLOCK:
-                partial = torch.empty(n // _BLOCK + 1, 2, dtype=torch.float64)
+                partial = torch.empty(n // _BLOCK + 1, _MOST_TERMS, dtype=torch.float64)
                 partial_address = partial.data_ptr()
-            _call(self._backward, *tensors, n, *arguments, partial_address, *sums)
+            _call(self._backward, *tensors, n, *arguments, partial_address, sums)
         else:
             pieces = min(_PIECES, n // _BLOCK + 1)
-            partial = torch.zeros(pieces, 2, max(terms.eps.numel(), 1), dtype=torch.float64)
             layout = _layout(z, terms)
-            _call(self._mixed_backward, *tensors, n, *layout, *arguments, pieces, partial.data_ptr(), *sums)
+            partial = torch.zeros(pieces, _MOST_TERMS, layout[1], dtype=torch.float64)
+            _call(self._mixed_backward, *tensors, n, *layout, *arguments, pieces, partial.data_ptr(), sums)
         if given is terms:
-            return by_eps, by_lift
-        if by_lift is not None:
-            by_lift = by_lift.to(terms.eps.dtype)
-        return by_eps.to(terms.eps.dtype), by_lift
+            return by_amplitudes
+        return by_amplitudes.to(terms.amplitudes.dtype)
 
     def is_sound(self) -> bool:
         """Whether the results are those of the formula; a compiler may be broken.
@@ -194,42 +195,46 @@ class NativeKernel:
         knots = torch.cos(torch.arange(17, dtype=z.dtype, device=z.device))
         # t^2 - t^3 vanishes at both ends: the table is continuous, and a place rounded across a knot does not matter
         table = torch.stack([knots[:-1], knots.diff(), knots[1:], -knots[1:]])
-        eps = z.new_tensor(0.3)
         shape = z.new_tensor([0.2, 1.4])
-        lift = z.new_tensor(-0.2)
-        closed_form = Terms(eps, shape, None, 4.0)
-        with_lift = Terms(eps, shape, None, 4.0, lift)
-        with_table = Terms(eps, shape, table, 4.0)
+        every = tuple(TERMS)
+        amplitudes = z.new_tensor([0.3, -0.2, 0.15, -0.1])
+        one_each = torch.stack([z / 18.0, 0.05 - z / 20.0, z / 30.0, 0.04 - z / 40.0])
+        closed_form = Terms(amplitudes, shape, None, 4.0, every)
+        with_table = Terms(amplitudes[[0, 2, 3]], shape, table, 4.0, (EPS.name, GAIN.name, SLOPE.name))
         return (
-            self._agrees(z, closed_form, INSIDE[:2])
-            and self._agrees(z, with_lift, INSIDE)
-            and self._agrees(z, with_table, INSIDE)
-            and self._agrees_per_channel(z, closed_form._replace(eps=z / 18.0))
-            and self._agrees_per_channel(z, with_lift._replace(eps=z / 18.0, lift=0.05 - z / 20.0))
-            and self._agrees_per_channel(z, with_table._replace(eps=z / 18.0))
+            self._agrees(z, Terms(amplitudes[:1], shape, None, 4.0), INSIDE[:2])
+            and self._agrees(z, Terms(amplitudes[:2], shape, None, 4.0, every[:2]), INSIDE)
+            and self._agrees(z, closed_form, INSIDE)
+            and self._agrees(z, Terms(amplitudes[:1], shape, table, 4.0), INSIDE)
+            and self._agrees(z, with_table, INSIDE[:2])
+            and self._agrees(z, Terms(amplitudes[2:], shape, None, 4.0, every[2:]), INSIDE[:2])
+            and self._agrees_per_channel(z, closed_form._replace(amplitudes=one_each))
+            and self._agrees_per_channel(z, with_table._replace(amplitudes=one_each[[0, 2, 3]].contiguous()))
         )
 
     def _agrees(self, z: Tensor, terms: Terms, bases: tuple[Known, ...]) -> bool:
         """Whether values are the formula's, of the correction alone and with each base computed inside."""
-        out = torch.zeros_like(z)
+        out = torch.sin(z)
+        expected = out + correction_of(z, terms, out)
         self.add(out, z, terms)
-        c = correction_of(z, terms)
-        if not torch.allclose(out, c, rtol=0.0, atol=1e-5):
+        if not torch.allclose(out, expected, rtol=0.0, atol=1e-5):
             return False
         for base in bases:
             self.add(out, z, terms, base)
-            if not torch.allclose(out, base.value(z) + c, rtol=0.0, atol=1e-5):
+            plain = base.value(z)
+            if not torch.allclose(out, plain + correction_of(z, terms, plain), rtol=0.0, atol=1e-5):
                 return False
         return True
 
     def _agrees_per_channel(self, z: Tensor, terms: Terms) -> bool:
         """Whether values are the formula's in every dtype, with an amplitude of its own for each element."""
-        c = correction_of(z, terms)
+        plain = torch.sin(z)
+        expected = plain + correction_of(z, terms, plain)
         for dtype in _TYPES:
-            out = torch.zeros_like(z, dtype=dtype)
+            out = plain.to(dtype, copy=True)
             self.add(out, z.to(dtype), terms)
             tolerance = 1e-5 if dtype == torch.float32 else 0.05
-            if not torch.allclose(out.float(), c, rtol=0.0, atol=tolerance):
+            if not torch.allclose(out.float(), expected, rtol=0.0, atol=tolerance):
                 return False
         return True
 
@@ -261,45 +266,37 @@ def _call(function: Callable[..., None], *arguments: object) -> None:
 
 def _acts_everywhere(terms: Terms) -> bool:
     """Whether no element has amplitudes of 0 only, and so keeps the value of the base."""
-    eps = terms.eps
-    lift = terms.lift
-    if not eps.dim():
-        return bool(eps.item()) or (lift is not None and bool(lift.item()))
-    acts = eps.ne(0)
-    if lift is not None:
-        acts = acts | lift.ne(0)
-    return bool(acts.all().item())
+    if not terms.by_channel:
+        return any(terms.amplitudes.tolist())
+    return bool(terms.amplitudes.ne(0).any(0).all().item())
 
 
 def _is_simple(z: Tensor, terms: Terms) -> bool:
-    return z.dtype == torch.float32 and not terms.eps.dim()
+    return z.dtype == torch.float32 and not terms.by_channel
 
 
 def _float32(terms: Terms) -> Terms:
     """The terms in float32; the same object where they are float32 already."""
-    eps, shape, table, half_width, lift = terms
+    amplitudes, shape, table, half_width, names = terms
     # spelled out: every call of every site comes through here, and a generator would take as long as all the rest
-    fits = eps.dtype == shape.dtype == torch.float32 and (lift is None or lift.dtype == torch.float32)
-    if fits and (table is None or table.dtype == torch.float32):
+    fits = amplitudes.dtype == shape.dtype == torch.float32 and (table is None or table.dtype == torch.float32)
+    if fits and amplitudes.is_contiguous():
         return terms
     if table is not None:
         table = table.to(torch.float32)
-    if lift is not None:
-        lift = lift.to(torch.float32)
-    return Terms(eps.to(torch.float32), shape.to(torch.float32), table, half_width, lift)
+    return Terms(amplitudes.to(torch.float32).contiguous(), shape.to(torch.float32), table, half_width, names)
 
 
 def _layout(z: Tensor, terms: Terms) -> tuple[int, int, int]:
     """Number of the dtype, number of channels, and how many elements of a channel lie side by side."""
-    channels = channels_of(z, terms.eps) if terms.eps.dim() else None
+    channels = channels_of(z, terms.amplitudes) if terms.by_channel else None
     count, inner = channels or (1, max(z.numel(), 1))
     return _TYPES.index(z.dtype), count, inner
 
 
 def _arguments(terms: Terms, inside: Known | None, n: int) -> tuple[object, ...]:
-    """The arguments that all functions share, from ``eps`` to ``threads``."""
-    eps, shape, table, half_width, lift = terms
-    lift_address = None if lift is None else lift.data_ptr()
+    """The arguments that all functions share, from ``amplitudes`` to ``threads``."""
+    amplitudes, shape, table, half_width, names = terms
     table_address = None
     intervals = 0
     if table is not None:
@@ -310,8 +307,8 @@ def _arguments(terms: Terms, inside: Known | None, n: int) -> tuple[object, ...]
         base, below = inside.code, inside.below
     threads = torch.get_num_threads() if n >= _LEAST_PARALLEL else 1
     return (
-        eps.data_ptr(),
-        lift_address,
+        amplitudes.data_ptr(),
+        code_of_terms(names),
         shape.data_ptr(),
         table_address,
         intervals,

@@ -8,32 +8,40 @@
 #define ATOM_SHARE 0.01f
 #define MOST_UNITS (1 << 22)
 
-/* out = c(z) for the given amplitudes; with one of them 1 and the other 0, the derivative of c(z) by that one. */
-static void unit_direction(const float *z, float *out, int64_t n, float eps, float lift, const float *shape,
-                           const float *table, int intervals, float half_width, float clamp) {
+/* out = derivative of c(z) by eps or by the lift. */
+static void unit_direction(const float *z, float *out, int64_t n, int term, const float *shape, const float *table,
+                           int intervals, float half_width, float clamp) {
+    float one = 1.0f;
     memset(out, 0, sizeof(float) * (size_t)n);
-    eafo_forward(z, out, 0, n, &eps, &lift, shape, table, intervals, half_width, clamp, GIVEN, 0.0f, 1);
+    eafo_forward(z, out, 0, n, &one, term, shape, table, intervals, half_width, clamp, GIVEN, 0.0f, 1);
 }
 
-/* The functions of all sites: out [sites, n] = base(z) + c(z), by_eps and by_lift [sites, n] = derivatives of c(z) by the
-   amplitudes; any of the three may be null.
-   eps [sites], lift [sites] or null; shape [sites, 2] = mu, sigma; tables [.., 4, intervals]; place [sites]: index of the
-   site's table, -1 for the closed form; base and below [sites]: as of eafo_forward. Rows of out hold base(z) before if the
-   base is GIVEN; if `base` is null, out = c(z). */
-void eafo_functions(const float *z, int64_t sites, int64_t n, const float *eps, const float *lift, const float *shape,
+/* The functions of all sites: out [sites, n] = base(z) + c(z), by_eps, by_lift and by_gain [sites, n] = derivatives of c(z)
+   by the amplitudes, the last one base(z); any of the four may be null.
+   amplitudes [terms, sites]; which: the terms; shape [sites, 2] = mu, sigma; tables [.., 4, intervals]; place [sites]:
+   index of the site's table, -1 for the closed form; base and below [sites]: as of eafo_forward. Rows of out hold base(z)
+   before if the base is GIVEN; if `base` is null, out = c(z), which then has no gain. */
+void eafo_functions(const float *z, int64_t sites, int64_t n, const float *amplitudes, int which, const float *shape,
                     const float *tables, const int64_t *place, int intervals, float half_width, float clamp,
-                    const int32_t *base, const float *below, float *out, float *by_eps, float *by_lift, int threads) {
+                    const int32_t *base, const float *below, float *out, float *by_eps, float *by_lift, float *by_gain,
+                    int threads) {
     ROUND_PARALLEL
     for (int64_t s = 0; s < sites; s++) {
         int64_t at = s * n, from = 4 * place[s] * intervals;
-        int known = place[s] >= 0, wide = known ? intervals : 0;
+        int known = place[s] >= 0, wide = known ? intervals : 0, terms = 0;
         const float *form = shape + 2 * s, *table = known ? tables + from : 0;
-        if (by_eps) unit_direction(z + at, by_eps + at, n, 1.0f, 0.0f, form, table, wide, half_width, clamp);
-        if (by_lift) unit_direction(z + at, by_lift + at, n, 0.0f, 1.0f, form, 0, 0, half_width, clamp);
+        float own[4];
+        for (int term = EPS; term <= SLOPE; term *= 2)
+            if (which & term) own[terms] = amplitudes[terms * sites + s], terms++;
+        if (by_eps) unit_direction(z + at, by_eps + at, n, EPS, form, table, wide, half_width, clamp);
+        if (by_lift) unit_direction(z + at, by_lift + at, n, LIFT, form, 0, 0, half_width, clamp);
+        if (by_gain && base[s] == GIVEN) memcpy(by_gain + at, out + at, sizeof(float) * (size_t)n);
+        if (by_gain && base[s] != GIVEN)
+            eafo_forward(z + at, by_gain + at, 0, n, own, 0, form, 0, 0, half_width, clamp, base[s], below[s], 1);
         if (!out) continue;
         if (!base) memset(out + at, 0, sizeof(float) * (size_t)n);
-        eafo_forward(z + at, out + at, 0, n, eps + s, lift ? lift + s : 0, form, table, wide, half_width, clamp,
-                     base ? base[s] : GIVEN, base ? below[s] : 0.0f, 1);
+        eafo_forward(z + at, out + at, 0, n, own, which, form, table, wide, half_width, clamp, base ? base[s] : GIVEN,
+                     base ? below[s] : 0.0f, 1);
     }
 }
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from eafo_dynamic.correction.kernels.compiled import bind, sound_kernel
-from eafo_dynamic.correction.kernels.formula import MAX_U, correction
+from eafo_dynamic.correction.kernels.directions import MAX_U, TERMS, code_of_terms
+from eafo_dynamic.correction.kernels.formula import correction
 
 __all__ = ["RoundKernel", "RoundOperands", "Smoothed", "Workspace", "compiled_rounds"]
 
@@ -59,8 +60,8 @@ class RoundOperands(NamedTuple):
     """The functions of S sites as the compiled code reads them; tensors are contiguous.
 
     Args:
-        eps: amplitudes, shape [S].
-        lift: amplitudes of the bells, shape [S], 0 for a site with a table; None for no bells.
+        amplitudes: one row a term, shape [T, S]; the lift's is 0 for a site with a table.
+        names: of the terms.
         shape: mu and sigma, shape [S, 2].
         tables: coefficients, shape [T, 4, intervals].
         place: index of each site's table, -1 for the closed form, int64, shape [S].
@@ -69,8 +70,8 @@ class RoundOperands(NamedTuple):
         below: ``Known.below`` of each site's base, shape [S].
     """
 
-    eps: Tensor
-    lift: Tensor | None
+    amplitudes: Tensor
+    names: tuple[str, ...]
     shape: Tensor
     tables: Tensor
     place: Tensor
@@ -117,9 +118,9 @@ class RoundKernel:
         single = ctypes.c_float
         double = ctypes.c_double
         samples = [pointer, size, size]  # x, sites, n
-        given = [pointer, pointer, pointer, pointer, pointer]  # eps, lift, shape, tables, place
+        given = [pointer, integer, pointer, pointer, pointer]  # amplitudes, which, shape, tables, place
         table = [integer, single, single]  # intervals, half_width, clamp
-        wanted = [pointer, pointer, pointer, pointer, pointer]  # base, below, out, by_eps, by_lift
+        wanted = [pointer] * 6  # base, below, out, by_eps, by_lift, by_gain
         self._functions = bind(library, "eafo_functions", [*samples, *given, *table, *wanted, integer])
         # x, weight, sites, n, resolution, sampled, threads, found, score
         self._smooth = bind(
@@ -175,6 +176,7 @@ class RoundKernel:
         out: Tensor | None = None,
         by_eps: Tensor | None = None,
         by_lift: Tensor | None = None,
+        by_gain: Tensor | None = None,
         *,
         bases: bool = True,
     ) -> None:
@@ -186,7 +188,8 @@ class RoundKernel:
             out: receives base(z) + c(z), shape [S, n]; holds base(z) before, in rows whose code is 0.
             by_eps: receives the derivative of c(z) by eps, shape [S, n].
             by_lift: receives the derivative of c(z) by the lift; for the closed form only.
-            bases: False for c(z) alone in ``out``.
+            by_gain: receives base(z), the derivative of c(z) by the gain; rows whose code is 0 are copied from ``out``.
+            bases: False for c(z) alone in ``out``, which then has no gain.
         """
         codes = of.codes if bases else None
         below = of.below if bases else None
@@ -194,8 +197,8 @@ class RoundKernel:
             z.data_ptr(),
             z.shape[0],
             z.shape[1],
-            of.eps.data_ptr(),
-            _address(of.lift),
+            of.amplitudes.data_ptr(),
+            code_of_terms(of.names),
             of.shape.data_ptr(),
             of.tables.data_ptr(),
             of.place.data_ptr(),
@@ -207,6 +210,7 @@ class RoundKernel:
             _address(out),
             _address(by_eps),
             _address(by_lift),
+            _address(by_gain),
             _threads(z),
         )
 
@@ -375,11 +379,12 @@ class RoundKernel:
 
     def _functions_are_sound(self, pair: Tensor) -> bool:
         z = torch.linspace(-4.0, 4.0, 64, dtype=pair.dtype, device=pair.device).view(1, -1)
-        eps = pair.new_tensor([0.3])
+        amplitudes = pair.new_tensor([[0.3], [-0.2], [0.15], [-0.1]])
+        names = tuple(TERMS)
         shape = pair.new_tensor([[0.2, 1.4]])
         relu = RoundOperands(
-            eps,
-            lift=None,
+            amplitudes,
+            names,
             shape=shape,
             tables=pair.new_empty(0, 4, 1),
             place=pair.new_tensor([-1], dtype=torch.long),
@@ -388,8 +393,11 @@ class RoundKernel:
             below=pair.new_zeros(1),
         )
         out = torch.empty_like(z)
-        self.functions(relu, z, out)
-        return torch.allclose(out, z.relu() + correction(z, eps[0], shape[0]), rtol=0.0, atol=1e-5)
+        by_gain = torch.empty_like(z)
+        self.functions(relu, z, out, by_gain=by_gain)
+        base = z.relu()
+        exact = base + correction(z, amplitudes[:, 0], shape[0], names=names, base=base)
+        return torch.allclose(out, exact, rtol=0.0, atol=1e-5) and torch.equal(by_gain, base)
 
     def _moments_are_sound(self, pair: Tensor) -> bool:
         n = pair.shape[1]

@@ -9,27 +9,45 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
+from eafo_dynamic.correction.kernels.directions import EPS
+
 __all__ = ["Terms", "channels_of", "flat", "is_dense", "uninitialised_like"]
 
 _DETERMINISTIC: Any = deterministic  # its one option is missing from torch's type hints
 
 
 class Terms(NamedTuple):
-    """The operands of c(z) = sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)), u = (z - mu) / sigma.
+    """The operands of c(z), the sum of the terms, each amplitude times its direction; see ``directions``.
 
     Args:
-        eps: amplitude, 0-dim, or of a shape that broadcasts to z.
+        amplitudes: one row a term, no unit: shape [T], or [T, ...] with rows that broadcast to z.
         shape: mu and sigma, shape [2].
-        table: coefficients of ghat, shape [4, intervals]; None for the closed form.
+        table: coefficients of ghat, shape [4, intervals]; None for the closed form of eps.
         half_width: end of the table in standard deviations.
-        lift: amplitude of the bell, of the shape of eps; None for none.
+        names: of the terms, T of them, in the order of ``directions.TERMS``.
     """
 
-    eps: Tensor
+    amplitudes: Tensor
     shape: Tensor
     table: Tensor | None
     half_width: float
-    lift: Tensor | None = None
+    names: tuple[str, ...] = (EPS.name,)
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether there are amplitudes that differ along z."""
+        return self.amplitudes.dim() > 1
+
+    def amplitude(self, name: str) -> Tensor:
+        """One row of the amplitudes.
+
+        Args:
+            name: of one of the terms.
+
+        Returns:
+            0-dim, or of a shape that broadcasts to z.
+        """
+        return self.amplitudes[self.names.index(name)]
 
 
 def is_dense(z: Tensor) -> bool:
@@ -83,19 +101,21 @@ def uninitialised_like(values: Tensor) -> Tensor:
         _DETERMINISTIC.fill_uninitialized_memory = True
 
 
-def channels_of(z: Tensor, eps: Tensor) -> tuple[int, int] | None:
+def channels_of(z: Tensor, amplitudes: Tensor) -> tuple[int, int] | None:
     """Number of channels, and how many elements of one channel lie side by side in memory.
 
     Args:
         z: pre-activations, dense.
-        eps: amplitudes, shape [C] or [C, 1, ...], contiguous, that broadcasts to z.
+        amplitudes: shape [T, C] or [T, C, 1, ...], contiguous, with rows that broadcast to z.
 
     Returns:
-        The two numbers; None where eps has another shape.
+        The two numbers; None where the rows have another shape.
     """
-    count = eps.shape[0]
-    channel_dim = z.dim() - eps.dim()
-    if count != eps.numel() or channel_dim < 0 or z.shape[channel_dim] != count or not eps.is_contiguous():
+    rows, count, *others = amplitudes.shape
+    channel_dim = z.dim() - 1 - len(others)
+    if rows * count != amplitudes.numel() or channel_dim < 0 or z.shape[channel_dim] != count:
+        return None
+    if not amplitudes.is_contiguous():
         return None
     if z.is_contiguous():
         return count, math.prod(z.shape[channel_dim + 1 :])

@@ -1,6 +1,6 @@
 """Base plus correction in Triton: one pass forward, one pass backward. Only ``gpu`` imports this module.
 
-    c(z) = sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)),   u = (z - mu) / sigma
+    c(z) = sigma * (eps * ghat(u) + lift * exp(-u^2 / 2)) + gain * base(z) + slope * z,   u = (z - mu) / sigma
 
 as in native.c, computed in float32 whatever the dtype of z. A tensor is treated as a matrix [rows, columns], and each
 program works on a tile of it:
@@ -8,6 +8,9 @@ program works on a tile of it:
 - AXIS 0: one amplitude for all elements; the matrix is one long row.
 - AXIS 1: one amplitude per column, as after a linear layer and in channels-last images.
 - AXIS 2: one amplitude per row; row r belongs to channel r % channels, as in images of shape [batch, channels, ...].
+
+TERMS is the sum of the codes of the terms: 1 for eps, 2 for the lift, 4 for the gain, 8 for the slope. Amplitudes lie
+one term after the other, in this order.
 
 BASE is the code of the base: 0 (GIVEN) for one that out holds already; 1 to 4 and 6 for functions that are computed
 here as torch's CUDA kernels compute them, operation by operation; 5 (NOTHING) for -0.0, which changes nothing that it
@@ -122,8 +125,30 @@ def _cubic(table, k, t, INTERVALS: tl.constexpr):
 
 
 @triton.jit
-def _amplitude(pointer, row, column, row_ok, column_ok, channels, AXIS: tl.constexpr):
-    """The amplitudes of a tile: one number, one per column or one per row."""
+def _finite(x):
+    """X, or 0 for infinities and NaN."""
+    return tl.where(x - x == 0.0, x, 0.0)
+
+
+@triton.jit
+def _rows_before(TERMS: tl.constexpr, TERM: tl.constexpr):
+    """How many of the terms come before one of them."""
+    before = 0
+    if TERM > 1 and TERMS & 1:
+        before += 1
+    if TERM > 2 and TERMS & 2:
+        before += 1
+    if TERM > 4 and TERMS & 4:
+        before += 1
+    return before
+
+
+@triton.jit
+def _amplitude(
+    pointer, row, column, row_ok, column_ok, channels, TERMS: tl.constexpr, TERM: tl.constexpr, AXIS: tl.constexpr
+):
+    """The amplitudes of a term for a tile: one number, one per column or one per row."""
+    pointer += _rows_before(TERMS, TERM) * channels
     if AXIS == 0:
         e = tl.load(pointer).to(tl.float32)
     elif AXIS == 1:
@@ -158,8 +183,7 @@ def _summed(tile, AXIS: tl.constexpr):
 def forward(
     z_pointer,
     out_pointer,
-    eps_pointer,
-    lift_pointer,
+    amplitude_pointer,
     shape_pointer,
     table_pointer,
     rows,
@@ -170,7 +194,7 @@ def forward(
     below,
     BASE: tl.constexpr,
     INTERVALS: tl.constexpr,
-    LIFT: tl.constexpr,
+    TERMS: tl.constexpr,
     AXIS: tl.constexpr,
     PRECISE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -188,21 +212,31 @@ def forward(
     z = tl.load(z_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
     mu, sigma = tl.load(shape_pointer).to(tl.float32), tl.load(shape_pointer + 1).to(tl.float32)
     inverse = tl.div_rn(1.0, sigma)
-    e = _amplitude(eps_pointer, first_row + r, first_column + k, row_ok, column_ok, channels, AXIS)
-    if INTERVALS:
-        interval, t = _place(z, mu, inverse, half_width, per_sd, INTERVALS)
-        value, _ = _cubic(table_pointer, interval, t, INTERVALS)
-        c = e * value * sigma
-    else:
+    row, column = first_row + r, first_column + k
+    c = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    if TERMS & 1:
+        e = _amplitude(amplitude_pointer, row, column, row_ok, column_ok, channels, TERMS, 1, AXIS)
+        if INTERVALS:
+            interval, t = _place(z, mu, inverse, half_width, per_sd, INTERVALS)
+            value, _ = _cubic(table_pointer, interval, t, INTERVALS)
+            c = e * value * sigma
+        else:
+            u, peak = _bell(z, mu, inverse)
+            c = e * sigma * u
+            if TERMS & 2:
+                c += _amplitude(amplitude_pointer, row, column, row_ok, column_ok, channels, TERMS, 2, AXIS) * sigma
+            c *= peak
+    elif TERMS & 2:
         u, peak = _bell(z, mu, inverse)
-        c = e * sigma * u
-        if LIFT:
-            c += _amplitude(lift_pointer, first_row + r, first_column + k, row_ok, column_ok, channels, AXIS) * sigma
-        c *= peak
+        c = _amplitude(amplitude_pointer, row, column, row_ok, column_ok, channels, TERMS, 2, AXIS) * sigma * peak
     if BASE:
         y = _base_value(z, below, BASE, PRECISE)
     else:
         y = tl.load(out_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
+    if TERMS & 4:
+        c += _amplitude(amplitude_pointer, row, column, row_ok, column_ok, channels, TERMS, 4, AXIS) * _finite(y)
+    if TERMS & 8:
+        c += _amplitude(amplitude_pointer, row, column, row_ok, column_ok, channels, TERMS, 8, AXIS) * _finite(z)
     tl.store(out_pointer + start + at, _plus(y, c).to(out_pointer.dtype.element_ty), mask=ok)
 
 
@@ -210,10 +244,10 @@ def forward(
 def backward(
     z_pointer,
     grad_pointer,
+    value_pointer,
     out_pointer,
     partial_pointer,
-    eps_pointer,
-    lift_pointer,
+    amplitude_pointer,
     shape_pointer,
     table_pointer,
     rows,
@@ -225,17 +259,17 @@ def backward(
     below,
     BASE: tl.constexpr,
     INTERVALS: tl.constexpr,
-    LIFT: tl.constexpr,
+    TERMS: tl.constexpr,
     AXIS: tl.constexpr,
     PRECISE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Writes grad (base' + c')(z) to out; if the base is GIVEN, out holds grad base'(z) before.
+    """Writes grad (base' + c')(z) to out; if the base is GIVEN, out holds grad base'(z) before, and value base(z).
 
-    A program works on STEPS tiles, below each other for AXIS 1, else side by side. It writes its sums of
-    grad sigma ghat to ``partial``, and its sums of grad sigma exp(-u^2 / 2) ``partials`` numbers further on. Their
+    A program works on STEPS tiles, below each other for AXIS 1, else side by side. It writes its sums of grad times the
+    direction of the first term to ``partial``, and those of each further term ``partials`` numbers further on. Their
     shape is [programs] for AXIS 0, [programs down, columns] for AXIS 1 and [rows, programs across] for AXIS 2.
     """
     wide = COLUMNS if AXIS == 1 else COLUMNS * STEPS
@@ -249,11 +283,20 @@ def backward(
     mu, sigma = tl.load(shape_pointer).to(tl.float32), tl.load(shape_pointer + 1).to(tl.float32)
     inverse = tl.div_rn(1.0, sigma)
     row_ok, column_ok = first_row + r < rows, first_column + k < columns
-    e = _amplitude(eps_pointer, first_row + r, first_column + k, row_ok, column_ok, channels, AXIS)
-    if LIFT:
-        lift = _amplitude(lift_pointer, first_row + r, first_column + k, row_ok, column_ok, channels, AXIS)
+    own_row, own_column = first_row + r, first_column + k
+    e, lift, gain, slope = 0.0, 0.0, 0.0, 0.0
+    if TERMS & 1:
+        e = _amplitude(amplitude_pointer, own_row, own_column, row_ok, column_ok, channels, TERMS, 1, AXIS)
+    if TERMS & 2:
+        lift = _amplitude(amplitude_pointer, own_row, own_column, row_ok, column_ok, channels, TERMS, 2, AXIS)
+    if TERMS & 4:
+        gain = _amplitude(amplitude_pointer, own_row, own_column, row_ok, column_ok, channels, TERMS, 4, AXIS)
+    if TERMS & 8:
+        slope = _amplitude(amplitude_pointer, own_row, own_column, row_ok, column_ok, channels, TERMS, 8, AXIS)
     by_eps = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     by_lift = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    by_gain = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    by_slope = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for step in range(STEPS):
         row = first_row + (step * ROWS if AXIS == 1 else 0)
         column = first_column + (0 if AXIS == 1 else step * COLUMNS)
@@ -261,22 +304,35 @@ def backward(
         start = row * columns + column
         z = tl.load(z_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
         grad = tl.load(grad_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
-        if INTERVALS:
+        c = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        if INTERVALS and TERMS & 1:
             c, value = _table_slope(z, mu, inverse, e, table_pointer, half_width, per_sd, INTERVALS)
             by_eps += grad * value
-        else:
+        elif TERMS & 3:
             u, peak = _bell(z, mu, inverse)
-            c = e * (1.0 - u * u)
-            if LIFT:
+            if TERMS & 1:
+                c = e * (1.0 - u * u)
+                by_eps += grad * (u * peak)
+            if TERMS & 2:
                 c -= lift * u
                 by_lift += grad * peak
             c *= peak
-            by_eps += grad * (u * peak)
+        if TERMS & 8:
+            c += slope * tl.where(z - z == 0.0, 1.0, 0.0)
+            by_slope += grad * _finite(z)
         if BASE:
             y = _base_gradient(grad, z, below, BASE, PRECISE)
         else:
             y = tl.load(out_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
-        y = tl.where(c == 0.0, y, _plus(y, grad * c))  # 0 * inf is not 0
+        if TERMS & 4:
+            if BASE:
+                base = _base_value(z, below, BASE, PRECISE)
+            else:
+                base = tl.load(value_pointer + start + at, mask=ok, other=0.0).to(tl.float32)
+            stretch = gain * tl.where(base - base == 0.0, 1.0, 0.0)
+            y = tl.where(stretch == 0.0, y, y + stretch * y)  # 0 * inf is not 0
+            by_gain += grad * _finite(base)
+        y = tl.where(c == 0.0, y, _plus(y, grad * c))
         tl.store(out_pointer + start + at, y.to(out_pointer.dtype.element_ty), mask=ok)
     if AXIS == 0:
         into, ok = partial_pointer + program, True
@@ -284,9 +340,14 @@ def backward(
         into, ok = partial_pointer + down.to(tl.int64) * columns + first_column + k, column_ok
     else:
         into, ok = partial_pointer + (first_row + r) * across + right, row_ok
-    tl.store(into, _summed(by_eps, AXIS) * sigma, mask=ok)
-    if LIFT:
-        tl.store(into + partials, _summed(by_lift, AXIS) * sigma, mask=ok)
+    if TERMS & 1:
+        tl.store(into, _summed(by_eps, AXIS) * sigma, mask=ok)
+    if TERMS & 2:
+        tl.store(into + _rows_before(TERMS, 2) * partials, _summed(by_lift, AXIS) * sigma, mask=ok)
+    if TERMS & 4:
+        tl.store(into + _rows_before(TERMS, 4) * partials, _summed(by_gain, AXIS), mask=ok)
+    if TERMS & 8:
+        tl.store(into + _rows_before(TERMS, 8) * partials, _summed(by_slope, AXIS), mask=ok)
 
 
 INTERPRETED = not isinstance(forward, triton.JITFunction)

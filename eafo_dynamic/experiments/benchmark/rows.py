@@ -126,5 +126,5 @@ class Eager(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """f(z), by torch's operations."""
         inner = self.inner
-        terms = Terms(inner.eps, inner.shape, inner.table, 8.0)
+        terms = Terms(inner.amplitudes(), inner.shape, inner.table, 8.0, tuple(inner.names))
         return corrected(z, inner.base, terms, known_module(inner.base), "eager")

@@ -366,7 +366,8 @@ def _entropies(folder: Path) -> dict[str, Any]:
     for row in CorrectionLog.load(folder).rows:
         if row["entropy"] is not None:
             by_step.setdefault(row["step"], []).append(row["entropy"])
-        eps_last[row["site"]] = row["eps"]
+        if row.get("eps") is not None:  # corrections with tails alone have none
+            eps_last[row["site"]] = row["eps"]
     if not by_step:
         return summary
     means = [sum(entropies) / len(entropies) for entropies in by_step.values()]

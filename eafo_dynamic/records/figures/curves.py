@@ -11,6 +11,7 @@ from eafo_dynamic.errors import LogError
 from eafo_dynamic.records import CorrectionLog
 from eafo_dynamic.records.figures.style import LIGHT, Style, evenly
 from eafo_dynamic.records.names import shortened
+from eafo_dynamic.records.schema import AMPLITUDES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,9 +56,10 @@ def functions(log: CorrectionLog, column: str = "entropy", style: Style = LIGHT)
             lower.plot(snapshot["z"], correction, **line)
         lower.axhline(0, color=style.ink, linewidth=0.8, linestyle=":")
         title = site
-        eps = film[-1].get("eps")
-        if eps is not None:
-            title += f"\neps {eps:+.3f}"
+        values = {name: film[-1].get(name) for name in AMPLITUDES}
+        known = [f"{name} {value:+.3f}" for name, value in values.items() if value is not None]
+        if known:
+            title += "\n" + ", ".join(known)
         upper.set_title(title, fontsize=9)
         upper.set_ylabel("f(z)")
         lower.set_ylabel("f - base")

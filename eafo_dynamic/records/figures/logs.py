@@ -12,6 +12,7 @@ from eafo_dynamic.records import COLUMNS, CorrectionLog
 from eafo_dynamic.records.figures.curves import densities, functions
 from eafo_dynamic.records.figures.style import DARK, LIGHT, Style, drawing
 from eafo_dynamic.records.names import shortened
+from eafo_dynamic.records.schema import AMPLITUDES
 from eafo_dynamic.records.summary import drift_changes, entropy_changes, layer_rows
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def prediction(log: CorrectionLog, column: str = "entropy", style: Style = LIGHT
 
     Returns:
         A figure with the changes of `entropy_changes` on the left, one point each, and on the right the
-        entropy of the sites whose eps is largest, with the sum of what moving eps was predicted to do.
+        entropy of the sites whose amplitudes are largest, with the sum of what moving them was predicted to do.
 
     Raises:
         LogError: if no site has two updates with entropy, eps and d_entropy_d_eps.
@@ -202,17 +203,20 @@ def prediction(log: CorrectionLog, column: str = "entropy", style: Style = LIGHT
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_changes(left, which, changes, style)
-    layers = [layer for layer in layer_rows(log) if layer["eps"] is not None]
-    largest = sorted(layers, key=lambda layer: -abs(layer["eps"]))[:4]
-    for number, layer in enumerate(largest):
+    layers = layer_rows(log)
+    sizes = {layer["site"]: [abs(layer[name]) for name in AMPLITUDES if layer[name] is not None] for layer in layers}
+    largest = sorted((layer for layer in layers if sizes[layer["site"]]), key=lambda layer: -max(sizes[layer["site"]]))
+    for number, layer in enumerate(largest[:4]):
         colour = number
         if len(changes) <= _NAMED:  # the same colour as on the left
             colour = log.sites.index(layer["site"])
         _draw_sum(right, log, layer["site"], style.lines[colour])
-    right.plot([], [], color=style.ink, linewidth=1.2, linestyle="--", label="what eps alone was predicted to do")
+    right.plot(
+        [], [], color=style.ink, linewidth=1.2, linestyle="--", label="what amplitudes alone were predicted to do"
+    )
     right.set_xlabel("step")
     right.set_ylabel(_label("entropy"))
-    right.set_title("sites with the largest |eps|")
+    right.set_title("sites with the largest amplitudes")
     # Below, as the lines may be anywhere.
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     figure.suptitle(f"{log.name}: entropy, predicted and measured", x=0.01, ha="left", fontsize=11)

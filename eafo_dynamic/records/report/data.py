@@ -8,6 +8,7 @@ from typing import Any
 
 from eafo_dynamic.records import COLUMNS, CorrectionLog
 from eafo_dynamic.records.names import shortened
+from eafo_dynamic.records.schema import AMPLITUDES
 from eafo_dynamic.records.summary import entropy_changes, run_labels
 
 __all__ = ["payload"]
@@ -24,7 +25,7 @@ _NOT_DRAWN = [
     "epoch",
     "n",
     "n_nonfinite",
-    "delta_eps",
+    *(f"delta_{name}" for name in AMPLITUDES),
     "entropy_predicted",
     "entropy_after",
     "entropy_drift",
@@ -105,7 +106,7 @@ def _snapshots(log: CorrectionLog, budget: int) -> dict[str, list[dict[str, Any]
 def _snapshot(entry: dict[str, Any]) -> dict[str, Any]:
     lists = ("z", "base", "function", "u", "pdf", "edges", "counts")
     found: dict[str, Any] = {"step": entry["step"]}
-    for name in ("eps", "mu", "sigma"):
+    for name in (*AMPLITUDES, "mu", "sigma"):
         found[name] = _short(entry.get(name))
     for name in lists:
         value = entry.get(name)

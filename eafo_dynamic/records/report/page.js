@@ -114,7 +114,7 @@ function drawFilm() {
   slider.max = shots.length - 1; slider.value = chosen.snapshot; slider.disabled = shots.length < 2;
   slider.setAttribute("aria-valuetext", `step ${shot.step}`);
   by("snapshot-step").textContent = `${shot.step} (${chosen.snapshot + 1} of ${shots.length})`;
-  by("snapshot-values").textContent = ["eps", "mu", "sigma"].filter((name) => shot[name] !== null).map((name) => `${name} ${number(shot[name])}`).join(", ");
+  by("snapshot-values").textContent = ["eps", "lift", "gain", "slope", "mu", "sigma"].filter((name) => shot[name] !== null).map((name) => `${name} ${number(shot[name])}`).join(", ");
   const z = extent(shots.flatMap((entry) => entry.z));
   drawCurves("function", shots, z, (entry) => entry.function, true);
   drawCurves("correction", shots, z, (entry) => entry.function.map((value, k) => value === null || entry.base[k] === null ? null : value - entry.base[k]), false);

@@ -23,6 +23,8 @@ _LAYERS = [
     "eps",
     "eps_trend",
     "lift",
+    "gain",
+    "slope",
     "entropy_first",
     "entropy",
     "entropy_trend",

@@ -40,7 +40,7 @@ class Reporter:
         if rows:
             module.log_dict(of_sites, on_step=True, on_epoch=False)
         if means:
-            bar = {name: means.pop(name) for name in _IN_PROGRESS_BAR}
+            bar = {name: means.pop(name) for name in _IN_PROGRESS_BAR if name in means}
             module.log_dict(bar, prog_bar=True, on_step=True, on_epoch=False)
             module.log_dict(means, on_step=True, on_epoch=False)
 
