@@ -36,7 +36,8 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in [ROOT / "README.md", ROOT / "examples/README.md", *sorted((ROOT / "examples/guide").glob("*.md"))]
 }
-README = PAGES["README.md"]
+FIRST_PAGES = ("README.md", "examples/guide/start.md")
+README = "\n".join(PAGES[page] for page in FIRST_PAGES)
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -45,7 +46,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [(page, block) for page, text in PAGES.items() for block in pattern.findall(text)]
 
 
-SNIPPETS = [block for page, block in blocks("python") if page == "README.md"]
+SNIPPETS = [block for page, block in blocks("python") if page in FIRST_PAGES]
 COMMANDS = [block for page, block in blocks("bash") if page == "README.md"]
 
 pytestmark = [
@@ -148,6 +149,10 @@ def test_the_hugging_face_snippet(tmp_path: Path) -> None:
     assert (tmp_path / "eafo/corrections.jsonl").stat().st_size > 0
 
 
+def test_the_readme_fits_on_two_screens() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 100
+
+
 def test_every_snippet_of_the_readme_is_one_of_these() -> None:
     known = ("trainer.fit(model, data)", "Rule(", "EAFOController.attach", "EAFOTrainerCallback")
     assert all(sum(mark in snippet for mark in known) == 1 for snippet in SNIPPETS)
@@ -155,7 +160,8 @@ def test_every_snippet_of_the_readme_is_one_of_these() -> None:
 
 
 # those of the recipes are run by tests/recipes
-GUIDE = [(page, block) for page, block in blocks("python") if page not in ("README.md", "examples/guide/recipes.md")]
+ELSEWHERE = (*FIRST_PAGES, "examples/guide/recipes.md")
+GUIDE = [(page, block) for page, block in blocks("python") if page not in ELSEWHERE]
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
