@@ -144,6 +144,7 @@ class Site:
         collector: sample of the pre-activations.
         function: name and hyper-parameters of a functional call; None where a module is called.
         enabled: whether the correction acts.
+        observes: whether it is watched only: its tensors are no parameters and are not saved.
         start: eps and table that the site begins with; None if it was pickled by version 0.1.0.
         found: what the site was made from, with the form of its function; likewise.
     """
@@ -155,6 +156,7 @@ class Site:
     collector: Collector = field(default_factory=Collector)
     function: tuple[str, dict[str, object]] | None = None
     enabled: bool = True
+    observes: bool = field(default=False, init=False)
     start: tuple[float, Tensor | None] | None = field(default=None, init=False, repr=False)
     found: tuple[FoundSite, Form] | None = field(default=None, init=False, repr=False)
     _zero_seen: tuple[tuple[tuple[int, int | None], ...], bool] | None = field(default=None, init=False, repr=False)

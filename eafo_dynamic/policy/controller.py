@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from eafo_dynamic.apply.bank import Bank
 from eafo_dynamic.apply.corrections import keep_beside
 from eafo_dynamic.apply.manifest import manifest
+from eafo_dynamic.apply.observing import observe_only, refuse_corrected
 from eafo_dynamic.apply.surgery import put_back, take_off, unwrap, wrap
 from eafo_dynamic.correction.kernels import resolve_backend
-from eafo_dynamic.density.ranks import world_size
+from eafo_dynamic.density.ranks import is_first_rank, world_size
 from eafo_dynamic.errors import CompoundingError, legible
 from eafo_dynamic.find.sites import SiteReport, find_sites
 from eafo_dynamic.internals.declared import named
 from eafo_dynamic.internals.version import package_versions
+from eafo_dynamic.policy.alerts import Alerts
 from eafo_dynamic.policy.amplitudes import assigned
 from eafo_dynamic.policy.attachment import OptimizerWatch, refuse_replicas, thaw_under_adapters
 from eafo_dynamic.policy.diagnostics import snapshot
@@ -68,9 +70,17 @@ class EAFOController:
         self.trust_region = self.options.trust_region
         self.records: deque[Record] = deque(maxlen=self.KEPT_RECORDS)
         self.pace = Pace()
-        hosted = wrap(model, self.report, self.options.eps_init, backend=self.options.backend, **self.options.form)
-        keep_beside(model)
+        observes = self.options.observes
+        eps_init = 0.0 if observes else self.options.eps_init
+        hosted = wrap(model, self.report, eps_init, backend=self.options.backend, **self.options.form)
+        if observes:
+            observe_only(hosted)
+        else:
+            keep_beside(model)
         self.bank = Bank(model, hosted)
+        self._alerts: Alerts | None = None
+        if observes:
+            self._alerts = Alerts(self.bank.functions().bases, self.options.resolution, is_first_rank())
         self._watch: OptimizerWatch | None = None
         self._rounds = Rounds(self.bank, self.policies, self.options)
         self._switch = self.bank.sites[0].switch
@@ -99,7 +109,10 @@ class EAFOController:
             SiteError: if DistributedDataParallel has wrapped the model already.
         """
         checked = Options(**options)
-        refuse_replicas(model)
+        if checked.observes:
+            refuse_corrected(model)
+        else:
+            refuse_replicas(model)
         earlier = take_off(model)
         controller = cls(model, checked, find_sites(model, *example_args, selection=checked.selection))
         put_back(model, earlier)
@@ -130,9 +143,9 @@ class EAFOController:
 
     @property
     def amplitudes(self) -> dict[str, nn.Parameter]:
-        """Eps, and lift where terms are free, of every site by its parameter name in the model, for an optimiser."""
+        """Eps, and lift where terms are free, of every site by its parameter name in the model; none if it is observed."""
         names = {id(p): name for name, p in self.model.named_parameters()}
-        return {names[id(amplitude)]: amplitude for amplitude in self.bank.amplitudes}
+        return {names[id(each)]: each for each in self.bank.amplitudes if id(each) in names}
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -292,6 +305,8 @@ class EAFOController:
             One row per site.
         """
         rows = self._rounds.run(step, epoch)
+        if self._alerts is not None:
+            self._alerts.add_to(rows)
         self.records.extend(rows)
         return rows
 

@@ -16,7 +16,7 @@ from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.find.sites import Selection
 from eafo_dynamic.internals.checks import at_least, flag, number
 from eafo_dynamic.internals.declared import Check, Checked, option, options_class
-from eafo_dynamic.policy.policies import Policy, Rule, Static, make_rules
+from eafo_dynamic.policy.policies import Observe, Policy, Rule, Static, make_rules
 from eafo_dynamic.policy.schedule import Schedule
 from eafo_dynamic.policy.trust_region import TrustRegion
 
@@ -298,6 +298,10 @@ class Options(Checked):
         if collect is not None and collect > period:
             problem = f"larger than update_every_n_steps={period}: rounds would find no sample"
             yield ConfigError("collect_every_n_steps", collect, problem, "Collect at least once per update.")
+        observing = [isinstance(rule.policy, Observe) for rule in make_rules(self.policy)]
+        if any(observing) and not all(observing):
+            problem = "'observe' leaves the whole model as it is, and stands beside a policy that does not"
+            yield ConfigError("policy", self.policy, problem, "Use 'frozen' with eps_init=0.0 for single sites.")
         if self.terms == "free" and self.tabulated:
             problem = "an amplitude for each term needs density='gaussian'"
             mend = "Leave the density at its default, or use terms='auto'."
@@ -335,6 +339,11 @@ class Options(Checked):
             return self.terms == "free"
         static = any(isinstance(rule.policy, Static) for rule in make_rules(self.policy))
         return not self.tabulated and not static
+
+    @property
+    def observes(self) -> bool:
+        """Whether the model is watched only."""
+        return any(isinstance(rule.policy, Observe) for rule in make_rules(self.policy))
 
     @property
     def form(self) -> dict[str, bool]:

@@ -16,6 +16,7 @@ from eafo_dynamic.density.estimators import make_estimator
 from eafo_dynamic.density.running import RunningDensity
 from eafo_dynamic.density.sample_moments import SampleMoments
 from eafo_dynamic.internals.checks import fitting
+from eafo_dynamic.policy.alerts import ranges
 from eafo_dynamic.policy.amplitudes import Amplitudes
 from eafo_dynamic.policy.diagnostics import describe_events, diagnostics, state, to_rows
 from eafo_dynamic.policy.estimates import OutputEntropy, Pooled, pooled
@@ -104,6 +105,8 @@ class Rounds:
 
         # rows of the log
         columns = diagnostics(collected, entropy, new, self._last, by_amplitude)
+        if self._options.observes:
+            columns |= ranges(samples, new)
         events = describe_events(
             moments.n, usable, fraction, undone is not None, collected.nonfinite, broken, collected.passed_over
         )

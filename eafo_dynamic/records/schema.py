@@ -201,6 +201,14 @@ _COLUMNS = (
         "share of the units that no sample drove above zero",
         lambda found: found.dead,
     ),
+    Column("low", "float", _Z, "smallest sampled pre-activation; of watched models only"),
+    Column("high", "float", _Z, "largest sampled pre-activation; of watched models only"),
+    Column(
+        "flat_fraction",
+        "float",
+        "probability",
+        "share of the samples at which the function's slope is below 0.01; of watched models only",
+    ),
     Column(
         "n_nonfinite",
         "int",
