@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from eafo_dynamic import EAFOController, EAFOError
 from eafo_dynamic.cli.helptext import EXIT_CODES
-from eafo_dynamic.policy import Entropy, Hybrid
+from eafo_dynamic.policy import Entropy, Hybrid, alerts
 from eafo_dynamic.policy.diagnostics import describe_events
 from eafo_dynamic.policy.options import Options
 from eafo_dynamic.records import COLUMNS
@@ -118,6 +118,13 @@ def test_the_options_snippet_makes_a_callback() -> None:
     assert isinstance(names["callback"], EAFOCallback)
 
 
+def test_the_monitor_snippet() -> None:
+    (snippet,) = [s for s in SNIPPETS if "ActivationMonitor" in s]
+    names: dict[str, Any] = {"Trainer": functools.partial(Trainer, logger=False, accelerator="cpu")}
+    exec(snippet, names)
+    assert isinstance(names["trainer"].callbacks[0], EAFOCallback)
+
+
 def test_the_plain_loop_snippet() -> None:
     (snippet,) = [s for s in SNIPPETS if "EAFOController.attach" in s]
     model = Tiny().net
@@ -154,7 +161,7 @@ def test_the_readme_fits_on_two_screens() -> None:
 
 
 def test_every_snippet_of_the_readme_is_one_of_these() -> None:
-    known = ("trainer.fit(model, data)", "Rule(", "EAFOController.attach", "EAFOTrainerCallback")
+    known = ("trainer.fit(model, data)", "ActivationMonitor", "Rule(", "EAFOController.attach", "EAFOTrainerCallback")
     assert all(sum(mark in snippet for mark in known) == 1 for snippet in SNIPPETS)
     assert len(SNIPPETS) == len(known)
 
@@ -305,6 +312,16 @@ def test_every_event_is_in_the_guide() -> None:
     listed = [row[0].strip("`") for row in table_rows("examples/guide/log.md", 3)]
     assert len(texts) >= 8
     assert [text for text in texts if not any(each.startswith(text) for each in listed)] == []
+
+
+def test_every_alert_is_in_the_guide() -> None:
+    source = inspect.getsource(alerts)
+    texts = re.findall(r"(?:found\[\"\w+\"\] = |found\.append\()f\"([^\"]+)\"", source)
+    assert len(texts) == 6
+    for text in texts:
+        first, *rest = [part.strip(" ,") for part in re.split(r"\{[^}]*\}", text)]
+        words = max([first, *rest], key=len)
+        assert words.removesuffix(", entropy") in PAGES["examples/guide/log.md"], text
 
 
 def test_exit_codes_are_in_the_guide() -> None:

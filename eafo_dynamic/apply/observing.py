@@ -1,4 +1,4 @@
-"""Sites that are watched and never corrected: no parameter, nothing in the state_dict, the plain activation's outputs."""
+"""Sites that are watched and never corrected: no parameter, nothing in the state_dict, the plain outputs."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ class EAFOController:
 
     @property
     def amplitudes(self) -> dict[str, nn.Parameter]:
-        """Eps, and lift where terms are free, of every site by its parameter name in the model; none if it is observed."""
+        """Eps, and lift where terms are free, of all sites by parameter name, for an optimiser; none where observed."""
         names = {id(p): name for name, p in self.model.named_parameters()}
         return {names[id(each)]: each for each in self.bank.amplitudes if id(each) in names}
 
@@ -222,6 +222,8 @@ class EAFOController:
 
     def _forget(self) -> None:
         self._rounds.forget()
+        if self._alerts is not None:
+            self._alerts.load_state_dict({"before": {}, "since": {}})
         self.pace = Pace()
         self._share_out_samples()
 
@@ -342,7 +344,9 @@ class EAFOController:
         ranks = None
         if world_size() == 1:
             ranks = [self.own_state()]
+        alerts = {} if self._alerts is None else {"alerts": self._alerts.state_dict()}
         return {
+            **alerts,
             **self._rounds.state_dict(),
             "last_step": self.pace.last,
             "stride": self.pace.stride,
@@ -378,6 +382,8 @@ class EAFOController:
         self.bank.check_names(list(state["sites"]))
         self.pace = Pace(*map(int, (state["last_step"], state.get("stride", 1), state.get("overrun", 0))))
         self._rounds.load_state_dict(state)
+        if self._alerts is not None and "alerts" in state:
+            self._alerts.load_state_dict(state["alerts"])
         # all that the ranks had seen is shared out, also if there were more or fewer of them
         rank = 0
         if world_size() > 1:

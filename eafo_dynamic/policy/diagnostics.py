@@ -16,6 +16,8 @@ from eafo_dynamic.entropy.output import MixedEntropy
 from eafo_dynamic.policy.estimates import OutputEntropy, Pooled, entropies
 from eafo_dynamic.records.schema import COLUMNS, Record
 
+_TERMS = ("eps", "lift")
+
 __all__ = ["RoundFindings", "aggregate", "describe_events", "diagnostics", "snapshot", "state", "to_rows"]
 
 
@@ -224,11 +226,20 @@ def aggregate(rows: Sequence[Record]) -> dict[str, float]:
         rows: of one round.
 
     Returns:
-        ``mean_entropy``, ``mean_eps``, ``mean_atom_mass`` and ``mean_d_entropy_d_eps``.
+        ``mean_entropy``, ``mean_eps``, ``mean_atom_mass``, ``mean_d_entropy_d_eps``, and ``mean_abs_eps`` and the like
+        for every term. Of watched models ``mean_entropy``, ``mean_atom_mass``, ``mean_dead_fraction``,
+        ``mean_flat_fraction`` and ``alerts``, the number of sites with something out of the ordinary.
     """
 
-    def mean(column: str) -> float:
-        values = torch.tensor([float(row[column]) for row in rows], dtype=torch.float64)  # pyright: ignore[reportArgumentType]
-        return float(values.nanmean())
+    def values(column: str) -> Tensor:
+        return torch.tensor([float(row[column]) for row in rows], dtype=torch.float64)  # pyright: ignore[reportArgumentType]
 
-    return {f"mean_{name}": mean(name) for name in ("entropy", "eps", "atom_mass", "d_entropy_d_eps")}
+    def mean(column: str) -> float:
+        return float(values(column).nanmean())
+
+    if "flat_fraction" in rows[0]:
+        columns = ("entropy", "atom_mass", "dead_fraction", "flat_fraction")
+        alerts = sum(row["event"] is not None for row in rows)
+        return {**{f"mean_{name}": mean(name) for name in columns}, "alerts": float(alerts)}
+    sizes = {f"mean_abs_{name}": float(values(name).abs().nanmean()) for name in _TERMS if name in rows[0]}
+    return sizes | {f"mean_{name}": mean(name) for name in ("entropy", "eps", "atom_mass", "d_entropy_d_eps")}

@@ -145,7 +145,7 @@ class Options(Checked):
         check=_made_by(make_rules),
         when=(
             'see [Concepts](concepts.md#who-moves-eps-policies); `"static"` is the baseline, `"entropy"` ignores '
-            "the loss; rules for mixtures"
+            'the loss, `"observe"` watches and changes nothing; rules for mixtures'
         ),
     )
     density: str | Callable[[Tensor], Density] = option(

@@ -19,6 +19,7 @@ from eafo_dynamic.apply.manifest import (
     warn_of_changes,
     wrap_from_manifest,
 )
+from eafo_dynamic.apply.observing import refuse_corrected
 from eafo_dynamic.apply.surgery import is_wrapped, put_back, take_off
 from eafo_dynamic.errors import SiteError, one_line
 from eafo_dynamic.find.sites import SiteReport
@@ -122,6 +123,8 @@ class EAFOCallback(Callback):
         if self._has_wrapped(pl_module):
             return
         pl_module.configure_model()  # the base class of either host (lightning, pytorch_lightning) does nothing here
+        if self.options.observes:
+            refuse_corrected(pl_module)
         self.controller, self._late = None, False
         self._earlier = take_off(pl_module)  # of another callback's fit
         report, self._awaits_batch = first_report(trainer, pl_module, self.options.selection)
@@ -144,7 +147,8 @@ class EAFOCallback(Callback):
         self.controller = EAFOController(pl_module, self.options, report)
         self.controller.collecting = False
         # checkpoints list the sites, so that a plain model can be wrapped the same way before its weights are loaded
-        keep_sites(pl_module, manifest(report, **self.options.form))
+        if not self.options.observes:
+            keep_sites(pl_module, manifest(report, **self.options.form))
         put_back(pl_module, self._earlier)
         self._awaits_batch, self._earlier = "", {}
 
@@ -198,6 +202,7 @@ class EAFOCallback(Callback):
         )
         for note in notes:
             warnings.warn(f"EAFO: {note}", stacklevel=2)
+        self._reporter.begin(trainer, self.options.primitives())
         self._log.open(trainer, self._controller.about())
 
     def _restore_state(self) -> None:
@@ -333,6 +338,13 @@ class EAFOCallback(Callback):
             checkpoint["callbacks"][self.state_key]["ranks"] = everyones(self.controller.own_state())
 
     def _restore(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self.options.observes and (self._has_wrapped(pl_module) or self._awaits_batch):
+            if CHECKPOINT_KEY in checkpoint:
+                raise SiteError(
+                    "policy='observe' leaves a model as it is, and the checkpoint has corrections. Resume it with the "
+                    "policy that it was trained with, or with policy='frozen', which keeps and measures them."
+                )
+            return
         if CHECKPOINT_KEY in checkpoint:
             self.adopt(pl_module, checkpoint[CHECKPOINT_KEY])
             check_weights(pl_module, checkpoint.get("state_dict") or {})
