@@ -128,13 +128,20 @@ class Hosting(Wrapped):
         """The original text, then the live state of the sites.
 
         Returns:
-            For example ``inplace=True, eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``.
+            For example ``inplace=True, eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``; a line for each call of a
+            function or of a shared activation, with the name of its site.
         """
         parts = [self.eafo_class.extra_repr(cast(nn.Module, self))]
+        lines: list[str] = []
         for site in self.eafo_sites:
             eps, shape, *_, lift = (getattr(self, key) for key in site.keys)
-            parts.append(describe_state(eps, shape, site.switch.backend, lift))
-        return ", ".join(part for part in parts if part)
+            state = "observed" if site.observes else describe_state(eps, shape, site.switch.backend, lift)
+            if site.module_name == site.name:
+                parts.append(state)
+            else:
+                lines.append(f"{site.name}: {state}")
+        own = ", ".join(part for part in parts if part)
+        return "\n".join(line for line in [own, *lines] if line)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves and casts as ever, but for two things that concern the sites' tensors.

@@ -13,6 +13,7 @@ from torch import nn
 from eafo_dynamic.errors import ConfigError, PatternError, printable
 from eafo_dynamic.find.written import written_node
 from eafo_dynamic.internals.checks import pattern
+from eafo_dynamic.internals.tables import as_html, as_text
 
 __all__ = ["FoundSite", "Selection", "SiteReport", "matches"]
 
@@ -254,9 +255,11 @@ class SiteReport:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
+        return as_text(self.__rich__())
 
-        console = Console(width=110, no_color=True)
-        with console.capture() as capture:
-            console.print(self.__rich__())
-        return capture.get()
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        wrapped = f"{len(self.wrapped)} of {len(self.sites)} activation sites wrapped"
+        return as_html(self.rows(), f"{wrapped}. {self.note}" if self.note else wrapped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
+from html import escape
 from typing import Any
 
 import torch
@@ -140,6 +141,14 @@ class EAFOController:
     def sites(self) -> SiteList:
         """The wrapped sites, in the order of the log; shows as a table with their live state in a notebook."""
         return SiteList(self.bank.sites, self.bank.states())
+
+    def __repr__(self) -> str:
+        policies = ", ".join(dict.fromkeys(policy.name for policy in self.policies))
+        model = type(self.model).__name__
+        return f"EAFOController of {model}: {len(self.bank.sites)} sites, {policies}, {self.rounds} rounds"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{self.sites._repr_html_()}"
 
     @property
     def amplitudes(self) -> dict[str, nn.Parameter]:

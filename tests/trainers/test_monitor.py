@@ -12,7 +12,10 @@ from trainers.test_callback import Net, loader, trainer
 from eafo_dynamic import ActivationMonitor, CorrectionLog, EAFOCallback
 from eafo_dynamic.errors import SiteError
 
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # ModelCheckpoint, of a resumed run
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed",  # ModelCheckpoint, of a resumed run
+    "ignore:Be aware that when using `ckpt_path`",  # of a callback that is there no more
+)
 
 
 def test_a_monitored_run_is_the_plain_run(tmp_path: Path) -> None:

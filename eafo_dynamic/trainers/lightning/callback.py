@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -382,6 +383,18 @@ class EAFOCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the restored state until the fit starts, when the model is on its device."""
         self._resumed = state_dict or None
+
+    def __repr__(self) -> str:
+        kind = type(self).__name__
+        if self.controller is None:
+            return f"{kind}: nothing wrapped yet"
+        log = "" if self._log.path is None else f", log in {self._log.path}"
+        return f"{kind} with {self.controller!r}{log}"
+
+    def _repr_html_(self) -> str:
+        if self.controller is None:
+            return f"<p>{escape(repr(self))}</p>"
+        return f"<p>{escape(repr(self))}</p>{self.controller.sites._repr_html_()}"
 
     @property
     def history(self) -> History:
