@@ -223,6 +223,14 @@ def test_the_first_command_shows_the_table_of_the_readme(workplace: Path) -> Non
     assert (workplace / "runs/digits_vit/version_0/config.yaml").is_file()
 
 
+def test_the_first_command_ends_with_what_was_learned_and_where_to_look(workplace: Path) -> None:
+    shown = (workplace / "first.out").read_text()
+    assert re.search(r"EAFO: \d+ sites, \d+ updates; mean entropy .* nats; largest eps .* at ", shown)
+    commands = re.findall(r"^  (eafo-dynamic log .*)$", shown, re.MULTILINE)
+    assert len(commands) == 2
+    run_by_bash("\n".join(commands), workplace)
+
+
 BASH = [(page, block) for page, block in blocks("bash") if page != "README.md"]
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from eafo_dynamic.errors import ConfigError, PatternError, printable
 from eafo_dynamic.find.written import written_node
 from eafo_dynamic.internals.checks import pattern
-from eafo_dynamic.internals.tables import as_html, as_text
+from eafo_dynamic.internals.tables import as_html, as_text, clipped
 
 __all__ = ["FoundSite", "Selection", "SiteReport", "matches"]
 
@@ -236,12 +236,16 @@ class SiteReport:
             for site in self.sites
         ]
 
-    def __rich__(self) -> Any:
-        """Renders as a rich table.
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        """Renders as a rich table; where it is narrow, long names are cut from the left.
 
-        Returns:
+        Yields:
             The table.
         """
+        mark = "…" if console.encoding.startswith("utf") else "~"
+        yield self._table(clipped([str(row["site"]) for row in self.rows()], max(20, options.max_width * 2 // 5), mark))
+
+    def _table(self, names: Sequence[str]) -> Any:
         from rich.table import Table
         from rich.text import Text
 
@@ -249,13 +253,13 @@ class SiteReport:
         table = Table(title=title, caption=self.note or None, title_justify="left", caption_justify="left")
         for column in ("site", "kind", "base", "shape", "role", "status", "reason"):
             table.add_column(column, overflow="fold")
-        for row in self.rows():
-            cells = [Text(printable(str(value))) for value in row.values()]
+        for name, row in zip(names, self.rows(), strict=True):
+            cells = [Text(printable(str(value))) for value in {**row, "site": name}.values()]
             table.add_row(*cells, style=None if row["status"] == "wrapped" else "dim")
         return table
 
     def __str__(self) -> str:
-        return as_text(self.__rich__())
+        return as_text(self)
 
     def __repr__(self) -> str:
         return str(self)

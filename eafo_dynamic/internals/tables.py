@@ -8,11 +8,28 @@ from typing import Any
 
 from eafo_dynamic.errors import printable
 
-__all__ = ["as_html", "as_table", "as_text"]
+__all__ = ["as_html", "as_table", "as_text", "clipped"]
 
 _WIDTH = 110  # of a table that is turned into a text
 
 Row = Mapping[str, object]
+
+
+def clipped(names: Sequence[str], width: int, mark: str = "…") -> list[str]:
+    """Cuts names from the left, where dotted names are most alike.
+
+    Args:
+        names: of sites.
+        width: most characters of each.
+        mark: one character for what was cut.
+
+    Returns:
+        The names in the same order; as they were if two of them would become equal.
+    """
+    short = [name if len(name) <= width else mark + name[len(name) - width + 1 :] for name in names]
+    if len(set(short)) < len(set(names)):
+        return list(names)
+    return short
 
 
 def as_html(rows: Sequence[Row], caption: str) -> str:

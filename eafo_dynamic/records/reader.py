@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from eafo_dynamic.errors import LogError
 from eafo_dynamic.internals.tables import as_html
-from eafo_dynamic.records.notebook import newest
 from eafo_dynamic.records.files import find_log, read_lines, read_manifest
+from eafo_dynamic.records.notebook import newest
 from eafo_dynamic.records.schema import COLUMNS, CORRECTIONS, FIT_END, MANIFEST, SHAPES
 from eafo_dynamic.records.select import matching_sites
 from eafo_dynamic.records.table import Table
@@ -126,9 +126,8 @@ class CorrectionLog:
         Returns:
             A matplotlib figure.
         """
-        from eafo_dynamic.records.figures.logs import plot
-
-        return plot(self, what, column)
+        figures = import_module("eafo_dynamic.records.figures.logs")  # which imports this module
+        return figures.plot(self, what, column)
 
     def __repr__(self) -> str:
         steps = self.steps

@@ -397,6 +397,11 @@ class EAFOCallback(Callback):
         return f"<p>{escape(repr(self))}</p>{self.controller.sites._repr_html_()}"
 
     @property
+    def log_path(self) -> Path | None:
+        """Folder of the newest correction log; None before there was one."""
+        return self._log.path
+
+    @property
     def history(self) -> History:
         """The newest rows of the correction log; shows as a table in a notebook."""
         if self.controller is None:
