@@ -75,6 +75,7 @@ class Rounds:
             One row per site.
         """
         # samples of all ranks since the last round, and their moments
+        has_losses = self.losses.has_any
         collected = self._collected()
         samples, moments = collected.samples, collected.stats
         usable = _has_spread(moments)
@@ -105,6 +106,9 @@ class Rounds:
 
         # rows of the log
         columns = diagnostics(collected, entropy, new, self._last, by_amplitude)
+        if has_losses:
+            total, number = collected.losses
+            columns["loss"] = (total / number).expand(len(samples))
         if self._options.observes:
             columns |= ranges(samples, new)
         events = describe_events(

@@ -201,6 +201,12 @@ _COLUMNS = (
         "share of the units that no sample drove above zero",
         lambda found: found.dead,
     ),
+    Column(
+        "loss",
+        "float",
+        "units of the loss",
+        "mean training loss since the last update, the same for all sites; missing where nobody shows it",
+    ),
     Column("low", "float", _Z, "smallest sampled pre-activation; of watched models only"),
     Column("high", "float", _Z, "largest sampled pre-activation; of watched models only"),
     Column(
