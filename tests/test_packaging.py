@@ -179,7 +179,9 @@ def test_only_a_tag_publishes_and_what_is_published_was_checked() -> None:
     publish = jobs["publish"]
     assert publish["needs"] == "package" and "ref_type == 'tag'" in publish["if"]
     assert not any("run" in step for step in publish["steps"]), "the files of the job package, and no others"
-    assert [name for name, job in jobs.items() if "id-token" in job.get("permissions", {})] == ["publish"]
+    with_token = [name for name, job in jobs.items() if "id-token" in job.get("permissions", {})]
+    assert with_token == ["site", "publish"]
+    assert all("ref_type == 'tag'" in jobs[name]["if"] for name in with_token)
 
 
 def test_the_conda_recipe_has_the_dependencies_of_the_package() -> None:

@@ -196,7 +196,7 @@ def test_snippets_of_the_guide(number: int, workplace: Path, monkeypatch: pytest
         assert torch.equal(names["again"].eval()(names["x"]), names["merged"](names["x"]))
     if "disabled(net)" in snippet:
         assert torch.equal(names["plain"], names["net"](names["x"]))
-    if "CorrectionLog.load" in snippet:
+    if "log.series" in snippet:
         assert len(names["eps"]) == len(names["log"].steps) and len(names["frame"]) == len(names["log"])
 
 
