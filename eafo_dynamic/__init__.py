@@ -41,10 +41,12 @@ if TYPE_CHECKING:
     from eafo_dynamic.records import CorrectionLog as CorrectionLog
     from eafo_dynamic.trainers.huggingface import EAFOTrainerCallback as EAFOTrainerCallback
     from eafo_dynamic.trainers.lightning.callback import EAFOCallback as EAFOCallback
+    from eafo_dynamic.trainers.lightning.monitor import ActivationMonitor as ActivationMonitor
     from eafo_dynamic.trainers.optim import own_group as own_group
 
 _HOMES = {
     "ActivationEntropy": "entropy.metric",
+    "ActivationMonitor": "trainers.lightning.monitor",
     "CRReLU": "apply.standalone",
     "CorrectedActivation": "apply.standalone",
     "CorrectionLog": "records",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -171,6 +172,30 @@ def test_workflows_run_scripts_that_exist(path: Path) -> None:
     named = {word for script in scripts for word in script.split() if word.startswith(".ci/")}
     assert named
     assert all((ROOT / name).is_file() for name in named)
+
+
+def test_only_a_tag_publishes_and_what_is_published_was_checked() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8"))["jobs"]
+    publish = jobs["publish"]
+    assert publish["needs"] == "package" and "ref_type == 'tag'" in publish["if"]
+    assert not any("run" in step for step in publish["steps"]), "the files of the job package, and no others"
+    with_token = [name for name, job in jobs.items() if "id-token" in job.get("permissions", {})]
+    assert with_token == ["site", "publish"]
+    assert all("ref_type == 'tag'" in jobs[name]["if"] for name in with_token)
+
+
+def test_the_conda_recipe_has_the_dependencies_of_the_package() -> None:
+    recipe = yaml.safe_load((ROOT / ".ci/conda/recipe.yaml").read_text(encoding="utf-8"))
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = project.partition("dependencies = [\n")[2].partition("\n]")[0]
+    wanted = {"python": ">=3.10"}
+    for name, versions in re.findall(r'^ +"([\w-]+)(?:\[\w+\])?([^"]*)"', listed, re.MULTILINE):
+        wanted[name.replace("-", "_")] = versions
+    wanted["pytorch"] = wanted.pop("torch")
+    wanted |= {"docstring_parser": "", "typeshed_client": ""}  # conda has no jsonargparse[signatures]
+    run = (line.partition(" ") for line in recipe["requirements"]["run"])
+    assert {name: versions for name, _, versions in run} == wanted
+    assert f'version = "{recipe["context"]["version"]}"' in project
 
 
 def test_workflows_are_ci_and_release() -> None:

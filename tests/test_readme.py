@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from eafo_dynamic import EAFOController, EAFOError
 from eafo_dynamic.cli.helptext import EXIT_CODES
-from eafo_dynamic.policy import Entropy, Hybrid
+from eafo_dynamic.policy import Entropy, Hybrid, alerts
 from eafo_dynamic.policy.diagnostics import describe_events
 from eafo_dynamic.policy.options import Options
 from eafo_dynamic.records import COLUMNS
@@ -36,7 +36,8 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in [ROOT / "README.md", ROOT / "examples/README.md", *sorted((ROOT / "examples/guide").glob("*.md"))]
 }
-README = PAGES["README.md"]
+FIRST_PAGES = ("README.md", "examples/guide/start.md")
+README = "\n".join(PAGES[page] for page in FIRST_PAGES)
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -45,7 +46,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [(page, block) for page, text in PAGES.items() for block in pattern.findall(text)]
 
 
-SNIPPETS = [block for page, block in blocks("python") if page == "README.md"]
+SNIPPETS = [block for page, block in blocks("python") if page in FIRST_PAGES]
 COMMANDS = [block for page, block in blocks("bash") if page == "README.md"]
 
 pytestmark = [
@@ -117,6 +118,13 @@ def test_the_options_snippet_makes_a_callback() -> None:
     assert isinstance(names["callback"], EAFOCallback)
 
 
+def test_the_monitor_snippet() -> None:
+    (snippet,) = [s for s in SNIPPETS if "ActivationMonitor" in s]
+    names: dict[str, Any] = {"Trainer": functools.partial(Trainer, logger=False, accelerator="cpu")}
+    exec(snippet, names)
+    assert isinstance(names["trainer"].callbacks[0], EAFOCallback)
+
+
 def test_the_plain_loop_snippet() -> None:
     (snippet,) = [s for s in SNIPPETS if "EAFOController.attach" in s]
     model = Tiny().net
@@ -148,14 +156,19 @@ def test_the_hugging_face_snippet(tmp_path: Path) -> None:
     assert (tmp_path / "eafo/corrections.jsonl").stat().st_size > 0
 
 
+def test_the_readme_fits_on_two_screens() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 100
+
+
 def test_every_snippet_of_the_readme_is_one_of_these() -> None:
-    known = ("trainer.fit(model, data)", "Rule(", "EAFOController.attach", "EAFOTrainerCallback")
+    known = ("trainer.fit(model, data)", "ActivationMonitor", "Rule(", "EAFOController.attach", "EAFOTrainerCallback")
     assert all(sum(mark in snippet for mark in known) == 1 for snippet in SNIPPETS)
     assert len(SNIPPETS) == len(known)
 
 
 # those of the recipes are run by tests/recipes
-GUIDE = [(page, block) for page, block in blocks("python") if page not in ("README.md", "examples/guide/recipes.md")]
+ELSEWHERE = (*FIRST_PAGES, "examples/guide/recipes.md")
+GUIDE = [(page, block) for page, block in blocks("python") if page not in ELSEWHERE]
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -183,7 +196,7 @@ def test_snippets_of_the_guide(number: int, workplace: Path, monkeypatch: pytest
         assert torch.equal(names["again"].eval()(names["x"]), names["merged"](names["x"]))
     if "disabled(net)" in snippet:
         assert torch.equal(names["plain"], names["net"](names["x"]))
-    if "CorrectionLog.load" in snippet:
+    if "log.series" in snippet:
         assert len(names["eps"]) == len(names["log"].steps) and len(names["frame"]) == len(names["log"])
 
 
@@ -208,6 +221,14 @@ def test_the_first_command_shows_the_table_of_the_readme(workplace: Path) -> Non
     # its sites have longer names, which leave less room for the other columns
     assert any({"site", "eps", "lift", "H"} <= found <= set(heading.split()) for found in words)
     assert (workplace / "runs/digits_vit/version_0/config.yaml").is_file()
+
+
+def test_the_first_command_ends_with_what_was_learned_and_where_to_look(workplace: Path) -> None:
+    shown = (workplace / "first.out").read_text()
+    assert re.search(r"EAFO: \d+ sites, \d+ updates; mean entropy .* nats; largest eps .* at ", shown)
+    commands = re.findall(r"^  (eafo-dynamic log .*)$", shown, re.MULTILINE)
+    assert len(commands) == 2
+    run_by_bash("\n".join(commands), workplace)
 
 
 BASH = [(page, block) for page, block in blocks("bash") if page != "README.md"]
@@ -299,6 +320,16 @@ def test_every_event_is_in_the_guide() -> None:
     listed = [row[0].strip("`") for row in table_rows("examples/guide/log.md", 3)]
     assert len(texts) >= 8
     assert [text for text in texts if not any(each.startswith(text) for each in listed)] == []
+
+
+def test_every_alert_is_in_the_guide() -> None:
+    source = inspect.getsource(alerts)
+    texts = re.findall(r"(?:found\[\"\w+\"\] = |found\.append\()f\"([^\"]+)\"", source)
+    assert len(texts) == 6
+    for text in texts:
+        first, *rest = [part.strip(" ,") for part in re.split(r"\{[^}]*\}", text)]
+        words = max([first, *rest], key=len)
+        assert words.removesuffix(", entropy") in PAGES["examples/guide/log.md"], text
 
 
 def test_exit_codes_are_in_the_guide() -> None:

@@ -129,12 +129,19 @@ class Hosting(Wrapped):
         """The original text, then the live state of the sites.
 
         Returns:
-            For example ``inplace=True, eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``.
+            For example ``inplace=True, eps=+0.0100, mu=+0.000, sigma=1.000, backend=native``; a line for each call of a
+            function or of a shared activation, with the name of its site.
         """
         parts = [self.eafo_class.extra_repr(cast(nn.Module, self))]
+        lines: list[str] = []
         for site in self.eafo_sites:
-            parts.append(site.describe(cast(nn.Module, self)))
-        return ", ".join(part for part in parts if part)
+            state = "observed" if site.observes else site.describe(cast(nn.Module, self))
+            if site.module_name == site.name:
+                parts.append(state)
+            else:
+                lines.append(f"{site.name}: {state}")
+        own = ", ".join(part for part in parts if part)
+        return "\n".join(line for line in [own, *lines] if line)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves and casts as ever, but for two things that concern the sites' tensors.

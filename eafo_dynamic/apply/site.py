@@ -159,6 +159,7 @@ class Site:
         function: name and hyper-parameters of a functional call; None where a module is called.
         enabled: whether the correction acts.
         base: name of the function that is computed in place of the activation's own; None for its own.
+        observes: whether it is watched only: its tensors are no parameters and are not saved.
         start: eps and table that the site begins with; None if it was pickled by version 0.1.0.
         found: what the site was made from, with the form of its function; likewise.
     """
@@ -171,6 +172,7 @@ class Site:
     function: tuple[str, dict[str, object]] | None = None
     enabled: bool = True
     base: str | None = None
+    observes: bool = field(default=False, init=False)
     start: tuple[float, Tensor | None] | None = field(default=None, init=False, repr=False)
     found: tuple[FoundSite, Form] | None = field(default=None, init=False, repr=False)
     _names: tuple[str, ...] | None = field(default=None, init=False, repr=False)

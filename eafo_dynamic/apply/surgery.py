@@ -380,7 +380,10 @@ def take_off(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         The sites' tensors by their keys in the state_dict; empty for a model that is not wrapped.
     """
-    own = {id(host): {key for site in sites for key in site.keys} for host, sites in _by_host(model).items()}
+    own = {
+        id(host): {key for site in sites if not site.observes for key in site.keys}
+        for host, sites in _by_host(model).items()
+    }
     state = {
         f"{name}.{key}" if name else key: tensor.detach().clone()
         for name, module in model.named_modules()

@@ -8,6 +8,7 @@ from typing import Any
 
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.internals.files import see_working_directory
+from eafo_dynamic.internals.tables import clipped
 
 __all__ = ["make", "register", "shape"]
 
@@ -59,6 +60,7 @@ def register(commands: Any) -> None:
         help="activations called as functions: wrap them too (default), only warn about them, or leave them",
     )
     add_format_option(parser)
+    parser.add_argument("--wide", action="store_true", help="a table with whole names")
     parser.set_defaults(run=_run)
 
 
@@ -77,7 +79,7 @@ def shape(text: str) -> tuple[int, ...]:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from eafo_dynamic.cli.output import emit
+    from eafo_dynamic.cli.output import emit, is_unicode, table_width
     from eafo_dynamic.find.sites import Selection, find_sites
 
     model = make(args.model)
@@ -87,7 +89,12 @@ def _run(args: argparse.Namespace) -> int:
     selection = Selection(args.target_modules, args.exclude_modules, functional=args.functional)
     report = find_sites(model, *example, selection=selection)
     title = f"{len(report.wrapped)} of {len(report.sites)} activation sites would be wrapped. {report.note}".strip()
-    emit(report.rows(), fmt=args.format, title=title)
+    rows = report.rows()
+    if args.format == "table" and not args.wide:
+        mark = "…" if is_unicode() else "~"
+        names = clipped([str(row["site"]) for row in rows], max(20, table_width() * 2 // 5), mark)
+        rows = [{**row, "site": name} for name, row in zip(names, rows, strict=True)]
+    emit(rows, fmt=args.format, title=title)
     return 0
 
 

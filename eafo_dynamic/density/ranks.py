@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eafo_dynamic.density.collector import spread_places
 
-__all__ = ["gather_ranks", "pool_ranks", "stack_samples", "world_size"]
+__all__ = ["gather_ranks", "is_first_rank", "pool_ranks", "stack_samples", "world_size"]
 
 
 def stack_samples(samples: Sequence[Tensor], limit: int) -> Tensor:
@@ -52,6 +52,15 @@ def world_size() -> int:
     if not distributed.is_available() or not distributed.is_initialized():
         return 1
     return distributed.get_world_size()
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one of several that speaks.
+
+    Returns:
+        True where there is no process group.
+    """
+    return world_size() == 1 or torch.distributed.get_rank() == 0
 
 
 def gather_ranks(samples: Tensor, width: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from eafo_dynamic.errors import ConfigError, PatternError, printable
 from eafo_dynamic.find.written import written_node
 from eafo_dynamic.internals.checks import pattern
+from eafo_dynamic.internals.tables import as_html, as_text, clipped
 
 __all__ = ["FoundSite", "Selection", "SiteReport", "matches"]
 
@@ -235,12 +236,16 @@ class SiteReport:
             for site in self.sites
         ]
 
-    def __rich__(self) -> Any:
-        """Renders as a rich table.
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        """Renders as a rich table; where it is narrow, long names are cut from the left.
 
-        Returns:
+        Yields:
             The table.
         """
+        mark = "…" if console.encoding.startswith("utf") else "~"
+        yield self._table(clipped([str(row["site"]) for row in self.rows()], max(20, options.max_width * 2 // 5), mark))
+
+    def _table(self, names: Sequence[str]) -> Any:
         from rich.table import Table
         from rich.text import Text
 
@@ -248,15 +253,17 @@ class SiteReport:
         table = Table(title=title, caption=self.note or None, title_justify="left", caption_justify="left")
         for column in ("site", "kind", "base", "shape", "role", "status", "reason"):
             table.add_column(column, overflow="fold")
-        for row in self.rows():
-            cells = [Text(printable(str(value))) for value in row.values()]
+        for name, row in zip(names, self.rows(), strict=True):
+            cells = [Text(printable(str(value))) for value in {**row, "site": name}.values()]
             table.add_row(*cells, style=None if row["status"] == "wrapped" else "dim")
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
+        return as_text(self)
 
-        console = Console(width=110, no_color=True)
-        with console.capture() as capture:
-            console.print(self.__rich__())
-        return capture.get()
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        wrapped = f"{len(self.wrapped)} of {len(self.sites)} activation sites wrapped"
+        return as_html(self.rows(), f"{wrapped}. {self.note}" if self.note else wrapped)

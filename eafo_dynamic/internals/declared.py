@@ -25,7 +25,7 @@ from typing_extensions import dataclass_transform
 
 from eafo_dynamic.errors import ConfigError
 
-__all__ = ["Check", "Checked", "Described", "named", "option", "options_class", "table", "takes"]
+__all__ = ["Check", "Checked", "Described", "named", "option", "options_class", "same", "table", "takes"]
 
 Check = Callable[[str, Any], object]
 P = ParamSpec("P")
@@ -76,6 +76,21 @@ def option(*, default: T, part: str, text: str, check: Check, unit: str = "", wh
         The field; for type checkers, the default.
     """
     return field(default=default, metadata={_KEY: Described(default, part, text, unit, when, check)})
+
+
+def same(options: type, name: str, like: T) -> T:
+    """A field that another class of options has too, with the same default, text and check.
+
+    Args:
+        options: the other class.
+        name: of its field, and of this one.
+        like: any value of the field's type; for type checkers only.
+
+    Returns:
+        The field; for type checkers, a value of its type.
+    """
+    described = Described.of(options)[name]
+    return field(default=cast(T, described.default), metadata={_KEY: described})
 
 
 @dataclass(frozen=True, kw_only=True)

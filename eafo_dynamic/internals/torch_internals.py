@@ -890,6 +890,7 @@ def forget(module: nn.Module, name: str) -> None:
         return
     for table in (module._parameters, module._buffers, vars(module)):
         cast("MutableMapping[str, Any]", table).pop(name, None)
+    getattr(module, "_non_persistent_buffers_set", set[str]()).discard(name)
 
 
 def share_tables(module: nn.Module, source: nn.Module) -> None:

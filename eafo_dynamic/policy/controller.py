@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
+from html import escape
 from typing import Any
 
 import torch
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 from eafo_dynamic.apply.bank import Bank
 from eafo_dynamic.apply.corrections import keep_beside
 from eafo_dynamic.apply.manifest import manifest
+from eafo_dynamic.apply.observing import observe_only, refuse_corrected
 from eafo_dynamic.apply.surgery import put_back, take_off, unwrap, wrap
 from eafo_dynamic.correction.kernels import resolve_backend
-from eafo_dynamic.density.ranks import world_size
+from eafo_dynamic.density.ranks import is_first_rank, world_size
 from eafo_dynamic.errors import CompoundingError, legible
 from eafo_dynamic.find.sites import SiteReport, find_sites
 from eafo_dynamic.internals.declared import named
 from eafo_dynamic.internals.version import package_versions
+from eafo_dynamic.policy.alerts import Alerts
 from eafo_dynamic.policy.amplitudes import assigned
 from eafo_dynamic.policy.attachment import OptimizerWatch, refuse_replicas, thaw_under_adapters
 from eafo_dynamic.policy.diagnostics import snapshot
@@ -68,9 +71,17 @@ class EAFOController:
         self.trust_region = self.options.trust_region
         self.records: deque[Record] = deque(maxlen=self.KEPT_RECORDS)
         self.pace = Pace()
-        hosted = wrap(model, self.report, self.options.eps_init, backend=self.options.backend, **self.options.form)
-        keep_beside(model)
+        observes = self.options.observes
+        eps_init = 0.0 if observes else self.options.eps_init
+        hosted = wrap(model, self.report, eps_init, backend=self.options.backend, **self.options.form)
+        if observes:
+            observe_only(hosted)
+        else:
+            keep_beside(model)
         self.bank = Bank(model, hosted)
+        self._alerts: Alerts | None = None
+        if observes:
+            self._alerts = Alerts(self.bank.functions().bases, self.options.resolution, is_first_rank())
         self._watch: OptimizerWatch | None = None
         self._rounds = Rounds(self.bank, self.policies, self.options)
         self._switch = self.bank.sites[0].switch
@@ -99,7 +110,10 @@ class EAFOController:
             SiteError: if DistributedDataParallel has wrapped the model already.
         """
         checked = Options(**options)
-        refuse_replicas(model)
+        if checked.observes:
+            refuse_corrected(model)
+        else:
+            refuse_replicas(model)
         earlier = take_off(model)
         controller = cls(model, checked, find_sites(model, *example_args, selection=checked.selection))
         put_back(model, earlier)
@@ -128,11 +142,19 @@ class EAFOController:
         """The wrapped sites, in the order of the log; shows as a table with their live state in a notebook."""
         return SiteList(self.bank.sites, self.bank.states())
 
+    def __repr__(self) -> str:
+        policies = ", ".join(dict.fromkeys(policy.name for policy in self.policies))
+        model = type(self.model).__name__
+        return f"EAFOController of {model}: {len(self.bank.sites)} sites, {policies}, {self.rounds} rounds"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{self.sites._repr_html_()}"
+
     @property
     def amplitudes(self) -> dict[str, nn.Parameter]:
-        """Eps, and lift where terms are free, of every site by its parameter name in the model, for an optimiser."""
+        """Eps, and lift where terms are free, of all sites by parameter name, for an optimiser; none where observed."""
         names = {id(p): name for name, p in self.model.named_parameters()}
-        return {names[id(amplitude)]: amplitude for amplitude in self.bank.amplitudes}
+        return {names[id(each)]: each for each in self.bank.amplitudes if id(each) in names}
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -209,6 +231,8 @@ class EAFOController:
 
     def _forget(self) -> None:
         self._rounds.forget()
+        if self._alerts is not None:
+            self._alerts.load_state_dict({"before": {}, "since": {}})
         self.pace = Pace()
         self._share_out_samples()
 
@@ -292,6 +316,8 @@ class EAFOController:
             One row per site.
         """
         rows = self._rounds.run(step, epoch)
+        if self._alerts is not None:
+            self._alerts.add_to(rows)
         self.records.extend(rows)
         return rows
 
@@ -327,7 +353,9 @@ class EAFOController:
         ranks = None
         if world_size() == 1:
             ranks = [self.own_state()]
+        alerts = {} if self._alerts is None else {"alerts": self._alerts.state_dict()}
         return {
+            **alerts,
             **self._rounds.state_dict(),
             "last_step": self.pace.last,
             "stride": self.pace.stride,
@@ -363,6 +391,8 @@ class EAFOController:
         self.bank.check_names(list(state["sites"]))
         self.pace = Pace(*map(int, (state["last_step"], state.get("stride", 1), state.get("overrun", 0))))
         self._rounds.load_state_dict(state)
+        if self._alerts is not None and "alerts" in state:
+            self._alerts.load_state_dict(state["alerts"])
         # all that the ranks had seen is shared out, also if there were more or fewer of them
         rank = 0
         if world_size() > 1:

@@ -226,13 +226,22 @@ def aggregate(rows: Sequence[Record]) -> dict[str, float]:
         rows: of one round.
 
     Returns:
-        ``mean_entropy``, ``mean_atom_mass``, and of every term ``mean_eps`` and ``mean_d_entropy_d_eps``.
+        ``mean_entropy``, ``mean_atom_mass``, and of every term ``mean_eps``, ``mean_abs_eps`` and
+        ``mean_d_entropy_d_eps``. Of watched models ``mean_entropy``, ``mean_atom_mass``, ``mean_dead_fraction``,
+        ``mean_flat_fraction`` and ``alerts``, the number of sites with something out of the ordinary.
     """
 
-    def mean(column: str) -> float:
-        values = torch.tensor([float(row[column]) for row in rows], dtype=torch.float64)  # pyright: ignore[reportArgumentType]
-        return float(values.nanmean())
+    def values(column: str) -> Tensor:
+        return torch.tensor([float(row[column]) for row in rows], dtype=torch.float64)  # pyright: ignore[reportArgumentType]
 
+    def mean(column: str) -> float:
+        return float(values(column).nanmean())
+
+    if rows and "flat_fraction" in rows[0]:
+        columns = ("entropy", "atom_mass", "dead_fraction", "flat_fraction")
+        alerts = sum(row["event"] is not None for row in rows)
+        return {**{f"mean_{name}": mean(name) for name in columns}, "alerts": float(alerts)}
     names = [name for name in AMPLITUDES if rows and name in rows[0]]
     columns = ("entropy", *names, "atom_mass", *(f"d_entropy_d_{name}" for name in names))
-    return {f"mean_{name}": mean(name) for name in columns}
+    sizes = {f"mean_abs_{name}": float(values(name).abs().nanmean()) for name in names}
+    return sizes | {f"mean_{name}": mean(name) for name in columns}

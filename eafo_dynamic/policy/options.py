@@ -18,7 +18,7 @@ from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.find.sites import Selection
 from eafo_dynamic.internals.checks import at_least, flag, number
 from eafo_dynamic.internals.declared import Check, Checked, option, options_class
-from eafo_dynamic.policy.policies import Policy, Rule, Static, make_rules
+from eafo_dynamic.policy.policies import Observe, Policy, Rule, Static, make_rules
 from eafo_dynamic.policy.schedule import Schedule
 from eafo_dynamic.policy.trust_region import TrustRegion
 
@@ -163,7 +163,7 @@ class Options(Checked):
         check=_made_by(make_rules),
         when=(
             'see [Concepts](concepts.md#who-moves-eps-policies); `"static"` is the baseline, `"entropy"` ignores '
-            "the loss; rules for mixtures"
+            'the loss, `"observe"` watches and changes nothing; rules for mixtures'
         ),
     )
     density: str | Callable[[Tensor], Density] = option(
@@ -318,6 +318,10 @@ class Options(Checked):
         if collect is not None and collect > period:
             problem = f"larger than update_every_n_steps={period}: rounds would find no sample"
             yield ConfigError("collect_every_n_steps", collect, problem, "Collect at least once per update.")
+        observing = [isinstance(rule.policy, Observe) for rule in make_rules(self.policy)]
+        if any(observing) and not all(observing):
+            problem = "'observe' leaves the whole model as it is, and stands beside a policy that does not"
+            yield ConfigError("policy", self.policy, problem, "Use 'frozen' with eps_init=0.0 for single sites.")
         local = local_terms(self.resolved_terms)
         if local and self.tabulated:
             problem = f"{' and '.join(local)} need{'s' if len(local) == 1 else ''} density='gaussian'"
@@ -356,6 +360,11 @@ class Options(Checked):
             return resolve_terms(self.terms)
         static = any(isinstance(rule.policy, Static) for rule in make_rules(self.policy))
         return TIED if self.tabulated or static else LOCAL
+
+    @property
+    def observes(self) -> bool:
+        """Whether the model is watched only."""
+        return any(isinstance(rule.policy, Observe) for rule in make_rules(self.policy))
 
     @property
     def form(self) -> dict[str, Any]:

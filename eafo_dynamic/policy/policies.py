@@ -18,6 +18,7 @@ __all__ = [
     "Frozen",
     "Hybrid",
     "Learned",
+    "Observe",
     "Policy",
     "Rule",
     "Static",
@@ -160,6 +161,18 @@ class Frozen(Policy):
     trains_eps = False
 
 
+@final
+@dataclass(frozen=True)
+class Observe(Policy):
+    """Watches without changing: outputs are those of the plain model bit for bit, and no parameter is added.
+
+    For all sites of a model or for none. mu and sigma follow the data and act on nothing.
+    """
+
+    name = "observe"
+    trains_eps = False
+
+
 @dataclass(frozen=True)
 class Rule:
     """One line of a list of policies by site; the first rule that matches a site decides.
@@ -185,14 +198,14 @@ class Rule:
         make_policy(self.policy)
 
 
-_POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Static, Learned, Entropy, Hybrid, Frozen)}
+_POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Static, Learned, Entropy, Hybrid, Frozen, Observe)}
 
 
 def make_policy(policy: str | Policy) -> Policy:
     """A policy from its name, with its default options, or the policy itself.
 
     Args:
-        policy: "static", "learned", "entropy", "hybrid", "frozen" or a Policy.
+        policy: "static", "learned", "entropy", "hybrid", "frozen", "observe" or a Policy.
 
     Returns:
         The policy.

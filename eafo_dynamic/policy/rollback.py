@@ -31,12 +31,17 @@ class LossWatch:
         """Takes in the loss of one batch.
 
         Args:
-            loss: 0-dim.
+            loss: one number.
         """
-        if self.factor is not None:
+        if loss.numel() == 1:
             # a sum in half precision stops growing after a few hundred losses
-            self._sum = self._sum + loss.detach().to(torch.float32)
+            self._sum = self._sum + loss.detach().to(torch.float32).reshape(())
             self._count += 1
+
+    @property
+    def has_any(self) -> bool:
+        """Whether a loss has come since ``drain``."""
+        return self._count > 0
 
     def state_dict(self) -> dict[str, Any]:
         """What all ranks agree on; primitives only.

@@ -16,6 +16,7 @@ from eafo_dynamic.density.estimators import make_estimator
 from eafo_dynamic.density.running import RunningDensity
 from eafo_dynamic.density.sample_moments import SampleMoments
 from eafo_dynamic.internals.checks import fitting
+from eafo_dynamic.policy.alerts import ranges
 from eafo_dynamic.policy.amplitudes import Amplitudes
 from eafo_dynamic.policy.diagnostics import describe_events, diagnostics, state, to_rows
 from eafo_dynamic.policy.estimates import OutputEntropy, Pooled, pooled
@@ -75,6 +76,7 @@ class Rounds:
             One row per site.
         """
         # samples of all ranks since the last round, and their moments
+        has_losses = self.losses.has_any
         collected = self._collected()
         samples, moments = collected.samples, collected.stats
         usable = _has_spread(moments)
@@ -108,6 +110,11 @@ class Rounds:
 
         # rows of the log
         columns = diagnostics(collected, entropy, new, self._last, by_amplitude)
+        if has_losses:
+            total, number = collected.losses
+            columns["loss"] = (total / number).expand(len(samples))
+        if self._options.observes:
+            columns |= ranges(samples, new)
         events = describe_events(
             moments.n, usable, fraction, undone is not None, collected.nonfinite, broken, collected.passed_over
         )

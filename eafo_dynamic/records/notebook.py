@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Iterable
 from typing import Any
 
-from eafo_dynamic.errors import printable
+from eafo_dynamic.internals.tables import as_html, as_table, as_text
 from eafo_dynamic.records.schema import Record
 
-__all__ = ["History", "SiteList"]
+__all__ = ["History", "SiteList", "newest"]
 
 _SHOWN = (
     "step",
@@ -26,23 +25,41 @@ _SHOWN = (
     "event",
 )
 _MOST_ROWS = 60
+_ROWS_AS_TEXT = 10
+
+
+def newest(rows: list[Record], most: int = _MOST_ROWS) -> list[Record]:
+    """The newest rows, with the columns that say most.
+
+    Args:
+        rows: of the correction log.
+        most: how many.
+
+    Returns:
+        Rows with those columns alone.
+    """
+    return [{name: row.get(name) for name in _SHOWN} for row in rows[-most:]]
 
 
 class History(list[Record]):
-    """Rows of the correction log that show as a table in a notebook and in rich."""
+    """Rows of the correction log that show as a table in a notebook, in rich and at the prompt."""
 
-    def _shown(self) -> list[Record]:
-        return [{name: row.get(name) for name in _SHOWN} for row in self[-_MOST_ROWS:]]
+    @property
+    def _caption(self) -> str:
+        return f"{len(self)} rows"
 
     def _repr_html_(self) -> str:
-        return _html(self._shown(), f"{len(self)} rows")
+        return as_html(newest(self), self._caption)
 
     def __rich__(self) -> Any:
-        return _table(self._shown(), f"{len(self)} rows")
+        return as_table(newest(self), self._caption)
+
+    def __repr__(self) -> str:
+        return as_text(as_table(newest(self, _ROWS_AS_TEXT), f"{self._caption}, the newest:"))
 
 
 class SiteList(list[Any]):
-    """Sites that show as a table with their live state in a notebook and in rich.
+    """Sites that show as a table with their live state in a notebook, in rich and at the prompt.
 
     Args:
         sites: the sites.
@@ -57,43 +74,10 @@ class SiteList(list[Any]):
         return [{"site": site.name, "state": state} for site, state in zip(self, self._states, strict=True)]
 
     def _repr_html_(self) -> str:
-        return _html(self._rows(), f"{len(self)} sites")
+        return as_html(self._rows(), f"{len(self)} sites")
 
     def __rich__(self) -> Any:
-        return _table(self._rows(), f"{len(self)} sites")
+        return as_table(self._rows(), f"{len(self)} sites")
 
-
-def _text(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if value is None:
-        return ""
-    return str(value)
-
-
-def _html(rows: Sequence[Record], caption: str) -> str:
-    heads = "".join(f"<th>{escape(name)}</th>" for name in _names(rows))
-    lines: list[str] = []
-    for row in rows:
-        cells = "".join(f"<td>{escape(_text(value))}</td>" for value in row.values())
-        lines.append(f"<tr>{cells}</tr>")
-    body = "".join(lines)
-    return f"<table><caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _names(rows: Sequence[Record]) -> list[str]:
-    if not rows:
-        return []
-    return list(rows[0])
-
-
-def _table(rows: Sequence[Record], caption: str) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=caption, title_justify="left")
-    for name in _names(rows):
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*(Text(printable(_text(value))) for value in row.values()))
-    return table
+    def __repr__(self) -> str:
+        return as_text(self.__rich__())

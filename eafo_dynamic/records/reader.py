@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eafo_dynamic.errors import LogError
+from eafo_dynamic.internals.tables import as_html
 from eafo_dynamic.records.files import find_log, read_lines, read_manifest
+from eafo_dynamic.records.notebook import newest
 from eafo_dynamic.records.schema import COLUMNS, CORRECTIONS, FIT_END, MANIFEST, SHAPES
 from eafo_dynamic.records.select import matching_sites
 from eafo_dynamic.records.table import Table
@@ -110,6 +112,22 @@ class CorrectionLog:
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def _repr_html_(self) -> str:
+        return as_html(newest(self.last()), f"{self!r}: the last row of each site")
+
+    def plot(self, what: str = "heatmap", column: str = "entropy") -> Any:
+        """Draws the log.
+
+        Args:
+            what: ``heatmap``, ``trajectories``, ``functions``, ``densities``, ``prediction`` or ``ranking``.
+            column: of the log, for the figures that show one.
+
+        Returns:
+            A matplotlib figure.
+        """
+        figures = import_module("eafo_dynamic.records.figures.logs")  # which imports this module
+        return figures.plot(self, what, column)
 
     def __repr__(self) -> str:
         steps = self.steps

@@ -189,6 +189,20 @@ _COLUMNS = (
         lambda found: found.dead,
     ),
     Column(
+        "loss",
+        "float",
+        "units of the loss",
+        "mean training loss since the last update, the same for all sites; missing where nobody shows it",
+    ),
+    Column("low", "float", _Z, "smallest sampled pre-activation; of watched models only"),
+    Column("high", "float", _Z, "largest sampled pre-activation; of watched models only"),
+    Column(
+        "flat_fraction",
+        "float",
+        "probability",
+        "share of the samples at which the function's slope is below 0.01; of watched models only",
+    ),
+    Column(
         "n_nonfinite",
         "int",
         "samples",

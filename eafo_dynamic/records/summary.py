@@ -48,8 +48,9 @@ def summarise(log: CorrectionLog, top: int = 3) -> dict[str, Any]:
         "mean_eps": _mean(layer["eps"] for layer in layers),
         "mean_abs_eps": _mean(_absolute(layer["eps"]) for layer in layers),
         "largest_eps": _extremes(layers, "eps", top, lambda value: -abs(value)),
-        "highest_entropy": _extremes(layers, "entropy", top, lambda value: -value),
-        "lowest_entropy": _extremes(layers, "entropy", top, lambda value: value),
+        # of few sites no one is among the highest and among the lowest
+        "highest_entropy": _extremes(layers, "entropy", min(top, (len(layers) + 1) // 2), lambda value: -value),
+        "lowest_entropy": _extremes(layers, "entropy", min(top, len(layers) // 2), lambda value: value),
         "events": len(found),
         "event_kinds": dict(Counter(str(row["event"]) for row in found).most_common(top)),
         "resumed_at_steps": list(log.manifest.get("resumed_at_steps", [])),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from eafo_dynamic.apply.checkpoints import STATE_NAME
 from eafo_dynamic.apply.corrections import FILE_NAME, load_corrections, save_corrections
+from eafo_dynamic.apply.observing import refuse_corrected
 from eafo_dynamic.apply.surgery import put_back, take_off
 from eafo_dynamic.density.ranks import world_size
 from eafo_dynamic.errors import ConfigError, EAFOError, SiteError, legible, one_line
@@ -83,6 +84,8 @@ class EAFOTrainerCallback(TrainerCallback):
         _check_sharding(self._trainer)
         self._watch_training()
         selection = self.options.selection
+        if self.options.observes:
+            refuse_corrected(model)
         earlier = take_off(model)  # of an earlier training, or of a file
         if self.options.example is not None:
             report = find_sites(model, selection=selection, **self.options.example)
@@ -167,7 +170,8 @@ class EAFOTrainerCallback(TrainerCallback):
             folder = _checkpoint(args, state)
             with replacing(folder / STATE_NAME) as file:
                 torch.save(saved, file)
-            save_corrections(self._controller.model, folder)
+            if not self.options.observes:
+                save_corrections(self._controller.model, folder)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Lets the policy add to eps.grad, or drops it once frozen."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -36,15 +37,20 @@ def site_scalars(rows: Iterable[Record], columns: Sequence[str]) -> dict[str, fl
         columns: which.
 
     Returns:
-        ``eafo/<column>/<site>``: value; a missing value is left out.
+        ``eafo/<column>/<site>``: value; a missing value is left out. In the site's name ``:`` and ``#`` become ``-``,
+        since MLflow would leave them out.
     """
     scalars: dict[str, float] = {}
     for row in rows:
         for column in columns:
             value = row.get(column)
             if isinstance(value, (int, float)) and value == value:
-                scalars[f"eafo/{column}/{row['site']}"] = float(value)
+                scalars[f"eafo/{column}/{_legal(str(row['site']))}"] = float(value)
     return scalars
+
+
+def _legal(name: str) -> str:
+    return re.sub(r"[^\w/. -]", "-", name, flags=re.ASCII)
 
 
 class Metrics:

@@ -39,7 +39,6 @@ highest entropy  0.9486  blocks.0.mlp.act
                  0.7962  blocks.2.mlp.act
 lowest entropy   0.6533  head.act
                  0.7068  blocks.3.mlp.act
-                 0.7962  blocks.2.mlp.act
 events           2 (eps held at max_eps: 1, 3 samples not finite: 1)
 """
 

@@ -40,6 +40,8 @@ def test_summary_against_plain_arithmetic(fabricated: CorrectionLog) -> None:
     assert facts["largest_eps"][0] == {"site": largest["site"], "value": largest["eps"]}
     lowest = min(last, key=lambda entry: entry["entropy"])
     assert facts["lowest_entropy"][0]["site"] == lowest["site"]
+    extremes = [entry["site"] for name in ("lowest_entropy", "highest_entropy") for entry in facts[name]]
+    assert len(set(extremes)) == len(extremes) == 5
     assert facts["events"] == 2
     assert facts["event_kinds"] == {"eps held at max_eps": 1, "3 samples not finite": 1}
 

@@ -103,7 +103,8 @@ def test_page_is_small(logs: list[CorrectionLog], tmp_path: Path) -> None:
 def test_tables_are_there_without_scripts(logs: list[CorrectionLog]) -> None:
     text = render_report(logs)
     page = Page(text)
-    assert len(page.all("table")) == 2 + 2 * 2, "runs, sites compared; layers and events of each run"
+    assert len(page.all("table")) == 2 + 3 * 2, "runs, sites compared; layers, events and settings of each run"
+    assert "options: update_every_n_steps" in page.text["th"]
     for site, _ in SITES:
         assert site in page.text["button"]
     assert "eps held at max_eps" in page.text["td"]
@@ -212,7 +213,7 @@ def test_every_chart_is_drawn_and_named(fresh: Browser) -> None:
         ".map(box => [box.id, box.querySelectorAll('svg *').length,"
         " box.querySelector('svg[role=img]')?.getAttribute('aria-label') || ''])"
     )
-    assert len(charts) == 8
+    assert len(charts) == 10
     for name, marks, label in charts:
         assert marks > 10, name
         assert label, name

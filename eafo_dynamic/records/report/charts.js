@@ -71,7 +71,7 @@ function tickName(all) {
 // An empty chart with axes: {plot, x, y, width, height, left, top} with x and y from values to pixels.
 function frame(box, options) {
   const width = Math.max(box.clientWidth, 200), height = options.height || 260;
-  const margin = { left: options.left || 52, right: options.right || 20, top: 10, bottom: 36 };
+  const margin = { left: options.left || 52, right: options.right || 20, top: options.yLabel ? 24 : 10, bottom: 36 };
   const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": options.label });
   const span = { x: width - margin.left - margin.right, y: height - margin.top - margin.bottom };
   const x = (value) => margin.left + (value - options.x[0]) / (options.x[1] - options.x[0]) * span.x;
@@ -87,6 +87,7 @@ function frame(box, options) {
     root.append(svg("text", { x: margin.left - 6, y: y(tick) + 4, "text-anchor": "end" }, yName(tick)));
   }
   root.append(svg("text", { x: margin.left + span.x, y: height - 5, "text-anchor": "end" }, options.xLabel || ""));
+  if (options.yLabel) root.append(svg("text", { class: "title", x: 2, y: 11 }, options.yLabel));
   const plot = svg("g");
   root.append(plot);
   box.replaceChildren(root);

@@ -62,7 +62,8 @@ function drawLines() {
   const { steps, sites } = run();
   const chart = frame(by("lines"), {
     label: `${chosen.column} over steps, one line a site; ${valueText(chosen.site, chosen.step)}`,
-    x: extent(steps), y: padded(extent(sites.flatMap((_, site) => values(site)))), height: 56 + Math.min(420, Math.max(200, 16 * sites.length)), xLabel: "step",
+    x: extent(steps), y: padded(extent(sites.flatMap((_, site) => values(site)))), height: 56 + Math.min(420, Math.max(200, 16 * sites.length)), xLabel: "optimiser steps",
+    yLabel: `${chosen.column}${unit(chosen.column)}`,
   });
   const strong = () => line(chart, steps, values(chosen.site), colour(chosen.site), 3);
   sites.forEach((_, site) => { if (site !== chosen.site) line(chart, steps, values(site), colour(site), 1.3, { opacity: 0.75 }); });
@@ -126,6 +127,7 @@ function drawCurves(id, shots, z, curve, withBase) {
   const chart = frame(by(id), {
     label: `${withBase ? "Function" : "Correction"} of ${run().sites[chosen.site]} at step ${shot.step}`,
     x: z, y: padded(extent(all)), height: 240, xLabel: "pre-activation z",
+    yLabel: withBase ? "output f(z), units of z" : "f(z) − base(z), units of z",
   });
   shots.forEach((entry) => { if (entry !== shot) line(chart, entry.z, curve(entry), "var(--soft)", 1, { opacity: 0.35 }); });
   line(chart, shot.z, curve(shot), "var(--accent)", 2.5);
@@ -147,7 +149,7 @@ function drawDensity(shots, z) {
   const shot = shots[chosen.snapshot], heights = shots.flatMap((entry) => [...(curve(entry) || { p: [] }).p, ...bars(entry).map((bar) => bar.height)]);
   by("density-figure").hidden = !heights.length;
   if (!heights.length) return;
-  const chart = frame(by("density"), { label: `Density of the pre-activations of ${run().sites[chosen.site]} at step ${shot.step}`, x: z, y: [0, 1.05 * extent(heights)[1]], height: 240, xLabel: "pre-activation z" });
+  const chart = frame(by("density"), { label: `Density of the pre-activations of ${run().sites[chosen.site]} at step ${shot.step}`, x: z, y: [0, 1.05 * extent(heights)[1]], height: 240, xLabel: "pre-activation z", yLabel: "density, per unit of z" });
   const clip = (value) => Math.min(Math.max(chart.x(value), chart.left), chart.left + chart.span.x);
   bars(shot).forEach((bar) => chart.plot.append(svg("rect", { x: clip(bar.from), y: chart.y(bar.height), width: Math.max(0, clip(bar.to) - clip(bar.from) - 0.5), height: chart.y(0) - chart.y(bar.height), fill: "var(--accent)", opacity: 0.35 })));
   const fitted = curve(shot);
@@ -161,7 +163,7 @@ function drawPrediction() {
     : `${count} changes ${run().changes.which}${points.length < count ? `, ${points.length} of them drawn` : ""}${correlation === null ? "" : `; correlation of predicted and measured ${number(correlation)}`}. On the line the prediction is exact.`;
   if (!points.length) { by("prediction").replaceChildren(); return; }
   const x = padded(extent(points.map((point) => point[1]))), y = padded(extent(points.map((point) => point[2])));
-  const chart = frame(by("prediction"), { label: `Measured against predicted changes of entropy, ${count} points`, x, y, height: 320, left: 62, xLabel: "predicted change, nats (measured: upwards)" });
+  const chart = frame(by("prediction"), { label: `Measured against predicted changes of entropy, ${count} points`, x, y, height: 320, left: 62, xLabel: "predicted change, nats", yLabel: "measured change, nats" });
   const from = Math.max(x[0], y[0]), to = Math.min(x[1], y[1]);
   if (from < to) line(chart, [from, to], [from, to], "var(--ink)", 1, { "stroke-dasharray": "4 3" });
   points.forEach(([site, predicted, measured]) => dot(chart, predicted, measured, colour(site), 3, { opacity: 0.7 }));
@@ -178,7 +180,7 @@ function drawMeans() {
     const known = (entry.series.entropy || []).map((site) => site[step]).filter((value) => value !== null);
     return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
   }));
-  const chart = frame(box, { label: "Mean entropy over the sites, one line a run", x: extent(data.runs.flatMap((entry) => entry.steps)), y: padded(extent(lines.flat())), height: 240, xLabel: "step (mean entropy over the sites, nats)" });
+  const chart = frame(box, { label: "Mean entropy over the sites, one line a run", x: extent(data.runs.flatMap((entry) => entry.steps)), y: padded(extent(lines.flat())), height: 240, xLabel: "optimiser steps", yLabel: "mean entropy of the sites, nats" });
   const key = document.createElement("p");
   key.className = "hint";
   data.runs.forEach((entry, k) => {
@@ -195,6 +197,20 @@ function drawMeans() {
   });
 }
 
+// The model's training loss over the mean entropy of its sites, at the same steps.
+function drawLoss() {
+  const { steps, series, sites } = run(), losses = series.loss && series.loss[0];
+  by("loss-pair").hidden = !losses || !series.entropy;
+  if (by("loss-pair").hidden) return;
+  const mean = (step) => { const known = sites.map((_, site) => series.entropy[site][step]).filter((value) => value !== null); return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null; };
+  const curves = [["loss", "training loss, mean since the last update", losses], ["mean-entropy", "mean entropy of the sites, nats", steps.map((_, step) => mean(step))]];
+  for (const [id, title, curve] of curves) {
+    const chart = frame(by(id), { label: `${title}, over steps`, x: extent(steps), y: padded(extent(curve)), height: 200, xLabel: "optimiser steps", yLabel: title });
+    line(chart, steps, curve, "var(--accent)", 2);
+    onPointer(chart, (px) => { const k = nearest(steps.map(chart.x), px); return `step ${steps[k]}: ${number(curve[k])}`; });
+  }
+}
+
 function drawChosen() {
   drawHeatmap(); drawLines();
   by("readout").textContent = valueText(chosen.site, chosen.step);
@@ -205,7 +221,7 @@ function drawChosen() {
 }
 
 function drawAll() {
-  drawChosen(); drawRanking(); drawFilm(); drawPrediction(); drawMeans();
+  drawLoss(); drawChosen(); drawRanking(); drawFilm(); drawPrediction(); drawMeans();
 }
 
 function choose(change) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -182,9 +183,36 @@ def _events(log: CorrectionLog) -> str:
 
 
 def _settings(log: CorrectionLog) -> str:
-    hidden = ("sites", "format")
-    text = json.dumps({key: value for key, value in log.manifest.items() if key not in hidden}, indent=2)
-    return f'<pre tabindex="0" aria-label="Manifest of the run">{escape(text)}</pre>'
+    hidden = ("sites", "format", "schema_version", "manifest_version")
+    lines: list[str] = []
+    for key, value in log.manifest.items():
+        if key not in hidden and isinstance(value, Mapping):
+            lines += [_setting(f"{key}: {name}", each) for name, each in value.items()]
+        elif key not in hidden:
+            lines.append(_setting(key, _date(value) if key == "created" else value))
+    body = "".join(lines)
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Settings of the run">'
+        f'<table class="settings"><caption>Settings of the run</caption><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _setting(name: object, value: object) -> str:
+    if value is None or isinstance(value, (str, int, float)):
+        text = "-" if value is None else str(value)
+    else:
+        text = json.dumps(value)
+    return f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(text)}</td></tr>'
+
+
+def _date(created: object) -> object:
+    """The time at which a log was begun; what is no time, as it is."""
+    if not isinstance(created, (int, float)):
+        return created
+    try:
+        return datetime.fromtimestamp(created, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError):
+        return created
 
 
 def _meanings() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from eafo_dynamic.apply.manifest import (
     warn_of_changes,
     wrap_from_manifest,
 )
+from eafo_dynamic.apply.observing import refuse_corrected
 from eafo_dynamic.apply.surgery import is_wrapped, put_back, take_off
 from eafo_dynamic.errors import SiteError, one_line
 from eafo_dynamic.find.sites import SiteReport
@@ -122,6 +124,8 @@ class EAFOCallback(Callback):
         if self._has_wrapped(pl_module):
             return
         pl_module.configure_model()  # the base class of either host (lightning, pytorch_lightning) does nothing here
+        if self.options.observes:
+            refuse_corrected(pl_module)
         self.controller, self._late = None, False
         self._earlier = take_off(pl_module)  # of another callback's fit
         report, self._awaits_batch = first_report(trainer, pl_module, self.options.selection)
@@ -144,7 +148,8 @@ class EAFOCallback(Callback):
         self.controller = EAFOController(pl_module, self.options, report)
         self.controller.collecting = False
         # checkpoints list the sites, so that a plain model can be wrapped the same way before its weights are loaded
-        keep_sites(pl_module, manifest(report, **self.options.form))
+        if not self.options.observes:
+            keep_sites(pl_module, manifest(report, **self.options.form))
         put_back(pl_module, self._earlier)
         self._awaits_batch, self._earlier = "", {}
 
@@ -198,6 +203,7 @@ class EAFOCallback(Callback):
         )
         for note in notes:
             warnings.warn(f"EAFO: {note}", stacklevel=2)
+        self._reporter.begin(trainer, self.options.primitives())
         self._log.open(trainer, self._controller.about())
 
     def _restore_state(self) -> None:
@@ -333,6 +339,13 @@ class EAFOCallback(Callback):
             checkpoint["callbacks"][self.state_key]["ranks"] = everyones(self.controller.own_state())
 
     def _restore(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self.options.observes and (self._has_wrapped(pl_module) or self._awaits_batch):
+            if CHECKPOINT_KEY in checkpoint:
+                raise SiteError(
+                    "policy='observe' leaves a model as it is, and the checkpoint has corrections. Resume it with the "
+                    "policy that it was trained with, or with policy='frozen', which keeps and measures them."
+                )
+            return
         if CHECKPOINT_KEY in checkpoint:
             self.adopt(pl_module, checkpoint[CHECKPOINT_KEY])
             check_weights(pl_module, checkpoint.get("state_dict") or {})
@@ -370,6 +383,23 @@ class EAFOCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the restored state until the fit starts, when the model is on its device."""
         self._resumed = state_dict or None
+
+    def __repr__(self) -> str:
+        kind = type(self).__name__
+        if self.controller is None:
+            return f"{kind}: nothing wrapped yet"
+        log = "" if self._log.path is None else f", log in {self._log.path}"
+        return f"{kind} with {self.controller!r}{log}"
+
+    def _repr_html_(self) -> str:
+        if self.controller is None:
+            return f"<p>{escape(repr(self))}</p>"
+        return f"<p>{escape(repr(self))}</p>{self.controller.sites._repr_html_()}"
+
+    @property
+    def log_path(self) -> Path | None:
+        """Folder of the newest correction log; None before there was one."""
+        return self._log.path
 
     @property
     def history(self) -> History:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from eafo_dynamic.errors import one_line
 from eafo_dynamic.records.schema import Record
 from eafo_dynamic.trainers.reports import FIGURE, Metrics, announce, log_figure, site_scalars
 
 __all__ = ["Reporter", "announce", "log_figure", "site_scalars"]
-
-_IN_PROGRESS_BAR = ("eafo/mean_entropy", "eafo/mean_eps")
 
 
 class Reporter:
@@ -26,6 +26,22 @@ class Reporter:
         self.figures = figures
         self._metrics = Metrics(every_n_steps, columns)
 
+    def begin(self, trainer: Any, options: Mapping[str, object]) -> None:
+        """Tells the loggers the options, beside the hyper-parameters of the run.
+
+        Args:
+            trainer: the Trainer.
+            options: text and numbers only.
+        """
+        for logger in trainer.loggers:
+            known = getattr(logger, "hparams", None)  # TensorBoard's keeps the newest only
+            before = known if isinstance(known, Mapping) else {}
+            try:
+                logger.log_hyperparams({**before, "eafo": dict(options)})
+            except Exception as error:  # of a service, such as MLflow's where a resumed run has other options
+                kind = type(logger).__name__
+                warnings.warn(f"EAFO: {kind} does not take the options ({one_line(error)})", stacklevel=2)
+
     def send(self, trainer: Any, module: Any, rows: Sequence[Record]) -> None:
         """Logs through the module, after every training batch; without a logger nothing happens.
 
@@ -40,8 +56,6 @@ class Reporter:
         if rows:
             module.log_dict(of_sites, on_step=True, on_epoch=False)
         if means:
-            bar = {name: means.pop(name) for name in _IN_PROGRESS_BAR if name in means}
-            module.log_dict(bar, prog_bar=True, on_step=True, on_epoch=False)
             module.log_dict(means, on_step=True, on_epoch=False)
 
     def send_figure(self, trainer: Any, draw: Callable[[], Any]) -> None:
