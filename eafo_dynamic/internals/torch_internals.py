@@ -41,6 +41,7 @@ __all__ = [
     "OTHERS_PER_GROUP",
     "RATES_PER_GROUP",
     "DispatchMode",
+    "after_backward",
     "autograd_context",
     "caller_of",
     "callers",
@@ -62,10 +63,13 @@ __all__ = [
     "hide_from_compiler",
     "hook_tables",
     "in_compiled_graph",
+    "infers_shapes",
     "inner_schedulers",
     "instruction_of",
     "instructions_until",
     "is_batch_of_gradients",
+    "is_joined",
+    "is_sharded",
     "is_transformed",
     "is_view",
     "jagged_dim",
@@ -75,6 +79,7 @@ __all__ = [
     "own_buffers",
     "own_parameters",
     "push_mode",
+    "rank_store",
     "region_of",
     "resumed_from",
     "running_backward",
@@ -1019,3 +1024,69 @@ def tree_map_only(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
         The nest with other leaves.
     """
     return tree_map(lambda leaf: function(leaf) if isinstance(leaf, kind) else leaf, tree)
+
+
+def rank_store() -> Any:
+    """The store by which the processes of the default group have found each other.
+
+    Returns:
+        A ``torch.distributed.Store``.
+
+    Raises:
+        UnsupportedTorchError: if torch keeps it elsewhere; torch 2.4 to 2.14 have it here.
+    """
+    found = getattr(torch.distributed.distributed_c10d, "_get_default_store", None)
+    if found is None:
+        raise UnsupportedTorchError("the store of the processes", "Train in one process.")
+    return found()
+
+
+def is_sharded(value: object) -> bool:
+    """Whether a tensor is a DTensor, as FSDP2 and tensor parallelism make of parameters; its module is not imported.
+
+    Args:
+        value: any object.
+
+    Returns:
+        Whether it is.
+    """
+    return any(each.__name__ == "DTensor" for each in type(value).__mro__)
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Lets the running backward pass call a function at its end; call it in a backward. In torch 2.4 to 2.14.
+
+    Args:
+        function: without arguments.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(function)  # pyright: ignore
+
+
+def is_joined(module: nn.Module) -> bool:
+    """Whether a wrapper runs in the context ``Join`` of torch 2.4 to 2.14, which lets ranks end early.
+
+    Args:
+        module: such as a DistributedDataParallel.
+
+    Returns:
+        Whether it does.
+    """
+    return bool(getattr(vars(module).get("_join_config"), "enable", False))
+
+
+_PIPELINE = "torch.distributed.pipelining.stage"
+_INFERENCES = ("_shape_inference", "_forward_metadata_inference")
+
+
+def infers_shapes() -> bool:
+    """Whether a pipeline stage runs this forward for the shapes alone, on memory that nobody has written to.
+
+    Returns:
+        Whether it does; torch 2.5 to 2.14.
+    """
+    if _PIPELINE not in sys.modules:
+        return False
+    return any(
+        frame.f_code.co_name in _INFERENCES and frame.f_globals.get("__name__") == _PIPELINE
+        for frame in callers(sys._getframe())
+    )

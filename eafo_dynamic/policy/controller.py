@@ -15,14 +15,15 @@ from eafo_dynamic.apply.corrections import keep_beside
 from eafo_dynamic.apply.manifest import manifest
 from eafo_dynamic.apply.surgery import put_back, take_off, unwrap, wrap
 from eafo_dynamic.correction.kernels import resolve_backend
-from eafo_dynamic.density.ranks import world_size
 from eafo_dynamic.errors import CompoundingError, legible
 from eafo_dynamic.find.sites import SiteReport, find_sites
 from eafo_dynamic.internals.declared import named
 from eafo_dynamic.internals.version import package_versions
+from eafo_dynamic.policy.agreement import Agreement
 from eafo_dynamic.policy.amplitudes import assigned
-from eafo_dynamic.policy.attachment import OptimizerWatch, refuse_replicas, thaw_under_adapters
+from eafo_dynamic.policy.attachment import JoinWatch, OptimizerWatch, refuse_replicas, thaw_under_adapters
 from eafo_dynamic.policy.diagnostics import snapshot
+from eafo_dynamic.policy.gradients import SharedGradients
 from eafo_dynamic.policy.options import Options
 from eafo_dynamic.policy.round import Rounds
 from eafo_dynamic.policy.schedule import Pace, Schedule
@@ -52,6 +53,7 @@ class EAFOController:
         report: what was found in the model.
         bank: the sites' tensors, read and written together.
         pace: how many optimiser steps a batch takes.
+        agreement: of the ranks that train the model.
 
     Raises:
         SiteError, PatternError: if the model has nothing to wrap, or a pattern matches nothing.
@@ -72,7 +74,13 @@ class EAFOController:
         keep_beside(model)
         self.bank = Bank(model, hosted)
         self._watch: OptimizerWatch | None = None
-        self._rounds = Rounds(self.bank, self.policies, self.options)
+        self.agreement = Agreement(self.options.process_group)
+        self.agreement.announce()
+        self._rounds = Rounds(self.bank, self.policies, self.options, self.agreement)
+        self._joins = JoinWatch(model)
+        self._gradients: SharedGradients | None = None
+        if self.agreement.size > 1:
+            self._gradients = self._shared_gradients()
         self._switch = self.bank.sites[0].switch
         self._switch.backend = self.options.backend
         self._switch.options = self.options.primitives()
@@ -110,7 +118,7 @@ class EAFOController:
         """Sets how many samples each site takes from one batch, so that a round has ``samples_per_site`` of it."""
         steps_between_batches = max(self.schedule.collect_period, self.pace.stride)
         batches = max(1, math.ceil(self.schedule.update_every_n_steps / steps_between_batches))
-        quota = math.ceil(self.options.samples_per_site / (batches * world_size()))
+        quota = math.ceil(self.options.samples_per_site / (batches * self.agreement.size))
         for site in self.bank.sites:
             site.collector.quota = quota
 
@@ -139,6 +147,26 @@ class EAFOController:
         """Those of the ``amplitudes`` that the loss trains, also where the user has frozen their layer for a while."""
         mine = {id(amplitude) for amplitude in self._rounds.amplitudes.trained}
         return {name: amplitude for name, amplitude in self.amplitudes.items() if id(amplitude) in mine}
+
+    def shard_options(self) -> dict[str, set[nn.Parameter]]:
+        """What ``torch.distributed.fsdp.fully_shard`` has to know, for the model and for each part of it.
+
+        ``fully_shard(model, **controller.shard_options())``: amplitudes stay whole on every rank. Their gradients are
+        averaged over the ranks at the end of each backward, before they are clipped.
+
+        Returns:
+            ``{"ignored_params": amplitudes}``.
+        """
+        if self._gradients is None:
+            self._gradients = self._shared_gradients()
+        self._gradients.start()
+        return {"ignored_params": set(self.bank.amplitudes)}
+
+    def _shared_gradients(self) -> SharedGradients:
+        def collect() -> None:
+            self.collecting = True
+
+        return SharedGradients(self.model, self.bank, self.agreement.among, self.options.tensor_parallel, collect)
 
     @property
     def rounds(self) -> int:
@@ -192,6 +220,8 @@ class EAFOController:
         Returns:
             The model as it was.
         """
+        if self._gradients is not None:
+            self._gradients.release()
         unwrap(self.model)
         return self.model
 
@@ -229,6 +259,8 @@ class EAFOController:
             thaw_under_adapters(self.model, self.trained)  # made after attach
             if self._watch.is_done():
                 self._watch = None
+        if self._gradients is not None:
+            self._gradients.settle()
         if global_step == self.pace.last:
             return self._update_at_the_same_step(global_step, epoch, due)
         if global_step < self.pace.last:  # another training
@@ -291,6 +323,8 @@ class EAFOController:
         Returns:
             One row per site.
         """
+        if self.agreement.size > 1:
+            self._joins.check()
         rows = self._rounds.run(step, epoch)
         self.records.extend(rows)
         return rows
@@ -312,7 +346,7 @@ class EAFOController:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the model alone collects nothing; what watches the optimisers of the process cannot be copied
-        return {**vars(self), "collects": self.collecting, "_watch": None}
+        return {**vars(self), "collects": self.collecting, "_watch": None, "_gradients": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -325,7 +359,7 @@ class EAFOController:
             The state. Eps, mu, sigma and tables are in the model's own state_dict.
         """
         ranks = None
-        if world_size() == 1:
+        if self.agreement.size == 1:
             ranks = [self.own_state()]
         return {
             **self._rounds.state_dict(),
@@ -364,10 +398,7 @@ class EAFOController:
         self.pace = Pace(*map(int, (state["last_step"], state.get("stride", 1), state.get("overrun", 0))))
         self._rounds.load_state_dict(state)
         # all that the ranks had seen is shared out, also if there were more or fewer of them
-        rank = 0
-        if world_size() > 1:
-            rank = torch.distributed.get_rank()
-        mine = (state["ranks"] or [])[rank :: world_size()]
+        mine = (state["ranks"] or [])[self.agreement.rank :: self.agreement.size]
         self.bank.restore_pending([each["pending"] for each in mine])
         self._rounds.losses.load_own_states([each["losses"] for each in mine])
         self._share_out_samples()

@@ -16,6 +16,7 @@ from eafo_dynamic.density.estimators import make_estimator
 from eafo_dynamic.density.running import RunningDensity
 from eafo_dynamic.density.sample_moments import SampleMoments
 from eafo_dynamic.internals.checks import fitting
+from eafo_dynamic.policy.agreement import Agreement, describe
 from eafo_dynamic.policy.amplitudes import Amplitudes
 from eafo_dynamic.policy.diagnostics import describe_events, diagnostics, state, to_rows
 from eafo_dynamic.policy.estimates import OutputEntropy, Pooled, pooled
@@ -38,6 +39,7 @@ class Rounds:
         bank: the sites' tensors.
         policies: of every site, S of them.
         options: see Options.
+        agreement: of the ranks that train the model.
 
     Attributes:
         amplitudes: the sites' amplitudes under their policies.
@@ -49,8 +51,9 @@ class Rounds:
         count: rounds so far.
     """
 
-    def __init__(self, bank: Bank, policies: Sequence[Policy], options: Options) -> None:
+    def __init__(self, bank: Bank, policies: Sequence[Policy], options: Options, agreement: Agreement) -> None:
         self._bank, self._policies, self._options = bank, policies, options
+        self._agreement = agreement
         self._region = options.trust_region
         self._kernel = round_kernel(options.backend)
         self._workspace = Workspace()
@@ -74,7 +77,7 @@ class Rounds:
             One row per site.
         """
         # samples of all ranks since the last round, and their moments
-        collected = self._collected()
+        collected = self._collected(step)
         samples, moments = collected.samples, collected.stats
         usable = _has_spread(moments)
 
@@ -119,11 +122,23 @@ class Rounds:
         self.count += 1
         return self._rows(step, epoch, columns, events)
 
-    def _collected(self) -> Pooled:
+    def _collected(self, step: int) -> Pooled:
         """What all ranks have collected since the last round; the only collective of a round."""
+        self._agreement.meet(lambda: describe(self._bank, self._options), self._bank.device)
         drained, passed_over = self._bank.drain()
         losses = self.losses.drain().to(self._bank.device)
-        return pooled(drained, losses, passed_over, self._options.samples_per_site, self._kernel)
+        limit, among = self._options.samples_per_site, self._agreement.among
+        collected = pooled(drained, losses, passed_over, limit, self._kernel, self._marks(step), among)
+        self._agreement.check(collected.marks, self._bank.names)
+        return collected
+
+    def _marks(self, step: int) -> Tensor:
+        """What the ranks have to have in common, shape [S, 2 + terms]: the round, the step, the amplitudes."""
+        now = self._bank.functions().amplitudes
+        columns = [torch.full_like(now.eps, self.count), torch.full_like(now.eps, step), now.eps]
+        if now.lift is not None:
+            columns.append(now.lift)
+        return torch.stack(columns, dim=1)
 
     def _entropy_and_gradient(self, functions: Functions, samples: Tensor) -> tuple[OutputEntropy, Tensor]:
         """H_r of the functions' outputs, and dH_r/d amplitude, shape [terms, S]; good until the next call."""
