@@ -1042,7 +1042,7 @@ def rank_store() -> Any:
 
 
 def is_sharded(value: object) -> bool:
-    """Whether a tensor is a DTensor, as FSDP2 and tensor parallelism make of parameters; its module is not imported.
+    """Whether a tensor is a DTensor, as FSDP2 and tensor parallelism of torch 2.4 to 2.14 make of parameters.
 
     Args:
         value: any object.
@@ -1058,8 +1058,14 @@ def after_backward(function: Callable[[], None]) -> None:
 
     Args:
         function: without arguments.
+
+    Raises:
+        UnsupportedTorchError: if torch cannot.
     """
-    torch.autograd.Variable._execution_engine.queue_callback(function)  # pyright: ignore
+    engine: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
+    if engine is None:
+        raise UnsupportedTorchError("a call at the end of a backward", "Wrap the model in DistributedDataParallel.")
+    engine.queue_callback(function)
 
 
 def is_joined(module: nn.Module) -> bool:
