@@ -32,6 +32,7 @@ from eafo_dynamic.density.collector import Collector
 from eafo_dynamic.density.estimators import Density, Gaussian
 from eafo_dynamic.find.selection import FoundSite
 from eafo_dynamic.internals.torch_internals import (
+    arrived,
     forget,
     infers_shapes,
     own_buffers,
@@ -351,6 +352,8 @@ class Site:
         """
         if self.idle(host):
             return base(z)
+        if type(z) is not Tensor:
+            z = arrived(z)
         if self.switch.collecting and host.training and not _repeats_or_infers():
             self.collector.observe(values_of(z) if z.is_nested else z)
         if not self.enabled:

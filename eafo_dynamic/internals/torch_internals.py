@@ -42,6 +42,7 @@ __all__ = [
     "RATES_PER_GROUP",
     "DispatchMode",
     "after_backward",
+    "arrived",
     "autograd_context",
     "caller_of",
     "callers",
@@ -83,6 +84,7 @@ __all__ = [
     "region_of",
     "resumed_from",
     "running_backward",
+    "shards_layers",
     "share_tables",
     "switch_off",
     "traced_instructions",
@@ -1051,6 +1053,41 @@ def is_sharded(value: object) -> bool:
         Whether it is.
     """
     return any(each.__name__ == "DTensor" for each in type(value).__mro__)
+
+
+def shards_layers(model: nn.Module) -> bool:
+    """Whether parameters are sharded by something else than FSDP2 of torch 2.6 to 2.14, or by it and something else.
+
+    Args:
+        model: any.
+
+    Returns:
+        Whether a parameter is a DTensor that no module of FSDP2 has around it, or is cut along two dimensions of its
+        mesh.
+    """
+    wrapper: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    roots = [module for module in model.modules() if issubclass(type(module), wrapper)]
+    managed = {id(parameter) for root in roots for parameter in root.parameters()}
+    for parameter in model.parameters():
+        placements: Any = getattr(parameter, "placements", ())
+        cuts = sum(not each.is_replicate() for each in placements)
+        if is_sharded(parameter) and (id(parameter) not in managed or cuts > 1):
+            return True
+    return False
+
+
+def arrived(value: Tensor) -> Tensor:
+    """A tensor whose memory can be read: the result of a collective of torch 2.4 to 2.14 may be on its way.
+
+    Args:
+        value: any tensor.
+
+    Returns:
+        The same values, differentiable.
+    """
+    if type(value).__name__ == "AsyncCollectiveTensor":
+        return value.clone()  # an operation waits, and takes the values out of the wrapper
+    return value
 
 
 def after_backward(function: Callable[[], None]) -> None:

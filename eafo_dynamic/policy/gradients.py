@@ -1,4 +1,4 @@
-"""Gradients of amplitudes where a wrapper cuts the model's own parameters into shards and leaves the amplitudes whole."""
+"""Gradients of amplitudes that stay whole where a wrapper cuts the model's own parameters into shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from eafo_dynamic.apply.bank import Bank
 from eafo_dynamic.density.ranks import RankGroup, world_size
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.internals.torch_internals import after_backward, hide_from_compiler, is_sharded, tree_map_only
+from eafo_dynamic.internals.torch_internals import (
+    after_backward,
+    hide_from_compiler,
+    is_sharded,
+    shards_layers,
+    tree_map_only,
+)
 
 __all__ = ["SharedGradients", "reached"]
 
@@ -149,6 +155,11 @@ class SharedGradients:
     def _look(self) -> None:
         """Finds out whether parameters are sharded."""
         sharded = [name for name, parameter in self._model.named_parameters() if is_sharded(parameter)]
+        if sharded and self._tensor_parallel is None and shards_layers(self._model):
+            raise SiteError(
+                f"{sharded[0]} is sharded over tensor-parallel ranks, whose gradients of amplitudes are to be summed. "
+                "Attach with tensor_parallel=, the mesh of these ranks, such as mesh['tensor']."
+            )
         self._acts = bool(sharded) or self._tensor_parallel is not None
 
     @hide_from_compiler
@@ -170,7 +181,7 @@ class SharedGradients:
         return [name for name in self._bank.names if name not in self._is_split]
 
     def _tell_split(self) -> None:
-        """Tells sites whose pre-activations differ between tensor-parallel ranks, and so are shards, from the others."""
+        """Tells sites whose pre-activations differ between tensor-parallel ranks, as shards do, from the others."""
         unknown = self._unknown()
         if self._tensor_parallel is None or not unknown:
             return

@@ -328,6 +328,9 @@ class Options(Checked):
         if collect is not None and collect > period:
             problem = f"larger than update_every_n_steps={period}: rounds would find no sample"
             yield ConfigError("collect_every_n_steps", collect, problem, "Collect at least once per update.")
+        if self.per_channel and self.tensor_parallel is not None:
+            problem = "a shard has other channels than the layer, and each of them an amplitude"
+            yield ConfigError("per_channel", True, problem, "Leave it out with tensor_parallel.")
         if self.terms == "free" and self.tabulated:
             problem = "an amplitude for each term needs density='gaussian'"
             mend = "Leave the density at its default, or use terms='auto'."

@@ -1,4 +1,4 @@
-"""Models that several real processes train in settings of torch's own, and what came of it; imported in the children."""
+"""Models that several real processes train in settings of torch's own; imported in the children."""
 
 from __future__ import annotations
 
@@ -190,6 +190,57 @@ def whole_amplitudes_forgotten(folder: Path, rank: int, given: None) -> Any:
     controller = EAFOController.attach(model, torch.zeros(2, 8), per_channel=True)
     fully_shard(model)
     return train(model, controller, batches(), "SGD")
+
+
+def pipeline(folder: Path, rank: int, given: tuple[str, dict[str, Any]]) -> Any:
+    """Two stages, each on a rank of its own, with its own statistics."""
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    name, options = given
+    groups = [distributed.new_group([each]) for each in range(2)]
+    stage = halves()[rank]
+    example = torch.zeros(2, 8 if rank == 0 else 16)
+    controller = EAFOController.attach(stage, example, update_every_n_steps=2, process_group=groups[rank], **options)
+    optimizer = optimizer_of(name, stage, controller)
+    runs = ScheduleGPipe(
+        PipelineStage(stage, rank, 2, torch.device("cpu")), 2, loss_fn=lambda out, _: out.square().mean()
+    )
+    rows: list[Any] = []
+    for step, x in enumerate(batches(), 1):
+        optimizer.zero_grad()
+        if rank == 0:
+            runs.step(x)
+        else:
+            runs.step(target=torch.zeros(16, 4))
+        optimizer.step()
+        rows += controller.step(step)
+    return summary(stage, controller, rows)
+
+
+def halves() -> list[nn.Sequential]:
+    model = net()
+    return [model[:2], nn.Sequential(model[2], nn.GELU(), nn.Linear(16, 16), model[3], model[4])]
+
+
+def pipeline_alone(name: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Both stages in one process."""
+    stages = halves()
+    examples = [torch.zeros(2, 8), torch.zeros(2, 16)]
+    controllers = [
+        EAFOController.attach(stage, example, update_every_n_steps=2, **options)
+        for stage, example in zip(stages, examples, strict=True)
+    ]
+    optimizers = [optimizer_of(name, *each) for each in zip(stages, controllers, strict=True)]
+    rows: list[list[Any]] = [[], []]
+    for step, x in enumerate(batches(), 1):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for part in x.chunk(2):
+            (stages[1](stages[0](part)).square().mean() / 2).backward()
+        for place, optimizer in enumerate(optimizers):
+            optimizer.step()
+            rows[place] += controllers[place].step(step)
+    return [summary(*each) for each in zip(stages, controllers, rows, strict=True)]
 
 
 def tensor_parallel(folder: Path, rank: int, given: tuple[str, dict[str, Any]]) -> Any:
