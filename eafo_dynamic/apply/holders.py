@@ -71,9 +71,7 @@ def _held_by_others(model: nn.Module, modules: list[nn.Module]) -> list[nn.Modul
             continue
         values: Iterable[Any] = cast("dict[Any, Any]", holder).values() if isinstance(holder, dict) else holder
         of_holder = by_id.keys() & {id(value) for value in values}
-        if of_holder and (
-            _is_lasting(holder) or any(_holds_for_good(each, holder) for each in gc.get_referrers(holder))
-        ):
+        if of_holder and (_is_lasting(holder) or any(_holds_for_good(each, holder) for each in gc.get_referrers(holder))):
             held |= {number: by_id[number] for number in of_holder}
     return list(held.values())
 

@@ -145,7 +145,9 @@ def _check_site(number: int, site: object) -> None:
 
 
 @legible(_DAMAGED)
-def report_from_manifest(model: nn.Module, saved: Mapping[str, Any], present: SiteReport | None = None) -> SiteReport:
+def report_from_manifest(
+    model: nn.Module, saved: Mapping[str, Any], present: SiteReport | None = None
+) -> SiteReport:
     """The sites that a manifest lists, checked against a model.
 
     Args:

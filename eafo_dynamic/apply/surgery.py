@@ -9,7 +9,7 @@ them apart, by where they are made and by the children that have run before; see
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from types import CodeType
 from typing import Any, cast
@@ -226,11 +226,7 @@ def _methods(owner: Hosting, found: FoundSite) -> set[str]:
         for name, method in vars(cls).items():
             code = getattr(inspect.unwrap(method), "__code__", None) if inspect.isfunction(method) else None
             is_entry = name in ENTRY_POINTS or name.startswith("__")
-            if (
-                code is not None
-                and not is_entry
-                and (f"{cls.__qualname__}.{name}" in functions or spelled & _names(code))
-            ):
+            if code is not None and not is_entry and (f"{cls.__qualname__}.{name}" in functions or spelled & _names(code)):
                 methods.add(name)
     return methods
 

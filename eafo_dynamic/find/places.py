@@ -31,19 +31,7 @@ from eafo_dynamic.internals.torch_internals import (
     resumed_from,
 )
 
-__all__ = [
-    "BRANCHED",
-    "REPEATED",
-    "Piece",
-    "function_of",
-    "is_repeated",
-    "is_unbranched",
-    "line_of",
-    "pieces",
-    "place_of",
-    "places_of",
-    "places_until",
-]
+__all__ = ["BRANCHED", "REPEATED", "Piece", "function_of", "is_repeated", "is_unbranched", "line_of", "place_of", "pieces", "places_of", "places_until"]
 
 REPEATED = "*"
 BRANCHED = "?"
