@@ -25,7 +25,7 @@ from eafo_dynamic.policy.attachment import JoinWatch, OptimizerWatch, refuse_rep
 from eafo_dynamic.policy.diagnostics import snapshot
 from eafo_dynamic.policy.gradients import SharedGradients
 from eafo_dynamic.policy.options import Options
-from eafo_dynamic.policy.round import Rounds
+from eafo_dynamic.policy.round import Rounds, unpacked
 from eafo_dynamic.policy.schedule import Pace, Schedule
 from eafo_dynamic.records.notebook import SiteList
 from eafo_dynamic.records.schema import Record
@@ -355,12 +355,15 @@ class EAFOController:
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on where training stopped; tensors and primitives only.
 
+        It has the same keys and shapes from the first step to the last, as torch.distributed.checkpoint needs it:
+        ``dcp.save({"model": model.state_dict(), "eafo": controller})``.
+
         Returns:
             The state. Eps, mu, sigma and tables are in the model's own state_dict.
         """
-        ranks = None
+        ranks: tuple[dict[str, Any], ...] = ()
         if self.agreement.size == 1:
-            ranks = [self.own_state()]
+            ranks = (self.own_state(),)
         return {
             **self._rounds.state_dict(),
             "last_step": self.pace.last,
@@ -373,8 +376,8 @@ class EAFOController:
     def own_state(self) -> dict[str, Any]:
         """The part of the state that is this rank's own: what it has seen since the last round.
 
-        Where several ranks train, ``state_dict()["ranks"]`` is to be the list of all ranks' own states; with None in
-        its place they collect anew after a resume.
+        Where several ranks train, ``state_dict()["ranks"]`` is to be the list of all ranks' own states; with nothing
+        in it they collect anew after a resume.
 
         Returns:
             Tensors on the CPU and primitives only.
@@ -392,13 +395,13 @@ class EAFOController:
             SiteError: if it is no such state, or the sites differ; the message lists them.
             CompoundingError: if it is of a run of version 0.1.0 whose corrections compound.
         """
-        if "offsets" in (state["undo"] or {}):
+        if "offsets" in (unpacked(state["undo"]) or {}):
             raise CompoundingError("the state of the corrections")
         self.bank.check_names(list(state["sites"]))
         self.pace = Pace(*map(int, (state["last_step"], state.get("stride", 1), state.get("overrun", 0))))
         self._rounds.load_state_dict(state)
         # all that the ranks had seen is shared out, also if there were more or fewer of them
-        mine = (state["ranks"] or [])[self.agreement.rank :: self.agreement.size]
+        mine = (state["ranks"] or ())[self.agreement.rank :: self.agreement.size]
         self.bank.restore_pending([each["pending"] for each in mine])
         self._rounds.losses.load_own_states([each["losses"] for each in mine])
         self._share_out_samples()

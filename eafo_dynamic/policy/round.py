@@ -27,7 +27,9 @@ from eafo_dynamic.policy.rollback import LossWatch
 from eafo_dynamic.policy.trust_region import bounded_move
 from eafo_dynamic.records.schema import Record
 
-__all__ = ["Rounds"]
+__all__ = ["Rounds", "unpacked"]
+
+_EXACT = 1 << 24  # whole numbers below it are exact in float32
 
 
 class Rounds:
@@ -132,10 +134,12 @@ class Rounds:
         self._agreement.check(collected.marks, self._bank.names)
         return collected
 
-    def _marks(self, step: int) -> Tensor:
+    def _marks(self, step: int) -> Tensor | None:
         """What the ranks have to have in common, shape [S, 2 + terms]: the round, the step, the amplitudes."""
+        if self._agreement.size == 1:
+            return None
         now = self._bank.functions().amplitudes
-        columns = [torch.full_like(now.eps, self.count), torch.full_like(now.eps, step), now.eps]
+        columns = [*(torch.full_like(now.eps, number % _EXACT) for number in (self.count, step)), now.eps]
         if now.lift is not None:
             columns.append(now.lift)
         return torch.stack(columns, dim=1)
@@ -202,6 +206,9 @@ class Rounds:
     def state_dict(self) -> dict[str, Any]:
         """What all ranks agree on; tensors and primitives only.
 
+        The keys are always the same. What changes from None into tensors stands in a tuple, which
+        torch.distributed.checkpoint takes as one value.
+
         Returns:
             The state. The functions themselves are in the model's own state_dict.
         """
@@ -212,12 +219,12 @@ class Rounds:
             undo = self._replaced.tensors()
         return {
             "rounds": self.count,
-            "running": self.density.state_dict(),
-            "gradient": gradient,
+            "running": (self.density.state_dict(),),
+            "gradient": (gradient,),
             "eps_before": self._last.eps,
             "lift_before": self._last.lift,
             "losses": self.losses.state_dict(),
-            "undo": undo,
+            "undo": (undo,),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -236,15 +243,30 @@ class Rounds:
             like = torch.stack([now.eps, now.lift])
             lift_before = fitting(state["lift_before"], now.lift)
         self._last = AmplitudeValues(fitting(state["eps_before"], now.eps), lift_before)
+        gradient, running, undo = (unpacked(state[name]) for name in ("gradient", "running", "undo"))
         self.gradient = None
-        if state["gradient"] is not None:
-            self.gradient = fitting(state["gradient"], like.flatten()).view_as(like)
-        self.density.load_state_dict(state["running"], now.eps)
+        if gradient is not None:
+            self.gradient = fitting(gradient, like.flatten()).view_as(like)
+        self.density.load_state_dict(running, now.eps)
         self._replaced = None
-        if state["undo"] is not None:
-            before = {name: fitting(value, getattr(now, name)) for name, value in state["undo"].items()}
+        if undo is not None:
+            before = {name: fitting(value, getattr(now, name)) for name, value in undo.items()}
             self._replaced = replace(now, **before)
         self.losses.load_state_dict(state["losses"])
+
+
+def unpacked(value: Any) -> Any:
+    """A value of a state, which stands in a tuple since version 0.2.0.
+
+    Args:
+        value: from ``Rounds.state_dict``.
+
+    Returns:
+        What is in the tuple.
+    """
+    if isinstance(value, tuple):
+        (value,) = value
+    return value
 
 
 def _beside(last: AmplitudeValues, functions: Functions) -> AmplitudeValues:

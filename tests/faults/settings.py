@@ -183,6 +183,27 @@ def shares(x: Tensor, ranks: int, rank: int, parts: int) -> Tensor:
     return torch.cat([part.chunk(ranks)[rank] for part in x.chunk(parts)])
 
 
+def resharded(folder: Path, rank: int, given: tuple[str, int, int]) -> Any:
+    """FSDP2 for some steps, from the checkpoint of others and into one of its own."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.fsdp import fully_shard
+
+    name, begin, end = given
+    model = net()
+    controller = EAFOController.attach(model, torch.zeros(2, 8), update_every_n_steps=2, density="histogram")
+    ranks = distributed.get_world_size()
+    if ranks > 1:
+        fully_shard(model, **controller.shard_options())
+    if begin:
+        state = {"model": model.state_dict(), "eafo": controller}
+        dcp.load(state, checkpoint_id=str(folder.parent / f"step{begin}"))
+        model.load_state_dict(state["model"])
+    inputs = [x.chunk(ranks)[rank] for x in batches()[begin:end]]
+    result = train(model, controller, inputs, name, begin=begin)
+    dcp.save({"model": model.state_dict(), "eafo": controller}, checkpoint_id=str(folder.parent / f"step{end}"))
+    return result
+
+
 def whole_amplitudes_forgotten(folder: Path, rank: int, given: None) -> Any:
     from torch.distributed.fsdp import fully_shard
 

@@ -118,3 +118,17 @@ def test_pipeline_stages_have_statistics_of_their_own(tmp_path: Path, optimizer:
     found = start(settings.pipeline, tmp_path, (optimizer, {}))
     for each, expected in zip(found, settings.pipeline_alone(optimizer, {}), strict=True):
         assert_as_alone([each], expected)
+
+
+def test_a_distributed_checkpoint_is_resharded(tmp_path: Path) -> None:
+    """From two ranks to four and to one, without the optimiser's state, which SGD does not have."""
+    found: list[Any] = []
+    for ranks, begin, end in ((2, 0, 2), (4, 2, 4), (1, 4, 6)):
+        folder = tmp_path / f"{ranks}"
+        folder.mkdir()
+        found = start(settings.resharded, folder, ("SGD", begin, end), ranks)
+    expected = settings.alone("SGD", density="histogram")
+    assert isinstance(found[0], dict), found
+    torch.testing.assert_close(found[0]["eps"], expected["eps"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[0]["weights"], expected["weights"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[0]["rows"], expected["rows"][-len(found[0]["rows"]) :], rtol=1e-3, atol=1e-4)
