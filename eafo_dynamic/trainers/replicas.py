@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -14,10 +15,12 @@ from eafo_dynamic.density.ranks import RankGroup, world_size
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.internals.torch_internals import DDP_IGNORED, own_buffers
 from eafo_dynamic.policy.gradients import average_gradients, reached
+from eafo_dynamic.policy.options import Options
 
-__all__ = ["Replicas", "average_gradients", "check_strategy", "everyones"]
+__all__ = ["Replicas", "average_gradients", "check_strategy", "everyones", "with_mesh"]
 
-_SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
+_SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
+_Options = TypeVar("_Options", bound=Options)
 
 
 def check_strategy(strategy: object) -> None:
@@ -35,7 +38,7 @@ def check_strategy(strategy: object) -> None:
             "strategy",
             kinds[0],
             "cuts parameters into shards, and an amplitude is one number",
-            "Use DDPStrategy; in a loop of your own, fully_shard with ignored_params and average_gradients.",
+            "Use DDPStrategy, or ModelParallelStrategy with fully_shard in configure_model.",
         )
     if getattr(strategy, "_start_method", "popen") != "popen" and getattr(strategy, "global_rank", 0) == 0:
         warnings.warn(
@@ -43,6 +46,25 @@ def check_strategy(strategy: object) -> None:
             "without the corrections. Load the checkpoint with apply_from_checkpoint, or use strategy='ddp'.",
             stacklevel=2,
         )
+
+
+def with_mesh(options: _Options, strategy: object) -> _Options:
+    """Tells the options which ranks hold shards of one layer, where a strategy of Lightning knows it.
+
+    Args:
+        options: of the corrections.
+        strategy: a trainer's, whose processes have found each other.
+
+    Returns:
+        The options, with ``tensor_parallel`` where it was None and a ModelParallelStrategy has such ranks.
+    """
+    kinds = [kind.__name__ for kind in type(strategy).__mro__]
+    if "ModelParallelStrategy" not in kinds or options.tensor_parallel is not None:
+        return options
+    mesh = cast(Any, strategy).device_mesh["tensor_parallel"]
+    if mesh.size() == 1:
+        return options
+    return replace(options, tensor_parallel=mesh)
 
 
 class Replicas:

@@ -15,6 +15,7 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.data import DataLoader
 
 from eafo_dynamic import EAFOController
 from eafo_dynamic.policy import agreement
@@ -202,6 +203,65 @@ def resharded(folder: Path, rank: int, given: tuple[str, int, int]) -> Any:
     result = train(model, controller, inputs, name, begin=begin)
     dcp.save({"model": model.state_dict(), "eafo": controller}, checkpoint_id=str(folder.parent / f"step{end}"))
     return result
+
+
+def lightning(folder: Path, rank: int, way: str) -> Any:
+    """Lightning's ModelParallelStrategy, by FSDP2 or by tensor parallelism; "auto" trains in one process."""
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    from eafo_dynamic import EAFOCallback
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.example_input_array, self.is_cut = net(), torch.zeros(2, 8), False
+
+        def configure_model(self) -> None:
+            if self.is_cut or way == "auto":
+                return
+            self.is_cut = True
+            mesh: Any = self.device_mesh
+            if way == "fully_shard":
+                fully_shard(self.net, mesh=mesh["data_parallel"])
+            else:
+                plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+                parallelize_module(self.net, mesh["tensor_parallel"], plan)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+        def training_step(self, batch: Tensor, number: int) -> Tensor:
+            return self(batch).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    ranks = 1 if way == "auto" else 2
+    inputs = [x.chunk(ranks)[rank] if way == "fully_shard" else x for x in batches()]
+    callback = EAFOCallback(update_every_n_steps=2, verbose=False, lr_multiple=1.0)
+    strategy: Any = "auto"
+    if ranks > 1:
+        data = 2 if way == "fully_shard" else 1
+        strategy = ModelParallelStrategy(data_parallel_size=data, tensor_parallel_size=2 // data)
+        os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")
+    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing"), False)
+    module = Module()
+    Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        max_epochs=1,
+        strategy=strategy,
+        use_distributed_sampler=False,
+        callbacks=[callback],
+        default_root_dir=folder,
+        enable_model_summary=False,
+        **quiet,
+    ).fit(module, DataLoader(inputs, batch_size=None))
+    assert callback.controller is not None
+    return summary(module, callback.controller, list(callback.controller.records))
 
 
 def whole_amplitudes_forgotten(folder: Path, rank: int, given: None) -> Any:

@@ -132,3 +132,9 @@ def test_a_distributed_checkpoint_is_resharded(tmp_path: Path) -> None:
     torch.testing.assert_close(found[0]["eps"], expected["eps"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found[0]["weights"], expected["weights"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found[0]["rows"], expected["rows"][-len(found[0]["rows"]) :], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["fully_shard", "parallelize_module"])
+def test_lightning_shards_without_a_further_line(tmp_path: Path, way: str) -> None:
+    expected = settings.lightning(tmp_path, 0, "auto")
+    assert_as_alone(start(settings.lightning, tmp_path, way), expected, rows=way == "fully_shard")
