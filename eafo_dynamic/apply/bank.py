@@ -113,6 +113,17 @@ class Bank:
         """
         return [site.describe(host) for host, site in self._hosted]
 
+    def widths(self) -> list[str]:
+        """The base and the shapes of the tensors of every site, as text.
+
+        Returns:
+            For example ``ReLU with [] [2]``.
+        """
+        return [
+            f"{type(plain).__name__} with {' '.join(str(list(each.shape)) for each in tensors if each is not None)}"
+            for plain, tensors in zip(self._plain, zip(*self._columns(), strict=True), strict=True)
+        ]
+
     @property
     def device(self) -> torch.device:
         """Where rounds are computed: the device of the first site."""

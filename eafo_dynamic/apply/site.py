@@ -36,7 +36,9 @@ from eafo_dynamic.density.collector import Collector
 from eafo_dynamic.density.estimators import Density, Gaussian
 from eafo_dynamic.find.selection import FoundSite
 from eafo_dynamic.internals.torch_internals import (
+    arrived,
     forget,
+    infers_shapes,
     own_buffers,
     own_parameters,
     running_backward,
@@ -419,7 +421,9 @@ class Site:
         """
         if self.idle(host):
             return base(z)
-        if self.switch.collecting and host.training and not _recomputing():
+        if type(z) is not Tensor:
+            z = arrived(z)
+        if self.switch.collecting and host.training and not _repeats_or_infers():
             self.collector.observe(values_of(z) if z.is_nested else z)
         if not self.enabled:
             return base(z)
@@ -486,6 +490,11 @@ def _recomputing() -> bool:
         Whether it does.
     """
     return not is_compiling() and running_backward() != -1
+
+
+def _repeats_or_infers() -> bool:
+    """Whether this forward sees no new data: it runs again in a backward, or for the shapes of a pipeline stage."""
+    return _recomputing() or (not is_compiling() and infers_shapes())
 
 
 def describe_state(amplitudes: Mapping[str, Tensor], shape: Tensor, backend: Backend = "auto") -> str:

@@ -42,6 +42,8 @@ __all__ = [
     "OTHERS_PER_GROUP",
     "RATES_PER_GROUP",
     "DispatchMode",
+    "after_backward",
+    "arrived",
     "autograd_context",
     "caller_of",
     "callers",
@@ -63,10 +65,13 @@ __all__ = [
     "hide_from_compiler",
     "hook_tables",
     "in_compiled_graph",
+    "infers_shapes",
     "inner_schedulers",
     "instruction_of",
     "instructions_until",
     "is_batch_of_gradients",
+    "is_joined",
+    "is_sharded",
     "is_transformed",
     "is_view",
     "jagged_dim",
@@ -77,9 +82,11 @@ __all__ = [
     "own_children",
     "own_parameters",
     "push_mode",
+    "rank_store",
     "region_of",
     "resumed_from",
     "running_backward",
+    "shards_layers",
     "share_tables",
     "switch_off",
     "traced_instructions",
@@ -1045,3 +1052,110 @@ def tree_map_only(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
         The nest with other leaves.
     """
     return tree_map(lambda leaf: function(leaf) if isinstance(leaf, kind) else leaf, tree)
+
+
+def rank_store() -> Any:
+    """The store by which the processes of the default group have found each other.
+
+    Returns:
+        A ``torch.distributed.Store``.
+
+    Raises:
+        UnsupportedTorchError: if torch keeps it elsewhere; torch 2.4 to 2.14 have it here.
+    """
+    found = getattr(torch.distributed.distributed_c10d, "_get_default_store", None)
+    if found is None:
+        raise UnsupportedTorchError("the store of the processes", "Train in one process.")
+    return found()
+
+
+def is_sharded(value: object) -> bool:
+    """Whether a tensor is a DTensor, as FSDP2 and tensor parallelism of torch 2.4 to 2.14 make of parameters.
+
+    Args:
+        value: any object.
+
+    Returns:
+        Whether it is.
+    """
+    return any(each.__name__ == "DTensor" for each in type(value).__mro__)
+
+
+def shards_layers(model: nn.Module) -> bool:
+    """Whether parameters are sharded by something else than FSDP2 of torch 2.6 to 2.14, or by it and something else.
+
+    Args:
+        model: any.
+
+    Returns:
+        Whether a parameter is a DTensor that no module of FSDP2 has around it, or is cut along two dimensions of its
+        mesh.
+    """
+    wrapper: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    roots = [module for module in model.modules() if issubclass(type(module), wrapper)]
+    managed = {id(parameter) for root in roots for parameter in root.parameters()}
+    for parameter in model.parameters():
+        placements: Any = getattr(parameter, "placements", ())
+        cuts = sum(not each.is_replicate() for each in placements)
+        if is_sharded(parameter) and (id(parameter) not in managed or cuts > 1):
+            return True
+    return False
+
+
+def arrived(value: Tensor) -> Tensor:
+    """A tensor whose memory can be read: the result of a collective of torch 2.4 to 2.14 may be on its way.
+
+    Args:
+        value: any tensor.
+
+    Returns:
+        The same values, differentiable.
+    """
+    if type(value).__name__ == "AsyncCollectiveTensor":
+        return value.clone()  # an operation waits, and takes the values out of the wrapper
+    return value
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Lets the running backward pass call a function at its end; call it in a backward. In torch 2.4 to 2.14.
+
+    Args:
+        function: without arguments.
+
+    Raises:
+        UnsupportedTorchError: if torch cannot.
+    """
+    engine: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
+    if engine is None:
+        raise UnsupportedTorchError("a call at the end of a backward", "Wrap the model in DistributedDataParallel.")
+    engine.queue_callback(function)
+
+
+def is_joined(module: nn.Module) -> bool:
+    """Whether a wrapper runs in the context ``Join`` of torch 2.4 to 2.14, which lets ranks end early.
+
+    Args:
+        module: such as a DistributedDataParallel.
+
+    Returns:
+        Whether it does.
+    """
+    return bool(getattr(vars(module).get("_join_config"), "enable", False))
+
+
+_PIPELINE = "torch.distributed.pipelining.stage"
+_INFERENCES = ("_shape_inference", "_forward_metadata_inference")
+
+
+def infers_shapes() -> bool:
+    """Whether a pipeline stage runs this forward for the shapes alone, on memory that nobody has written to.
+
+    Returns:
+        Whether it does; torch 2.5 to 2.14.
+    """
+    if _PIPELINE not in sys.modules:
+        return False
+    return any(
+        frame.f_code.co_name in _INFERENCES and frame.f_globals.get("__name__") == _PIPELINE
+        for frame in callers(sys._getframe())
+    )

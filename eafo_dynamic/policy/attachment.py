@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -16,16 +18,21 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from eafo_dynamic.errors import SiteError, printable
+from eafo_dynamic.internals.torch_internals import is_joined
 
-__all__ = ["OptimizerWatch", "refuse_replicas", "thaw_under_adapters"]
+__all__ = ["JoinWatch", "OptimizerWatch", "refuse_replicas", "thaw_under_adapters"]
 
 _FIRST_ATTACH = (
     "Attach first, then wrap: controller = EAFOController.attach(model); model = DistributedDataParallel(model)."
 )
+_FIRST_ATTACH_FSDP = (
+    "Attach first, then wrap: controller = EAFOController.attach(model); fully_shard(model, "
+    "**controller.shard_options())."
+)
 
 
 def refuse_replicas(model: nn.Module) -> None:
-    """Refuses a model that DistributedDataParallel has wrapped already.
+    """Refuses a model that DistributedDataParallel or a kind of FSDP has wrapped already.
 
     It has listed the parameters whose gradients it averages, so that the amplitudes would drift apart on the ranks.
 
@@ -33,8 +40,12 @@ def refuse_replicas(model: nn.Module) -> None:
         model: about to be wrapped.
 
     Raises:
-        SiteError: if the model is a DistributedDataParallel, has one inside, or has modules that are inside one.
+        SiteError: if the model is a wrapper, has one inside, or has modules that are inside one.
     """
+    for module in model.modules():
+        kind = wrapper_of_shards(module)
+        if kind:
+            raise SiteError(f"{type(model).__name__} is wrapped in {kind} already. {_FIRST_ATTACH_FSDP}")
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise SiteError(f"{type(model).__name__} is wrapped in DistributedDataParallel already. {_FIRST_ATTACH}")
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -45,14 +56,80 @@ def refuse_replicas(model: nn.Module) -> None:
             raise SiteError(
                 f"a DistributedDataParallel has wrapped this {type(model).__name__} already. {_FIRST_ATTACH}"
             )
+    around = _shards_around(model)
+    if around:
+        raise SiteError(f"{around} has wrapped a model around this {type(model).__name__}. {_FIRST_ATTACH_FSDP}")
+
+
+def wrapper_of_shards(module: object) -> str:
+    """Says what cuts the parameters of a module into shards, if anything.
+
+    Args:
+        module: any.
+
+    Returns:
+        ``FullyShardedDataParallel``, ``fully_shard`` or nothing.
+    """
+    wrappers = sys.modules.get("torch.distributed.fsdp")
+    for name, said in {"FullyShardedDataParallel": "FullyShardedDataParallel", "FSDPModule": "fully_shard"}.items():
+        if issubclass(type(module), getattr(wrappers, name, ())):
+            return said
+    return ""
+
+
+def _shards_around(model: nn.Module) -> str:
+    """What cuts into shards, of this process, that has the model as a part of it."""
+    for each in gc.get_objects():
+        kind = wrapper_of_shards(each)
+        if kind and any(module is model for module in each.modules()):
+            return kind
+    return ""
 
 
 def _is_replicated(model: nn.Module) -> bool:
     """Whether a DistributedDataParallel of this process has the model, or a part of it."""
+    return bool(_replicas_of(model))
+
+
+def _replicas_of(model: nn.Module) -> list[nn.Module]:
+    """The objects DistributedDataParallel of this process that have the model, or a part of it."""
     # by type(), since isinstance asks an object's own __class__, which may do anything
     replicas: list[Any] = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
     own = {id(module) for module in model.modules()}
-    return any(id(module) in own for each in replicas for module in each.modules())
+    return [each for each in replicas if any(id(module) in own for module in each.modules())]
+
+
+class JoinWatch:
+    """Refuses rounds in torch's context ``Join``: a rank that has ended takes no part in them, and others would wait.
+
+    Args:
+        model: the wrapped model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._replicas: list[weakref.ref[Any]] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> JoinWatch:
+        return JoinWatch(copy.deepcopy(self._model, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return JoinWatch, (self._model,)
+
+    def check(self) -> None:
+        """Call before a round.
+
+        Raises:
+            SiteError: if the model runs in ``Join`` now.
+        """
+        if self._replicas is None:
+            self._replicas = [weakref.ref(each) for each in _replicas_of(self._model)]
+        if any(replica is not None and is_joined(replica) for replica in (each() for each in self._replicas)):
+            raise SiteError(
+                f"{type(self._model).__name__} runs in the context Join, in which a rank that has ended leaves update "
+                "rounds waiting. Give every rank equally many batches, such as by DistributedSampler(drop_last=True), "
+                "and leave Join out."
+            )
 
 
 def thaw_under_adapters(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> bool:

@@ -17,17 +17,19 @@ from eafo_dynamic.apply.manifest import manifest
 from eafo_dynamic.apply.observing import observe_only, refuse_corrected
 from eafo_dynamic.apply.surgery import put_back, take_off, unwrap, wrap
 from eafo_dynamic.correction.kernels import resolve_backend
-from eafo_dynamic.density.ranks import is_first_rank, world_size
+from eafo_dynamic.density.ranks import is_first_rank
 from eafo_dynamic.errors import CompoundingError, legible
 from eafo_dynamic.find.sites import SiteReport, find_sites
 from eafo_dynamic.internals.declared import named
 from eafo_dynamic.internals.version import package_versions
+from eafo_dynamic.policy.agreement import Agreement
 from eafo_dynamic.policy.alerts import Alerts
 from eafo_dynamic.policy.amplitudes import assigned
-from eafo_dynamic.policy.attachment import OptimizerWatch, refuse_replicas, thaw_under_adapters
+from eafo_dynamic.policy.attachment import JoinWatch, OptimizerWatch, refuse_replicas, thaw_under_adapters
 from eafo_dynamic.policy.diagnostics import snapshot
+from eafo_dynamic.policy.gradients import SharedGradients
 from eafo_dynamic.policy.options import Options
-from eafo_dynamic.policy.round import Rounds
+from eafo_dynamic.policy.round import Rounds, unpacked
 from eafo_dynamic.policy.schedule import Pace, Schedule
 from eafo_dynamic.records.notebook import SiteList
 from eafo_dynamic.records.schema import Record
@@ -55,6 +57,7 @@ class EAFOController:
         report: what was found in the model.
         bank: the sites' tensors, read and written together.
         pace: how many optimiser steps a batch takes.
+        agreement: of the ranks that train the model.
 
     Raises:
         SiteError, PatternError: if the model has nothing to wrap, or a pattern matches nothing.
@@ -83,7 +86,13 @@ class EAFOController:
         if observes:
             self._alerts = Alerts(self.bank.functions().bases, self.options.resolution, is_first_rank())
         self._watch: OptimizerWatch | None = None
-        self._rounds = Rounds(self.bank, self.policies, self.options)
+        self.agreement = Agreement(self.options.process_group)
+        self.agreement.announce()
+        self._rounds = Rounds(self.bank, self.policies, self.options, self.agreement)
+        self._joins = JoinWatch(model)
+        self._gradients: SharedGradients | None = None
+        if self.agreement.size > 1:
+            self._gradients = self._shared_gradients()
         self._switch = self.bank.sites[0].switch
         self._switch.backend = self.options.backend
         self._switch.options = self.options.primitives()
@@ -124,7 +133,7 @@ class EAFOController:
         """Sets how many samples each site takes from one batch, so that a round has ``samples_per_site`` of it."""
         steps_between_batches = max(self.schedule.collect_period, self.pace.stride)
         batches = max(1, math.ceil(self.schedule.update_every_n_steps / steps_between_batches))
-        quota = math.ceil(self.options.samples_per_site / (batches * world_size()))
+        quota = math.ceil(self.options.samples_per_site / (batches * self.agreement.size))
         for site in self.bank.sites:
             site.collector.quota = quota
 
@@ -161,6 +170,26 @@ class EAFOController:
         """Those of the ``amplitudes`` that the loss trains, also where the user has frozen their layer for a while."""
         mine = {id(amplitude) for amplitude in self._rounds.amplitudes.trained}
         return {name: amplitude for name, amplitude in self.amplitudes.items() if id(amplitude) in mine}
+
+    def shard_options(self) -> dict[str, set[nn.Parameter]]:
+        """What ``torch.distributed.fsdp.fully_shard`` has to know, for the model and for each part of it.
+
+        ``fully_shard(model, **controller.shard_options())``: amplitudes stay whole on every rank. Their gradients are
+        averaged over the ranks at the end of each backward, before they are clipped.
+
+        Returns:
+            ``{"ignored_params": amplitudes}``.
+        """
+        if self._gradients is None:
+            self._gradients = self._shared_gradients()
+        self._gradients.start()
+        return {"ignored_params": set(self.bank.amplitudes)}
+
+    def _shared_gradients(self) -> SharedGradients:
+        def collect() -> None:
+            self.collecting = True
+
+        return SharedGradients(self.model, self.bank, self.agreement.among, self.options.tensor_parallel, collect)
 
     @property
     def rounds(self) -> int:
@@ -214,6 +243,8 @@ class EAFOController:
         Returns:
             The model as it was.
         """
+        if self._gradients is not None:
+            self._gradients.release()
         unwrap(self.model)
         return self.model
 
@@ -253,6 +284,8 @@ class EAFOController:
             thaw_under_adapters(self.model, self.trained)  # made after attach
             if self._watch.is_done():
                 self._watch = None
+        if self._gradients is not None:
+            self._gradients.settle()
         if global_step == self.pace.last:
             return self._update_at_the_same_step(global_step, epoch, due)
         if global_step < self.pace.last:  # another training
@@ -315,6 +348,8 @@ class EAFOController:
         Returns:
             One row per site.
         """
+        if self.agreement.size > 1:
+            self._joins.check()
         rows = self._rounds.run(step, epoch)
         if self._alerts is not None:
             self._alerts.add_to(rows)
@@ -338,7 +373,7 @@ class EAFOController:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the model alone collects nothing; what watches the optimisers of the process cannot be copied
-        return {**vars(self), "collects": self.collecting, "_watch": None}
+        return {**vars(self), "collects": self.collecting, "_watch": None, "_gradients": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -347,12 +382,15 @@ class EAFOController:
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on where training stopped; tensors and primitives only.
 
+        It has the same keys and shapes from the first step to the last, as torch.distributed.checkpoint needs it:
+        ``dcp.save({"model": model.state_dict(), "eafo": controller})``.
+
         Returns:
             The state. Eps, mu, sigma and tables are in the model's own state_dict.
         """
-        ranks = None
-        if world_size() == 1:
-            ranks = [self.own_state()]
+        ranks: tuple[dict[str, Any], ...] = ()
+        if self.agreement.size == 1:
+            ranks = (self.own_state(),)
         alerts = {} if self._alerts is None else {"alerts": self._alerts.state_dict()}
         return {
             **alerts,
@@ -367,8 +405,8 @@ class EAFOController:
     def own_state(self) -> dict[str, Any]:
         """The part of the state that is this rank's own: what it has seen since the last round.
 
-        Where several ranks train, ``state_dict()["ranks"]`` is to be the list of all ranks' own states; with None in
-        its place they collect anew after a resume.
+        Where several ranks train, ``state_dict()["ranks"]`` is to be the list of all ranks' own states; with nothing
+        in it they collect anew after a resume.
 
         Returns:
             Tensors on the CPU and primitives only.
@@ -386,7 +424,7 @@ class EAFOController:
             SiteError: if it is no such state, or the sites differ; the message lists them.
             CompoundingError: if it is of a run of version 0.1.0 whose corrections compound.
         """
-        if "offsets" in (state["undo"] or {}):
+        if "offsets" in (unpacked(state["undo"]) or {}):
             raise CompoundingError("the state of the corrections")
         self.bank.check_names(list(state["sites"]))
         self.pace = Pace(*map(int, (state["last_step"], state.get("stride", 1), state.get("overrun", 0))))
@@ -394,10 +432,7 @@ class EAFOController:
         if self._alerts is not None and "alerts" in state:
             self._alerts.load_state_dict(state["alerts"])
         # all that the ranks had seen is shared out, also if there were more or fewer of them
-        rank = 0
-        if world_size() > 1:
-            rank = torch.distributed.get_rank()
-        mine = (state["ranks"] or [])[rank :: world_size()]
+        mine = (state["ranks"] or ())[self.agreement.rank :: self.agreement.size]
         self.bank.restore_pending([each["pending"] for each in mine])
         self._rounds.losses.load_own_states([each["losses"] for each in mine])
         self._share_out_samples()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eafo_dynamic.correction.kernels import RoundKernel, Smoothed, Workspace
-from eafo_dynamic.density.ranks import pool_ranks, stack_samples, world_size
+from eafo_dynamic.density.ranks import RankGroup, pool_ranks, stack_samples, world_size
 from eafo_dynamic.density.sample_moments import SampleMoments, dead_fractions, sample_moments
 from eafo_dynamic.entropy.output import MixedEntropy, SmoothedOutput
 from eafo_dynamic.entropy.spacings import sort_rows
@@ -31,6 +31,7 @@ class Pooled(NamedTuple):
         nonfinite: samples that were not finite, before any were left out, int64, shape [S].
         losses: sum and number of losses, shape [2].
         passed_over: kinds of values that some rank could not correct, one text per site, None where there was none.
+        marks: numbers of each rank, float32, shape [S, ranks, k].
     """
 
     samples: Tensor
@@ -39,6 +40,7 @@ class Pooled(NamedTuple):
     nonfinite: Tensor
     losses: Tensor
     passed_over: list[str | None]
+    marks: Tensor = torch.empty(0, 0, 0, device="cpu")  # where nothing is compared
 
 
 def pooled(
@@ -47,6 +49,8 @@ def pooled(
     passed_over: Sequence[str | None],
     limit: int,
     kernel: RoundKernel | None = None,
+    marks: Tensor | None = None,
+    among: RankGroup | None = None,
 ) -> Pooled:
     """Puts together what all ranks have collected: the only collective of a round.
 
@@ -56,6 +60,8 @@ def pooled(
         passed_over: kind of a value that each site of this rank could not correct, None where there was none.
         limit: samples of a site, over all ranks.
         kernel: the compiled functions; None for torch's operations.
+        marks: numbers of this rank by which the ranks are compared, shape [S, k]; None: none.
+        among: the ranks; None: all.
 
     Returns:
         The samples of all ranks, and what they say.
@@ -65,21 +71,25 @@ def pooled(
     lengths = [sample.numel() for sample in values]
     padded = stack_samples(values, max(lengths))
     own = moments_of_sites(padded, kernel)
-    width = math.ceil(limit / world_size())
+    width = math.ceil(limit / world_size(among))
     stacked = padded
     if max(lengths) > width:
         stacked = stack_samples(values, width)
     units = stack_samples(_as_floats([each for _, each in drained], device), width)
     nonfinite = torch.tensor(lengths, device=device) - own.n
-    beside = torch.cat([nonfinite.unsqueeze(1), losses.expand(len(values), 2), _as_codes(passed_over, device)], dim=1)
-    (samples, owners), beside = pool_ranks((stacked, units), width, beside)
+    if marks is None:
+        marks = losses.new_empty(len(values), 0)
+    beside = torch.cat(
+        [nonfinite.unsqueeze(1), losses.expand(len(values), 2), _as_codes(passed_over, device), marks], dim=1
+    )
+    (samples, owners), beside = pool_ranks((stacked, units), width, beside, among)
     stats = own
     if samples is not padded:
         stats = moments_of_sites(samples, kernel)
-    numbers, codes = beside.split([3, _LETTERS], dim=-1)
+    numbers, codes, marks = beside.split([3, _LETTERS, marks.shape[1]], dim=-1)
     sums = numbers.sum(1)
     dead = dead_fractions_of_sites(samples, owners, kernel)
-    return Pooled(samples, stats, dead, sums[:, 0].long(), sums[0, 1:], _as_texts(codes))
+    return Pooled(samples, stats, dead, sums[:, 0].long(), sums[0, 1:], _as_texts(codes), marks)
 
 
 def _as_codes(texts: Sequence[str | None], device: torch.device) -> Tensor:

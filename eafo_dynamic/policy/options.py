@@ -14,6 +14,7 @@ from eafo_dynamic.apply.swaps import check_base
 from eafo_dynamic.correction.kernels import Backend, check_backend, resolve_backend
 from eafo_dynamic.correction.terms import LOCAL, TIED, local_terms, resolve_terms
 from eafo_dynamic.density.estimators import Density, make_estimator
+from eafo_dynamic.density.ranks import RankGroup
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.find.sites import Selection
 from eafo_dynamic.internals.checks import at_least, flag, number
@@ -86,6 +87,14 @@ def _backend(name: str, value: Any) -> Backend:
     if backend in ("native", "triton"):
         resolve_backend(backend)  # an error where there is no compiler, or no GPU
     return backend
+
+
+def _ranks(name: str, value: object) -> RankGroup:
+    mend = "Give a process group or a DeviceMesh of one dimension, such as mesh['data'], on each of its ranks."
+    try:
+        return RankGroup(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(name, value, str(error), mend) from error
 
 
 @options_class
@@ -304,6 +313,27 @@ class Options(Checked):
         when='`"eager"` to rule the compiled code out',
     )
 
+    process_group: Any = option(
+        default=None,
+        part=HOW,
+        text=(
+            "the ranks that train this model: a process group, or a DeviceMesh of one dimension. Their samples are "
+            "pooled, and their amplitudes are equal; `None`: all ranks"
+        ),
+        check=_ranks,
+        when="pipeline stages, or one model per rank; see [several processes](ranks.md)",
+    )
+    tensor_parallel: Any = option(
+        default=None,
+        part=HOW,
+        text=(
+            "the ranks that hold shards of one layer, among those of `process_group`: a process group, or a "
+            "DeviceMesh of one dimension; `None`: no layer is sharded so"
+        ),
+        check=_ranks,
+        when="with `parallelize_module`; see [several processes](ranks.md)",
+    )
+
     def conflicts(self) -> Iterator[ConfigError]:
         """Looks for options that cannot work together.
 
@@ -318,6 +348,9 @@ class Options(Checked):
         if collect is not None and collect > period:
             problem = f"larger than update_every_n_steps={period}: rounds would find no sample"
             yield ConfigError("collect_every_n_steps", collect, problem, "Collect at least once per update.")
+        if self.per_channel and self.tensor_parallel is not None:
+            problem = "a shard has other channels than the layer, and each of them an amplitude"
+            yield ConfigError("per_channel", True, problem, "Leave it out with tensor_parallel.")
         observing = [isinstance(rule.policy, Observe) for rule in make_rules(self.policy)]
         if any(observing) and not all(observing):
             problem = "'observe' leaves the whole model as it is, and stands beside a policy that does not"

@@ -16,6 +16,7 @@ from eafo_dynamic.density.estimators import make_estimator
 from eafo_dynamic.density.running import RunningDensity
 from eafo_dynamic.density.sample_moments import SampleMoments
 from eafo_dynamic.internals.checks import fitting
+from eafo_dynamic.policy.agreement import Agreement, describe
 from eafo_dynamic.policy.alerts import ranges
 from eafo_dynamic.policy.amplitudes import Amplitudes
 from eafo_dynamic.policy.diagnostics import describe_events, diagnostics, state, to_rows
@@ -28,7 +29,9 @@ from eafo_dynamic.policy.saved import amplitudes_before, stacked_functions
 from eafo_dynamic.policy.trust_region import bounded_move, range_of
 from eafo_dynamic.records.schema import Record
 
-__all__ = ["Rounds"]
+__all__ = ["Rounds", "unpacked"]
+
+_EXACT = 1 << 24  # whole numbers below it are exact in float32
 
 
 class Rounds:
@@ -40,6 +43,7 @@ class Rounds:
         bank: the sites' tensors.
         policies: of every site, S of them.
         options: see Options.
+        agreement: of the ranks that train the model.
 
     Attributes:
         amplitudes: the sites' amplitudes under their policies.
@@ -51,8 +55,9 @@ class Rounds:
         count: rounds so far.
     """
 
-    def __init__(self, bank: Bank, policies: Sequence[Policy], options: Options) -> None:
+    def __init__(self, bank: Bank, policies: Sequence[Policy], options: Options, agreement: Agreement) -> None:
         self._bank, self._policies, self._options = bank, policies, options
+        self._agreement = agreement
         self._region = options.trust_region
         self._kernel = round_kernel(options.backend)
         self._workspace = Workspace()
@@ -77,7 +82,7 @@ class Rounds:
         """
         # samples of all ranks since the last round, and their moments
         has_losses = self.losses.has_any
-        collected = self._collected()
+        collected = self._collected(step)
         samples, moments = collected.samples, collected.stats
         usable = _has_spread(moments)
 
@@ -130,11 +135,23 @@ class Rounds:
         self.count += 1
         return self._rows(step, epoch, columns, events)
 
-    def _collected(self) -> Pooled:
+    def _collected(self, step: int) -> Pooled:
         """What all ranks have collected since the last round; the only collective of a round."""
+        self._agreement.meet(lambda: describe(self._bank, self._options), self._bank.device)
         drained, passed_over = self._bank.drain()
         losses = self.losses.drain().to(self._bank.device)
-        return pooled(drained, losses, passed_over, self._options.samples_per_site, self._kernel)
+        limit, among = self._options.samples_per_site, self._agreement.among
+        collected = pooled(drained, losses, passed_over, limit, self._kernel, self._marks(step), among)
+        self._agreement.check(collected.marks, self._bank.names, self._bank.terms)
+        return collected
+
+    def _marks(self, step: int) -> Tensor | None:
+        """What the ranks have to have in common, shape [S, 2 + terms]: the round, the step, the amplitudes."""
+        if self._agreement.size == 1:
+            return None
+        now = self._bank.functions().amplitudes
+        columns = [torch.full_like(now[0], number % _EXACT) for number in (self.count, step)]
+        return torch.stack([*columns, *now], dim=1)
 
     def _entropy_and_gradient(self, functions: Functions, samples: Tensor) -> tuple[OutputEntropy, Tensor]:
         """H_r of the functions' outputs, and dH_r/d amplitude, shape [T, S]; good until the next call."""
@@ -192,6 +209,9 @@ class Rounds:
     def state_dict(self) -> dict[str, Any]:
         """What all ranks agree on; tensors and primitives only.
 
+        The keys are always the same. What changes from None into tensors stands in a tuple, which
+        torch.distributed.checkpoint takes as one value.
+
         Returns:
             The state. The functions themselves are in the model's own state_dict.
         """
@@ -202,12 +222,12 @@ class Rounds:
             undo = self._replaced.tensors()
         return {
             "rounds": self.count,
-            "running": self.density.state_dict(),
-            "gradient": gradient,
-            "terms": list(self._bank.terms),
+            "running": (self.density.state_dict(),),
+            "gradient": (gradient,),
+            "terms": tuple(self._bank.terms),
             "amplitudes_before": self._last,
             "losses": self.losses.state_dict(),
-            "undo": undo,
+            "undo": (undo,),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -222,16 +242,31 @@ class Rounds:
         now = self._bank.functions()
         self.count = int(state["rounds"])
         self._last = fitting(amplitudes_before(state, now.names), now.amplitudes)
+        gradient, running, undo = (unpacked(state[name]) for name in ("gradient", "running", "undo"))
         self.gradient = None
-        if state["gradient"] is not None:
-            self.gradient = fitting(state["gradient"], now.amplitudes.flatten()).view_as(now.amplitudes)
-        self.density.load_state_dict(state["running"], now.shape[:, 0])
+        if gradient is not None:
+            self.gradient = fitting(gradient, now.amplitudes.flatten()).view_as(now.amplitudes)
+        self.density.load_state_dict(running, now.shape[:, 0])
         self._replaced = None
-        if state["undo"] is not None:
-            undo = stacked_functions(state["undo"])
+        if undo is not None:
+            undo = stacked_functions(undo)
             before = {name: fitting(value, getattr(now, name)) for name, value in undo.items()}
             self._replaced = replace(now, **before)
         self.losses.load_state_dict(state["losses"])
+
+
+def unpacked(value: Any) -> Any:
+    """A value of a state, which stands in a tuple since version 0.2.0.
+
+    Args:
+        value: from ``Rounds.state_dict``.
+
+    Returns:
+        What is in the tuple.
+    """
+    if isinstance(value, tuple):
+        (value,) = value
+    return value
 
 
 def _beside(last: Tensor, functions: Functions) -> Tensor:

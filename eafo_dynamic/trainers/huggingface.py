@@ -165,7 +165,7 @@ class EAFOTrainerCallback(TrainerCallback):
         """Keeps the running estimates, and what every rank has seen since the last round, beside the weights."""
         saved = {**self._controller.state_dict(), "log": self._log.location}
         if world_size() > 1:
-            saved["ranks"] = everyones(self._controller.own_state())
+            saved["ranks"] = everyones(self._controller.own_state(), self._controller.agreement.among)
         if state.is_world_process_zero:
             folder = _checkpoint(args, state)
             with replacing(folder / STATE_NAME) as file:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from eafo_dynamic.apply.hosting import Hosting
-from eafo_dynamic.density.ranks import world_size
+from eafo_dynamic.density.ranks import RankGroup, world_size
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.internals.torch_internals import DDP_IGNORED, own_buffers, tree_map_only
+from eafo_dynamic.internals.torch_internals import DDP_IGNORED, own_buffers
+from eafo_dynamic.policy.gradients import average_gradients, reached
+from eafo_dynamic.policy.options import Options
 
-__all__ = ["Replicas", "average_gradients", "check_strategy", "everyones"]
+__all__ = ["Replicas", "average_gradients", "check_strategy", "everyones", "with_mesh"]
 
-_SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
+_SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
+_Options = TypeVar("_Options", bound=Options)
 
 
 def check_strategy(strategy: object) -> None:
@@ -34,7 +38,7 @@ def check_strategy(strategy: object) -> None:
             "strategy",
             kinds[0],
             "cuts parameters into shards, and an amplitude is one number",
-            "Use DDPStrategy; in a loop of your own, fully_shard with ignored_params and average_gradients.",
+            "Use DDPStrategy, or ModelParallelStrategy with fully_shard in configure_model.",
         )
     if getattr(strategy, "_start_method", "popen") != "popen" and getattr(strategy, "global_rank", 0) == 0:
         warnings.warn(
@@ -44,18 +48,23 @@ def check_strategy(strategy: object) -> None:
         )
 
 
-class _Reach(torch.autograd.Function):
-    """A loss as it is, with a gradient of zero for every amplitude; with it each of them gets one in each backward."""
+def with_mesh(options: _Options, strategy: object) -> _Options:
+    """Tells the options which ranks hold shards of one layer, where a strategy of Lightning knows it.
 
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, *amplitudes: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.like = [(eps.shape, eps.dtype, eps.device) for eps in amplitudes]
-        return loss.clone()
+    Args:
+        options: of the corrections.
+        strategy: a trainer's, whose processes have found each other.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
-        return (*grads, *zeros)
+    Returns:
+        The options, with ``tensor_parallel`` where it was None and a ModelParallelStrategy has such ranks.
+    """
+    kinds = [kind.__name__ for kind in type(strategy).__mro__]
+    if "ModelParallelStrategy" not in kinds or options.tensor_parallel is not None:
+        return options
+    mesh = cast(Any, strategy).device_mesh["tensor_parallel"]
+    if mesh.size() == 1:
+        return options
+    return replace(options, tensor_parallel=mesh)
 
 
 class Replicas:
@@ -120,45 +129,19 @@ class Replicas:
         trained = [eps for eps in self._amplitudes() if eps.requires_grad]
         if self._depth or not trained or not torch.is_grad_enabled() or world_size() == 1:
             return None
-        return _reached(output, trained)
+        return reached(output, trained)
 
 
-def _reached(output: Any, amplitudes: Sequence[nn.Parameter]) -> Any:
-    def reach(value: Tensor) -> Tensor:
-        return _Reach.apply(value, *amplitudes) if value.requires_grad else value  # pyright: ignore[reportReturnType]
-
-    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-        return type(output)({**output, "loss": reach(output["loss"])})  # pyright: ignore[reportCallIssue]
-    return tree_map_only(Tensor, reach, output)
-
-
-def everyones(value: object) -> list[Any]:
+def everyones(value: object, among: RankGroup | None = None) -> list[Any]:
     """One object of every rank; all ranks have to call it.
 
     Args:
         value: of tensors on the CPU and primitives.
+        among: the ranks; None: all.
 
     Returns:
         The objects, by rank.
     """
-    gathered: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(gathered, value)
+    gathered: list[Any] = [None] * world_size(among)
+    torch.distributed.all_gather_object(gathered, value, group=None if among is None else among.group)
     return gathered
-
-
-def average_gradients(amplitudes: Sequence[nn.Parameter]) -> None:
-    """Averages the gradients of amplitudes over all ranks, in one collective.
-
-    For wrappers that leave the amplitudes alone: ``fully_shard(model, ignored_params=set(...))``, which cannot cut a
-    single number into shards. Call on every rank between backward and the optimiser's step.
-
-    Args:
-        amplitudes: the same on every rank; one without a gradient on this rank counts as zero.
-    """
-    trained = [eps for eps in amplitudes if eps.requires_grad]
-    if world_size() == 1 or not trained:
-        return
-    flat = torch.cat([(torch.zeros_like(eps) if eps.grad is None else eps.grad).reshape(-1) for eps in trained])
-    torch.distributed.all_reduce(flat)
-    for eps, grad in zip(trained, flat.div_(world_size()).split([eps.numel() for eps in trained]), strict=True):
-        eps.grad = grad.view_as(eps).clone()

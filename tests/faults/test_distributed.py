@@ -10,7 +10,7 @@ import ranks as of_ranks
 import torch
 from children import CONTEXT, KILLED, digests, free_port, run, succeed
 from crash_points import Point
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from tally import Tally
 from training_process import Net
 
@@ -244,7 +244,7 @@ def test_sharding_an_amplitude_is_refused_by_its_name(tmp_path: Path) -> None:
     assert "eafo_0_eps" in refused
 
 
-@pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
 def test_strategies_that_shard_are_refused_in_one_line(kind: type) -> None:
     strategy = kind.__new__(kind)  # its backend is not asked
     with pytest.raises(ConfigError, match=f"strategy='?{kind.__name__}'?.*one number.*DDPStrategy") as caught:

@@ -156,6 +156,12 @@ PARTS: dict[str, list[str]] = {
     "recompute_fn": ["checkpoint_by_hooks", "checkpoint_reentrant"],
     "run_function": ["checkpoint_by_hooks", "checkpoint_reentrant"],
     "_disable_dynamo": [],
+    # of several processes, as tests/faults/test_ranks.py runs them
+    "_execution_engine": [],
+    "_forward_metadata_inference": [],
+    "_get_default_store": [],
+    "_join_config": [],
+    "_shape_inference": [],
     "_dynamo_marked_constant": [],
     "compile_subgraph_reason": [],
     "TorchFunctionModeVariable": [],

@@ -41,7 +41,7 @@ from eafo_dynamic.trainers.lightning.reporter import Reporter, announce
 from eafo_dynamic.trainers.lightning.restoring import load_module
 from eafo_dynamic.trainers.optim import own_group
 from eafo_dynamic.trainers.options import CallbackOptions
-from eafo_dynamic.trainers.replicas import Replicas, check_strategy, everyones
+from eafo_dynamic.trainers.replicas import Replicas, check_strategy, everyones, with_mesh
 from eafo_dynamic.trainers.runlog import RunLog
 
 __all__ = ["EAFOCallback"]
@@ -119,6 +119,7 @@ class EAFOCallback(Callback):
         if stage != "fit":
             return
         check_strategy(trainer.strategy)
+        self.options = with_mesh(self.options, trainer.strategy)
         if trainer.world_size > 1:
             self._replicas = Replicas(pl_module, self._amplitudes)
         if self._has_wrapped(pl_module):
@@ -336,7 +337,9 @@ class EAFOCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds what other ranks have collected since the last round."""
         if self.controller is not None and self._resumed is None and trainer.world_size > 1:
-            checkpoint["callbacks"][self.state_key]["ranks"] = everyones(self.controller.own_state())
+            checkpoint["callbacks"][self.state_key]["ranks"] = everyones(
+                self.controller.own_state(), self.controller.agreement.among
+            )
 
     def _restore(self, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self.options.observes and (self._has_wrapped(pl_module) or self._awaits_batch):
