@@ -287,7 +287,7 @@ def _counted(method: Callable[..., Any], name: str) -> Callable[..., Any]:
             frames[-1].returned.append(self.eafo_child)
         return result
 
-    ENTRIES.add(entry.__code__)
+    ENTRIES.add(cast(Any, entry).__code__)
     return entry
 
 

@@ -96,13 +96,15 @@ def manifest(
     return {"manifest_version": MANIFEST_VERSION, "sites": sites, **form}
 
 
+def _found(saved: Mapping[str, Any]) -> FoundSite:
+    # JSON and weights-only loading know lists, a frozen site has tuples
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+    return FoundSite(**values)
+
+
 def _sites(saved: Mapping[str, Any]) -> list[FoundSite]:
     """The sites of a manifest, whose calls are told by their order where the version knew no better."""
-    # JSON and weights-only loading know lists, a frozen site has tuples
-    sites = [
-        FoundSite(**{key: tuple(value) if isinstance(value, list) else value for key, value in site.items()})
-        for site in saved["sites"]
-    ]
+    sites = [_found(site) for site in saved["sites"]]
     if saved.get("manifest_version", 1) >= _BY_EVIDENCE:
         return sites
     return [replace(site, places=BY_ORDER.places, after=BY_ORDER.after, turn=site.call) for site in sites]

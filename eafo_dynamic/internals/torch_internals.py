@@ -215,14 +215,11 @@ def instructions_until(depth: int, last: int) -> tuple[int, ...]:
     Returns:
         ``id`` of the code and offset of the instruction, of each frame in turn; valid as long as the code lives.
     """
-    frame: FrameType | None = _get_frame(depth + 1)
-    if frame is None:
-        return ()
-    outer = frame.f_back
-    if id(outer) == last:
-        return id(frame.f_code), frame.f_lasti
-    found = [id(frame.f_code), frame.f_lasti]
-    frame = outer
+    innermost = _get_frame(depth + 1)
+    frame = innermost.f_back
+    if id(frame) == last:
+        return id(innermost.f_code), innermost.f_lasti
+    found = [id(innermost.f_code), innermost.f_lasti]
     while frame is not None and id(frame) != last:
         found += (id(frame.f_code), frame.f_lasti)
         frame = frame.f_back

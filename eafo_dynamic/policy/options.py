@@ -355,6 +355,9 @@ class Options(Checked):
         if any(observing) and not all(observing):
             problem = "'observe' leaves the whole model as it is, and stands beside a policy that does not"
             yield ConfigError("policy", self.policy, problem, "Use 'frozen' with eps_init=0.0 for single sites.")
+        if any(observing) and self.base is not None:
+            problem = "policy='observe' leaves the model as it is, and another base would change what it computes"
+            yield ConfigError("base", self.base, problem, "Leave base out, or use another policy.")
         local = local_terms(self.resolved_terms)
         if local and self.tabulated:
             problem = f"{' and '.join(local)} need{'s' if len(local) == 1 else ''} density='gaussian'"

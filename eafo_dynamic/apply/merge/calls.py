@@ -42,7 +42,7 @@ def _by_evidence(order: Sequence[Any]) -> Order:
     if all(isinstance(call, (list, tuple)) for call in order):
         return order
     warn_of_order("the merged model")
-    return [(*BY_ORDER, order)]
+    return [(BY_ORDER.places, BY_ORDER.after, order)]
 
 
 class CallCounter:
@@ -89,12 +89,13 @@ class CallCounter:
             owner: whose forward begins.
             args: its arguments.
         """
+        telling: Any = self
         if torch.compiler.is_compiling():
-            open_frame(self, 0)
+            open_frame(telling, 0)
             return
         here = current_frame(1)
         _forget_interrupted(here)
-        open_frame(self, id(here))
+        open_frame(telling, id(here))
         STACK.frames[-1].python = here
 
     def end(self, *_: Any) -> None:
@@ -108,7 +109,10 @@ def _forget_interrupted(here: FrameType | None) -> None:
     if not frames or frames[-1].python is None:
         return
     alive = {id(frame) for frame in callers(here)}
-    while frames and frames[-1].python is not None and id(frames[-1].python) not in alive:
+    while frames:
+        python = frames[-1].python
+        if python is None or id(python) in alive:
+            return
         frames.pop()
 
 
