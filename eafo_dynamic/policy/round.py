@@ -256,7 +256,7 @@ class Rounds:
 
 
 def unpacked(value: Any) -> Any:
-    """A value of a state, which stands in a tuple since version 0.2.0.
+    """A value of a state, which stands in a tuple since version 0.2.0, in a list after some kinds of files.
 
     Args:
         value: from ``Rounds.state_dict``.
@@ -264,7 +264,7 @@ def unpacked(value: Any) -> Any:
     Returns:
         What is in the tuple.
     """
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         (value,) = value
     return value
 
