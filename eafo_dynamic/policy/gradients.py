@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -143,7 +144,7 @@ class SharedGradients:
                 )
             if id(amplitude) not in self._seen and amplitude.requires_grad:
                 self._seen[id(amplitude)] = amplitude
-                self._hooks.append(amplitude.register_hook(lambda grad, name=name: self._summed(grad, name)))
+                self._hooks.append(amplitude.register_hook(functools.partial(self._summed, name=name)))
                 self._hooks.append(amplitude.register_post_accumulate_grad_hook(self._arrived))
         if self._unknown():
             self._collect()
