@@ -33,16 +33,19 @@ class Attributes:
 
         Args:
             module: the module around it.
-            name: of the submodule in it.
+            name: of the submodule in it; ``"acts.3"`` for one that a list or dictionary of modules holds.
 
         Returns:
-            How often the module's class reads it of ``self``, and 1 more where some class reads an attribute of this
-            name of anything else. A container whose forward is torch's own reads each of its modules once.
+            How often the module's class reads it, or all of the list, of ``self``, and 1 more where some class reads an
+            attribute of this name of anything else. A container whose forward is torch's own reads each of its modules
+            once.
         """
         home = getattr(type(module).forward, "__module__", None) or ""  # the code of a graph has none
         if home.partition(".")[0] == "torch":
             return 1
-        return _reads(type(module))[0][name] + (name in self._of_others)
+        own, attribute = _reads(type(module))[0], name.partition(".")[0]
+        spelled = {attribute, name}
+        return sum(own[each] for each in spelled) + bool(spelled & self._of_others)
 
 
 @lru_cache(maxsize=1 << 12)
@@ -100,10 +103,15 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _count(code: CodeType, own: Counter[str], others: Counter[str]) -> None:
+    """Counts what a function reads: ``"acts"`` of ``self.acts``, and ``"acts.3"`` of ``self.acts[3]``."""
+    instructions = list(_instructions(code))
     before = ""
-    for each in _instructions(code):
+    for each, after in zip(instructions, [*instructions[1:], None], strict=True):
         if each.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            (own if before == "self" else others)[str(each.argval)] += 1
+            name = str(each.argval)
+            if after is not None and after.opname == "LOAD_CONST" and isinstance(after.argval, (int, str)):
+                name = f"{name}.{after.argval}"
+            (own if before == "self" else others)[name] += 1
         before = str(each.argval) if each.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) else ""
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -390,7 +390,8 @@ class _Naming:
         parent, attribute = name.rpartition(".")[::2]
         around = self.model.get_submodule(parent)
         while parent and isinstance(around, (nn.ModuleList, nn.ModuleDict)):
-            parent, attribute = parent.rpartition(".")[::2]
+            parent, container = parent.rpartition(".")[::2]
+            attribute = f"{container}.{attribute}"
             around = self.model.get_submodule(parent)
         return self.attributes.reads(around, attribute)
 

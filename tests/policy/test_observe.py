@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from eafo_dynamic import EAFOController, merge, unwrap
 from eafo_dynamic.errors import ConfigError, SiteError
 from eafo_dynamic.policy import Rule
+from eafo_dynamic.policy.options import Options
 
 
 class Net(nn.Module):
@@ -118,3 +119,8 @@ def test_a_watched_model_can_be_corrected_later() -> None:
 def test_observe_stands_alone() -> None:
     with pytest.raises(ConfigError, match="leaves the whole model as it is"):
         EAFOController.attach(Net(), policy=[Rule("act", "observe"), Rule(".*", "learned")])
+
+
+def test_another_base_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"base='silu'.*'observe' leaves the model as it is"):
+        Options(policy="observe", base="silu")
