@@ -243,6 +243,9 @@ def test_swap_keeps_shared_modules_shared_and_leaves_outputs_alone() -> None:
             self.body = nn.Sequential(nn.Linear(3, 3), self.act)
             self.out = nn.Sequential(nn.Linear(3, 1), nn.Sigmoid())
 
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.body(self.act(self.first(x))))
+
     net = Net().eval()
     assert sorted(swap_activations(net, "elu")) == ["act", "body.1"]
     assert isinstance(net.act, nn.ELU) and net.act is net.body[1] and not net.act.training
