@@ -72,7 +72,6 @@ def command(line: str) -> str:
         ("sklearn", command(f"fit --config {ROOT}/configs/wine_mlp.yaml"), "pip install 'eafo-dynamic[examples]'"),
         ("transformers", "import eafo_dynamic.trainers.huggingface", "pip install transformers"),
         ("onnxscript", _MERGED.format(file="a.onnx"), "pip install onnxscript"),
-        ("safetensors", _MERGED.format(file="a.safetensors"), "pip install safetensors"),
         ("shtab", command("completion bash"), "pip install 'eafo-dynamic[completion]'"),
     ],
     ids=lambda value: value if " " not in value else "",
@@ -87,7 +86,7 @@ def test_what_is_absent_is_named_where_it_is_needed(hidden: str, code: str, mess
 
 
 OPTIONAL = (
-    "matplotlib pandas pyarrow sklearn scipy transformers accelerate onnx onnxscript safetensors shtab tensorboard"
+    "matplotlib pandas pyarrow sklearn scipy transformers accelerate onnx onnxscript shtab tensorboard"
 )
 
 
