@@ -85,9 +85,7 @@ def test_what_is_absent_is_named_where_it_is_needed(hidden: str, code: str, mess
         assert "Traceback" not in result.stderr
 
 
-OPTIONAL = (
-    "matplotlib pandas pyarrow sklearn scipy transformers accelerate onnx onnxscript shtab tensorboard"
-)
+OPTIONAL = "matplotlib pandas pyarrow sklearn scipy transformers accelerate onnx onnxscript shtab tensorboard"
 
 
 def test_everything_else_works_without_any_of_them(run_folder: Path) -> None:
