@@ -58,7 +58,6 @@ def site_rows(number: int, name: str, base: str, updates: int, policy: str, seed
                 "eps": eps + delta,
                 "delta_eps": delta,
                 "d_entropy_d_eps": slope,
-                "loss": 1.0 / (1 + age),
                 "entropy": entropy,
                 "entropy_predicted": entropy + slope * delta,
                 "entropy_after": entropy + slope * delta * (1 + noise.gauss(0, 0.05)),
@@ -74,6 +73,7 @@ def site_rows(number: int, name: str, base: str, updates: int, policy: str, seed
                 "mu": mean,
                 "sigma": std,
                 "dead_fraction": 0.04 * age * number,
+                "loss": 1.0 / (1 + age),
                 "policy": policy,
                 "event": EVENTS.get((step, name)),
             }

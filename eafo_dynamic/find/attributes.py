@@ -45,7 +45,8 @@ class Attributes:
             return 1
         own, attribute = _reads(type(module))[0], name.partition(".")[0]
         spelled = {attribute, name}
-        return sum(own[each] for each in spelled) + bool(spelled & self._of_others)
+        by_container = isinstance(module, nn.Sequential)  # whose loop a subclass may call
+        return sum(own[each] for each in spelled) + by_container + bool(spelled & self._of_others)
 
 
 @lru_cache(maxsize=1 << 12)

@@ -168,6 +168,7 @@ PARTS: dict[str, list[str]] = {
     "_compiled_call_impl": [],
     "_orig_mod": [],
     "_fsdp_wrapped_module": [],
+    "_non_persistent_buffers_set": [],
     "_checkpoint_wrapped_module": [],
     "_push_mode": [],
     "_pop_mode": [],

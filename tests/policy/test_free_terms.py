@@ -150,7 +150,7 @@ def test_everything_comes_back_from_a_checkpoint(tmp_path: Path) -> None:
     x = torch.randn(9, 6)
     assert torch.equal(fresh(x), controller.model.eval()(x))  # no sample is left in evaluation
     controller.model.train()
-    assert state["terms"] == ["eps", "lift"]
+    assert list(state["terms"]) == ["eps", "lift"]
     resumed = attach(network(), update_every_n_steps=5, per_channel=True)
     resumed.model.load_state_dict(saved["state_dict"])
     resumed.load_state_dict(state)
