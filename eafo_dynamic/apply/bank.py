@@ -119,10 +119,12 @@ class Bank:
         Returns:
             For example ``ReLU with [] [2]``.
         """
-        return [
-            f"{type(plain).__name__} with {' '.join(str(list(each.shape)) for each in tensors if each is not None)}"
-            for plain, tensors in zip(self._plain, zip(*self._columns(), strict=True), strict=True)
-        ]
+        widths: list[str] = []
+        for plain, (host, site) in zip(self._plain, self._hosted, strict=True):
+            tensors = [getattr(host, key, None) for key in site.keys]
+            shapes = [str(list(each.shape)) for each in tensors if each is not None]
+            widths.append(f"{type(plain).__name__} with {' '.join(shapes)}")
+        return widths
 
     @property
     def device(self) -> torch.device:

@@ -1062,7 +1062,9 @@ def rank_store() -> Any:
     """
     found = getattr(torch.distributed.distributed_c10d, "_get_default_store", None)
     if found is None:
-        raise UnsupportedTorchError("the store of the processes", "Train in one process.")
+        raise UnsupportedTorchError(
+            "training with several processes", torch.__version__, "the store of the processes", "Train in one process."
+        )
     return found()
 
 
@@ -1124,7 +1126,12 @@ def after_backward(function: Callable[[], None]) -> None:
     """
     engine: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
     if engine is None:
-        raise UnsupportedTorchError("a call at the end of a backward", "Wrap the model in DistributedDataParallel.")
+        raise UnsupportedTorchError(
+            "averaging gradients of amplitudes",
+            torch.__version__,
+            "a call at the end of a backward",
+            "Wrap the model in DistributedDataParallel.",
+        )
     engine.queue_callback(function)
 
 

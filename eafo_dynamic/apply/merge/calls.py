@@ -106,7 +106,8 @@ class CallCounter:
 def _forget_interrupted(here: FrameType | None) -> None:
     """Drops forwards that a KeyboardInterrupt ended: torch runs no hook for it."""
     frames = STACK.frames
-    if not frames or frames[-1].python is None:
+    newest = frames[-1] if frames else None
+    if newest is None or newest.python is None:
         return
     alive = {id(frame) for frame in callers(here)}
     while frames:
