@@ -85,7 +85,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "weights that are none": (lambda c: c.update(state_dict=[1]), "holds no weights"),
     "sites missing": (lambda c: c["eafo"].pop("sites"), "holds no list of sites"),
     "sites empty": (lambda c: c["eafo"].update(sites=[]), "holds no list of sites"),
-    "newer": (lambda c: c["eafo"].update(manifest_version=3), "manifest_version=3.* Upgrade eafo-dynamic"),
+    "newer": (lambda c: c["eafo"].update(manifest_version=4), "manifest_version=4.* Upgrade eafo-dynamic"),
     "version that is none": (lambda c: c["eafo"].update(manifest_version="x"), "manifest_version='x'"),
     "a form as text": (lambda c: c["eafo"].update(tabulated="yes"), "tabulated='yes' is neither true nor false"),
     "a form missing": (lambda c: c["eafo"].pop("terms"), "free=None is neither"),
