@@ -199,7 +199,7 @@ def report_from_manifest(model: nn.Module, saved: Mapping[str, Any], present: Si
     modules = dict(model.named_modules(remove_duplicate=False))
     problems: list[str] = []
     for site in sites:
-        for name in (site.module, site.owner):
+        for name in (site.module, site.owner, site.caller):
             if name is not None and name not in modules:
                 problems.append(f"{site.name}: the model has no module {name!r}")
         kind = type(modules.get(site.module)).__name__

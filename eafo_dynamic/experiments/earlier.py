@@ -51,13 +51,18 @@ def drop_compounding(config: Any) -> Any:
 
 
 def _arguments_of_callbacks(config: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(config, dict):
-        node = cast("dict[str, Any]", config)
-        arguments = node.get("init_args")
-        if str(node.get("class_path")).rpartition(".")[2] == "EAFOCallback" and isinstance(arguments, dict):
-            yield cast("dict[str, Any]", arguments)
-        for value in node.values():
-            yield from _arguments_of_callbacks(value)
-    elif isinstance(config, list):
-        for value in cast("list[Any]", config):
-            yield from _arguments_of_callbacks(value)
+    seen: set[int] = set()  # YAML can put a list into itself
+    left: list[Any] = [config]
+    while left:
+        node = left.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, list):
+            left += cast("list[Any]", node)
+        elif isinstance(node, dict):
+            mapping = cast("dict[str, Any]", node)
+            arguments = mapping.get("init_args")
+            if str(mapping.get("class_path")).rpartition(".")[2] == "EAFOCallback" and isinstance(arguments, dict):
+                yield cast("dict[str, Any]", arguments)
+            left += mapping.values()

@@ -342,6 +342,7 @@ class TestChangedModels:
         assert "relu#1: the model has no module 'relu'" in message
         assert "\n" not in message
 
+    @pytest.mark.filterwarnings("ignore:EAFO. a call of relu .* left plain")
     def test_functions_that_a_forward_calls_no_more(self, trained: tuple[Path, Net], tmp_path: Path) -> None:
         """No weight and no module shows it; the dry run does."""
         path, _ = trained
