@@ -141,7 +141,7 @@ def test_an_activation_that_is_called_by_name() -> None:
     [
         (
             "OneReluForAll",
-            r"relu: torch.jit.script cannot tell calls apart .*torch.jit.trace\(model, x\), or torch.export",
+            r"relu: torch.jit.script cannot tell calls .*torch.jit.trace\(model, x\), or torch.export",
         ),
         ("WrittenOut", r"cannot read a graph of torch.export. Take torch.jit.trace\(model, x\)"),
     ],
