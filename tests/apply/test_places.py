@@ -98,6 +98,7 @@ def wrapped(kind: str = "function", change: Callable[[SiteReport], SiteReport] =
 def _no_warnings() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.4 warns of itself
         yield
 
 
