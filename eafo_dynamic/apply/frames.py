@@ -244,9 +244,9 @@ def _told(number: int, key: str, depth: int) -> Site | None:
         returned = frame.returned
         single = known.single.get(places)
         last = returned[-1] if returned else ""
-        if single is not None and (
-            single[0] is None or (single[0] == last and number == len(STACK.frames) - 1)
-        ):  # no other call is made there, and the child before it is the same
+        innermost = number == len(STACK.frames) - 1
+        # no other call is made there, and the child before it is the same
+        if single is not None and (single[0] is None or (innermost and single[0] == last)):
             site = single[1]
         else:
             row = known.tell(key, places, _children_since(number, key, places))
