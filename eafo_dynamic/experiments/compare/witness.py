@@ -15,7 +15,27 @@ from torch import Tensor, nn
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.experiments.learnable import own_parameters
 
-__all__ = ["BestEpoch", "Witness", "weights_hash"]
+__all__ = ["BestEpoch", "Witness", "validated", "weights_hash"]
+
+
+def validated(trainer: Trainer, option: str, metric: str) -> float:
+    """A metric of the validation that has just ended.
+
+    Args:
+        trainer: the Trainer.
+        option: which option names the metric, for the message.
+        metric: its name.
+
+    Returns:
+        The value.
+
+    Raises:
+        ConfigError: if the metric is not logged.
+    """
+    if metric not in trainer.callback_metrics:
+        known = ", ".join(name for name in trainer.callback_metrics if not name.startswith("eafo/"))
+        raise ConfigError(option, metric, "is not logged in validation", f"There are: {known}.")
+    return float(trainer.callback_metrics[metric])
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -82,10 +102,7 @@ class BestEpoch(Callback):
         """
         if trainer.sanity_checking:
             return
-        if self.metric not in trainer.callback_metrics:
-            known = ", ".join(name for name in trainer.callback_metrics if not name.startswith("eafo/"))
-            raise ConfigError("select", self.metric, "is not logged in validation", f"There are: {known}.")
-        value = self.sign * float(trainer.callback_metrics[self.metric])
+        value = self.sign * validated(trainer, "select", self.metric)
         if value > self._best:
             self._best = value
             self.epoch = trainer.current_epoch

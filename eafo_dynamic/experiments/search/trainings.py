@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.experiments.compare.cell import quiet
 from eafo_dynamic.experiments.compare.compose import ACTIVATION, cell_config, flat, put
+from eafo_dynamic.experiments.compare.witness import validated
 from eafo_dynamic.experiments.search.candidates import Candidate
 from eafo_dynamic.experiments.search.swap import ScaleRate, SwapActivations
 
@@ -78,10 +79,7 @@ class Watch(Callback):
         """
         if trainer.sanity_checking:
             return
-        if self.metric not in trainer.callback_metrics:
-            known = ", ".join(name for name in trainer.callback_metrics if not name.startswith("eafo/"))
-            raise ConfigError("metric", self.metric, "is not logged in validation", f"There are: {known}.")
-        value = float(trainer.callback_metrics[self.metric])
+        value = validated(trainer, "metric", self.metric)
         self.curve.append(value)
         if self.report is not None and self.report(len(self.curve), value):
             self.stopped = True
