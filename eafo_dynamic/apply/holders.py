@@ -7,8 +7,11 @@ its own in its place, and gets the common one back when it is unwrapped.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
-from collections.abc import Iterable
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from types import FunctionType
 from typing import Any, cast
 
@@ -28,8 +31,8 @@ def take_own_copies(model: nn.Module, names: Iterable[str]) -> None:
         model: any module.
         names: FQNs of activations in it.
     """
-    activations = {id(module): module for module in map(model.get_submodule, names)}
-    for module in _held_by_others(model, list(activations.values())):
+    activations = list({id(module): module for module in map(model.get_submodule, names)}.values())
+    for module in _held_by_others(model, activations):
         own = _copied(module)
         vars(own)[_COMMON] = module
         _put_in_place_of(model, module, own)
@@ -65,31 +68,51 @@ def _copied(module: nn.Module) -> nn.Module:
 
 def _held_by_others(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
     """Those that another model, a global, a class or a default argument holds."""
+    suspects = _held_more_often(model, modules)
+    if not suspects:
+        return []
     own_tables = {id(own_children(module)) for module in model.modules()}
-    by_id = {id(module): module for module in modules}
-    held: dict[int, nn.Module] = {}
-    for holder in gc.get_referrers(*modules) if modules else ():
-        if not isinstance(holder, (dict, tuple, list)) or holder is modules or id(holder) in own_tables:
-            continue
-        values: Iterable[Any] = cast("dict[Any, Any]", holder).values() if isinstance(holder, dict) else holder
-        of_holder = by_id.keys() & {id(value) for value in values}
-        if of_holder and (
-            _is_lasting(holder) or any(_holds_for_good(each, holder) for each in gc.get_referrers(holder))
-        ):
-            held |= {number: by_id[number] for number in of_holder}
-    return list(held.values())
+    holders = {
+        id(holder): holder
+        for holder in gc.get_referrers(*suspects)
+        if isinstance(holder, (dict, tuple, list)) and holder is not suspects and id(holder) not in own_tables
+    }
+    lasting = [holder for holder in holders.values() if _is_namespace(holder)]
+    for owner in gc.get_referrers(*holders.values()):
+        lasting += _kept_by(owner, holders)
+    held = {id(value) for holder in lasting for value in gc.get_referents(holder)}
+    return [module for module in suspects if id(module) in held]
 
 
-def _is_lasting(holder: Any) -> bool:
+def _held_more_often(model: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
+    """Those with more references than the model has to them; a walk over all objects is for these alone."""
+    of_model = Counter(id(child) for parent in model.modules() for child in own_children(parent).values())
+    alone: list[nn.Module] = [nn.Identity()]
+    (of_this_code,) = _references(alone)
+    counts = _references(modules)
+    return [
+        module for module, count in zip(modules, counts, strict=True) if count > of_this_code + of_model[id(module)]
+    ]
+
+
+def _references(modules: list[nn.Module]) -> list[int]:
+    return [sys.getrefcount(module) for module in modules]
+
+
+def _is_namespace(holder: Any) -> bool:
     """Whether a container is a namespace: of a module of Python, of a class, or of an activation's own copy."""
     return isinstance(holder, dict) and ("__builtins__" in holder or "__qualname__" in holder or _COMMON in holder)
 
 
-def _holds_for_good(owner: Any, holder: Any) -> bool:
-    """Whether an object has a container as the children of a module, the defaults of a function, or a global."""
-    if isinstance(owner, FunctionType):
-        return True
+def _kept_by(owner: Any, holders: Mapping[int, Any]) -> list[Any]:
+    """The containers that an object has as the children of a module, the defaults of a function, or a global."""
+    kept: list[Any] = [holders[id(value)] for value in gc.get_referents(owner) if id(value) in holders]
+    if isinstance(owner, (FunctionType, functools.partial, type)):
+        return kept
     if not isinstance(owner, dict):
-        return isinstance(owner, type)
+        return []
     known = cast("dict[str, Any]", owner)
-    return "__builtins__" in known or any(known.get(table) is holder for table in MODULE_TABLES)
+    if "__builtins__" in known:
+        return kept
+    tables = [known.get(table) for table in MODULE_TABLES]
+    return [holder for holder in kept if any(holder is table for table in tables)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from eafo_dynamic.errors import interruptible, printable
+from eafo_dynamic.errors import LogError, interruptible, printable
 from eafo_dynamic.experiments.configured import configured, quieten
 from eafo_dynamic.internals.files import see_working_directory
 from eafo_dynamic.records import CorrectionLog
@@ -45,9 +46,15 @@ def _tell(trainer: Any) -> None:
 
     for callback in trainer.callbacks:
         if isinstance(callback, EAFOCallback) and callback.options.verbose and callback.log_path is not None:
-            log = CorrectionLog.load(callback.log_path)
-            if len(log):
-                print("\n".join(printable(line) for line in _learned(log)))
+            print("\n".join(printable(line) for line in _of_log(callback.log_path)))
+
+
+def _of_log(path: Path) -> list[str]:
+    try:
+        log = CorrectionLog.load(path)
+    except LogError as error:  # the disk is full, or the like: the fit itself has come to its end
+        return [f"EAFO: {error}"]
+    return _learned(log) if len(log) else []
 
 
 def _learned(log: CorrectionLog) -> list[str]:

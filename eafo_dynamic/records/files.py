@@ -145,6 +145,8 @@ class Lines:
         Raises:
             LogError: if the file cannot be read, or a line before the last is damaged.
         """
+        if self.file.exists() and not self.file.is_file():  # reading a device may never end
+            raise LogError(f"{self.file}: cannot be read (not a regular file)")
         try:
             with self.file.open("rb") as stream:
                 stream.seek(self.offset)

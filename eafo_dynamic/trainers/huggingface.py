@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from eafo_dynamic.apply.checkpoints import STATE_NAME
-from eafo_dynamic.apply.corrections import FILE_NAME, load_corrections, save_corrections
+from eafo_dynamic.apply.corrections import FILE_NAME, load_corrections, read_corrections, save_corrections
+from eafo_dynamic.apply.manifest import check_form, report_from_manifest, warn_of_changes
 from eafo_dynamic.apply.observing import refuse_corrected
 from eafo_dynamic.apply.surgery import put_back, take_off
 from eafo_dynamic.density.ranks import world_size
@@ -35,6 +36,7 @@ from eafo_dynamic.trainers.runlog import RunLog
 
 try:
     from transformers import Trainer, TrainerCallback
+    from transformers.trainer_utils import get_last_checkpoint
 except ImportError as error:
     raise EAFOError("EAFOTrainerCallback needs transformers: pip install transformers") from error
 
@@ -141,6 +143,20 @@ class EAFOTrainerCallback(TrainerCallback):
                 "EAFOTrainerCallback."
             )
 
+    def _adopt(self, folder: Path | None) -> None:
+        """Wraps the model as the checkpoint to go on from says, before the Trainer makes its optimiser."""
+        if folder is None or self.options.observes or not (folder / FILE_NAME).is_file():
+            return
+        controller = self._controller
+        self._check_model(self._trainer.model)
+        saved = read_corrections(folder / FILE_NAME).sites
+        check_form(saved, self.options.form)
+        resumed = report_from_manifest(controller.model, saved, controller.report)
+        if resumed.wrapped != controller.report.wrapped:
+            warn_of_changes(saved, controller.report)
+            controller.detach()
+            self.controller = EAFOController(controller.model, self.options, resumed)
+
     def _restore_corrections(self, folder: Path) -> None:
         """Restores corrections beside an adapter: the Trainer restores the adapter alone."""
         if (folder / _ADAPTER).is_file() and (folder / FILE_NAME).is_file():
@@ -235,9 +251,10 @@ class EAFOTrainerCallback(TrainerCallback):
         train = trainer.train
 
         @functools.wraps(train)
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def watched(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
             try:
-                return train(*args, **kwargs)
+                self._adopt(_named_checkpoint(trainer, resume_from_checkpoint))
+                return train(resume_from_checkpoint, *args, **kwargs)
             except BaseException as error:
                 self._failed(trainer.state, error)
                 raise
@@ -343,6 +360,15 @@ def _check_sharding(trainer: Any) -> None:
                 f"{name} cuts parameters into shards, and an amplitude is one number",
                 "Train with DistributedDataParallel: leave the option out, of accelerate's configuration too.",
             )
+
+
+def _named_checkpoint(trainer: Any, named: str | bool | None) -> Path | None:
+    """The folder that the Trainer will go on from; None if it begins anew, or there is none and the Trainer says so."""
+    if named is True:
+        named = get_last_checkpoint(trainer.args.output_dir)
+    if not named:
+        return None
+    return Path(named)
 
 
 def _resumed_checkpoint(args: Any, state: Any) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -407,6 +409,18 @@ class TestOneActivationInTwoModels:
         assert_same(two(X), z.relu() + 0.7 * z * torch.exp(-z * z / 2))
         later = Takes(act)
         assert torch.equal(later(X), later.one(X).relu())
+
+    def test_one_that_a_partial_gives_to_later_models(self) -> None:
+        factory = functools.partial(Takes, nn.GELU())
+        wrap(factory(), eps_init=0.3)
+        later = factory()
+        assert not hosted_sites(later)
+        assert not list(later.act.parameters())
+
+    def test_where_nobody_else_holds_one_no_objects_are_walked_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gc, "get_referrers", None)
+        net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.GELU())
+        assert len(wrap(net)) == 2
 
 
 class Checkpointed(nn.Module):
