@@ -148,12 +148,17 @@ class KnownCalls:
             The row's number; None if it cannot be told.
         """
         try:
-            return self._remembered[places, after]
+            row = self._remembered[places, after]
         except KeyError:
-            pass
+            row = self._look_up(key, places, after)
+        if row is None:
+            self._meet()
+        return row
+
+    def _look_up(self, key: str, places: tuple[str, ...], after: tuple[str, ...]) -> int | None:
         row = which(self.rows, Evidence(places, after))
         if row is None:
-            here = ((code_of(frame), instruction_of(frame)) for frame in callers(current_frame(1)))
+            here = ((code_of(frame), instruction_of(frame)) for frame in callers(current_frame(2)))
             self.note_unknown(key, Evidence(places, after), line_of(here))
         if len(self._remembered) >= _MOST_REMEMBERED:
             self._remembered.clear()
@@ -170,12 +175,19 @@ class KnownCalls:
         """
         # of a loop, one of its turns stands for all that come after the same child
         name = Evidence(seen.places, seen.after[-1:])
+        self._meet()
         if name not in self.unknown:
             self.unknown[name] = _message(key, seen, line)
             _warn(self.unknown[name])
-            for site in self.all_sites()[:1]:
-                if isinstance(site, Site):  # a merged model has numbers of functions instead
-                    site.collector.passed_over = self.unknown[name]
+            for site in self._own_sites()[:1]:
+                site.collector.passed_over = self.unknown[name]
+
+    def _own_sites(self) -> list[Site]:
+        return [site for site in self.all_sites() if isinstance(site, Site)]  # a merged model has numbers instead
+
+    def _meet(self) -> None:
+        for site in self._own_sites()[:1]:
+            site.switch.met_unknown = True
 
 
 def _message(key: str, seen: Evidence, line: str) -> str:

@@ -255,7 +255,7 @@ def check_form(saved: Mapping[str, Any], form: Mapping[str, Any]) -> None:
         )
 
 
-def warn_of_changes(saved: Mapping[str, Any], report: SiteReport) -> None:
+def warn_of_changes(saved: Mapping[str, Any], report: SiteReport, *, adopts: bool = False) -> None:
     """Names every site in which a checkpoint differs from the model that goes on from it.
 
     Weights alone do not show it when a forward calls other functions than it did, or other sites are selected.
@@ -263,8 +263,11 @@ def warn_of_changes(saved: Mapping[str, Any], report: SiteReport) -> None:
     Args:
         saved: from ``manifest``.
         report: of a search in the model as it is now; one of the module tree alone shows too little to say anything.
+        adopts: whether the run takes in calls as it meets them, so that the checkpoint may well have more of them.
     """
-    changes = _changes({site.name: site for site in _sites(saved)}, {s.name: s for s in report.wrapped})
+    now = {site.name: site for site in report.wrapped}
+    then = {site.name: site for site in _sites(saved) if site.name in now or not adopts}
+    changes = _changes(then, now)
     if changes and report.dynamic:
         _warn(changes, "The checkpoint's sites are used; begin a new run from its weights to use the model's.")
 

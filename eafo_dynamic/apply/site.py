@@ -134,11 +134,14 @@ class Switch:
         collecting: whether forwards leave a sample of their pre-activations.
         backend: what computes them for plain tensors.
         options: those of the training that moved them, text and numbers only; None if there was none.
+        met_unknown: whether a call has come by that is left plain since no example has made it; whoever has seen that
+            sets it back.
     """
 
     collecting: bool = False
     backend: Backend = "auto"
     options: Mapping[str, object] | None = None
+    met_unknown: bool = False
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "collecting": False}  # nobody would fetch the samples of a copy

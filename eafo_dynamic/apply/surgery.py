@@ -23,6 +23,7 @@ from eafo_dynamic.apply.known import KnownCalls
 from eafo_dynamic.apply.noting import forget_children, note_children
 from eafo_dynamic.apply.site import Form, Site, Switch
 from eafo_dynamic.apply.swaps import check_base, check_swap, check_swaps, swap_of
+from eafo_dynamic.apply.unmet import forget_unmet, watch_unmet
 from eafo_dynamic.correction.bases import Base, as_base
 from eafo_dynamic.correction.kernels import Backend, prepare
 from eafo_dynamic.correction.terms import LOCAL, TIED, resolve_terms
@@ -162,6 +163,7 @@ def wrap(
     hosted = [_install(model, found, switch, form, swap_of(found, base)) for found in report.wrapped]
     _know_what_is_left_alone(model, report)
     _guard(model, report)
+    watch_unmet(model, report, hosted[0][1])
     for device in {getattr(host, site.key("shape")).device for host, site in hosted}:
         prepare(device, switch.backend)
     return hosted
@@ -335,6 +337,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         revert(module)
         forget_children(module)
+        forget_unmet(module)
         forget_sites(module)
     give_back_common(model)
     return model

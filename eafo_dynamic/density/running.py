@@ -55,6 +55,25 @@ class RunningDensity:
             self.density = self.density.blend(fresh, torch.where(usable, weight, 0.0))
         return self.density
 
+    def grow(self, count: int) -> None:
+        """Takes in sites, of which nothing is known, behind those that there are.
+
+        A density of the user's own kind, whose parts cannot be known, begins anew for all sites.
+
+        Args:
+            count: number of sites that are new.
+        """
+        if self.density is None or self.rounds is None:
+            return
+        kind = type(self.density)
+        if kind.__name__ not in KINDS:
+            self.density = self.rounds = None
+            return
+        self.rounds = torch.cat([self.rounds, self.rounds.new_zeros(count)])
+        fresh = vars(self.estimator(torch.full((count, 2), torch.nan, device=self.rounds.device)))
+        tensors = {name: value for name, value in vars(self.density).items() if isinstance(value, Tensor)}
+        self.density = kind(**{name: torch.cat([value, fresh[name].to(value)]) for name, value in tensors.items()})
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only.
 

@@ -41,6 +41,9 @@ MAX_CALLS = 64
 sequence would otherwise have a site for each time step."""
 
 _OUTSIDE = "called outside any forward, where its calls cannot be told apart; call it from a forward"
+NOT_REACHED = "not reached by the example input"
+"""How the reason begins for which an activation is left alone that the example does not call."""
+
 _NOT_SEEN = "without an example it is not seen whether this is a hidden activation or an output"
 _OPAQUE = (nn.RNNBase, nn.RNNCellBase)
 
@@ -253,12 +256,12 @@ def _unreached(
         The site with its role, and the reason.
     """
     if not is_named(model, site.module, trace.forwards):
-        return _spare(site, "not reached by the example input, and no code of the model names it")
+        return _spare(site, f"{NOT_REACHED}, and no code of the model names it")
     around = next((name for name in like if site.module.startswith(f"{name}.")), None)
     if around is None:
-        return replace(site, role="unknown", reason=site.reason or "not reached by the example input")
+        return replace(site, role="unknown", reason=site.reason or NOT_REACHED)
     other = reached.get(like[around] + site.name[len(around) :])
-    reason = site.reason or f"not reached by the example input; as in {like[around]}"
+    reason = site.reason or f"{NOT_REACHED}; as in {like[around]}"
     return replace(site, role=site.role if other is None else other.role, reason=reason)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
@@ -18,7 +18,9 @@ from eafo_dynamic.apply.observing import observe_only, refuse_corrected
 from eafo_dynamic.apply.surgery import put_back, take_off, unwrap, wrap
 from eafo_dynamic.correction.kernels import resolve_backend
 from eafo_dynamic.density.ranks import is_first_rank
-from eafo_dynamic.errors import CompoundingError, legible
+from eafo_dynamic.errors import CompoundingError, SiteError, legible
+from eafo_dynamic.find.adopting import with_new_calls
+from eafo_dynamic.find.probe import structural_copy
 from eafo_dynamic.find.sites import SiteReport, find_sites
 from eafo_dynamic.internals.declared import named
 from eafo_dynamic.internals.version import package_versions
@@ -74,18 +76,12 @@ class EAFOController:
         self.trust_region = self.options.trust_region
         self.records: deque[Record] = deque(maxlen=self.KEPT_RECORDS)
         self.pace = Pace()
-        observes = self.options.observes
-        eps_init = 0.0 if observes else self.options.eps_init
-        hosted = wrap(model, self.report, eps_init, backend=self.options.backend, **self.options.form)
-        if observes:
-            observe_only(hosted)
-        else:
-            keep_beside(model)
-        self.bank = Bank(model, hosted)
+        self.bank = self._wrapped()
         self._alerts: Alerts | None = None
-        if observes:
-            self._alerts = Alerts(self.bank.functions().bases, self.options.resolution, is_first_rank())
+        if self.options.observes:
+            self._alerts = self._new_alerts()
         self._watch: OptimizerWatch | None = None
+        self._watches_optimizers = False
         self.agreement = Agreement(self.options.process_group)
         self.agreement.announce()
         self._rounds = Rounds(self.bank, self.policies, self.options, self.agreement)
@@ -127,7 +123,21 @@ class EAFOController:
         controller = cls(model, checked, find_sites(model, *example_args, selection=checked.selection))
         put_back(model, earlier)
         controller._watch = OptimizerWatch(model, lambda: controller.trained)
+        controller._watches_optimizers = True
         return controller
+
+    def _wrapped(self) -> Bank:
+        """The sites of the report in the model; those that are there already stay as they are."""
+        eps_init = 0.0 if self.options.observes else self.options.eps_init
+        hosted = wrap(self.model, self.report, eps_init, backend=self.options.backend, **self.options.form)
+        if self.options.observes:
+            observe_only(hosted)
+        else:
+            keep_beside(self.model)
+        return Bank(self.model, hosted)
+
+    def _new_alerts(self) -> Alerts:
+        return Alerts(self.bank.functions().bases, self.options.resolution, is_first_rank())
 
     def _share_out_samples(self) -> None:
         """Sets how many samples each site takes from one batch, so that a round has ``samples_per_site`` of it."""
@@ -190,6 +200,70 @@ class EAFOController:
             self.collecting = True
 
         return SharedGradients(self.model, self.bank, self.agreement.among, self.options.tensor_parallel, collect)
+
+    @property
+    def met_unknown(self) -> bool:
+        """Whether a forward has made a call that is left plain since no example has made it; set it back to False."""
+        return self._switch.met_unknown
+
+    @met_unknown.setter
+    def met_unknown(self, value: bool) -> None:
+        self._switch.met_unknown = value
+
+    def adopt(
+        self, *example_args: Any, run: Callable[[nn.Module], object] | None = None, **example_kwargs: Any
+    ) -> dict[str, nn.Parameter]:
+        """Gives the calls of an example that have no correction yet, one each; all others keep theirs.
+
+        For a branch that opens in mid-training: no example before has made its calls, so they are plain. The optimiser
+        needs what is returned::
+
+            new = controller.adopt(x)
+            optimizer.add_param_group({"params": list(new.values()), "weight_decay": 0.0})
+
+        ``EAFOCallback(adopt=True)`` does all this when it meets such a call.
+
+        Args:
+            *example_args: example input; the model is copied and run once, as it is now.
+            run: called with the copy in place of ``copy(*example_args, **example_kwargs)``.
+            **example_kwargs: example input.
+
+        Returns:
+            The new amplitudes that the loss trains, by parameter name; empty if the example makes no new call.
+
+        Raises:
+            SiteError: if several ranks train the model, whose parameters cannot become more; if the example's forward
+                fails. The corrections are then as they were.
+        """
+        if self.agreement.size > 1:
+            raise SiteError(
+                "several ranks train this model, and a parameter that is new on them belongs to no bucket of "
+                "DistributedDataParallel. Attach with an example that makes all calls."
+            )
+        with structural_copy(self.model) as plain:
+            now = find_sites(unwrap(plain), *example_args, selection=self.options.selection, run=run, **example_kwargs)
+        grown = with_new_calls(self.report, now)
+        before = set(self.trained)
+        if len(grown.wrapped) > len(self.report.wrapped):
+            self._grow(grown)
+        return {name: amplitude for name, amplitude in self.trained.items() if name not in before}
+
+    def _grow(self, report: SiteReport) -> None:
+        """Takes sites in behind those that there are."""
+        frozen = [amplitude for amplitude in self.bank.amplitudes if not amplitude.requires_grad]
+        self.report = report
+        self.policies = assigned(self.options.policy, report.wrapped)
+        self.bank = self._wrapped()
+        self._rounds = self._rounds.grown(self.bank, self.policies)
+        for amplitude in frozen:
+            amplitude.requires_grad_(False)
+        if self._alerts is not None:
+            state = self._alerts.state_dict()
+            self._alerts = self._new_alerts()
+            self._alerts.load_state_dict(state)
+        if self._watch is None and self._watches_optimizers:
+            self._watch = OptimizerWatch(self.model, lambda: self.trained)
+        self._share_out_samples()
 
     @property
     def rounds(self) -> int:

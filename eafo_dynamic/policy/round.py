@@ -206,6 +206,26 @@ class Rounds:
         self.gradient = None
         self._replaced = None
 
+    def grown(self, bank: Bank, policies: Sequence[Policy]) -> Rounds:
+        """The rounds of a bank that has sites behind those of this one's, which go on as they are.
+
+        Args:
+            bank: the sites, the earlier ones first.
+            policies: one per site.
+
+        Returns:
+            The rounds. What the last round did cannot be undone in them.
+        """
+        grown = Rounds(bank, policies, self._options, self._agreement)
+        grown.density, grown.losses, grown.count = self.density, self.losses, self.count
+        functions = bank.functions()
+        of_new = functions.amplitudes[:, self._last.shape[1] :]
+        grown.density.grow(of_new.shape[1])
+        grown._last = torch.cat([_beside(self._last, functions), of_new], dim=1)
+        if self.gradient is not None:
+            grown.gradient = torch.cat([self.gradient, torch.zeros_like(of_new)], dim=1)
+        return grown
+
     def state_dict(self) -> dict[str, Any]:
         """What all ranks agree on; tensors and primitives only.
 

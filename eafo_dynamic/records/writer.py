@@ -188,6 +188,20 @@ class LogWriter:
             return self.path
         return origin
 
+    def describe_anew(self, about: Mapping[str, Any]) -> None:
+        """Says something else about the run, as where it has got more sites.
+
+        Args:
+            about: what changes in the manifest.
+        """
+        self.manifest.update(about)
+        if not self._begun:
+            return
+        try:
+            _replace(self.path / MANIFEST, [_dump(self.manifest, None)])
+        except OSError as error:
+            self._fail(error, 0)
+
     def _begin(self) -> int:
         """Continue the restored run's log, or put an earlier log aside; then write this run's manifest.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Iterable, Sequence
+import re
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from eafo_dynamic.errors import ConfigError, one_line, printable
 from eafo_dynamic.internals.torch_internals import OTHERS_PER_GROUP, RATES_PER_GROUP, inner_schedulers
 from eafo_dynamic.trainers.options import GroupOptions
 
-__all__ = ["GROUP_NAME", "LR_MULTIPLE", "own_group"]
+__all__ = ["GROUP_NAME", "LR_MULTIPLE", "extend_groups", "own_group"]
 
 GROUP_NAME = "eafo"
 LR_MULTIPLE = GroupOptions.lr_multiple
@@ -100,6 +101,85 @@ def own_group(
             for scheduler in schedulers_here:
                 _save_first(scheduler, groups_before)
     return _notes(places.in_lbfgs, places.nowhere, refusals)
+
+
+def extend_groups(
+    optimizers: Sequence[Optimizer],
+    amplitudes: dict[str, nn.Parameter],
+    new: Collection[str],
+    model: nn.Module,
+    *,
+    schedulers: Iterable[Any] = (),
+    options: GroupOptions,
+) -> list[str]:
+    """Adds amplitudes that are made in mid-training to the groups that ``own_group`` has made.
+
+    Each goes where those go that have the same nearest relatives in the module tree. The members of a group then stand
+    in the order of a run that has all of them from the start, so that it can restore the state of the optimiser.
+
+    Args:
+        optimizers: from ``own_group``; they may have taken steps.
+        amplitudes: all, by parameter name, in the order of ``own_group``.
+        new: names of those that are new and train.
+        model: the model they belong to.
+        schedulers: learning-rate schedulers of these optimisers.
+        options: of the groups, for an optimiser that has had no amplitude so far.
+
+    Returns:
+        What could not be done, as ``own_group`` says it.
+    """
+    plain: list[Optimizer] = [_unwrapped(optimizer) for optimizer in optimizers]
+    places = _find_places(plain, amplitudes, model, by_relatives=True)
+    ours = [group for optimizer in plain for group in optimizer.param_groups if _is_ours(group)]
+    members = {id(parameter): group for group in ours for parameter in group["params"]}
+    homes: dict[_Place, dict[str, Any]] = {}
+    for name, place in places.of.items():
+        if id(amplitudes[name]) in members:
+            homes[place] = members[id(amplitudes[name])]
+    rank = {id(parameter): number for number, parameter in enumerate(amplitudes.values())}
+    homeless: dict[str, nn.Parameter] = {}
+    for name in new:
+        place = places.of.get(name)
+        home = None
+        if place is not None:
+            home = homes.get(place, _first_of_ours(place.optimizer))
+        if place is None or home is None:
+            homeless[name] = amplitudes[name]
+            continue
+        home["params"].append(amplitudes[name])
+        if "param_names" in home:
+            home["param_names"].append(name)
+        if isinstance(place.optimizer, torch.optim.Adagrad):
+            _add_state_of_adagrad(place.optimizer, {name: amplitudes[name]}, home)
+        _put_in_order(home, rank)
+    without = [optimizer for optimizer in plain if not _is_grouped(optimizer)]
+    if not homeless or not without:
+        return _notes([], list(homeless), [])
+    return own_group(
+        without,
+        homeless,
+        model,
+        schedulers=schedulers,
+        lr=options.lr,
+        lr_multiple=options.lr_multiple,
+        weight_decay=options.weight_decay,
+        by_relatives=True,
+    )
+
+
+def _is_ours(group: dict[str, Any]) -> bool:
+    return re.fullmatch(rf"{GROUP_NAME}(-\d+)?", str(group.get("name"))) is not None
+
+
+def _first_of_ours(optimizer: Optimizer) -> dict[str, Any] | None:
+    return next(filter(_is_ours, optimizer.param_groups), None)
+
+
+def _put_in_order(group: dict[str, Any], rank: Mapping[int, int]) -> None:
+    order = sorted(range(len(group["params"])), key=lambda number: rank[id(group["params"][number])])
+    for entry in ("params", "param_names"):
+        if entry in group:
+            group[entry] = [group[entry][number] for number in order]
 
 
 def _notes(in_lbfgs: Sequence[str], nowhere: Sequence[str], refusals: Sequence[str]) -> list[str]:

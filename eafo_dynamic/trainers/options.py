@@ -151,6 +151,16 @@ class CallbackOptions(WrittenOptions, GroupOptions, Options):  # the fields of t
         unit="epochs",
         when="to update at the same point of every epoch",
     )
+    adopt: bool = option(
+        default=False,
+        part=SITES,
+        text=(
+            "whether a call that is first met in mid-training, as where a branch opens, gets a correction then; else "
+            "it stays plain, with a warning; Lightning on one device only"
+        ),
+        check=flag,
+        when="the model grows, or calls other parts of itself as it trains",
+    )
 
     @property
     def schedule(self) -> Schedule:

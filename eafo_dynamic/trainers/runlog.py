@@ -126,6 +126,15 @@ class RunLog:
         self._told_of_earlier = False
         self.path = self._writer.path
 
+    def describe_anew(self, about: dict[str, Any]) -> None:
+        """Says something else about the run.
+
+        Args:
+            about: what the manifest is to say.
+        """
+        if self._writer is not None:
+            self._writer.describe_anew(about)
+
     def _resumed_beside(self, folder: Path) -> Path:
         """Return the folder of the resumed log where it is ``eafo-2`` or the like, beside the usual one."""
         if self._source is None:

@@ -28,6 +28,7 @@ from eafo_dynamic.internals.declared import takes
 from eafo_dynamic.policy.controller import EAFOController
 from eafo_dynamic.policy.schedule import Epochs
 from eafo_dynamic.records.notebook import History
+from eafo_dynamic.trainers.lightning.adoption import Adoption
 from eafo_dynamic.trainers.lightning.example import (
     averaging,
     batch_report,
@@ -39,7 +40,7 @@ from eafo_dynamic.trainers.lightning.example import (
 from eafo_dynamic.trainers.lightning.listener import LoadListener
 from eafo_dynamic.trainers.lightning.reporter import Reporter, announce
 from eafo_dynamic.trainers.lightning.restoring import load_module
-from eafo_dynamic.trainers.optim import own_group
+from eafo_dynamic.trainers.optim import extend_groups, own_group
 from eafo_dynamic.trainers.options import CallbackOptions
 from eafo_dynamic.trainers.replicas import Replicas, check_strategy, everyones, with_mesh
 from eafo_dynamic.trainers.runlog import RunLog
@@ -88,6 +89,7 @@ class EAFOCallback(Callback):
         self._late = False  # whether eps joined the optimisers after they were made
         self._listener: LoadListener | None = None
         self._replicas: Replicas | None = None
+        self._adoption = Adoption()
 
     @staticmethod
     def load_from_checkpoint(module_class: type[_Module], path: str | Path, **options: Any) -> _Module:
@@ -120,6 +122,7 @@ class EAFOCallback(Callback):
             return
         check_strategy(trainer.strategy)
         self.options = with_mesh(self.options, trainer.strategy)
+        self._adoption = Adoption(self.options.adopt, trainer, pl_module)
         if trainer.world_size > 1:
             self._replicas = Replicas(pl_module, self._amplitudes)
         if self._has_wrapped(pl_module):
@@ -179,7 +182,7 @@ class EAFOCallback(Callback):
         if resumed.wrapped != found.wrapped:
             self.controller.detach()
             self._attach(pl_module, resumed)
-            warn_of_changes(saved, found)
+            warn_of_changes(saved, found, adopts=self.options.adopt)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives eps its parameter group, before optimiser states are restored, and opens the log."""
@@ -241,6 +244,7 @@ class EAFOCallback(Callback):
         if self._awaits_batch:
             self._find_in(batch, trainer, pl_module)
         self._restore_state()
+        self._adopt_calls(batch, trainer, pl_module)
         due = self._epochs is not None and trainer.is_last_batch and self._epochs.due(trainer.current_epoch)
         self._controller.expect(trainer.global_step, due)
 
@@ -249,6 +253,27 @@ class EAFOCallback(Callback):
         self._wrap(trainer, pl_module, batch_report(trainer, pl_module, self.options.selection, batch))
         self._begin(trainer, pl_module)
         self._align(trainer)
+
+    def _adopt_calls(self, batch: Any, trainer: Trainer, pl_module: LightningModule) -> None:
+        before = len(self._controller.bank.sites)
+        new = self._adoption.of_batch(batch, self._controller, trainer, pl_module)
+        if new is None:
+            return
+        self._late = True
+        keep_sites(pl_module, manifest(self._controller.report, **self.options.form))
+        notes = extend_groups(
+            trainer.optimizers,
+            self._controller.amplitudes,
+            new,
+            pl_module,
+            schedulers=[config.scheduler for config in trainer.lr_scheduler_configs],
+            options=self.options,
+        )
+        for note in notes:
+            warnings.warn(f"EAFO: {note}", stacklevel=2)
+        self._log.describe_anew(self._controller.about())
+        names = ", ".join(self._controller.bank.names[before:])
+        self._say(f"EAFO: from step {trainer.global_step} on, these calls are corrected, too: {names}.")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Lets the policy add to eps.grad, or drops it once frozen."""
@@ -261,6 +286,7 @@ class EAFOCallback(Callback):
         if self._awaits_batch:
             return  # there was no batch: the loader gave None
         controller, step = self._controller, trainer.global_step
+        self._adoption.after_batch(controller)
         self._last_epoch = trainer.current_epoch
         self._observe_loss(outputs)
         due: bool | None = None

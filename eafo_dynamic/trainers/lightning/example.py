@@ -155,6 +155,7 @@ def batch_runs(trainer: Any, module: Any, batch: Any) -> list[Run]:
 
     def step(probe: Any) -> object:
         vars(probe).update(dict.fromkeys(("log", "log_dict", "print"), _ignore))
+        vars(probe)["_trainer"] = trainer  # which a copy does not have: the step may go by global_step
         if not probe.automatic_optimization:
             vars(probe).update(_idle_optimisation(trainer))
         arguments = [copy.deepcopy(batch)]
