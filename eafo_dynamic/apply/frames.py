@@ -48,6 +48,7 @@ __all__ = [
     "entered",
     "function_mode",
     "in_backward",
+    "name_missing_turns",
     "name_outside",
     "open_frame",
     "refuse_symbols",
@@ -499,6 +500,13 @@ def close_frame(outer: TorchFunctionMode | None) -> None:
     frame.mode = None  # the two would keep each other, and the tensors that were followed, until garbage is collected
     if outer is not None:
         push_mode(outer)
+
+
+def name_missing_turns() -> None:
+    """Warns, at the end of a forward, of loops whose turns may have had the corrections of other turns."""
+    frame = STACK.frames[-1]
+    for (key, row), count in frame.turns.items():
+        frame.owner.eafo_routes[key].note_turns(key, row, count)
 
 
 def entered(

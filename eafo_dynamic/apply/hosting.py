@@ -23,6 +23,7 @@ from eafo_dynamic.apply.frames import (
     entered,
     function_mode,
     in_backward,
+    name_missing_turns,
     name_outside,
     open_frame,
     refuse_symbols,
@@ -281,6 +282,7 @@ def _counted(method: Callable[..., Any], name: str) -> Callable[..., Any]:
                         result = method(self, *args, **kwargs)
                 else:
                     result = method(self, *args, **kwargs)
+                name_missing_turns()
             finally:
                 close_frame(outer)
         if frames and is_forward and self.eafo_child:

@@ -165,6 +165,32 @@ class KnownCalls:
         self._remembered[places, after] = row
         return row
 
+    def note_turns(self, key: str, row: int, count: int) -> None:
+        """Warns once if a loop has run fewer turns than its example, and nothing but their number tells which.
+
+        In a loop that calls no child, as over a ``ParameterList``, a turn that is skipped gives its correction to the
+        next one.
+
+        Args:
+            key: what is called.
+            row: which row the turns are.
+            count: how many turns one forward has run.
+        """
+        evidence, turns = self.rows[row], self.sites[row]
+        if count >= len(turns) or evidence.after or evidence == BY_ORDER or evidence in self.unknown:
+            return
+        what = printable(key.lstrip(":"))
+        self.unknown[evidence] = (
+            f"a loop that calls {what} ran {count} of the {len(turns)} turns of its example, and no layer tells which"
+        )
+        warnings.warn(
+            f"EAFO: {self.unknown[evidence]}; they go by their number. Let each turn call a layer of its own, such as "
+            "nn.Linear in place of a weight in a list, or exclude the activation.",
+            stacklevel=2,
+        )
+        for site in self._own_sites()[:1]:
+            site.collector.passed_over = self.unknown[evidence]
+
     def note_unknown(self, key: str, seen: Evidence, line: str) -> None:
         """Takes in a call that is left plain: the first time it is warned of, and goes to the log with the next round.
 
