@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +22,7 @@ from eafo_dynamic.apply.observing import refuse_corrected
 from eafo_dynamic.apply.surgery import put_back, take_off
 from eafo_dynamic.density.ranks import world_size
 from eafo_dynamic.errors import ConfigError, EAFOError, SiteError, legible, one_line
-from eafo_dynamic.find.sites import find_sites
+from eafo_dynamic.find.sites import SiteReport, find_sites
 from eafo_dynamic.internals.declared import takes
 from eafo_dynamic.internals.files import replacing
 from eafo_dynamic.internals.torch_internals import callers, current_frame, hide_from_compiler, variable_of
@@ -152,10 +154,10 @@ class EAFOTrainerCallback(TrainerCallback):
         saved = read_corrections(folder / FILE_NAME).sites
         check_form(saved, self.options.form)
         resumed = report_from_manifest(controller.model, saved, controller.report)
-        if resumed.wrapped != controller.report.wrapped:
+        if {site.name for site in resumed.wrapped} != set(controller.bank.names):
             warn_of_changes(saved, controller.report)
             controller.detach()
-            self.controller = EAFOController(controller.model, self.options, resumed)
+            self.controller = EAFOController(controller.model, self.options, _in_order_of(resumed, folder))
 
     def _restore_corrections(self, folder: Path) -> None:
         """Restores corrections beside an adapter: the Trainer restores the adapter alone."""
@@ -369,6 +371,14 @@ def _named_checkpoint(trainer: Any, named: str | bool | None) -> Path | None:
     if not named:
         return None
     return Path(named)
+
+
+def _in_order_of(report: SiteReport, folder: Path) -> SiteReport:
+    """The sites in the order in which a checkpoint's state has them, where it has one that can be read."""
+    with contextlib.suppress(Exception):  # what is wrong with it is said when the state is restored
+        names: list[str] = list(torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True)["sites"])
+        return replace(report, sites=sorted(report.sites, key=lambda site: names.index(site.name)))
+    return report
 
 
 def _resumed_checkpoint(args: Any, state: Any) -> Path:
