@@ -8,6 +8,7 @@ them apart, by where they are made and by the children that have run before; see
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -195,9 +196,12 @@ def _check_initialised(model: nn.Module, report: SiteReport) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for found in report.wrapped:
         for name in (found.module, found.owner, *found.guarded):
-            module: Any = None if name is None else modules.get(name)
-            changes = isinstance(module, LazyModuleMixin) and module.cls_to_become is not None
-            if changes and cast(Any, module).has_uninitialized_params():
+            if name is None:
+                continue
+            module: Any = modules.get(name)
+            if not isinstance(module, LazyModuleMixin) or module.cls_to_become is None:
+                continue
+            if cast(Any, module).has_uninitialized_params():
                 raise SiteError(
                     f"{name or type(module).__name__} is a lazy module that is not initialised: it would lose its "
                     "corrections when it is. Run the model once, model(x), before it is wrapped."
@@ -211,49 +215,91 @@ def _channels(found: FoundSite) -> int:
             f"{found.name}: one amplitude a channel needs the shape of its pre-activations; "
             "search with an example input (example_input_array in Lightning)."
         )
-    images = len(found.shape) >= 3 if found.channel_dim is None else found.channel_dim == 1
-    return found.shape[0 if images else -1]
+    is_image = found.channel_dim == 1
+    if found.channel_dim is None:
+        is_image = len(found.shape) >= 3
+    if is_image:
+        return found.shape[0]
+    return found.shape[-1]
 
 
 def _own_source(model: nn.Module, found: FoundSite) -> nn.Module | Base:
     if found.parameters is not None:
-        return function_base(WRITTEN if found.kind == "written" else found.class_name, found.parameters)
+        return function_base(_function(found), found.parameters)
     return plain_view(model.get_submodule(found.module))
+
+
+def _function(found: FoundSite) -> str:
+    """Name of the function that a functional call is of."""
+    if found.kind == "written":
+        return WRITTEN
+    return found.class_name
 
 
 def _install(
     model: nn.Module, found: FoundSite, switch: Switch, form: Form, base: str | None
 ) -> tuple[nn.Module, Site]:
-    module = model.get_submodule(found.module)
-    host = module if found.owner is None else model.get_submodule(found.owner)
-    for site in host.eafo_sites if isinstance(host, Hosting) else ():
-        if found.owner is None or site.name == found.name:
-            return host, site
-    target = become(module, ACTIVATION if found.parameters is None else OWNER, found.module)
+    """Makes a site on the module that hosts it, unless it is there, and lets the module that tells its call know it.
+
+    Returns:
+        The host and the site.
+    """
+    module = host = model.get_submodule(found.module)
+    if found.owner is not None:
+        host = model.get_submodule(found.owner)
+    existing = _existing(host, found)
+    if existing is not None:
+        return host, existing
+
+    # who computes the function, who hosts the tensors, and who tells the calls apart
+    is_function = found.parameters is not None
+    caller = become(module, OWNER if is_function else ACTIVATION, found.module)
     owner = become(host, OWNER, found.module if found.owner is None else found.owner)
+    teller = owner
+    if found.caller is not None:
+        teller = become(model.get_submodule(found.caller), OWNER, found.caller)
+
     index = 1 + max((each.index for each in owner.eafo_sites), default=-1)
     site = Site(found.name, index, found.module, switch, Collector(channel_dim=found.channel_dim), base=base)
     site.found = (found, form)
-    key = _key(found, target)
-    if found.parameters is None:
-        target.eafo_shared = found.owner is not None
+    if is_function:
+        _correct_function(caller, found, site)
     else:
-        site.function = (WRITTEN if found.kind == "written" else found.class_name, found.parameters)
-        target.eafo_functions |= {site.function[0]}
-        if found.hidden_from_compiler:
-            target.eafo_uncompiled |= {found.class_name}
-        if found.kind == "written":
-            target.eafo_written |= wanted_for(written_node(found.parameters))
-    channels = _channels(found) if form.per_channel else None
+        caller.eafo_shared = found.owner is not None
+    channels: int | None = None
+    if form.per_channel:
+        channels = _channels(found)
     site.register(host, as_base(site_source(model, site)), form, channels, _device(model, found))
     owner.eafo_sites.append(site)
-    teller = owner if found.caller is None else become(model.get_submodule(found.caller), OWNER, found.caller)
+
     if found.owner is not None or found.caller is not None:
-        teller.eafo_routes.setdefault(key, KnownCalls()).put(Evidence(found.places, found.after), found.turn, site)
+        known = teller.eafo_routes.setdefault(_key(found, caller), KnownCalls())
+        known.put(Evidence(found.places, found.after), found.turn, site)
         enter_by(teller, _methods(teller, found))
     if found.caller is not None:
-        target.eafo_checked = teller.eafo_tells_others = True
+        caller.eafo_checked = teller.eafo_tells_others = True
     return host, site
+
+
+def _existing(host: nn.Module, found: FoundSite) -> Site | None:
+    if not isinstance(host, Hosting):
+        return None
+    for site in host.eafo_sites:
+        if found.owner is None or site.name == found.name:
+            return site
+    return None
+
+
+def _correct_function(caller: Hosting, found: FoundSite, site: Site) -> None:
+    """Lets the module that calls a function look out for it."""
+    parameters = found.parameters or {}
+    name = _function(found)
+    site.function = name, parameters
+    caller.eafo_functions |= {name}
+    if found.hidden_from_compiler:
+        caller.eafo_uncompiled |= {found.class_name}
+    if name == WRITTEN:
+        caller.eafo_written |= wanted_for(written_node(parameters))
 
 
 def _methods(owner: Hosting, found: FoundSite) -> set[str]:
@@ -270,7 +316,9 @@ def _key(found: FoundSite, target: Hosting) -> str:
     if found.parameters is None:
         return target.eafo_name
     function = found.key[len(found.module) :]
-    return function if found.owner == found.module else f"{target.eafo_name}{function}"
+    if found.owner == found.module:
+        return function
+    return f"{target.eafo_name}{function}"
 
 
 def _know_what_is_left_alone(model: nn.Module, report: SiteReport) -> None:
@@ -286,13 +334,16 @@ def _know_what_is_left_alone(model: nn.Module, report: SiteReport) -> None:
 
 def _device(model: nn.Module, found: FoundSite) -> torch.device | None:
     """Where the nearest parameter or buffer around a site lives; an activation has none of its own."""
-    name = found.module if found.owner is None else found.owner
+    name = found.owner
+    if name is None:
+        name = found.module
     while True:
         module = model.get_submodule(name)
-        near = next(module.parameters(), None)
-        near = next(module.buffers(), None) if near is None else near
-        if near is not None or not name:
-            return None if near is None else near.device
+        near = next(itertools.chain(module.parameters(), module.buffers()), None)
+        if near is not None:
+            return near.device
+        if not name:
+            return None
         name = name.rpartition(".")[0]
 
 
@@ -306,7 +357,9 @@ def _guard(model: nn.Module, report: SiteReport) -> None:
         for name in (*found.guarded, *found.through, *found.beside):
             if name in modules and not isinstance(modules[name], torch.jit.ScriptModule):
                 become(modules[name], OWNER, name)
-        teller = found.caller if found.owner is None else found.owner
+        teller = found.owner
+        if teller is None:
+            teller = found.caller
         if teller is not None and not is_unbranched(found.places):  # else its place decides, whatever ran before
             owners |= {teller, *found.through, *found.beside}
     for name, module in modules.items():
@@ -383,16 +436,15 @@ def take_off(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         The sites' tensors by their keys in the state_dict; empty for a model that is not wrapped.
     """
-    own = {
-        id(host): {key for site in sites if not site.observes for key in site.keys}
-        for host, sites in _by_host(model).items()
-    }
-    state = {
-        f"{name}.{key}" if name else key: tensor.detach().clone()
-        for name, module in model.named_modules()
-        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        if key in own.get(id(module), ())
-    }
+    names = {id(module): name for name, module in model.named_modules()}
+    state: dict[str, Tensor] = {}
+    for host, site in hosted_sites(model):
+        if site.observes:
+            continue
+        for key in site.keys:
+            tensor: Tensor | None = getattr(host, key, None)
+            if tensor is not None:
+                state[f"{names[id(host)]}.{key}".removeprefix(".")] = tensor.detach().clone()
     unwrap(model)
     return state
 
@@ -407,10 +459,3 @@ def put_back(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     present = model.state_dict()
     fitting = {key: value for key, value in state.items() if key in present and present[key].shape == value.shape}
     model.load_state_dict(fitting, strict=False)
-
-
-def _by_host(model: nn.Module) -> dict[nn.Module, list[Site]]:
-    hosts: dict[nn.Module, list[Site]] = {}
-    for host, site in hosted_sites(model):
-        hosts.setdefault(host, []).append(site)
-    return hosts

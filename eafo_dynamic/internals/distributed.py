@@ -6,6 +6,7 @@ import inspect
 import pickle
 import warnings
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -41,6 +42,8 @@ class _Metadata(pickle.Unpickler):
         """
         if module_name.split(".")[0] == "pathlib":
             return PurePath  # where the folder was when it was written, which nobody needs
+        if (module_name, global_name) == ("builtins", "getattr"):
+            return _member  # so newer versions name the members of an enumeration
         found: Any = super().find_class(module_name, global_name) if self._is_needed(module_name, global_name) else None
         if found is None or (module_name.startswith(_OURS) and not isinstance(found, type)):
             raise pickle.UnpicklingError(f"{module_name}.{global_name} is nothing that says what tensors are")
@@ -51,6 +54,12 @@ class _Metadata(pickle.Unpickler):
         if module_name.startswith(_OURS) or (module_name, global_name) in _PLAIN:
             return True
         return module_name == "torch" and isinstance(getattr(torch, global_name, None), _PROPERTIES)
+
+
+def _member(kind: Any, name: Any) -> Any:
+    if not isinstance(kind, type) or not issubclass(kind, Enum) or name not in kind.__members__:
+        raise pickle.UnpicklingError(f"{name!r} is no member of an enumeration")
+    return kind[name]
 
 
 class _Reader(FileSystemReader):
