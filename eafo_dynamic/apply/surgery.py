@@ -110,38 +110,25 @@ def wrap(
     report: SiteReport | None = None,
     eps_init: float = 0.01,
     *,
-    tabulated: bool = False,
-    per_channel: bool = False,
-    free: bool = False,
-    terms: str | Sequence[str] | None = None,
     base: str | Mapping[str, str] | None = None,
     backend: Backend = "auto",
+    **form: Any,
 ) -> list[tuple[nn.Module, Site]]:
-    """Gives every selected activation call of a model its correction, in place.
-
-    With all eps = 0 the wrapped model equals the plain one bit for bit, outputs and gradients. A site that is there
-    already stays as it is: wrapping again adds only what is missing, and a model may be wrapped of which a part is.
+    """Does what ``eafo_dynamic.wrap`` does, whose text says it, and returns the sites in place of the model.
 
     Args:
         model: any module.
-        report: the sites to wrap, from ``find_sites``; None: a static search.
+        report: the sites to wrap; None: a static search.
         eps_init: starting amplitude of every new site.
-        tabulated: whether every shape is a table, as densities other than the Gaussian need.
-        per_channel: whether every channel has an amplitude of its own.
-        free: the older name of ``terms="local"``.
-        terms: what is added to the base: "full", "local", "tails", "tied" or a list of terms, see Options; None:
-            "local" if ``free``, else "tied".
-        base: name of the function that takes the place of every activation, or names by patterns of sites; None: each
-            its own. ``unwrap`` gives them back.
-        backend: what computes the functions, see Options; of new models, not of one that is wrapped already.
+        base: what takes the place of the activations.
+        backend: what computes the functions.
+        **form: ``tabulated``, ``per_channel``, ``free`` and ``terms``.
 
     Returns:
         Pairs (host, site) in the order of the report; all that exist if the report has nothing to add to them.
 
     Raises:
-        SiteError: if the report selects no site, or one in a lazy module that is not initialised.
-        ConfigError: if a base is unknown, or a site that would get one is a gate; the model is then as it was.
-        PatternError: if a pattern of ``base`` matches nothing.
+        SiteError: as ``eafo_dynamic.wrap``, which raises the others, too.
     """
     report = report or find_sites(model)
     if not report.wrapped:
@@ -154,14 +141,15 @@ def wrap(
         name = swap_of(found, base)
         if name is not None:
             check_swap(name, as_base(_own_source(model, found)), found.name)
-    existing = hosted_sites(model)
-    switch = existing[0][1].switch if existing else Switch(backend=backend)
-    form = Form(eps_init, tabulated, per_channel, _terms(free, terms))
-    if per_channel:
+    made_of = _form(eps_init, **form)
+    if made_of.per_channel:
         for found in report.wrapped:
-            _channels(found)
+            _channels(found)  # or an error, before anything is changed
+    switch = Switch(backend=backend)
+    for _, site in hosted_sites(model):
+        switch = site.switch
     take_own_copies(model, _plain_activations(model, report))
-    hosted = [_install(model, found, switch, form, swap_of(found, base)) for found in report.wrapped]
+    hosted = [_install(model, found, switch, made_of, swap_of(found, base)) for found in report.wrapped]
     _know_what_is_left_alone(model, report)
     _guard(model, report)
     watch_unmet(model, report, hosted[0][1])
@@ -175,10 +163,21 @@ def _plain_activations(model: nn.Module, report: SiteReport) -> set[str]:
     return {name for name in names if not isinstance(model.get_submodule(name), Hosting)}
 
 
-def _terms(free: bool, terms: str | Sequence[str] | None) -> tuple[str, ...]:
-    if terms is None:
-        return LOCAL if free else TIED
-    return resolve_terms(terms)
+def _form(
+    eps_init: float,
+    tabulated: bool = False,
+    per_channel: bool = False,
+    free: bool = False,
+    terms: str | Sequence[str] | None = None,
+) -> Form:
+    """What the functions of new sites are made of."""
+    if terms is not None:
+        names = resolve_terms(terms)
+    elif free:
+        names = LOCAL
+    else:
+        names = TIED
+    return Form(eps_init, tabulated, per_channel, names)
 
 
 def _nothing_to_wrap(model: nn.Module, report: SiteReport) -> str:
