@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import lru_cache
 from types import CodeType
 
 from torch.autograd import Function
@@ -22,7 +23,7 @@ def foreign_function() -> str:
     Returns:
         Its name; empty outside any.
     """
-    forwards = _forwards()
+    forwards = _forwards(tuple(_functions()))
     for frame in callers(current_frame(1)):
         function = forwards.get(code_of(frame))
         if function is not None:
@@ -30,13 +31,20 @@ def foreign_function() -> str:
     return ""
 
 
-def _forwards() -> dict[CodeType, type[Function]]:
-    """The autograd functions that have been defined so far, by the code of their forwards."""
-    # not by the frame of Function.apply: from torch 2.14 on it runs in C++ and has none
-    found: dict[CodeType, type[Function]] = {}
+def _functions() -> list[type[Function]]:
+    """The autograd functions that have been defined so far."""
     functions: list[type[Function]] = Function.__subclasses__()
     for function in functions:
         functions += function.__subclasses__()
+    return functions
+
+
+@lru_cache(maxsize=1)
+def _forwards(functions: tuple[type[Function], ...]) -> dict[CodeType, type[Function]]:
+    """Autograd functions by the code of their forwards."""
+    # not by the frame of Function.apply: from torch 2.14 on it runs in C++ and has none
+    found: dict[CodeType, type[Function]] = {}
+    for function in functions:
         code = getattr(inspect.unwrap(function.forward), "__code__", _REENTRANT)
         if code is not _REENTRANT and not function.__module__.startswith(_OURS):
             found.setdefault(code, function)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -65,7 +66,9 @@ def _shared(model: nn.Module) -> dict[int, Any]:
             memo[id(buffer)] = lazy(device=buffer.device, dtype=buffer.dtype)
     for module in model.modules():
         for key, value in vars(module).items():
-            if key in ("_trainer", "_fabric") and value is not None:
+            if type(value) is OrderedDict and not value:
+                memo[id(value)] = OrderedDict()  # tables of hooks: deepcopy takes most of its time for them
+            elif key in ("_trainer", "_fabric") and value is not None:
                 memo[id(value)] = value  # a LightningModule's trainer holds the whole experiment
             elif isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
