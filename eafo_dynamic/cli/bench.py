@@ -16,7 +16,7 @@ __all__ = ["register"]
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"  # pyright: ignore[reportPrivateUsage]
 
-GROUPS = ("activation", "memory", "floor", "gpu", "statistics", "round", "start", "growth", "step")
+GROUPS = ("activation", "memory", "floor", "gpu", "statistics", "round", "start", "growth", "step", "short", "compiled")
 
 _DESCRIPTION = """\
 Measure what the corrections cost on this machine. Ratios are medians over pairs measured in alternation in

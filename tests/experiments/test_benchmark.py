@@ -155,7 +155,7 @@ def test_a_gpu_is_measured_where_there_is_one() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["growth", "step"])
+@pytest.mark.parametrize("group", ["growth", "step", "short", "compiled"])
 def test_quick_groups_of_whole_steps_measure(group: str) -> None:
     rows = run_benchmark([group], True)
     assert_rows_are_complete(rows)

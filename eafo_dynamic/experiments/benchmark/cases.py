@@ -19,6 +19,7 @@ from eafo_dynamic.experiments.benchmark.gpu import gpu_cases
 from eafo_dynamic.experiments.benchmark.limits import floor_cases, memory_cases
 from eafo_dynamic.experiments.benchmark.peers import Pade, ThreeLineCRReLU, hook_statistics, observer
 from eafo_dynamic.experiments.benchmark.rows import Eager, Row, both_ways, compare, row
+from eafo_dynamic.experiments.benchmark.short_steps import compiled_cases, short_cases
 from eafo_dynamic.experiments.benchmark.steps import refill, step_cases
 from eafo_dynamic.experiments.benchmark.timing import milliseconds, settle_allocator, time_in_pairs
 from eafo_dynamic.find.sites import find_sites
@@ -191,6 +192,8 @@ GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "start": start_cases,
     "growth": growth_cases,
     "step": step_cases,
+    "short": short_cases,
+    "compiled": compiled_cases,
 }
 
 
