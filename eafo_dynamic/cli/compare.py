@@ -232,9 +232,11 @@ def _show(plans: list[Plan], fmt: str) -> None:
     for plan in plans:
         restore(plan)
     evaluations, tables = evaluate(plans)
-    files = [path for each in evaluations for path in write(each)]
+    files = [path for evaluation in evaluations for path in write(evaluation)]
     if fmt != "table":
-        rows = [{"table": heading, **row} for heading, (table, _) in tables.items() for row in table]
+        rows: list[dict[str, Any]] = []
+        for heading, (table, _) in tables.items():
+            rows += [{"table": heading, **row} for row in table]
         emit(rows, fmt=fmt)
         return
     from rich.console import Console

@@ -79,8 +79,10 @@ def emit(
         if fmt == "json":
             plain = [{name: _json_value(row.get(name)) for name in names} for row in rows]
             text = json.dumps(plain, indent=2, ensure_ascii=not is_unicode())
-            # JSON writes \u001b itself, but leaves DELETE and C1 control characters as they are.
-            sys.stdout.write((printable(text) if sys.stdout.isatty() else text) + "\n")
+            if sys.stdout.isatty():
+                # JSON writes \u001b itself, but leaves DELETE and C1 control characters as they are.
+                text = printable(text)
+            sys.stdout.write(text + "\n")
         elif fmt == "csv":
             _write_csv(rows, names)
         elif fmt == "md":
@@ -111,7 +113,13 @@ def sparkline(values: Sequence[float | None], width: int = 10) -> str:
     scale = 0.0
     if high > low:
         scale = (len(blocks) - 1) / (high - low)
-    return "".join(" " if value is None else blocks[round((value - low) * scale)] for value in means)
+    line = ""
+    for value in means:
+        if value is None:
+            line += " "
+        else:
+            line += blocks[round((value - low) * scale)]
+    return line
 
 
 def is_unicode() -> bool:
@@ -172,11 +180,16 @@ def _write_csv(rows: Sequence[Row], names: Sequence[str]) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(names)
     for row in rows:
-        values = [_json_value(row.get(name)) for name in names]
-        cells = ["" if value is None else value for value in values]
-        if sys.stdout.isatty():
-            cells = [printable(cell) if isinstance(cell, str) else cell for cell in cells]
-        writer.writerow(cells)
+        writer.writerow([_csv_cell(row.get(name)) for name in names])
+
+
+def _csv_cell(value: Any) -> Any:
+    cell = _json_value(value)
+    if cell is None:
+        return ""
+    if isinstance(cell, str) and sys.stdout.isatty():
+        return printable(cell)
+    return cell
 
 
 def _write_markdown(rows: Sequence[Row], names: Sequence[str]) -> None:

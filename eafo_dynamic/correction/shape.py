@@ -154,8 +154,10 @@ def _norm(values: Tensor, step: float = GRID_STEP) -> Tensor:
 
 def _analytic(base: Base, density: Density, resolution: float, refinement: int) -> tuple[Tensor, Tensor]:
     """Raw ghat on the refined grid, and the size that its two parts have before they cancel."""
-    u, step = _grid(refinement, density), GRID_STEP / refinement
-    p, dp = density.pdf(u), density.dpdf(u)
+    u = _grid(refinement, density)
+    step = GRID_STEP / refinement
+    p = density.pdf(u)
+    dp = density.dpdf(u)
     saturating = p * _bounded_log_slope(base, density, u, step, resolution)
     return -_SQRT_2PI * (dp - saturating), _SQRT_2PI * (_norm(dp, step) + _norm(saturating, step))
 
@@ -203,7 +205,8 @@ def _mean_over_cells(
 def _score(base: Base, density: Density, resolution: float, kernel: RoundKernel | None) -> tuple[Tensor, Tensor]:
     """Raw ghat, and the size that it would have with the score of a unit Gaussian's scale."""
     mean, std = _known(density)
-    u, fine = _grid(1, density), _grid(_SCORE_REFINEMENT, density)
+    u = _grid(1, density)
+    fine = _grid(_SCORE_REFINEMENT, density)
     output, slope = derivatives(base, mean + std * fine, order=1)[:2]
     # float32 is ample for positions on a grid and twice as fast
     spread, score = _spread_and_score(output.float(), density.pdf(fine), resolution, kernel)

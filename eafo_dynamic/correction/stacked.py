@@ -86,7 +86,7 @@ class Functions:
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def direction(self, name: str, z: Tensor) -> Tensor:
-        """D f / d amplitude of one term: what one unit of it adds.
+        """Direction of a term, df / d amplitude: what one unit of its amplitude adds.
 
         Args:
             name: one of ``names``.
@@ -195,9 +195,15 @@ class Functions:
         if compiled is None:
             directions = self.directions(z)
             return out.add_(self._combined(directions)), directions
-        rooms = {name: workspace.like(z, room) for name, room in _ROOMS.items() if name in self.names}
-        compiled(z, out, **{f"by_{name}": room for name, room in rooms.items()})
-        return out, tuple(rooms[name] if name in rooms else self.direction(name, z) for name in self.names)
+        written = {name: workspace.like(z, room) for name, room in _ROOMS.items() if name in self.names}
+        compiled(z, out, **{f"by_{name}": direction for name, direction in written.items()})
+        found: list[Tensor] = []
+        for name in self.names:
+            if name in written:
+                found.append(written[name])
+            else:
+                found.append(self.direction(name, z))
+        return out, tuple(found)
 
     def _combined(self, directions: Sequence[Tensor]) -> Tensor:
         """c(z), the sum of amplitude * direction, by torch's operations."""
@@ -231,19 +237,26 @@ class Functions:
     @functools.cached_property
     def _inside(self) -> dict[Base, Known]:
         """The bases that are compiled."""
-        known = {base: known_pointwise(base.fn) for base in self.groups()}
-        return {base: each for base, each in known.items() if each is not None}
+        inside: dict[Base, Known] = {}
+        for base in self.groups():
+            known = known_pointwise(base.fn)
+            if known is not None:
+                inside[base] = known
+        return inside
 
     @functools.cached_property
     def _operands(self) -> RoundOperands:
         place = self.tabulated.new_full((len(self.bases),), -1)
         place[self.tabulated] = torch.arange(len(self.tabulated), device=place.device)
-        codes, below = [0] * len(self.bases), [0.0] * len(self.bases)
+        codes = [0] * len(self.bases)
+        below = [0.0] * len(self.bases)
         for base, rows in self.groups().items():
             known = self._inside.get(base)
-            if known is not None:
-                for row in rows:
-                    codes[row], below[row] = known.code, known.below
+            if known is None:
+                continue
+            for row in rows:
+                codes[row] = known.code
+                below[row] = known.below
         return RoundOperands(
             amplitudes=self.amplitudes.contiguous(),
             names=self.names,

@@ -89,7 +89,7 @@ class Shape:
         return _evaluate(self._pieces, u, GRID_HALF_WIDTH, order=0)
 
     def slope(self, u: Tensor) -> Tensor:
-        """D ghat / d u.
+        """The slope d ghat / du.
 
         Args:
             u: standardised pre-activations, shape [m] or [sites, m].
@@ -144,12 +144,14 @@ def tabulate(shape: Shape, half_width: float = HALF_WIDTH, knots: int = KNOTS) -
     if not half_width > _TAPER:
         raise ConfigError("half_width", half_width, "leaves no room for the taper", "The default is 8.")
     step = 2 * half_width / (knots - 1)
-    values, slopes = None, None
+    u = torch.linspace(-half_width, half_width, knots, dtype=torch.float64, device=shape.gain.device)
+    values = None
+    slopes = None
     if half_width == GRID_HALF_WIDTH:
         values, slopes = shape.at_nodes(knots)
-    u = torch.linspace(-half_width, half_width, knots, dtype=torch.float64, device=shape.gain.device)
     if values is None or slopes is None:
-        values, slopes = shape(u), shape.slope(u)
+        values = shape(u)
+        slopes = shape.slope(u)
     table = cubic_pieces(*faded(values, slopes * step, u, half_width, step))
     return table / (steepest_slope(table) / step).clamp(min=1.0)[..., None, None]
 

@@ -72,7 +72,7 @@ def amplitude_names(terms: Sequence[str]) -> tuple[str, ...]:
         terms: from ``resolve_terms``.
 
     Returns:
-        The same, with "eps" for "tied".
+        The names of the terms, with "eps" for "tied".
 
     Example:
         >>> amplitude_names(("tied", "slope"))
@@ -82,7 +82,7 @@ def amplitude_names(terms: Sequence[str]) -> tuple[str, ...]:
 
 
 def local_terms(terms: Sequence[str]) -> list[str]:
-    """Those that need the closed form of a Gaussian density.
+    """The terms that need the closed form of a Gaussian density.
 
     Args:
         terms: from ``resolve_terms``.

@@ -162,11 +162,12 @@ class Collector:
             nothing = torch.empty(0, dtype=torch.float32, device="cpu")
             return nothing, nothing.long()
         if len(chunks) == 1:  # as nearly always
-            values, units = chunks[0].values, _units(chunks[0], self.channel_dim)
+            values = chunks[0].values
+            units = _units(chunks[0], self.channel_dim)
         else:
-            device = chunks[0].values.device  # replicas of one module may have left samples on several
-            parts = [(chunk.values.to(device), _units(chunk, self.channel_dim).to(device)) for chunk in chunks]
-            values, units = (torch.cat(part) for part in zip(*parts, strict=True))
+            device = chunks[0].values.device  # replicas of a module may have left samples on several devices
+            values = torch.cat([chunk.values.to(device) for chunk in chunks])
+            units = torch.cat([_units(chunk, self.channel_dim).to(device) for chunk in chunks])
         return values.to(torch.promote_types(values.dtype, torch.float32)), units
 
     def pending(self) -> list[tuple[Tensor, list[int], bool]]:
@@ -216,11 +217,12 @@ def _units(chunk: _Chunk, dim: int | None) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _kept_units(shape: tuple[int, ...], count: int, channels_last: bool, device: torch.device, dim: int) -> Tensor:
-    place, sizes = _kept_spread(math.prod(shape), count, device), list(shape)
+    place = _kept_spread(math.prod(shape), count, device)
     if dim < 0:
         return place
+    sizes = list(shape)
     if channels_last:  # the places count along dimension 1 first
         order = [0, *range(2, len(sizes)), 1]
-        sizes = [sizes[each] for each in order]
+        sizes = [shape[dimension] for dimension in order]
         dim = order.index(dim)
     return (place // math.prod(sizes[dim + 1 :])) % sizes[dim]

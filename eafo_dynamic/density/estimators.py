@@ -86,8 +86,10 @@ class Density(ABC):
     def __init__(self, mean: Tensor, std: Tensor, count: Tensor | None = None) -> None:
         self.mean = to_double(mean)
         self.std = to_double(std).expand_as(self.mean)
-        known = torch.full_like(self.mean, math.inf)
-        self.count = known if count is None else to_double(count).expand_as(self.mean)
+        if count is None:
+            self.count = torch.full_like(self.mean, math.inf)
+        else:
+            self.count = to_double(count).expand_as(self.mean)
 
     @abstractmethod
     def pdf(self, u: Tensor) -> Tensor:
@@ -231,7 +233,8 @@ class Histogram(Density):
         return p[:, :nodes].clamp(min=0.0), dp[:, :nodes], ddp[:, :nodes]
 
     def _at(self, u: Tensor, order: int) -> Tensor:
-        values, slopes = self._nodes[order], self._nodes[order + 1] * _STEP
+        values = self._nodes[order]
+        slopes = self._nodes[order + 1] * _STEP
         position = (to_double(u).expand(*self.mean.shape, u.shape[-1]) + HISTOGRAM_HALF_WIDTH) / _STEP
         flat = hermite(values, slopes, position.reshape(-1, u.shape[-1]))
         return flat.reshape(position.shape)

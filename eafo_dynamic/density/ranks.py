@@ -152,7 +152,8 @@ def pool_ranks(
         Samples, each [sites, ranks * width], and numbers, [sites, ranks, k]; float32, or what was given with one
         process.
     """
-    ranks, extra = world_size(among), beside.shape[1]
+    ranks = world_size(among)
+    extra = beside.shape[1]
     if ranks == 1:
         return samples, beside.unsqueeze(1)
     # a rank without a sample does not know the dtype of the others'

@@ -48,7 +48,8 @@ class RunningDensity:
         else:
             fresh = self.estimator(samples)
         if self.density is None or self.rounds is None:
-            self.density, self.rounds = fresh, usable.to(torch.long)
+            self.density = fresh
+            self.rounds = usable.to(torch.long)
         else:
             self.rounds = self.rounds + usable
             weight = self.rounds.clamp(min=1).to(torch.float32).reciprocal().clamp(min=self.momentum)

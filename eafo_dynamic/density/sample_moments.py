@@ -36,7 +36,8 @@ def sample_moments(samples: Tensor) -> SampleMoments:
         n = torch.zeros(samples.shape[:-1], dtype=torch.long, device=samples.device)
         nothing = torch.full(n.shape, math.nan, dtype=torch.float64, device=samples.device)
         return SampleMoments(n, nothing, nothing, nothing, nothing)
-    low, finite = samples.amin(-1, keepdim=True), None
+    low = samples.amin(-1, keepdim=True)
+    finite = None
     n = torch.full_like(low[..., 0], samples.shape[-1], dtype=torch.long)
     if not bool((low - samples.amax(-1, keepdim=True)).isfinite().all()):  # only where a sample is missing
         finite = samples.isfinite()
@@ -98,7 +99,8 @@ def dead_fractions(values: Tensor, units: Tensor, per_unit: int = 8) -> Tensor:
         return torch.full((sites,), math.nan, dtype=torch.float32, device=values.device)
     width = int(units.max()) + 1
     if sites * width > _MOST_CELLS and sites > 1:
-        return torch.cat([dead_fractions(v, u, per_unit) for v, u in zip(values.split(1), units.split(1), strict=True)])
+        by_site = zip(values.split(1), units.split(1), strict=True)
+        return torch.cat([dead_fractions(own_values, own_units, per_unit) for own_values, own_units in by_site])
     if sites * width > _MOST_CELLS:  # units of a site that are few among many numbers
         present, units = units.unique(return_inverse=True)
         width = len(present)

@@ -74,7 +74,8 @@ class Standardised:
             The standardised samples.
         """
         rows = _rows(samples)
-        low, high = rows.amin(1, keepdim=True).double(), rows.amax(1, keepdim=True).double()
+        low = rows.amin(1, keepdim=True).double()
+        high = rows.amax(1, keepdim=True).double()
         # The only waits for the device: whether anything is missing, and whether a range is out of reach.
         weight = None
         if weights is not None or not bool((low.isfinite() & high.isfinite()).all()):
@@ -208,8 +209,11 @@ class Splines:
             return mass.new_zeros(mass.shape[0], size).scatter_add_(1, self.index, mass).double()
 
         moved = weight * self.offset
-        total, first, second = summed(weight), summed(moved), summed(moved * self.offset)
-        even, odd = 0.125 * total + 0.5 * second, 0.5 * first
+        total = summed(weight)
+        first = summed(moved)
+        second = summed(moved * self.offset)
+        even = 0.125 * total + 0.5 * second
+        odd = 0.5 * first
         result = 0.75 * total - second
         result[:, :-1] += (even - odd)[:, 1:]
         result[:, 1:] += (even + odd)[:, :-1]
@@ -224,7 +228,8 @@ class Splines:
         Returns:
             Values, dtype of the positions, shape [sites, n].
         """
-        left, right = grid.roll(1, 1), grid.roll(-1, 1)
+        left = grid.roll(1, 1)
+        right = grid.roll(-1, 1)
         parts = (0.125 * (left + 6 * grid + right), 0.5 * (right - left), 0.5 * (left - 2 * grid + right))
         constant, linear, square = (part.to(self.offset.dtype).gather(1, self.index) for part in parts)
         return torch.addcmul(constant, self.offset, torch.addcmul(linear, self.offset, square))
@@ -295,8 +300,10 @@ def hermite(values: Tensor, slopes: Tensor, position: Tensor) -> Tensor:
     left = safe.floor().clamp(max=last - 1)
     t = safe - left
     index = left.long()
-    v0, v1 = values.gather(1, index), values.gather(1, index + 1)
-    d0, d1 = slopes.gather(1, index), slopes.gather(1, index + 1)
+    v0 = values.gather(1, index)
+    v1 = values.gather(1, index + 1)
+    d0 = slopes.gather(1, index)
+    d1 = slopes.gather(1, index + 1)
     rise = v1 - v0
     cubic = v0 + t * (d0 + t * (3 * rise - 2 * d0 - d1 + t * (d0 + d1 - 2 * rise)))
     return torch.where(inside, cubic, 0.0)

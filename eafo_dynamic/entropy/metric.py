@@ -171,9 +171,10 @@ class ActivationEntropy(Metric):
         counts = self.counts.reshape(-1, self._bins.count).cpu()
         offsets = self.offsets.reshape(-1, self._bins.count).cpu()
         filled = counts.any(0)
-        filled[self._bins.zero] = True  # one at least, also where nothing was seen
+        filled[self._bins.zero] = True  # at least one bin, also where nothing was seen
         used = filled.nonzero()[:, 0]  # few, unless outputs of many scales are mixed
-        counts, offsets = counts[:, used].double(), offsets[:, used].double() / _UNIT
+        counts = counts[:, used].double()
+        offsets = offsets[:, used].double() / _UNIT
         values = torch.where(counts > 0, self._bins.value(used, offsets / counts.clamp(min=1)), math.nan)
         smoothed = SmoothedOutput(values, self.resolution, counts, sampled=True)
         self._warn_of_wide_bins(counts, self._bins.width(used), smoothed.std)

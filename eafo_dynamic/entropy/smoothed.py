@@ -159,7 +159,8 @@ class SmoothedOutput:
         sites = self._outputs.shape[:-1]
         rows = self._outputs.reshape(-1, self._outputs.shape[-1])
         mass, rest = atoms_and_rest(rows, complete=self._standard.weight is None, sampled=self._sampled)
-        mass, rest = self._as_given(mass.reshape(sites)), self._as_given(rest.reshape(sites))
+        mass = self._as_given(mass.reshape(sites))
+        rest = self._as_given(rest.reshape(sites))
         return MixedEntropy(mass, rest, self.entropy)
 
     @property
@@ -170,7 +171,9 @@ class SmoothedOutput:
         """
         std = self._standard.std
         nodes = torch.arange(self._size, device=std.device) - _MARGIN * _PER_BANDWIDTH
-        return self._standard.low + nodes * (self._step * std), torch.where(std > 0, self._density / std, math.nan)
+        outputs = self._standard.low + nodes * (self._step * std)
+        density = torch.where(std > 0, self._density / std, math.nan)
+        return outputs, density
 
     @functools.cached_property
     def _fisher(self) -> Tensor:

@@ -33,7 +33,8 @@ def atoms_and_rest(samples: Tensor, *, complete: bool = False, sampled: bool = T
         count = torch.full_like(values[:, :1], values.shape[1], dtype=torch.int64)
     else:
         known = values.isfinite()
-        values, count = torch.where(known, values, math.inf), known.sum(1, keepdim=True)
+        values = torch.where(known, values, math.inf)
+        count = known.sum(1, keepdim=True)
     ordered = sort_rows(values)
     start, length = _atoms(ordered, count)
     held = length.sum(1, keepdim=True)
@@ -91,8 +92,10 @@ def _atoms(ordered: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     width = 1
     if len(rank):
         width = int(rank.max()) + 1
-    start, length = (torch.zeros(sites, width, dtype=torch.int64, device=row.device) for _ in range(2))
-    start[row, rank], length[row, rank] = begin, final - begin + least[row, 0]
+    start = torch.zeros(sites, width, dtype=torch.int64, device=row.device)
+    start[row, rank] = begin
+    length = torch.zeros_like(start)
+    length[row, rank] = final - begin + least[row, 0]
     # One sample alone repeats nothing, but is a constant.
     length[:, :1] = torch.where(count == 1, 1, length[:, :1])
     return start, length

@@ -121,9 +121,11 @@ class SplitData(LightningDataModule, ABC):
         Returns:
             A sampler over the training examples, for this process of the trainer.
         """
-        replicas, rank = 1, 0
+        replicas = 1
+        rank = 0
         if self.trainer is not None:
-            replicas, rank = self.trainer.world_size, self.trainer.global_rank
+            replicas = self.trainer.world_size
+            rank = self.trainer.global_rank
         examples = len(cast(Sized, self.train_data))
         return EpochSampler(examples, self.seed, self.draws, replicas, rank)
 

@@ -95,12 +95,13 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _differences(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What the file lacks, has too much or has in another shape, each as the end of "the file ..."."""
+    """What the file lacks, should not have or has in another shape, as ends of sentences that begin "the file"."""
     problems = [f"lacks {name}" for name in expected if name not in given]
     problems += [f"has {name}, which the network has not" for name in given if name not in expected]
     for name, value in expected.items():
         if name in given and given[name].shape != value.shape:
-            shape, wanted = tuple(given[name].shape), tuple(value.shape)
+            shape = tuple(given[name].shape)
+            wanted = tuple(value.shape)
             problems.append(f"has {name} of shape {shape}, the network {wanted}")
     return problems
 

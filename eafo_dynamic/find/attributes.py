@@ -43,10 +43,15 @@ class Attributes:
         home = getattr(type(module).forward, "__module__", None) or ""  # the code of a graph has none
         if home.partition(".")[0] == "torch":
             return 1
-        own, attribute = _reads(type(module))[0], name.partition(".")[0]
-        spelled = {attribute, name}
-        by_container = isinstance(module, nn.Sequential)  # whose loop a subclass may call
-        return sum(own[each] for each in spelled) + by_container + bool(spelled & self._of_others)
+        own, _ = _reads(type(module))
+        attribute, _, _ = name.partition(".")
+        spellings = {attribute, name}
+        count = sum(own[spelling] for spelling in spellings)
+        if isinstance(module, nn.Sequential):  # whose loop a subclass may call
+            count += 1
+        if spellings & self._of_others:
+            count += 1
+        return count
 
 
 @lru_cache(maxsize=1 << 12)

@@ -31,12 +31,15 @@ def may_call_functions(module: nn.Module) -> bool:
     """
     if isinstance(module, torch.jit.ScriptModule):
         return False
-    kind, children = type(module), list(module.children())
+    kind = type(module)
+    children = list(module.children())
     if is_parametrized(module):
-        kind, inner = kind.__bases__[0], cast(nn.Module, module.parametrizations)
-        if any(may_call_functions(each) for each in inner.modules() if type(each) not in _CONTAINERS):
+        kind = kind.__bases__[0]
+        parametrizations = cast(nn.Module, module.parametrizations)
+        parts = [part for part in parametrizations.modules() if type(part) not in _CONTAINERS]
+        if any(may_call_functions(part) for part in parts):
             return True
-        children.remove(inner)
+        children.remove(parametrizations)
     plain = kind.__module__.startswith(("torch.nn.modules", "torch.nn.utils.parametrizations")) and not children
     return not plain or isinstance(module, activation_types())
 

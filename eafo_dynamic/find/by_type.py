@@ -34,13 +34,13 @@ def questions_of_type(model: nn.Module, wrapped: Collection[str]) -> str:
     """
     kinds = {type(plain_view(model.get_submodule(name))) for name in wrapped}
     classes = {type(plain_view(module)): None for module in model.modules()}
-    asking = [
-        f"{cls.__qualname__}.{name}"
-        for cls in classes
-        if not cls.__module__.startswith("torch.nn.modules.")
-        for name, method in vars(cls).items()
-        if _asks(method, cls, kinds)
-    ]
+    asking: list[str] = []
+    for cls in classes:
+        if cls.__module__.startswith("torch.nn.modules."):
+            continue
+        for name, method in vars(cls).items():
+            if _asks(method, cls, kinds):
+                asking.append(f"{cls.__qualname__}.{name}")
     if not asking:
         return ""
     return (

@@ -44,14 +44,14 @@ _OPERATORS = (type(torch.ops.aten.relu), type(torch.ops.aten.relu.default))
 
 
 class _Running:
-    """One running forward, with what is needed to judge the functional calls in it."""
+    """A forward that is running, with what is needed to judge the functional calls in it."""
 
     def __init__(self, frame: Frame, inside: bool = False) -> None:
         self.frame = frame
-        self.inside = inside  # an activation module, which is one site whatever it does there
-        self.returned: list[Returned] = []  # its children
+        self.inside = inside  # in an activation module, which is a single site whatever functions it calls
+        self.returned: list[Returned] = []  # the children that have returned so far
         self.tracker = Tracker()
-        # by id; the tensors are kept, so that no number is given twice
+        # by id of the tensor; the tensors are kept, so that no two of them get the same id
         self.made: dict[int, tuple[Tensor, Call]] = {}
         self.constants: dict[int, Tensor] = {}
         self.expressions: dict[int, tuple[Tensor, Call]] = {}
@@ -59,18 +59,19 @@ class _Running:
         self.weighted = WeightedExpressions()
 
     def call_that_made(self, tensor: Tensor) -> Call | None:
-        return self.made.get(id(tensor), (tensor, None))[1]
+        made = self.made.get(id(tensor))
+        return None if made is None else made[1]
 
     def is_constant(self, tensor: Tensor) -> bool:
         return isinstance(tensor, nn.Parameter) or id(tensor) in self.constants
 
 
 class _Thread(threading.local):
-    """What runs in one thread: forwards, innermost last, and how many functions of torch."""
+    """What is running in a thread: the forwards, innermost last, and the number of torch functions."""
 
     def __init__(self) -> None:
         self.running = [_Running(Frame("", 0, is_forward=False))]
-        self.functions = 0
+        self.functions = 0  # those that a correction could replace
         self.listening = False
 
 
@@ -86,17 +87,20 @@ class _Listener(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = with_input_first(func, args, kwargs)
-        shows = not isinstance(func, _OPERATORS)  # torch.ops.aten.relu cannot be corrected
-        self.here.functions += shows
+        can_be_replaced = not isinstance(func, _OPERATORS)  # torch.ops.aten.relu cannot
+        if can_be_replaced:
+            self.here.functions += 1
         try:
             out = func(*args, **kwargs)
         finally:
-            self.here.functions -= shows
+            if can_be_replaced:
+                self.here.functions -= 1
         mark_channels(func, args, out)
         running = self.here.running[-1]
         if running.inside:
             return out
-        name, call = function_name(func), None
+        name = function_name(func)
+        call = None
         if name is not None and _is_pointwise_call(args, kwargs, out):
             call = self._note(running, func, name, args, kwargs, out)
         self.lineage.step(func, args, kwargs, out, call)
@@ -129,30 +133,35 @@ class _Listener(TorchFunctionMode):
         Returns:
             What forward returns.
         """
-        running, trace = self.here.running, self.trace
+        running = self.here.running
+        around = running[-1]
+        values = (*args, *kwargs.values())
         noted = None
-        if name in self.activations and not running[-1].inside:
-            noted = self._note_module(name, module, (*args, *kwargs.values()))
-        trace.callees.setdefault(running[-1].frame.module, {})[name] = None
-        if all(each.frame.module != name or not each.frame.is_forward for each in running):
-            trace.forwards[name] += 1
-        inside = running[-1].inside or name in self.activations or isinstance(module, CarriesCorrection)
-        if not inside and next(module.children(), None) is not None:
+        if name in self.activations and not around.inside:
+            noted = self._note_module(name, module, values)
+        self.trace.callees.setdefault(around.frame.module, {})[name] = None
+        is_within_itself = any(outer.frame.is_forward and outer.frame.module == name for outer in running)
+        if not is_within_itself:
+            self.trace.forwards[name] += 1
+        inside = around.inside or name in self.activations or isinstance(module, CarriesCorrection)
+        has_children = next(module.children(), None) is not None
+        if has_children and not inside:
             self.lineage.entered(name, (args, kwargs))
         out = self._framed(name, True, inside, call, args, kwargs)
         if not inside:
             loops = pieces(current_frame(2), _ENTRIES, _traced.__code__)[0].loops
-            running[-1].returned.append(Returned(name, frozenset(loops)))
+            around.returned.append(Returned(name, frozenset(loops)))
         if noted is not None and isinstance(out, Tensor):
-            running[-1].made[id(out)] = (out, noted)
+            around.made[id(out)] = (out, noted)
             self.lineage.step(None, args, kwargs, out, noted)
             if self.activations[name] in ("sigmoid", "hardsigmoid"):
-                self._follow_module(running[-1], self.activations[name], (*args, *kwargs.values())[0], out)
-        self.lineage.left(out, name, outermost=not any(each.frame.is_forward for each in running))
+                self._follow_module(around, self.activations[name], values[0], out)
+        is_outermost = not any(outer.frame.is_forward for outer in running)
+        self.lineage.left(out, name, is_outermost)
         return out
 
     def step(self, name: str, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Runs another entry point of a module, such as a training_step, in a frame of its own.
+        """Runs another entry point of a module, such as ``training_step``, in a frame of its own.
 
         Args:
             name: FQN of the module.
@@ -169,14 +178,17 @@ class _Listener(TorchFunctionMode):
         self.lineage.returned(out)
         return out
 
-    def _framed(self, name: str, is_forward: bool, inside: bool, call: Callable[..., Any], args: Any, kw: Any) -> Any:
-        if not self.here.listening:  # modes are a thread's own
+    def _framed(
+        self, name: str, is_forward: bool, inside: bool, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        if not self.here.listening:  # a thread that the model has started does not inherit the mode
             with self:
-                return self._framed(name, is_forward, inside, call, args, kw)
+                return self._framed(name, is_forward, inside, call, args, kwargs)
         self.trace.entered += 1
-        self.here.running.append(_Running(Frame(name, self.trace.entered, is_forward), inside))
+        frame = Frame(name, self.trace.entered, is_forward)
+        self.here.running.append(_Running(frame, inside))
         try:
-            return call(*args, **kw)
+            return call(*args, **kwargs)
         finally:
             ended = self.here.running.pop()
             for root in ended.weighted.activations():
@@ -186,43 +198,51 @@ class _Listener(TorchFunctionMode):
     def _note_module(self, name: str, module: nn.Module, values: tuple[Any, ...]) -> Call | None:
         value = values[0] if len(values) == 1 else values
         if is_correctable(value):
-            inplace, dim = bool(getattr(module, "inplace", False)), channel_dim(value)
-            return self._noted(Call(name, self.path(), size_of(value), inplace=inplace, channel_dim=dim))
+            call = Call(name, self.path(), size_of(value))
+            call.inplace = bool(getattr(module, "inplace", False))
+            call.channel_dim = channel_dim(value)
+            return self._noted(call)
         self.trace.refused[name] = describe(value)
         if len(values) != 1:
             self.trace.crowded.add(name)
         return None
 
     def hear_kernel(self, name: str, shape: tuple[int, ...]) -> None:
-        """Takes down an activation kernel, if no torch function shows it.
+        """Notes an activation kernel that runs without a torch function around it.
 
         Args:
-            name: the function it computes.
-            shape: of its input.
+            name: the function that the kernel computes.
+            shape: of the kernel's input.
         """
         running = self.here.running[-1]
         if not self.here.functions and not running.inside:
             self.trace.opaque.setdefault((running.frame.module, name), shape)
 
     def hear_control_flow(self, name: str) -> None:
-        """Takes down an operator whose branches no mode sees.
+        """Notes an operator whose branches no mode sees.
 
         Args:
             name: of the operator.
         """
-        self.trace.opaque.setdefault((self.here.running[-1].frame.module, name), ())
+        running = self.here.running[-1]
+        self.trace.opaque.setdefault((running.frame.module, name), ())
 
     def _note(self, running: _Running, func: Any, name: str, args: Any, kwargs: Any, out: Tensor) -> Call:
-        call = Call(running.frame.module, self.path(), size_of(args[0]), name, hyper_parameters(name, args, kwargs))
-        call.inplace = out is args[0]
-        call.hidden_from_compiler = is_hidden_from_compiler(func, code_of(current_frame(2)))  # past the mode's own
-        call.channel_dim = channel_dim(args[0])
-        if name in ("sigmoid", "hardsigmoid"):
-            call.role, call.reason = "gate", "a gate, not a hidden activation"
+        value = args[0]
+        call = Call(running.frame.module, self.path(), size_of(value), name, hyper_parameters(name, args, kwargs))
+        call.inplace = out is value
+        caller = current_frame(2)  # the frame that calls the function: those of this method and of the mode lie between
+        call.hidden_from_compiler = is_hidden_from_compiler(func, code_of(caller))
+        call.channel_dim = channel_dim(value)
+        if running.is_constant(value):
+            call.role = "gate"
+            call.reason = "transforms a parameter"
+        elif name in ("sigmoid", "hardsigmoid"):
+            call.role = "gate"
+            call.reason = "a gate, not a hidden activation"
         elif name == "softplus":
-            call.role, call.reason = "unknown", "called as a function, softplus mostly makes a positive scale"
-        if running.is_constant(args[0]):
-            call.role, call.reason = "gate", "transforms a parameter"
+            call.role = "unknown"
+            call.reason = "called as a function, softplus mostly makes a positive scale"
         call.refusal = _unknown_to_backward()
         running.made[id(out)] = (out, call)
         return self._noted(call)
@@ -238,31 +258,41 @@ class _Listener(TorchFunctionMode):
         return call
 
     def _follow(self, running: _Running, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        # a network over learned queries has hidden activations
-        if tensors and not is_product(func) and all(running.is_constant(tensor) for tensor in tensors):
+        """Follows what a function makes of the results of other functions, up to a written-out activation."""
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        is_constant = bool(tensors) and all(running.is_constant(tensor) for tensor in tensors)
+        # but not of a product: a network over learned queries has hidden activations
+        if is_constant and not is_product(func):
             running.constants[id(out)] = out
-        # what bends without a weight has a site of its own
-        if not any(id(each) in running.expressions and not running.is_constant(each) for each in tensors):
+        variables = [tensor for tensor in tensors if not running.is_constant(tensor)]
+        # an expression that bends without a weight has a site of its own
+        if not any(id(tensor) in running.expressions for tensor in variables):
             running.weighted.step(func, args, kwargs, out, running.is_constant)
         before = [running.tracker.find(tensor) for tensor in tensors]
         name = getattr(func, "__name__", "")
         overwrites = name == "mul_"
-        made = running.tracker.step(torch.mul if overwrites else func, args, kwargs, out)
+        operation = torch.mul if overwrites else func
+        made = running.tracker.step(operation, args, kwargs, out)
         of_module = any(id(tensor) in running.of_modules for tensor in tensors)
         if made is not None and is_correctable(made.root):
             call = self._expression(running, made)
-            call.refusal = _OVERWRITES if overwrites else _OF_MODULE if of_module else _unknown_to_backward()
-            self._within(running, tensors)
+            if overwrites:
+                call.refusal = _OVERWRITES
+            elif of_module:
+                call.refusal = _OF_MODULE
+            else:
+                call.refusal = _unknown_to_backward()
+            self._mark_inner(running, tensors)
             for inner in _calls_inside(running, made):
-                inner.role, inner.reason = "part", "part of a written-out activation"
+                inner.role = "part"
+                inner.reason = "part of a written-out activation"
         else:
             self._follow_expression(running, tensors, out, of_module)
         if name.strip("_") in ("mul", "multiply", "div", "true_divide", "rmul"):
             self._judge_product(running, name, args, tensors, before)
 
     def _expression(self, running: _Running, made: Made) -> Call:
-        """Writes down a written-out activation."""
+        """Notes a written-out activation."""
         values = tuple(float(scalar.detach()) for scalar in made.scalars)
         parameters: dict[str, object] = {"expression": made.node, "constants": values}
         call = Call(running.frame.module, self.path(), size_of(made.out), WRITTEN, parameters)
@@ -271,27 +301,31 @@ class _Listener(TorchFunctionMode):
         return self._noted(call)
 
     def _follow_expression(self, running: _Running, tensors: list[Tensor], out: Tensor, of_module: bool) -> None:
-        """Writes down what may be a written-out activation, unless a larger expression turns out to have it in it."""
+        """Notes what may be a written-out activation; a larger expression that contains it takes its place later."""
         made = running.tracker.find(out)
         if made is None or made.out is not out:
             return
         if of_module:
             running.of_modules[id(out)] = out
-        self._within(running, tensors)
+        self._mark_inner(running, tensors)
         if bends(made.node) and out.is_floating_point() and is_correctable(made.root):
             call = self._expression(running, made)
-            call.role = "open" if self.lineage.is_learned(made.root) else "data"
+            call.role = "data"
+            if self.lineage.is_learned(made.root):
+                call.role = "open"
             call.refusal = _unknown_to_backward()
             running.expressions[id(out)] = (out, call)
 
-    def _within(self, running: _Running, tensors: list[Tensor]) -> None:
+    def _mark_inner(self, running: _Running, tensors: list[Tensor]) -> None:
+        """Marks the expressions that gave these tensors as parts of a larger one."""
         for tensor in tensors:
-            known = running.expressions.get(id(tensor))
-            if known is not None:
-                known[1].role = "inner"
+            expression = running.expressions.get(id(tensor))
+            if expression is not None:
+                _, call = expression
+                call.role = "inner"
 
     def _follow_module(self, running: _Running, name: str, value: Any, out: Tensor) -> None:
-        """Follows the result of a gate that is a module as that of a function."""
+        """Follows the result of a gate module as if a function had made it."""
         function = torch.sigmoid if name == "sigmoid" else F.hardsigmoid
         running.tracker.step(function, (value,), {}, out)
         running.of_modules[id(out)] = out
@@ -300,16 +334,19 @@ class _Listener(TorchFunctionMode):
         return self.activations[call.module] if call.function is None else call.function
 
     def _judge_product(self, running: _Running, name: str, args: Any, tensors: Any, before: Any) -> None:
+        """Finds the tanh of a gated cell, sigmoid(a) * tanh(b), and of a soft cap, c * tanh(x / c)."""
         calls = [running.call_that_made(tensor) for tensor in tensors]
         for call, other in zip(calls, reversed(calls), strict=True):
             if call is None or self._function(call) != "tanh" or call.role != "hidden":
                 continue
             if len(calls) == 2 and other is not None and other.role != "part" and self._function(other) == "sigmoid":
-                call.role, call.reason = "gate", "part of a gated cell: multiplied by a sigmoid"
-            scale = next((a for a in args if isinstance(a, (int, float))), None)
+                call.role = "gate"
+                call.reason = "part of a gated cell: multiplied by a sigmoid"
+            scale = next((arg for arg in args if isinstance(arg, (int, float))), None)
             inner = before[0]
             if len(calls) == 1 and scale and inner is not None and _is_cap(inner.node, float(scale), name):
-                call.role, call.reason = "unknown", SOFT_CAP
+                call.role = "unknown"
+                call.reason = SOFT_CAP
 
 
 _OVERWRITES = "written out in place, which leaves no pre-activation; write x * x.sigmoid()"
@@ -318,12 +355,13 @@ _ENTRIES = (_Listener.forward.__code__, _Listener.step.__code__)
 
 
 def _unknown_to_backward() -> str:
-    """Why a call that is running cannot be corrected, if it is a part of somebody's autograd function."""
+    """Why a running call cannot be corrected if it is part of an autograd function of the user; else empty."""
     function = foreign_function()
     return f"inside {function}, whose backward would not know of a correction" if function else ""
 
 
 def _is_cap(node: Any, scale: float, name: str) -> bool:
+    """Whether multiplying tanh(inner) by scale, or dividing by it, makes a cap: inner is scaled by the reciprocal."""
     inner = node[1]
     if not isinstance(inner, tuple) or len(inner) != 3 or inner[0] not in ("mul", "div"):
         return False
@@ -401,7 +439,8 @@ def _traced(model: nn.Module, activations: Mapping[str, str], run: Callable[[nn.
             listening(listener.hear_kernel, listener.hear_control_flow),
             listener,
         ):
-            warnings.simplefilter("ignore")  # they concern the dry run (no gradient), or come again in training
+            # warnings concern only the dry run, which has no gradient, or come again in training
+            warnings.simplefilter("ignore")
             run(probe)
     keep_expressions(listener.trace)
     assign_roles(listener.trace, listener.lineage, model)
@@ -411,7 +450,7 @@ def _traced(model: nn.Module, activations: Mapping[str, str], run: Callable[[nn.
 def _listen(probe: nn.Module, listener: _Listener) -> None:
     """Opens a frame in each forward of the copy's modules, however it is called.
 
-    Not by hooks: a direct call of ``forward`` passes them by, and what other hooks call is not the module's own.
+    Hooks would not do: a direct call of ``forward`` does not run them, and what other hooks call is not the module's.
     """
     names = {id(module): name for name, module in probe.named_modules()}
     for module in probe.modules():
@@ -426,13 +465,19 @@ def _listen(probe: nn.Module, listener: _Listener) -> None:
 
 def _heard(module: nn.Module, entry: str, names: dict[int, str], listener: _Listener) -> Callable[..., Any]:
     replaced = vars(module).get(entry)
-    plain = unbound(type(module), entry) if replaced is None else None
-    around = listener.forward if entry == "forward" else listener.step
-    name = names[id(module)]  # of a copy that a forward makes, too
+    plain = None
+    if replaced is None:
+        plain = unbound(type(module), entry)
+    around = listener.step
+    if entry == "forward":
+        around = listener.forward
+    name = names[id(module)]  # also of a copy of the module that a forward makes
 
     @functools.wraps(plain or replaced)  # pyright: ignore[reportArgumentType]
     def heard(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = replaced if plain is None else functools.partial(plain, self)
+        call = replaced
+        if plain is not None:
+            call = functools.partial(plain, self)
         assert call is not None
         return around(name, self, call, args, kwargs)
 

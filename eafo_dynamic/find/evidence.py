@@ -1,17 +1,21 @@
 """Which of the known calls a call is: by its place in the code and by the children that have run before it.
 
-A call is the same one if the same owner calls the same function, or the same shared activation, at the same place on
-the result of the same child. What an owner calls is told by a key; this file tells the calls of one key apart.
+A call is a known call if the same owner calls the same function, or the same shared activation, at the same place, on
+the result of the same child. Owner and function are told by a key; this file tells the calls of one key apart.
 
-*Place*: the chain of ``places``, of which only functions count that are known to lie on the way to one of the calls:
-wrappers that others put around a module do not. Two chains name one call if they are equal, or if one of them goes on
-outwards where the other ends, as where a part of the code runs alone; the steps of a LightningModule stand in for each
-other. *Children*: those with weights. Where no branch
-leads to a call, its place decides. Behind a branch, the child that has returned last must be the same. In a loop, the
-children since the last call at that place tell its turns apart: the shorter row of them must be the end of the longer
-one, unless the last child alone tells the turn.
+*Place*: the chain of ``places``. Only functions count that are known to lie on the way to one of the calls, so that
+wrappers that others put around a module do not matter. Two chains name the same call if they are equal, or if one of
+them goes on outwards where the other ends, as where a part of the code runs alone. The steps of a LightningModule
+stand in for each other.
 
-What fits two known calls equally well is neither, for nobody could say which.
+*Children*: those with weights. What they decide depends on the way to the call:
+
+- without a branch, nothing: the place alone decides;
+- behind a branch, the child that has returned last must be the same;
+- in a loop, the children since the last call at that place tell the turns apart. The shorter row of children must be
+  the end of the longer one, unless no other turn has its last child.
+
+A call that fits two known calls equally well is none of them, for nobody could say which.
 """
 
 from __future__ import annotations
@@ -44,31 +48,53 @@ BY_ORDER = Evidence((), ())
 """The calls of a key that versions before 0.2 saved, and told by their order alone."""
 
 
+class _Shared(NamedTuple):
+    """How much a call has in common with a known call that it may be; the greater fits better.
+
+    Args:
+        places: how many places of the chains are equal, and one more where the whole chains are.
+        children: how many of the last children are equal; 0 where the children do not matter.
+    """
+
+    places: int
+    children: int
+
+
 def which(known: Sequence[Evidence], seen: Evidence, *, strictly: bool = False) -> int | None:
     """Which of the known calls of one key a call is.
 
     Args:
-        known: what is known of each.
-        seen: what is seen of the call.
-        strictly: whether another way through the code is always another call.
+        known: the evidence of each known call.
+        seen: the evidence of the call.
+        strictly: whether a call that another line of the owner leads to is always another call.
 
     Returns:
-        Its number; None where none of them fits, or two fit equally well.
+        The number of the known call; None where none of them fits, or two fit equally well.
     """
     if list(known) == [BY_ORDER]:
         return 0
-    functions = {function_of(place) for each in known for place in each.places}
-    seen = Evidence(tuple(place for place in seen.places if function_of(place) in functions), seen.after)
+    seen = _without_wrappers(seen, known)
     if seen in known:
         return known.index(seen)
-    fits = [_fit(known, number, seen) for number in range(len(known))]
+    numbers = range(len(known))
+    fits = [_fit(known, number, seen) for number in numbers]
     if not any(fits):
-        known, seen = [_without_steps(each) for each in known], _without_steps(seen)
-        fits = [_fit(known, number, seen) for number in range(len(known))]
+        known = [_without_steps(evidence) for evidence in known]
+        seen = _without_steps(seen)
+        fits = [_fit(known, number, seen) for number in numbers]
     if not any(fits) and not strictly:
-        fits = [_fit_by_another_way(known, number, seen) for number in range(len(known))]
+        fits = [_fit_by_another_way(known, number, seen) for number in numbers]
     best = max((fit for fit in fits if fit is not None), default=None)
-    return fits.index(best) if best is not None and fits.count(best) == 1 else None
+    if best is None or fits.count(best) > 1:
+        return None
+    return fits.index(best)
+
+
+def _without_wrappers(seen: Evidence, known: Sequence[Evidence]) -> Evidence:
+    """Leaves out the places in functions that lead to none of the known calls."""
+    functions = {function_of(place) for evidence in known for place in evidence.places}
+    places = tuple(place for place in seen.places if function_of(place) in functions)
+    return seen._replace(places=places)
 
 
 def _without_steps(evidence: Evidence) -> Evidence:
@@ -77,45 +103,64 @@ def _without_steps(evidence: Evidence) -> Evidence:
     return evidence._replace(places=places)
 
 
-def _fit(known: Sequence[Evidence], number: int, seen: Evidence) -> tuple[int, int] | None:
-    """How many places and children a known call and a call share; None where they are different calls."""
-    this = known[number]
-    shared = min(len(this.places), len(seen.places))
-    is_same_place = this.places == seen.places
-    if this.places[:shared] != seen.places[:shared] or not (shared or is_same_place):
+def _fit(known: Sequence[Evidence], number: int, seen: Evidence) -> _Shared | None:
+    """What a call shares with a known call, by its place and its children; None where it is another call."""
+    candidate = known[number]
+    is_same_chain = candidate.places == seen.places
+    shared = min(len(candidate.places), len(seen.places))
+    # one chain may go on outwards where the other ends, but they begin alike
+    if candidate.places[:shared] != seen.places[:shared]:
         return None
-    if is_unbranched(this.places):
-        return shared + is_same_place, 0
+    if shared == 0 and not is_same_chain:
+        return None
+    places = shared
+    if is_same_chain:
+        places += 1
+    if is_unbranched(candidate.places):
+        return _Shared(places, 0)
     children = _shared_children(known, number, seen.after)
-    if children is None and not is_same_place and not is_repeated(this.places) and not (this.after and seen.after):
-        children = 0  # a part that runs alone has nothing before it
-    return None if children is None else (shared + is_same_place, children)
+    if children is not None:
+        return _Shared(places, children)
+    # a part of the code that runs alone, behind a branch, has no children before it
+    lacks_children = not candidate.after or not seen.after
+    if lacks_children and not is_same_chain and not is_repeated(candidate.places):
+        return _Shared(places, 0)
+    return None
 
 
-def _fit_by_another_way(known: Sequence[Evidence], number: int, seen: Evidence) -> tuple[int, int] | None:
-    """The same for a call in the same function on the result of the same child, if another line calls the function."""
-    this = known[number]
-    if this.places[:1] != seen.places[:1] or not (this.after and seen.after):
+def _fit_by_another_way(known: Sequence[Evidence], number: int, seen: Evidence) -> _Shared | None:
+    """What a call shares with a known call in the same function, to which another line of the owner leads."""
+    candidate = known[number]
+    if candidate.places[:1] != seen.places[:1]:
+        return None
+    if not candidate.after or not seen.after:
         return None
     children = _shared_children(known, number, seen.after)
-    return None if children is None else (1, children)
+    return None if children is None else _Shared(1, children)
 
 
 def _shared_children(known: Sequence[Evidence], number: int, after: tuple[str, ...]) -> int | None:
-    """How many of the last children are the same; None where those before the call show that it is another."""
-    this = known[number]
-    one, two = this.after, after
-    shared = 0
-    while shared < min(len(one), len(two)) and one[-1 - shared] == two[-1 - shared]:
-        shared += 1
-    there = [other for other in known if other.places == this.places]
-    if not shared:
-        # in a loop, a known call without children comes before those that its turns make
-        before_all = is_repeated(this.places) and not any(two[-1] in other.after for other in there) if two else True
-        return 0 if before_all and not one else None
-    if not is_repeated(this.places):
+    """How many of the last children before a call are those of a known call; None where they make it another call."""
+    candidate = known[number]
+    in_loop = is_repeated(candidate.places)
+    there = [evidence for evidence in known if evidence.places == candidate.places]
+    if not candidate.after:
+        is_first = not after or (in_loop and not any(after[-1] in evidence.after for evidence in there))
+        return 0 if is_first else None  # in a loop, the first turn: no turn has made a child that is known
+    shared = _common_end(candidate.after, after)
+    if shared == 0:
+        return None
+    if not in_loop:
         return 1
-    tells_alone = sum(one[-1] in other.after for other in there) == 1 < len(there)
-    if tells_alone or shared in (len(one), len(two)):
-        return shared
-    return None
+    is_whole_row = shared == min(len(candidate.after), len(after))
+    turns_with_last = sum(candidate.after[-1] in evidence.after for evidence in there)
+    tells_alone = turns_with_last == 1 and len(there) > 1
+    return shared if is_whole_row or tells_alone else None
+
+
+def _common_end(first: tuple[str, ...], second: tuple[str, ...]) -> int:
+    """How many of the last children of two rows are equal."""
+    count = 0
+    while count < min(len(first), len(second)) and first[-1 - count] == second[-1 - count]:
+        count += 1
+    return count

@@ -18,7 +18,7 @@ _ALSO_INSIDE = "written out both alone and inside a larger expression, so its ca
 
 
 def keep_expressions(trace: Trace) -> None:
-    """Leaves those candidates in a trace that behave like activations; only hidden ones are corrected, see ``roles``.
+    """Keeps the candidates of a trace that behave like activations; only hidden ones are corrected, see ``roles``.
 
     Args:
         trace: what the run wrote down, candidates with the roles ``open``, ``data`` and ``inner``.
@@ -31,8 +31,12 @@ def keep_expressions(trace: Trace) -> None:
             kept.append(call)
         elif call.role != "inner" and _key(call) in learned:
             call.guessed = True
-            data = call.role == "data"
-            call.role, call.reason = ("unknown", _DATA) if data else ("hidden", "")
+            if call.role == "data":
+                call.role = "unknown"
+                call.reason = _DATA
+            else:
+                call.role = "hidden"
+                call.reason = ""
             if _key(call) in inner:
                 call.refusal = _ALSO_INSIDE
             kept.append(call)

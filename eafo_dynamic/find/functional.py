@@ -133,8 +133,10 @@ def is_inplace(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str,
     Returns:
         Whether it does: ``x.relu_()``, ``F.relu(x, inplace=True)``, ``F.elu(x, 1.0, True)``.
     """
+    if func in _IN_PLACE or kwargs.get("inplace", False):
+        return True
     place = 4 if name == "rrelu" else len(_HYPER[name]) + 1
-    return func in _IN_PLACE or bool(kwargs.get("inplace", False)) or (len(args) > place and args[place] is True)
+    return len(args) > place and args[place] is True
 
 
 def is_hidden_from_compiler(func: Any, caller: CodeType) -> bool:
@@ -150,13 +152,16 @@ def is_hidden_from_compiler(func: Any, caller: CodeType) -> bool:
         Whether it does not.
     """
     shown = _shown_by_compiler()
-    return func not in shown or any(getattr(each, "__code__", None) is caller for each in _FUNCTIONS.keys() - shown)
+    if func not in shown:
+        return True
+    hidden = _FUNCTIONS.keys() - shown
+    return any(getattr(function, "__code__", None) is caller for function in hidden)
 
 
 @functools.cache
 def _shown_by_compiler() -> frozenset[Any]:
     """Functions of torch that its compiler shows to modes: those that it calls overridable."""
-    return frozenset(func for group in get_overridable_functions().values() for func in group)
+    return frozenset().union(*get_overridable_functions().values())
 
 
 def is_function_of_name(name: str) -> bool:
@@ -184,7 +189,10 @@ def hyper_parameters(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """
     given = dict(zip(_HYPER[name], args[1:], strict=False))
     given |= {key: value for key, value in kwargs.items() if key in _HYPER[name]}
-    return {key: float(v.detach().mean()) if isinstance(v, Tensor) else v for key, v in given.items()}
+    for key, value in given.items():
+        if isinstance(value, Tensor):
+            given[key] = float(value.detach().mean())
+    return given
 
 
 def function_base(name: str, parameters: Mapping[str, object]) -> Base:

@@ -58,16 +58,16 @@ class Uses:
 
     Args:
         layer: whether a layer with weights takes it, or a product with another result.
-        needs: the function that needs its range, lest it gives NaN; empty if there is none.
+        needs: the function that gives NaN outside the result's range; empty if there is none.
         asks: what looks at its values as such: a comparison, a rounding, a distribution; empty if nothing does.
-        affine: what it is scaled and shifted to by numbers.
-        factor: what it is scaled and shifted to where it multiplies another tensor.
+        affine: the scales and shifts by numbers that it is given.
+        factor: its scales and shifts where it multiplies another tensor.
         compared: whether a loss compares it with data.
-        replaces: the module that takes it where it takes data at another time, as a discriminator does.
+        replaces: the module that takes it in one call and data in another, as a discriminator does.
         returned: whether the outermost forward returns it.
-        alone: whether it returns it as it is, or scaled and shifted by numbers.
-        unflattened: whether it has more dimensions there, as an image made by a linear layer.
-        summed: whether a forward that makes it returns one number made of it.
+        alone: whether that forward returns it as it is, or scaled and shifted by numbers.
+        unflattened: whether it is returned with more dimensions, as an image made by a linear layer.
+        summed: whether a forward that makes it returns a single number made of it.
         width: channels before and after the layer that made its pre-activation.
     """
 
@@ -86,7 +86,12 @@ class Uses:
 
 
 class _Carried(NamedTuple):
-    """How a tensor carries a call: what is certain of its sign, and whether a product without weights came before."""
+    """How a tensor carries a call.
+
+    Args:
+        sign: what is certain of the tensor's sign.
+        direct: whether no product lies between the call and the tensor, not even one without weights.
+    """
 
     sign: Sign
     direct: bool
@@ -97,10 +102,10 @@ class _Known(NamedTuple):
 
     Args:
         tensor: the tensor.
-        calls: the calls it comes from with no layer in between.
-        weight: whether only weights made it.
+        calls: the calls that it comes from with no layer in between.
+        weight: whether it is made of weights alone.
         learned: whether a layer with weights came before it, so that it is no data.
-        affine: the one call that it is a scaled and shifted result of, if it is nothing else.
+        affine: if it is nothing but the scaled and shifted result of a call: that call, its scale and shift.
         width: channels before and after the last layer.
     """
 
@@ -115,8 +120,8 @@ class _Known(NamedTuple):
 class Lineage:
     """Follows the results of activation calls.
 
-    A layer is a function that is given a parameter of several numbers, or what was made of parameters and buffers
-    alone; or one that sums over products and gives several numbers.
+    A layer is a function that takes a parameter of several numbers, or a tensor made of parameters and buffers alone;
+    or a function that sums over products and gives several numbers.
 
     Args:
         model: what runs.
@@ -143,66 +148,74 @@ class Lineage:
         return self.uses.setdefault(call, Uses())
 
     def step(self, func: Any, args: Any, kwargs: Any, out: Any, call: Call | None = None) -> None:
-        """Takes in one function.
+        """Follows a function that runs.
 
         Args:
             func: the torch function; None for an activation module.
             args: positional arguments.
             kwargs: keyword arguments.
             out: its result.
-            call: what the function is, if it is an activation.
+            call: the activation call that the function is, if it is one.
         """
         given = list(_tensors((args, kwargs)))
-        made = list(_tensors(given[:1] if out is None else out))  # x[0] = y gives None
+        made = list(_tensors(out))
+        if out is None:  # as of x[0] = y, which changes its first argument
+            made = given[:1]
         carried = self._carried(given)
         if carried and func is not None:
             self._note_needs(func, args, kwargs, out)
         weights = [tensor for tensor in given if self._is_weight(tensor)]
-        several = any(tensor.numel() > 1 for tensor in made)
-        weighted = any(tensor.numel() > 1 for tensor in weights)
-        learned = any(self._is_learned(tensor) for tensor in given)
+        has_weights = any(tensor.numel() > 1 for tensor in weights)
+        gives_several = any(tensor.numel() > 1 for tensor in made)
+        learned = any(self.is_learned(tensor) for tensor in given)
         width = self._width(given)
-        if weighted or (several and is_product(func)):
-            for each, how in carried.items():
-                self.of(each).layer |= how.direct
-            carried = {} if weighted else {each: _Carried(how.sign, False) for each, how in carried.items()}
-            learned = learned or (weighted and (is_product(func) or learned))
+        if has_weights or (gives_several and is_product(func)):
+            for earlier, how in carried.items():
+                self.of(earlier).layer |= how.direct
+            if has_weights:
+                carried = {}
+                learned = learned or is_product(func)
+            else:
+                carried = {earlier: how._replace(direct=False) for earlier, how in carried.items()}
             width = _layer_width(func, args, made) or width
         elif func is not None:
-            carried = {
-                each: _Carried(sign_after(func, args, kwargs, how.sign), how.direct) for each, how in carried.items()
-            }
+            for earlier, how in carried.items():
+                carried[earlier] = how._replace(sign=sign_after(func, args, kwargs, how.sign))
         if isinstance(out, Tensor) and not (out.is_floating_point() or out.is_complex()):
-            carried = {}  # a mask or an index is no result any more
+            carried = {}  # a mask or an index is no longer the result of an activation
         affine = self._affine(func, args, kwargs)
         if call is not None:
-            # what comes after an activation depends on that one's range
-            carried = {each: _Carried(max(how.sign, Sign.CLAMPED), how.direct) for each, how in carried.items()}
-            carried[call] = _Carried(Sign.ANY, True)
+            # the range of what comes after an activation is that activation's, whatever came before
+            for earlier, how in carried.items():
+                carried[earlier] = how._replace(sign=max(how.sign, Sign.CLAMPED))
+            carried[call] = _Carried(Sign.ANY, direct=True)
             affine = call, Affine()
             self.of(call).width = width
         if affine is not None:
-            self.of(affine[0]).affine.add(affine[1])
+            scaled, scale_and_shift = affine
+            self.of(scaled).affine.add(scale_and_shift)
         only_weights = bool(weights) and all(self._is_weight(each) or id(each) in self._buffers for each in given)
-        for tensor in made if carried or only_weights or learned else ():
+        if not (carried or only_weights or learned):
+            return
+        for tensor in made:
             self._of[id(tensor)] = _Known(weakref.ref(tensor), carried, only_weights, learned, affine, width)
             if tensor.numel() == 1:
-                self._counted |= {each for each, how in carried.items() if how.direct}
+                self._counted |= {earlier for earlier, how in carried.items() if how.direct}
 
     def made(self, out: Tensor, call: Call) -> None:
-        """Takes in that a written-out activation is complete.
+        """Notes that a written-out activation is complete.
 
         Args:
-            out: its result, of a function that has been taken in.
+            out: its result; ``step`` has followed the function that made it.
             call: the activation.
         """
         known = self._known(out)
-        calls = {} if known is None else dict(known.calls)
-        calls[call] = _Carried(Sign.ANY, True)
-        width = None if known is None else known.width
-        self.of(call).width = width
-        learned = known is not None and known.learned
-        self._of[id(out)] = _Known(weakref.ref(out), calls, False, learned, (call, Affine()), width)
+        if known is None:
+            known = _Known(weakref.ref(out), {})
+        calls = dict(known.calls)
+        calls[call] = _Carried(Sign.ANY, direct=True)
+        self.of(call).width = known.width
+        self._of[id(out)] = known._replace(calls=calls, weight=False, affine=(call, Affine()))
 
     def is_learned(self, tensor: Tensor) -> bool:
         """Whether a tensor comes out of a layer with weights, so that it is no data.
@@ -213,22 +226,23 @@ class Lineage:
         Returns:
             Whether it does.
         """
-        return self._is_learned(tensor)
+        known = self._known(tensor)
+        return known is not None and known.learned
 
     def entered(self, name: str, values: Any) -> None:
-        """Takes in that a module's forward begins.
+        """Notes that a module's forward begins.
 
         Args:
             name: FQN of the module.
-            values: what it is given.
+            values: its arguments.
         """
         tensor = next(_tensors(values), None)
         if tensor is not None and tensor.is_floating_point():
-            entry = (tuple(tensor.shape[1:]), self._calls(tensor), not self._is_learned(tensor))
+            entry = (tuple(tensor.shape[1:]), self._calls(tensor), not self.is_learned(tensor))
             self._entries.setdefault(name, []).append(entry)
 
     def left(self, out: Any, name: str, outermost: bool) -> None:
-        """Takes in that a module's forward has ended.
+        """Notes that a module's forward has ended.
 
         Args:
             out: what it returns.
@@ -248,53 +262,66 @@ class Lineage:
                     uses.unflattened |= tensor.dim() > max(2, len(call.shape))
 
     def returned(self, out: Any) -> None:
-        """Takes in what a step returns: the loss, alone or as an entry ``loss``.
+        """Notes what a step returns: the loss, alone or as an entry ``loss``.
 
         Args:
             out: anything.
         """
-        loss = cast("Mapping[str, Any]", out)["loss"] if isinstance(out, dict) and "loss" in out else out
+        loss = out
+        if isinstance(out, dict) and "loss" in out:
+            loss = cast("Mapping[str, Any]", out)["loss"]
         for tensor in _tensors(loss):
             if tensor.numel() == 1:
                 self._returned = (self._returned or set()) | self._calls(tensor)
 
     def losses(self) -> set[Call]:
-        """The calls that the loss is made of; of any single number, where no step returns a loss."""
+        """The calls that the loss is made of; where no step returns a loss, those that any single number is made of."""
         ends = self._counted if self._returned is None else self._returned
         return {call for call in ends if not self.of(call).layer}
 
     def replacements(self) -> dict[Call, str]:
-        """Calls whose results a module takes that it takes data in place of, with the module's name."""
+        """Calls whose results a module takes in place of data, with the module's name."""
         found: dict[Call, str] = {}
         for name, entries in self._entries.items():
-            data = {shape for shape, calls, is_data in entries if is_data and not calls}
+            shapes_of_data = {shape for shape, calls, is_data in entries if is_data and not calls}
             for shape, calls, _ in entries:
-                if shape in data:
-                    found.update({call: name for call in calls if all(f.module != name for f in call.path)})
+                if shape not in shapes_of_data:
+                    continue
+                for call in calls:
+                    is_inside = any(frame.module == name for frame in call.path)
+                    if not is_inside:
+                        found[call] = name
         return found
 
     def _note_needs(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Notes which calls' results a function looks at, and in what range it needs them."""
         for tensor in _tensors(needing(func, args, kwargs)):
-            known = self._known(tensor)
-            for call, how in {} if known is None else known.calls.items():
+            for call, how in self._carried_by(tensor).items():
                 if how.sign is Sign.ANY:
                     self.of(call).needs = self.of(call).needs or name_of(func)
         asks = asks_for_values(func, args, out)
         distribution = inside_distribution()
         tensors = list(_tensors((args, kwargs)))
-        for tensor in tensors:
-            for call in self._calls(tensor):
-                if distribution:
-                    self.of(call).needs = self.of(call).needs or "a distribution"
-                elif asks:
-                    self.of(call).asks = self.of(call).asks or asks
-        if name_of(func) in _COMPARED and not all(self._is_learned(tensor) for tensor in tensors):
-            for tensor in tensors:
-                for call in self._calls(tensor):
-                    self.of(call).compared = True
+        calls = [call for tensor in tensors for call in self._calls(tensor)]
+        for call in calls:
+            uses = self.of(call)
+            if distribution:
+                uses.needs = uses.needs or "a distribution"
+            elif asks:
+                uses.asks = uses.asks or asks
+        with_data = not all(self.is_learned(tensor) for tensor in tensors)
+        if with_data and name_of(func) in _COMPARED:
+            for call in calls:
+                self.of(call).compared = True
 
     def _affine(self, func: Any, args: Any, kwargs: Any) -> tuple[Call, Affine] | None:
-        """The scaled and shifted result of a call that a function of numbers gives; notes products with tensors."""
+        """The call whose result a function scales or shifts by a number, with what it has been scaled and shifted by.
+
+        Of a product with another tensor, this notes both factors.
+
+        Returns:
+            The call, its scale and shift; None if the function does something else.
+        """
         name = name_of(func)
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         numbers = [float(arg) for arg in args if isinstance(arg, (int, float))]
@@ -335,41 +362,47 @@ class Lineage:
 
     def _known(self, tensor: Tensor) -> _Known | None:
         known = self._of.get(id(tensor))
-        return known if known is not None and known.tensor() is tensor else None
+        if known is None or known.tensor() is not tensor:  # the id may have been another tensor's
+            return None
+        return known
+
+    def _carried_by(self, tensor: Tensor) -> Mapping[Call, _Carried]:
+        known = self._known(tensor)
+        return {} if known is None else known.calls
 
     def _carried(self, given: list[Tensor]) -> dict[Call, _Carried]:
+        """The calls that any of the tensors carries, each with the least that is certain of its sign."""
         carried: dict[Call, _Carried] = {}
         for tensor in given:
-            known = self._known(tensor)
-            for call, how in {} if known is None else known.calls.items():
+            for call, how in self._carried_by(tensor).items():
                 before = carried.get(call, how)
                 carried[call] = _Carried(min(before.sign, how.sign), before.direct or how.direct)
         return carried
 
     def _calls(self, tensor: Tensor) -> frozenset[Call]:
         """The calls that a tensor comes from with neither a layer nor a product in between."""
-        known = self._known(tensor)
-        return frozenset() if known is None else frozenset(call for call, how in known.calls.items() if how.direct)
+        return frozenset(call for call, how in self._carried_by(tensor).items() if how.direct)
 
     def _is_weight(self, tensor: Tensor) -> bool:
+        if isinstance(tensor, nn.Parameter):
+            return True
         known = self._known(tensor)
-        return isinstance(tensor, nn.Parameter) or (known is not None and known.weight)
-
-    def _is_learned(self, tensor: Tensor) -> bool:
-        known = self._known(tensor)
-        return known is not None and known.learned
+        return known is not None and known.weight
 
 
 def _layer_width(func: Any, args: Any, made: list[Tensor]) -> tuple[int, int] | None:
     """Channels that a linear layer or a convolution takes and gives."""
-    name = name_of(func)
-    if not args or not isinstance(args[0], Tensor) or not made or not made[0].dim() or not args[0].dim():
+    if not args or not isinstance(args[0], Tensor) or not made:
         return None
+    before, after = args[0], made[0]
+    if before.dim() == 0 or after.dim() == 0:
+        return None
+    name = name_of(func)
     if name == "linear":
-        return args[0].shape[-1], made[0].shape[-1]
+        return before.shape[-1], after.shape[-1]
     if name in CONVOLUTIONS:
-        dim = -1 - int(name[-2])
-        return args[0].shape[dim], made[0].shape[dim]
+        dim = -1 - int(name[-2])  # conv2d has two dimensions after that of the channels
+        return before.shape[dim], after.shape[dim]
     return None
 
 
@@ -386,26 +419,38 @@ def learns(module: nn.Module) -> bool:
 
 
 def in_method(frame: FrameType | None, entries: Collection[CodeType]) -> bool:
-    """Whether a call is made by another method of a module with weights, as ``encode`` in place of ``forward``.
+    """Whether a method other than ``forward`` of a module with weights makes a call, such as ``encode``.
 
     Args:
         frame: where the call is made.
         entries: of the functions that enter a module, which they have under the name ``module``.
 
     Returns:
-        Whether it is; methods of the module that has been entered do not count.
+        Whether it does; methods of the module that has been entered do not count.
     """
-    others: list[nn.Module] = []
+    owners: list[nn.Module] = []
     while frame is not None and code_of(frame) not in entries:
-        code = code_of(frame)
-        owner = variable_of(frame, code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(owner, nn.Module):
-            method = inspect.getattr_static(type(owner), code.co_name, None)
-            if getattr(inspect.unwrap(method) if callable(method) else None, "__code__", None) is code:
-                others.append(owner)
+        owner = _owner_of_method(frame)
+        if owner is not None:
+            owners.append(owner)
         frame = caller_of(frame)
     entered = None if frame is None else variable_of(frame, "module")
-    return any(other is not entered and learns(other) for other in others)
+    return any(owner is not entered and learns(owner) for owner in owners)
+
+
+def _owner_of_method(frame: FrameType) -> nn.Module | None:
+    """The module whose method runs in a frame; None for any other function."""
+    code = code_of(frame)
+    if code.co_argcount == 0:
+        return None
+    owner = variable_of(frame, code.co_varnames[0])
+    if not isinstance(owner, nn.Module):
+        return None
+    method = inspect.getattr_static(type(owner), code.co_name, None)
+    if not callable(method):
+        return None
+    is_method = getattr(inspect.unwrap(method), "__code__", None) is code
+    return owner if is_method else None
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -54,17 +54,18 @@ _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 _NETWORKS = os.path.join(_PACKAGE, "experiments", "")  # models, whose code is as a user's
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 _MOST_KNOWN = 1 << 14
-_known: dict[tuple[int, ...], tuple[list[CodeType], tuple[str, ...]]] = {}  # the code is kept: its number is no other's
+# by ids of code and offsets; the code is kept with the places, so that no other code gets its id
+_known: dict[tuple[int, ...], tuple[list[CodeType], tuple[str, ...]]] = {}
 
 
 class _Instructions(NamedTuple):
     """The instructions of a function, and which of them jump where.
 
     Args:
-        offsets: where each begins, in bytes, in ascending order.
-        firsts: for each, the number of the first one of the same expression.
-        jumps: from where to where the code may jump.
-        digest: of all of them and of the names and numbers in them.
+        offsets: of all instructions, in bytes, in ascending order.
+        firsts: for each instruction, the number of the first instruction of the same expression.
+        jumps: offsets from which and to which the code may jump.
+        digest: of all instructions, with the names and numbers in them.
     """
 
     offsets: list[int]
@@ -80,15 +81,17 @@ def _read(code: CodeType) -> _Instructions:
     expressions: dict[object, int] = {}
     jumps: list[tuple[int, int]] = []
     digest = hashlib.blake2s(digest_size=4)
-    for each in dis.get_instructions(code):
-        is_jump = each.opcode in dis.hasjrel or each.opcode in dis.hasjabs
-        position = getattr(each, "positions", None) or each.offset  # Python 3.10 knows no positions
+    for instruction in dis.get_instructions(code):
+        position = getattr(instruction, "positions", None) or instruction.offset  # Python 3.10 knows no positions
         firsts.append(expressions.setdefault(position, len(offsets)))
-        offsets.append(each.offset)
-        if is_jump:
-            jumps.append((each.offset, each.argval))
-        shown = _read(each.argval).digest if isinstance(each.argval, CodeType) else each.argrepr
-        digest.update(f"{each.opname} {'' if is_jump else shown}\n".encode())
+        offsets.append(instruction.offset)
+        argument = instruction.argrepr
+        if instruction.opcode in dis.hasjrel or instruction.opcode in dis.hasjabs:
+            jumps.append((instruction.offset, instruction.argval))
+            argument = ""
+        elif isinstance(instruction.argval, CodeType):
+            argument = _read(instruction.argval).digest
+        digest.update(f"{instruction.opname} {argument}\n".encode())
     return _Instructions(offsets, firsts, jumps, digest.hexdigest())
 
 
@@ -103,25 +106,30 @@ def _text(code: CodeType, at: int) -> str:
     instructions = _read(code)
     number = instructions.firsts[bisect_right(instructions.offsets, at) - 1]
     name = code.co_qualname if sys.version_info >= (3, 11) else code.co_name
-    return f"{name}#{instructions.digest}+{number}{_mark(code, instructions, at)}"
+    mark = _mark(code, instructions, at)
+    return f"{name}#{instructions.digest}+{number}{mark}"
 
 
 def _mark(code: CodeType, instructions: _Instructions, at: int) -> str:
-    if any(to <= at <= start for start, to in instructions.jumps):
+    is_in_loop = any(to <= at <= start for start, to in instructions.jumps)
+    if is_in_loop:
         return REPEATED
-    # whoever calls a lambda may do so as often as they like
-    if code.co_name == "<lambda>" or any(start < at for start, _ in instructions.jumps):
+    is_behind_jump = any(start < at for start, _ in instructions.jumps)
+    is_lambda = code.co_name == "<lambda>"  # its caller may call it as often as it likes
+    if is_behind_jump or is_lambda:
         return BRANCHED
     return ""
 
 
 def _same_instruction(code: CodeType, at: int, original: CodeType) -> int | None:
-    """Where an instruction of a piece of code stands in the whole; None where that is not known."""
+    """The offset of an instruction in the code that the compiler has cut this piece from; None if it is not known."""
     if sys.version_info < (3, 11):
         return None
     position = next(islice(code.co_positions(), at // 2, None))
-    for number, each in enumerate(original.co_positions()):
-        if each == position and None not in position:
+    if None in position:
+        return None
+    for number, other in enumerate(original.co_positions()):
+        if other == position:
             return 2 * number
     return None
 
@@ -169,19 +177,23 @@ def places_until(depth: int, last: int) -> tuple[str, ...]:
     """
     numbers = instructions_until(depth + 1, last)
     known = _known.get(numbers)
-    return _read_places(current_frame(depth + 1), last, numbers) if known is None else known[1]
+    if known is None:
+        return _read_places(current_frame(depth + 1), last, numbers)
+    return known[1]
 
 
 def _read_places(frame: FrameType, last: int, numbers: tuple[int, ...]) -> tuple[str, ...]:
+    """Reads the places from a frame outwards and remembers them under their numbers."""
     passed: list[tuple[CodeType, int]] = []
-    for each in callers(frame):
-        if id(each) == last:
+    for caller in callers(frame):
+        if id(caller) == last:
             break
-        passed.append((code_of(each), instruction_of(each)))
+        passed.append((code_of(caller), instruction_of(caller)))
     if len(_known) >= _MOST_KNOWN:
         _known.clear()
     places = places_of(passed)
-    _known[numbers] = [code for code, _ in passed], places
+    codes = [code for code, _ in passed]
+    _known[numbers] = (codes, places)
     return places
 
 
@@ -217,7 +229,7 @@ def is_repeated(places: Collection[str]) -> bool:
     """Whether one forward may reach a call several times.
 
     Args:
-        places: its chain. One without places is of code that lies elsewhere, as the loop of a ``Sequential`` does.
+        places: its chain; empty for a call of code that is not the user's, such as the loop of a ``Sequential``.
 
     Returns:
         Whether it may.
@@ -226,7 +238,7 @@ def is_repeated(places: Collection[str]) -> bool:
 
 
 def is_unbranched(places: Collection[str]) -> bool:
-    """Whether the same has run before each time that a call is reached.
+    """Whether the same instructions have run before whenever a call is reached.
 
     Args:
         places: its chain.
@@ -242,7 +254,7 @@ class Piece(NamedTuple):
 
     Args:
         places: innermost first.
-        loops: the outermost loop around each of them that is in one.
+        loops: the outermost loop around each place that lies in a loop: the function's code, and where the loop begins.
     """
 
     places: list[str]
@@ -261,17 +273,22 @@ def pieces(frame: FrameType | None, entries: Collection[CodeType], outermost: Co
         The places in the user's code, innermost first.
     """
     found = [Piece([], set())]
-    for each in callers(frame):
-        code, at = code_of(each), instruction_of(each)
+    for caller in callers(frame):
+        code = code_of(caller)
         if code is outermost:
             break
         if code in entries:
             found.append(Piece([], set()))
-        elif place := place_of(code, at):
-            found[-1].places.append(place)
-            starts = [to for start, to in _read(code).jumps if to <= at <= start]
-            if starts:
-                found[-1].loops.add((code, min(starts)))
+            continue
+        at = instruction_of(caller)
+        place = place_of(code, at)
+        if not place:
+            continue
+        piece = found[-1]
+        piece.places.append(place)
+        loops_around = [to for start, to in _read(code).jumps if to <= at <= start]
+        if loops_around:
+            piece.loops.add((code, min(loops_around)))
     return found
 
 

@@ -58,8 +58,10 @@ def _shared(model: nn.Module) -> dict[int, Any]:
     memo: dict[int, Any] = {}
     parameters = [p for p in model.parameters() if not is_lazy(p)]
     if sum(p.numel() * p.element_size() for p in parameters) > _COPIED_BYTES:
-        # the same values, but not the same .grad
-        memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) if type(p) is nn.Parameter else p for p in parameters}
+        for parameter in parameters:
+            memo[id(parameter)] = parameter
+            if type(parameter) is nn.Parameter:  # the same values, but not the same .grad
+                memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
     for buffer in model.buffers():
         if is_lazy(buffer):  # torch copies lazy parameters, and no lazy buffers
             lazy: Any = UninitializedBuffer

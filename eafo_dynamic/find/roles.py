@@ -68,18 +68,24 @@ def assign_roles(trace: Trace, lineage: Lineage, model: nn.Module) -> None:
         within = call.in_method or any(frame.is_forward and frame.module in learn for frame in call.path)
         uses = lineage.of(call)
         if uses.needs:
-            call.role, call.reason = "range", f"its result goes into {uses.needs}, which needs its range"
+            call.role = "range"
+            call.reason = f"its result goes into {uses.needs}, which needs its range"
             continue
-        summed = uses.summed and not uses.layer and (uses.returned or call in losses)
+        summed = uses.summed and not uses.layer
         if call in losses and (summed or (stepped and not within)):
-            call.role, call.reason = "loss", _LOSS
+            call.role = "loss"
+            call.reason = _LOSS
             continue
         image = _Image(_base_of(call, model))
         call.role, call.reason = _role(call, uses, image)
-        if call.role == "hidden" and call.guessed and not uses.layer:
-            call.role, call.reason = "unknown", "looks like an activation, but no layer is seen to take its result"
-        elif call.role == "hidden" and call.guessed and uses.asks:
-            call.role, call.reason = "unknown", f"looks like an activation, but its result goes into {uses.asks} too"
+        if call.role != "hidden" or not call.guessed:
+            continue
+        if not uses.layer:
+            call.role = "unknown"
+            call.reason = "looks like an activation, but no layer is seen to take its result"
+        elif uses.asks:
+            call.role = "unknown"
+            call.reason = f"looks like an activation, but its result goes into {uses.asks} too"
 
 
 def _role(call: Call, uses: Uses, image: _Image) -> tuple[str, str]:
@@ -129,7 +135,8 @@ class _Image:
     """
 
     def __init__(self, base: Base | None) -> None:
-        self.low, self.high = -math.inf, math.inf
+        self.low = -math.inf
+        self.high = math.inf
         self.starts_at_zero = False
         if base is not None:
             self._ask(base)
@@ -168,12 +175,12 @@ class _Image:
         near = torch.linspace(-50.0, 50.0, 20001, dtype=torch.float64, device="cpu")
         far = torch.tensor([-_FAR, -1e3, 1e3, _FAR], dtype=torch.float64, device="cpu")
         with torch.no_grad():
-            values, ends = base(near), base(far).tolist()
+            values = base(near)
+            ends = base(far).tolist()
         self.starts_at_zero = is_rectifier(base)
-        if abs(ends[0] - ends[1]) < 1e-2 and abs(ends[2] - ends[3]) < 1e-2:
-            self.low, self.high = float(values.min()), float(values.max())
-            return
-        if abs(ends[0] - ends[1]) < 1e-2 or ends[0] > 0:
+        is_flat_on_the_left = abs(ends[0] - ends[1]) < 1e-2
+        is_flat_on_the_right = abs(ends[2] - ends[3]) < 1e-2
+        if is_flat_on_the_left or ends[0] > 0:
             self.low = float(values.min())
-        if abs(ends[2] - ends[3]) < 1e-2:
+        if is_flat_on_the_right:
             self.high = float(values.max())

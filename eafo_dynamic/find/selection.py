@@ -1,4 +1,4 @@
-"""What a search for activation calls found, and which of it is wrapped: patterns and the report."""
+"""What a search for activation calls found, which of the calls are wrapped, and the report of both."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Selection:
             look for them.
 
     Raises:
-        ConfigError: if a pattern is no valid regular expression, or functional none of the three.
+        ConfigError: if a pattern is no valid regular expression, or functional is none of the three.
     """
 
     target_modules: str | Sequence[str] | None = None
@@ -117,8 +117,8 @@ class Selection:
         if self.functional not in ("wrap", "warn", "off"):
             raise ConfigError("functional", self.functional, "no such choice", "Choose one of wrap, warn, off.")
         for option in ("target_modules", "exclude_modules"):
-            for each in _patterns(getattr(self, option)):
-                pattern(option, each)
+            for given in _patterns(getattr(self, option)):
+                pattern(option, given)
 
     def apply(self, sites: list[FoundSite], model: nn.Module) -> list[FoundSite]:
         """Marks each site as wrapped or not, with the reason.
@@ -137,30 +137,31 @@ class Selection:
             sites = [site for site in sites if site.parameters is None]
         names = sorted({site.class_name for site in sites}) + [site.module for site in sites]
         for option in ("target_modules", "exclude_modules"):
-            for each in _patterns(getattr(self, option)):
-                if not any(matches(each, site) for site in sites):
-                    raise PatternError(option, each, names)
+            for given in _patterns(getattr(self, option)):
+                if not any(matches(given, site) for site in sites):
+                    raise PatternError(option, given, names)
         marked = [self._mark(site, model.get_submodule(site.module)) for site in sites]
-        asked = [f"{site.name} ({site.reason})" for site in marked if site.wrapped and site.role == "range"]
-        if asked:
+        at_risk = [f"{site.name} ({site.reason})" for site in marked if site.wrapped and site.role == "range"]
+        if at_risk:
             warnings.warn(
-                f"EAFO corrects {printable(', '.join(asked))}, since target_modules names it. A correction may leave "
+                f"EAFO corrects {printable(', '.join(at_risk))}, since target_modules names it. A correction may leave "
                 "the range that is needed there: watch for NaN, or take it out of target_modules.",
                 stacklevel=3,
             )
         return marked
 
     def _mark(self, site: FoundSite, module: nn.Module) -> FoundSite:
-        targets = _patterns(self.target_modules)
+        is_target = _any_matches(self.target_modules, site)
+        is_excluded = _any_matches(self.exclude_modules, site)
         refusal = ""
         if not site.wrapped:
             refusal = site.reason
-        elif self.target_modules is not None and not any(matches(p, site) for p in targets):
+        elif self.target_modules is not None and not is_target:
             refusal = "not in target_modules"
         elif self.target_modules is None and site.role != "hidden":
             reason = site.reason or "a gate, not a hidden activation"
             refusal = f"{reason}; name it in target_modules to wrap it"
-        elif any(matches(p, site) for p in _patterns(self.exclude_modules)):
+        elif is_excluded:
             refusal = "in exclude_modules"
         elif site.parameters is not None and self.functional == "warn":
             refusal = "a functional call, left alone by functional='warn'"
@@ -172,7 +173,13 @@ class Selection:
 def _patterns(option: str | Sequence[str] | None) -> list[str]:
     if option is None:
         return []
-    return [option] if isinstance(option, str) else list(option)
+    if isinstance(option, str):
+        return [option]
+    return list(option)
+
+
+def _any_matches(option: str | Sequence[str] | None, site: FoundSite) -> bool:
+    return any(matches(given, site) for given in _patterns(option))
 
 
 def matches(given: str, site: FoundSite) -> bool:
@@ -218,23 +225,12 @@ class SiteReport:
         return [site for site in self.sites if not site.wrapped]
 
     def rows(self) -> list[dict[str, object]]:
-        """One plain mapping a site, for tables and the manifest.
+        """One plain mapping per site, for tables and the manifest.
 
         Returns:
             Rows with keys site, kind, base, shape, role, status, reason.
         """
-        return [
-            {
-                "site": site.name or "(root)",
-                "kind": f"{site.kind}, in place" if site.inplace else site.kind,
-                "base": site.base,
-                "shape": "?" if site.shape is None else "x".join(["*", *map(str, site.shape)]),
-                "role": site.role,
-                "status": "wrapped" if site.wrapped else "skipped",
-                "reason": site.reason,
-            }
-            for site in self.sites
-        ]
+        return [_row(site) for site in self.sites]
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         """Renders as a rich table; where it is narrow, long names are cut from the left.
@@ -243,7 +239,9 @@ class SiteReport:
             The table.
         """
         mark = "…" if console.encoding.startswith("utf") else "~"
-        yield self._table(clipped([str(row["site"]) for row in self.rows()], max(20, options.max_width * 2 // 5), mark))
+        width = max(20, options.max_width * 2 // 5)
+        names = [str(row["site"]) for row in self.rows()]
+        yield self._table(clipped(names, width, mark))
 
     def _table(self, names: Sequence[str]) -> Any:
         from rich.table import Table
@@ -254,7 +252,8 @@ class SiteReport:
         for column in ("site", "kind", "base", "shape", "role", "status", "reason"):
             table.add_column(column, overflow="fold")
         for name, row in zip(names, self.rows(), strict=True):
-            cells = [Text(printable(str(value))) for value in {**row, "site": name}.values()]
+            row["site"] = name
+            cells = [Text(printable(str(value))) for value in row.values()]
             table.add_row(*cells, style=None if row["status"] == "wrapped" else "dim")
         return table
 
@@ -265,5 +264,25 @@ class SiteReport:
         return str(self)
 
     def _repr_html_(self) -> str:
-        wrapped = f"{len(self.wrapped)} of {len(self.sites)} activation sites wrapped"
-        return as_html(self.rows(), f"{wrapped}. {self.note}" if self.note else wrapped)
+        title = f"{len(self.wrapped)} of {len(self.sites)} activation sites wrapped"
+        if self.note:
+            title = f"{title}. {self.note}"
+        return as_html(self.rows(), title)
+
+
+def _row(site: FoundSite) -> dict[str, object]:
+    kind = site.kind
+    if site.inplace:
+        kind = f"{kind}, in place"
+    shape = "?"
+    if site.shape is not None:
+        shape = "x".join(["*", *map(str, site.shape)])
+    return {
+        "site": site.name or "(root)",
+        "kind": kind,
+        "base": site.base,
+        "shape": shape,
+        "role": site.role,
+        "status": "wrapped" if site.wrapped else "skipped",
+        "reason": site.reason,
+    }

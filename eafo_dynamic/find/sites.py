@@ -8,8 +8,9 @@ several times in a forward then is one site, and functional calls are not seen, 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from eafo_dynamic.find.places import is_repeated
 from eafo_dynamic.find.probe import forked_random_states
 from eafo_dynamic.find.roles import is_rectifier
 from eafo_dynamic.find.selection import FoundSite, Selection, SiteReport, matches
-from eafo_dynamic.find.telling import MadeCall, told_apart
+from eafo_dynamic.find.telling import MadeCall, Row, told_apart
 from eafo_dynamic.find.trace import SOFT_CAP, Call, Frame, Trace
 from eafo_dynamic.find.unreached import is_named, relatives, taken_over
 from eafo_dynamic.find.wrapped import CarriesCorrection, Wrapped, is_activation, plain_view
@@ -37,8 +38,8 @@ from eafo_dynamic.internals.torch_internals import tree_map
 __all__ = ["FoundSite", "Selection", "SiteReport", "find_sites", "forked_random_states", "matches"]
 
 MAX_CALLS = 64
-"""Turns of one loop that get a site of their own; all later ones belong to the last of them. A recurrent loop over a
-sequence would otherwise have a site for each time step."""
+"""How many turns of a loop get a site of their own; all later turns belong to the last of these sites. A recurrent loop
+over a sequence would otherwise have a site for each time step."""
 
 _OUTSIDE = "called outside any forward, where its calls cannot be told apart; call it from a forward"
 NOT_REACHED = "not reached by the example input"
@@ -77,22 +78,27 @@ def find_sites(
         [('1', 'relu')]
     """
     selection = selection or Selection()
-    if run is None and not example_args and not example_kwargs:
+    if run is None and (example_args or example_kwargs):
+        run = functools.partial(_run, args=example_args, kwargs=example_kwargs)
+    note = ""
+    if run is None:
         found, note = _static_sites(model)
     else:
-        found, note = _dynamic_sites(model, run or (lambda probe: _run(probe, example_args, example_kwargs)))
+        found = _dynamic_sites(model, run)
     marked = selection.apply(found, model)
     if selection.functional == "warn":
         left = [site.name for site in marked if site.parameters is not None and site.role == "hidden"]
         if left:
             note = f"{note} Functional calls left alone: {', '.join(left)}.".strip()
-    changed = {name for site in marked if site.wrapped for name in (site.module, site.owner) if name is not None}
+    wrapped = [site for site in marked if site.wrapped]
+    changed = {site.module for site in wrapped}
+    changed |= {site.owner for site in wrapped if site.owner is not None}
     note = f"{note} {questions_of_type(model, changed)}".strip()
-    return SiteReport(marked, dynamic=run is not None or bool(example_args or example_kwargs), note=note)
+    return SiteReport(marked, dynamic=run is not None, note=note)
 
 
 def _run(probe: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-    """A forward on copies of the example's tensors, which the forward may overwrite."""
+    """Runs a forward on copies of the example's tensors, which the forward may overwrite."""
     copied_args, copied_kwargs = tree_map(_copied, (args, kwargs))
     return probe(*copied_args, **copied_kwargs)
 
@@ -104,39 +110,43 @@ def _copied(value: object) -> object:
 
 
 def _static_sites(model: nn.Module) -> tuple[list[FoundSite], str]:
-    """Sites of the module tree, and what it cannot tell."""
-    found = [
-        *(_without_use(_describe(name, each), model) for name, each in _activations(model).items()),
-        *_opaque(model),
-    ]
+    """Sites of the module tree, and a note of what the tree cannot tell."""
+    found = [_without_use(_describe(name, module), model) for name, module in _activations(model).items()]
+    found += _opaque(model)
     note = "No example input was run: an activation that is called several times a forward is one site."
-    callers = [
-        name or "(root)"
-        for name, module in model.named_modules()
-        if not type(module).__module__.startswith("torch.nn.modules") and _names_functions(module)
-    ]
+    callers: list[str] = []
+    for name, module in model.named_modules():
+        is_of_torch = type(module).__module__.startswith("torch.nn.modules")
+        if not is_of_torch and _names_functions(module):
+            callers.append(name or "(root)")
     if callers:
-        shown = ", ".join(callers[:6]) + (f" and {len(callers) - 6} more" if len(callers) > 6 else "")
+        shown = ", ".join(callers[:6])
+        if len(callers) > 6:
+            shown += f" and {len(callers) - 6} more"
         note += f" Functional calls are not seen; these modules seem to make some: {shown}."
     return found, note
 
 
 def _without_use(site: FoundSite, model: nn.Module) -> FoundSite:
-    """A site of which nobody has seen what becomes of its result: hidden only if it is a rectifier."""
+    """The site with its role where nobody has seen what becomes of its result: hidden only if it is a rectifier."""
     if not is_named(model, site.module, {}):
         return _spare(site, "no code of the model names it")
-    if site.role != "hidden" or not site.wrapped or is_rectifier(as_base(plain_view(model.get_submodule(site.module)))):
+    if site.role != "hidden" or not site.wrapped:
+        return site
+    base = as_base(plain_view(model.get_submodule(site.module)))
+    if is_rectifier(base):
         return site
     return replace(site, role="unknown", reason=_NOT_SEEN)
 
 
 def _names_functions(module: nn.Module) -> bool:
+    """Whether the code of a module's forward has the name of an activation function in it."""
     code = getattr(type(module).forward, "__code__", None)
     return code is not None and any(is_function_of_name(name) for name in code.co_names)
 
 
 def _activations(model: nn.Module, but: Collection[str] = ()) -> dict[str, nn.Module]:
-    """Activation modules by FQN, but for some; what lies inside one of them is not another."""
+    """Activation modules by FQN, without those named in ``but``; a module inside an activation module is no other."""
     found: dict[str, nn.Module] = {}
     inside = ""
     for name, module in model.named_modules():
@@ -151,7 +161,7 @@ def _activations(model: nn.Module, but: Collection[str] = ()) -> dict[str, nn.Mo
 
 
 def _opaque(model: nn.Module) -> list[FoundSite]:
-    """Modules that compute activations where no Python code could be asked."""
+    """Modules that compute activations where no Python code can be corrected."""
     found: list[FoundSite] = []
     for name, module in model.named_modules():
         reason = ""
@@ -165,29 +175,49 @@ def _opaque(model: nn.Module) -> list[FoundSite]:
             kind = type(module).__name__
             if isinstance(module, torch.jit.ScriptModule):
                 kind = str(getattr(module, "original_name", kind))
-            found.append(FoundSite(name, name, None, 0, "?", kind, None, False, "unknown", False, reason))
+            site = FoundSite(
+                name=name,
+                module=name,
+                owner=None,
+                call=0,
+                base="?",
+                class_name=kind,
+                shape=None,
+                inplace=False,
+                role="unknown",
+                wrapped=False,
+                reason=reason,
+            )
+            found.append(site)
     return found
 
 
 def _describe(name: str, module: nn.Module) -> FoundSite:
-    corrected = is_activation(module)
+    is_corrected = is_activation(module)
     module = plain_view(module)
-    reason, note, base_name, role = "", "", type(module).__name__, "hidden"
+    base_name = type(module).__name__
+    role = "hidden"
+    refusal = ""
+    note = ""
     if isinstance(module, torch.jit.ScriptModule):
-        reason = "TorchScript: its forward cannot be replaced; pass the Python module instead"
+        refusal = "TorchScript: its forward cannot be replaced; pass the Python module instead"
     else:
         base = as_base(module)
-        base_name, role = base.name, "gate" if base.traits.gate else role
+        base_name = base.name
+        if base.traits.gate:
+            role = "gate"
         if is_soft_cap(base):
-            role, note = "unknown", SOFT_CAP
-        if corrected:
-            reason = "corrected already"
+            role = "unknown"
+            note = SOFT_CAP
+        if is_corrected:
+            refusal = "corrected already"
         elif base.traits.affine or is_straight(base):
-            reason = "affine: nothing to correct"
+            refusal = "affine: nothing to correct"
         elif "forward" in vars(module):
-            reason = "forward is replaced on the instance, which hides the class's; wrap before replacing it"
+            refusal = "forward is replaced on the instance, which hides the class's; wrap before replacing it"
     if ".parametrizations." in f".{name}.":
-        role, note = "gate", "transforms a parameter"
+        role = "gate"
+        note = "transforms a parameter"
     return FoundSite(
         name=name,
         module=name,
@@ -198,59 +228,64 @@ def _describe(name: str, module: nn.Module) -> FoundSite:
         shape=None,
         inplace=bool(getattr(module, "inplace", False)),
         role=role,
-        wrapped=not reason,
-        reason=reason or note,
+        wrapped=not refusal,
+        reason=refusal or note,
     )
 
 
 def _described_and_traced(model: nn.Module, run: Callable[[nn.Module], object]) -> tuple[dict[str, FoundSite], Trace]:
-    """Activation modules by FQN, and all calls of one run.
+    """Activation modules by FQN, and all calls of the run.
 
-    An activation that is called with more than one value, ``act(x, inplace=True)``, cannot be corrected as a whole: it
-    gives way to the calls inside it, where there are any.
+    An activation that is called with more than one value, ``act(x, inplace=True)``, cannot be corrected as a whole.
+    The calls inside it take its place, if there are any.
 
     Returns:
-        The two.
+        A site for each activation module, by its FQN; and the trace.
     """
     described, trace = _traced_with(model, run)
-    if trace.crowded:
-        inside = _traced_with(model, run, trace.crowded)[1].calls
-        opened = {name for name in trace.crowded if any(f"{call.module}.".startswith(f"{name}.") for call in inside)}
-        described, trace = _traced_with(model, run, opened) if opened else (described, trace)
-    return described, trace
+    if not trace.crowded:
+        return described, trace
+    _, without_crowded = _traced_with(model, run, trace.crowded)
+    callers = {call.module for call in without_crowded.calls}
+    opened = {name for name in trace.crowded if any(f"{caller}.".startswith(f"{name}.") for caller in callers)}
+    if not opened:
+        return described, trace
+    return _traced_with(model, run, opened)
 
 
 def _traced_with(
     model: nn.Module, run: Callable[[nn.Module], object], but: Collection[str] = ()
 ) -> tuple[dict[str, FoundSite], Trace]:
     described = {name: _describe(name, module) for name, module in _activations(model, but).items()}
-    return described, trace_calls(model, {name: site.base for name, site in described.items()}, run)
+    functions = {name: site.base for name, site in described.items()}
+    return described, trace_calls(model, functions, run)
 
 
-def _dynamic_sites(model: nn.Module, run: Callable[[nn.Module], object]) -> tuple[list[FoundSite], str]:
+def _dynamic_sites(model: nn.Module, run: Callable[[nn.Module], object]) -> list[FoundSite]:
     """Sites of the calls of one run in their order, then the modules that the run never reached."""
     described, trace = _described_and_traced(model, run)
     sites = _Naming(model, trace).sites(described)
     reached = [name for name, count in trace.forwards.items() if count]
     sites += taken_over(model, reached, sites)
     like = relatives(model, reached)
-    of_module = {site.name: site for site in sites}
+    by_name = {site.name: site for site in sites}
     shared = {site.module for site in sites if site.kind == "shared"}
     for name, site in described.items():
         if not trace.forwards[name] and name not in shared:
-            sites.append(_unreached(site, model, trace, like, of_module))
-        elif name in trace.refused and all(each.module != name for each in sites):
+            sites.append(_unreached(site, model, trace, like, by_name))
+        elif name in trace.refused and all(other.module != name for other in sites):
             why = f"the example calls it with what cannot be corrected: {trace.refused[name]}"
             sites.append(replace(site, reason=site.reason or why))
-    return [*sites, *_hidden_in_code(trace), *_opaque(model)], ""
+    return [*sites, *_hidden_in_code(trace), *_opaque(model)]
 
 
 def _unreached(
     site: FoundSite, model: nn.Module, trace: Trace, like: Mapping[str, str], reached: Mapping[str, FoundSite]
 ) -> FoundSite:
-    """A site that the example did not reach: no parameter for it, but where a module of the same structure was reached.
+    """Judges a site that the example did not reach by a module of the same structure that it did reach.
 
-    Nobody has seen what it is for, and ``DistributedDataParallel`` stops at a parameter that goes unused.
+    Without such a module its role is unknown, so that it gets no parameter: nobody has seen what it is for, and
+    ``DistributedDataParallel`` stops at a parameter that goes unused.
 
     Returns:
         The site with its role, and the reason.
@@ -260,25 +295,30 @@ def _unreached(
     around = next((name for name in like if site.module.startswith(f"{name}.")), None)
     if around is None:
         return replace(site, role="unknown", reason=site.reason or NOT_REACHED)
-    other = reached.get(like[around] + site.name[len(around) :])
+    role = site.role
+    counterpart = reached.get(like[around] + site.name[len(around) :])
+    if counterpart is not None:
+        role = counterpart.role
     reason = site.reason or f"{NOT_REACHED}; as in {like[around]}"
-    return replace(site, role=site.role if other is None else other.role, reason=reason)
+    return replace(site, role=role, reason=reason)
 
 
 def _spare(site: FoundSite, reason: str) -> FoundSite:
+    """The site marked as left alone; a reason that it has already stays."""
     return replace(site, wrapped=False, reason=site.reason or reason)
 
 
 def _hidden_in_code(trace: Trace) -> list[FoundSite]:
-    """Activations that ran beneath all Python functions, in scripted or C++ code, and those of each channel its own."""
+    """Activations beneath all Python functions, in scripted or C++ code, and those with a weight for each channel."""
     kernel = "computed by scripted or C++ code, or by torch.ops, which cannot be corrected; call a function of torch"
     branch = "what its branches compute cannot be corrected; branch in Python instead"
     channel = "written out with a weight for each channel, so that no correction fits all of them"
-    found = [
-        _out_of_reach(module, name, shape[1:], kernel if shape else branch)
-        for (module, name), shape in trace.opaque.items()
-    ]
-    found += [_out_of_reach(module, "by_channel", shape[1:], channel) for module, shape in trace.by_channel.items()]
+    found: list[FoundSite] = []
+    for (module, name), shape in trace.opaque.items():
+        reason = kernel if shape else branch
+        found.append(_out_of_reach(module, name, shape[1:], reason))
+    for module, shape in trace.by_channel.items():
+        found.append(_out_of_reach(module, "by_channel", shape[1:], channel))
     return found
 
 
@@ -300,7 +340,7 @@ def _out_of_reach(module: str, name: str, shape: tuple[int, ...], reason: str) -
 
 
 class _Naming:
-    """Turns calls into sites: finds the module that can tell the calls apart, tells them apart, gives names.
+    """Turns calls into sites: finds the module that can tell the calls apart, tells them apart and names them.
 
     Args:
         model: the model.
@@ -318,7 +358,7 @@ class _Naming:
             self.aliases.setdefault(first[id(module)], []).append(name)
 
     def sites(self, described: dict[str, FoundSite]) -> list[FoundSite]:
-        """One site a call, in the order of the calls.
+        """The sites of all calls, in the order of the calls.
 
         Args:
             described: the activation modules, by FQN.
@@ -327,73 +367,78 @@ class _Naming:
             The sites.
         """
         made = [self._made(call, described) for call in self.trace.calls]
-        rows = told_apart(made, self.children)
+        distinct = _distinct(made, told_apart(made, self.children))
         outside = {each.site.module for each in made if each.frame.instance == 0 and each.site.parameters is None}
-        certain = outside | {each.site.module for each in made if self._is_certain(each)}
-        turns: Counter[tuple[Frame, str, int]] = Counter()
-        distinct: dict[tuple[str, str, int, int], FoundSite] = {}
-        for each, row in zip(made, rows, strict=True):
-            site, frame = each.site, each.frame
-            turn = turns[frame, site.key, row.number]
-            turns[frame, site.key, row.number] += 1
-            if turn < MAX_CALLS:
-                site = replace(site, places=row.evidence.places, after=row.evidence.after, turn=turn)
-                distinct.setdefault((frame.module, site.key, row.number, turn), site)
-        # a module that is called once in each forward needs nobody to tell its calls apart
-        owners = Counter(site.module for site in distinct.values() if site.parameters is None)
-        calls = Counter((site.owner, site.key) for site in distinct.values())
+        certain = {each.site.module for each in made if self._is_certain(each)}
+        calls_of_module = Counter(site.module for site in distinct if site.parameters is None)
+        calls_of_owner = Counter((site.owner, site.key) for site in distinct)
         seen: Counter[tuple[str | None, str]] = Counter()
-        sites: list[FoundSite] = []
-        for site in distinct.values():
+        sites: dict[tuple[str | None, str, int], FoundSite] = {}
+        for site in distinct:
             number = seen[site.owner, site.key]
             seen[site.owner, site.key] += 1
-            if site.parameters is None and (owners[site.module] == 1 or site.module in outside):
-                caller = None if site.module in certain else site.owner
-                site = replace(site, owner=None, caller=caller)
-                if caller is None:
-                    site = replace(site, places=(), after=(), turn=0, through=(), beside=())
+            is_module = site.parameters is None
+            is_single = calls_of_module[site.module] == 1
+            is_certain = is_single and site.module in certain
+            if is_module and (is_certain or site.module in outside):
+                # nobody need tell the call from others
+                site = replace(site, owner=None, places=(), after=(), turn=0, through=(), beside=())
+            elif is_module and is_single:
+                site = replace(site, owner=None, caller=site.owner)
             else:
-                site = replace(site, call=number, calls=calls[site.owner, site.key])
-                if site.parameters is None:
+                site = replace(site, call=number, calls=calls_of_owner[site.owner, site.key])
+                if is_module:
                     site = replace(site, name=self._local(site.module, site.owner or ""), kind="shared")
-            sites.append(site)
-        once = {(site.owner, site.key, site.call): site for site in sites}
-        return _numbered(list(once.values()))
+            sites[site.owner, site.key, site.call] = site  # all calls of a module outside any forward are one site
+        return _numbered(list(sites.values()))
 
     def _made(self, call: Call, described: dict[str, FoundSite]) -> MadeCall:
-        """A call with the forward that can tell it from others, and how it can be told."""
+        """A call, with the forward that can tell it from others and the modules that take part in that."""
+        site = described[call.module] if call.function is None else self._function_site(call)
         frame = self._owner(call)
-        site = self._function_site(call) if call.function is not None else described[call.module]
         at = call.path.index(frame)
-        through = tuple(dict.fromkeys(each.module for each in call.path[at + 1 :]))
-        within = {child.name for children, _ in call.returned[at:] for child in children if child.name in self.children}
-        parents = {parent_of(name, self.model) for name in within}
-        size, dim = call.shape[1:], call.channel_dim
-        site = replace(site, owner=frame.module, shape=size, channel_dim=dim, through=through)
-        site = replace(site, beside=tuple(sorted(parents - {frame.module, *through})))
-        if frame.instance == 0 and site.parameters is not None:
+        through = tuple(dict.fromkeys(inner.module for inner in call.path[at + 1 :]))
+        site = replace(
+            site,
+            owner=frame.module,
+            shape=call.shape[1:],
+            channel_dim=call.channel_dim,
+            through=through,
+            beside=self._beside(call, at, {frame.module, *through}),
+        )
+        is_function = site.parameters is not None
+        if is_function and frame.instance == 0:
             site = replace(site, wrapped=False, reason=_OUTSIDE)
-        if site.parameters is None and site.role == "hidden" != call.role:
+        if not is_function and site.role == "hidden" and call.role != "hidden":
             site = replace(site, role=call.role, reason=site.reason or call.reason)
         return MadeCall(site, frame, at, call)
 
+    def _beside(self, call: Call, at: int, forwards: Collection[str]) -> tuple[str, ...]:
+        """Modules without a forward around the call whose children return there, as where their methods are called."""
+        parents: set[str] = set()
+        for returned, _ in call.returned[at:]:
+            parents |= {parent_of(child.name, self.model) for child in returned if child.name in self.children}
+        return tuple(sorted(parents.difference(forwards)))
+
     def _is_certain(self, made: MadeCall) -> bool:
-        """Whether the code of the model has no other call of an activation that is called once."""
+        """Whether the code of the model has no call of this activation module but this."""
         call = made.call
         if call.function is not None or not call.path[-1].is_forward:
             return False
-        readers = [self._readers(name) for name in self.aliases[call.module]]
+        readers = sum(self._readers(name) for name in self.aliases[call.module])
+        if readers != 1:
+            return False
+        parent, _, _ = call.module.rpartition(".")
+        is_indexed = isinstance(self.model.get_submodule(parent), (nn.ModuleList, nn.ModuleDict))
         places = call.pieces[0].places
-        around = self.model.get_submodule(call.module.rpartition(".")[0])
-        is_indexed = isinstance(around, (nn.ModuleList, nn.ModuleDict))
-        return sum(readers) == 1 and (is_indexed or not places or not is_repeated(places))
+        return is_indexed or not places or not is_repeated(places)
 
     def _readers(self, name: str) -> int:
         """How many places in the code call a module by one of its names."""
-        parent, attribute = name.rpartition(".")[::2]
+        parent, _, attribute = name.rpartition(".")
         around = self.model.get_submodule(parent)
         while parent and isinstance(around, (nn.ModuleList, nn.ModuleDict)):
-            parent, container = parent.rpartition(".")[::2]
+            parent, _, container = parent.rpartition(".")
             attribute = f"{container}.{attribute}"
             around = self.model.get_submodule(parent)
         return self.attributes.reads(around, attribute)
@@ -401,17 +446,23 @@ class _Naming:
     def _function_site(self, call: Call) -> FoundSite:
         assert call.function is not None
         base = function_base(call.function, call.parameters)
-        label = base.name if call.function == WRITTEN else call.function
-        reason = call.reason
-        affine = base.traits.affine
+        kind = "function"
+        label = call.function
+        if call.function == WRITTEN:
+            kind = "written"
+            label = base.name
         caller = self.model.get_submodule(call.module)
-        refusal = "affine: nothing to correct" if affine else ""
+        refusal = ""
         if "forward" in vars(caller):
             refusal = "forward of the calling module is replaced on the instance; wrap before replacing it"
         elif isinstance(caller, Wrapped) and call.function in caller.eafo_functions:
             refusal = "corrected already"
-        elif call.role == "part" or call.refusal:
-            refusal = call.refusal or reason
+        elif call.refusal:
+            refusal = call.refusal
+        elif call.role == "part":
+            refusal = call.reason
+        elif base.traits.affine:
+            refusal = "affine: nothing to correct"
         return FoundSite(
             name=f"{call.module}:{label}",
             module=call.module,
@@ -423,21 +474,22 @@ class _Naming:
             inplace=call.inplace,
             role=call.role,
             wrapped=not refusal,
-            reason=refusal or reason,
-            kind="written" if call.function == WRITTEN else "function",
+            reason=refusal or call.reason,
+            kind=kind,
             parameters=call.parameters,
             guarded=self._guarded(call.module),
             hidden_from_compiler=call.hidden_from_compiler,
         )
 
     def _guarded(self, caller: str) -> tuple[str, ...]:
-        """Modules called by a module's own code that may call functions themselves."""
+        """Modules that a module's own code may call, and that may call functions themselves."""
         module = self.model.get_submodule(caller)
-        names = dict.fromkeys(self.trace.callees.get(caller, {}))
         prefix = f"{caller}." if caller else ""
-        names |= dict.fromkeys(prefix + name for name, _ in module.named_children())
-        inside = (prefix + name for name, _ in module.named_modules() if name)
-        names |= dict.fromkeys(name for name in inside if not self.trace.forwards[name])
+        called = list(self.trace.callees.get(caller, {}))
+        children = [prefix + name for name, _ in module.named_children()]
+        descendants = [prefix + name for name, _ in module.named_modules() if name]
+        unreached = [name for name in descendants if not self.trace.forwards[name]]
+        names = dict.fromkeys([*called, *children, *unreached])  # without repetitions, in this order
         return tuple(name for name in names if name != caller and may_call_functions(self.model.get_submodule(name)))
 
     def _owner(self, call: Call) -> Frame:
@@ -450,29 +502,51 @@ class _Naming:
             That forward.
         """
         path = call.path
-        place = len(path) - 1
-        while path[place].is_forward:
-            module = path[place].module
-            place = next(i for i, frame in enumerate(path) if frame.is_forward and frame.module == module)
-            if self.trace.forwards[module] == 1 or place == 0 or not path[place - 1].is_forward:
+        at = len(path) - 1
+        while path[at].is_forward:
+            module = path[at].module
+            # of a module that runs inside itself, the outermost forward
+            at = next(i for i, frame in enumerate(path) if frame.is_forward and frame.module == module)
+            runs_once = self.trace.forwards[module] == 1
+            is_outermost = at == 0 or not path[at - 1].is_forward
+            if runs_once or is_outermost:
                 break
-            place -= 1
-        return path[place]
+            at -= 1
+        return path[at]
 
     def _local(self, module: str, owner: str) -> str:
-        prefix = owner + "." if owner else ""
-        inside = [name for name in self.aliases[module] if name.startswith(prefix)]
-        return inside[0] if inside else f"{owner}/{module}"
+        """The name of a shared module inside its owner; with the owner before a slash where it has no name there."""
+        prefix = f"{owner}." if owner else ""
+        for name in self.aliases[module]:
+            if name.startswith(prefix):
+                return name
+        return f"{owner}/{module}"
+
+
+def _distinct(made: Sequence[MadeCall], rows: Sequence[Row]) -> list[FoundSite]:
+    """A site for each call that can be told from the others: by the evidence of its row, and by its turn within it."""
+    turns: Counter[tuple[Frame, str, int]] = Counter()
+    distinct: dict[tuple[str, str, int, int], FoundSite] = {}
+    for each, row in zip(made, rows, strict=True):
+        frame = each.frame
+        key = each.site.key
+        turn = turns[frame, key, row.number]
+        turns[frame, key, row.number] += 1
+        if turn < MAX_CALLS:
+            site = replace(each.site, places=row.evidence.places, after=row.evidence.after, turn=turn)
+            distinct.setdefault((frame.module, key, row.number, turn), site)
+    return list(distinct.values())
 
 
 def _numbered(sites: list[FoundSite]) -> list[FoundSite]:
     """Gives every site a name of its own: ``#k`` for the k-th of those with the same name."""
-    several = Counter(site.name for site in sites)
+    sites_named = Counter(site.name for site in sites)
     seen: Counter[str] = Counter()
-    named: list[FoundSite] = []
+    numbered: list[FoundSite] = []
     for site in sites:
         k = seen[site.name]
         seen[site.name] += 1
-        numbered = site.kind == "shared" or several[site.name] > 1
-        named.append(replace(site, name=f"{site.name}#{k}") if numbered else site)
-    return named
+        if site.kind == "shared" or sites_named[site.name] > 1:
+            site = replace(site, name=f"{site.name}#{k}")
+        numbered.append(site)
+    return numbered

@@ -20,14 +20,15 @@ class MadeCall:
     """A call of the run, with the forward whose module tells it from others.
 
     Args:
-        site: what it would be a site of.
+        site: the site that the call would be.
         frame: the forward.
-        at: which of the call's path that is.
+        at: the forward's index in the call's path.
         call: what the run has seen.
 
     Attributes:
         places: where the call is made, from that forward on, innermost first.
-        returned: of that forward and of those inside it, the children that have returned, and how many of them before.
+        returned: for that forward and those inside it, the children that have returned, and how many of them had
+            returned before the call.
     """
 
     site: FoundSite
@@ -63,16 +64,17 @@ def told_apart(made: Sequence[MadeCall], children: Mapping[str, str]) -> list[Ro
     seen = _evidence(made, children)
     known: dict[tuple[str, str], list[Evidence]] = {}
     while True:
-        complete = True
+        is_complete = True
         rows: list[Row] = []
-        for each, evidence in zip(made, seen, strict=True):
-            same = known.setdefault((each.frame.module, each.site.key), [])
-            number = which(same, evidence, strictly=True)
+        for call, evidence in zip(made, seen, strict=True):
+            of_key = known.setdefault((call.frame.module, call.site.key), [])
+            number = which(of_key, evidence, strictly=True)
             if number is None:
-                number, complete = len(same), False
-                same.append(evidence)
-            rows.append(Row(number, same[number]))
-        if complete:
+                is_complete = False
+                number = len(of_key)
+                of_key.append(evidence)
+            rows.append(Row(number, of_key[number]))
+        if is_complete:  # else once more: a call may fit evidence that was found after it
             return rows
 
 
@@ -80,15 +82,18 @@ def _evidence(made: Sequence[MadeCall], children: Mapping[str, str]) -> list[Evi
     """The evidence of each call: the children since the last call at the same place, in a loop those inside it."""
     before: dict[tuple[Frame, str, tuple[str, ...]], dict[int, int]] = {}
     seen: list[Evidence] = []
-    for each in made:
-        since = before.get((each.frame, each.site.key, each.places), {})
+    for call in made:
+        place = (call.frame, call.site.key, call.places)
+        counted = before.get(place, {})
         after: list[str] = []
-        for (returned, count), loops in zip(each.returned, _loops(each), strict=True):
-            for child in returned[since.get(id(returned), 0) : count]:
-                if child.name in children and (loops is None or loops & child.loops):
+        for (returned, count), loops in zip(call.returned, _loops(call), strict=True):
+            first = counted.get(id(returned), 0)
+            for child in returned[first:count]:
+                is_in_loops = loops is None or bool(loops & child.loops)
+                if child.name in children and is_in_loops:
                     after.append(children[child.name])
-        before[each.frame, each.site.key, each.places] = {id(returned): count for returned, count in each.returned}
-        seen.append(Evidence(each.places, tuple(after[-MOST_CHILDREN:])))
+        before[place] = {id(returned): count for returned, count in call.returned}
+        seen.append(Evidence(call.places, tuple(after[-MOST_CHILDREN:])))
     return seen
 
 

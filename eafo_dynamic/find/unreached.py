@@ -90,18 +90,39 @@ def is_named(model: nn.Module, name: str, reached: Mapping[str, int]) -> bool:
     holder, _, attribute = name.rpartition(".")
     if not name or reached.get(name, 0):
         return True
-    around = [holder[:end] for end, letter in enumerate(f"{holder}.") if letter == "."] if holder else []
-    kinds = {type(plain_view(model.get_submodule(each))) for each in ["", *around]}
-    if isinstance(model.get_submodule(holder), _CONTAINERS) or any(_uses(kind, attribute) for kind in kinds):
+    around = [""]
+    parent = holder
+    while parent:
+        around.append(parent)
+        parent, _, _ = parent.rpartition(".")
+    kinds = {type(plain_view(model.get_submodule(name_around))) for name_around in around}
+    is_held = isinstance(model.get_submodule(holder), _CONTAINERS)
+    if is_held or any(_uses(kind, attribute) for kind in kinds):
         return is_named(model, holder, reached)
     return False
 
 
 def _uses(kind: type[nn.Module], attribute: str) -> bool:
-    own = [each for each in kind.__mro__ if not each.__module__.startswith("torch.nn.modules.module")]
-    methods = [value for each in own for name, value in vars(each).items() if name != "__init__"]
-    codes = [code for method in methods for part in _functions(method) for code in _codes(_code_of(part))]
-    return any(attribute in code.co_names or _BY_NAME & set(code.co_names) for code in codes)
+    """Whether a method of a class uses a name, or goes through all modules that there are."""
+    for cls in kind.__mro__:
+        if cls.__module__.startswith("torch.nn.modules.module"):
+            continue
+        for name, method in vars(cls).items():
+            if name == "__init__":
+                continue
+            names = _names_in(method)
+            if attribute in names or _BY_NAME & names:
+                return True
+    return False
+
+
+def _names_in(method: Any) -> set[str]:
+    """The names in the code of a method, and in that of the functions inside it."""
+    names: set[str] = set()
+    for function in _functions(method):
+        for code in _codes(_code_of(function)):
+            names.update(code.co_names)
+    return names
 
 
 def _functions(method: Any) -> list[Any]:
@@ -110,7 +131,9 @@ def _functions(method: Any) -> list[Any]:
 
 
 def _code_of(function: Any) -> object:
-    return getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    if not callable(function):
+        return None
+    return getattr(inspect.unwrap(function), "__code__", None)
 
 
 def _codes(code: object) -> Iterator[CodeType]:

@@ -2,7 +2,7 @@
 
 A *written-out* activation is a product of a tensor with a sigmoid, tanh or erf of itself, or
 ``0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x ** 3)))``. It is recognised by following the pointwise operations of
-one frame back to the one tensor they all start from.
+a frame back to the single tensor that they all start from.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ WRITTEN = "written"
 """Stands for the function's name where the activation is written out."""
 
 Node = tuple[Any, ...]
-"""An expression of one tensor: ``("mul", "x", ("sigmoid", ("mul", 1.702, "x")))``; ``"x"`` is the tensor,
-``"?"`` a scalar tensor such as a learnable beta."""
+"""An expression of a tensor, such as ``("mul", "x", ("sigmoid", ("mul", "x", 1.702)))``: an operation and its operands.
+``"x"`` is the tensor, ``"?"`` a scalar tensor such as a learnable beta."""
 
 
 def _as_tensors(a: Any, b: Any) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def _minimum(a: Any, b: Any) -> Tensor:
     return torch.minimum(*_as_tensors(a, b))
 
 
-_END = "end"
+_END = "end"  # marks a complete expression among those that a Tracker wants
 _KERNELS = {"sigmoid", "tanh", "erf", "hardsigmoid", "relu6"}
 _UNARY: dict[str, Callable[..., Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -135,14 +135,20 @@ def written_node(parameters: Mapping[str, object]) -> Node:
 
 
 def _as_node(saved: Any, depth: int = 0) -> Any:
-    """A node that went through JSON or a checkpoint, checked: lists become tuples again."""
-    if depth and (saved in ("x", "?") or isinstance(saved, (int, float))):
-        return saved if isinstance(saved, str) else float(saved)
-    parts: list[Any] = list(saved) if isinstance(saved, (list, tuple)) else []
-    operands = _OPERANDS.get(parts[0], 0) if parts and isinstance(parts[0], str) else 0
-    if not operands or len(parts) != 1 + operands or depth > _DEEPEST:
+    """Checks a node that went through JSON or a checkpoint, and makes its lists tuples again."""
+    is_operand = depth > 0
+    if is_operand and saved in ("x", "?"):
+        return saved
+    if is_operand and isinstance(saved, (int, float)):
+        return float(saved)
+    name: Any = None
+    operands: list[Any] = []
+    if isinstance(saved, (list, tuple)) and saved:
+        name, *operands = cast("list[Any]", saved)
+    is_operation = isinstance(name, str) and _OPERANDS.get(name) == len(operands)
+    if not is_operation or depth > _DEEPEST:
         raise SiteError(f"{reprlib.repr(saved)} is no expression of a written-out activation.")
-    return (parts[0], *(_as_node(part, depth + 1) for part in parts[1:]))
+    return (name, *(_as_node(operand, depth + 1) for operand in operands))
 
 
 class Written:
@@ -186,7 +192,7 @@ def _evaluate(node: Any, z: Tensor, constants: Iterator[float]) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def written_base(node: Node, constants: tuple[float, ...]) -> Base:
-    """The base of a written-out activation; one that is known by a name has that name.
+    """The base of a written-out activation; if its values are those of a named base, that base.
 
     Args:
         node: its expression.
@@ -206,7 +212,14 @@ def written_base(node: Node, constants: tuple[float, ...]) -> Base:
 
 
 class Made(NamedTuple):
-    """A tensor made in the frame by pointwise operations on one other tensor, its root."""
+    """A tensor made in the frame by pointwise operations on a single other tensor.
+
+    Args:
+        out: the tensor.
+        root: the other tensor.
+        node: what ``out`` is as an expression of ``root``.
+        scalars: the scalar tensors in it, ``"?"``, from left to right.
+    """
 
     out: Tensor
     root: Tensor
@@ -218,8 +231,7 @@ class Tracker:
     """Follows the pointwise operations of one frame, and says when they complete a written-out activation.
 
     Args:
-        wanted: expressions worth remembering, from ``wanted_for``; None: all. Remembered tensors live as long as the
-            frame.
+        wanted: expressions to remember, from ``wanted_for``; None: all. Remembered tensors live as long as the frame.
     """
 
     __slots__ = ("_by_id", "made", "wanted")
@@ -227,7 +239,7 @@ class Tracker:
     def __init__(self, wanted: Collection[Node] | None = None) -> None:
         self.wanted = wanted
         self.made: list[Made] = []
-        # the tensors are kept, so that no number is given twice
+        # the tensors are kept, so that no two of them get the same id
         self._by_id: dict[int, Made] | None = {} if wanted is None else None
 
     def find(self, tensor: object) -> Made | None:
@@ -247,7 +259,7 @@ class Tracker:
         return None
 
     def step(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Made | None:
-        """Takes in one call.
+        """Follows a function that runs.
 
         Args:
             func: the torch function.
@@ -256,7 +268,7 @@ class Tracker:
             out: what it returned.
 
         Returns:
-            The written-out activation that the call completes; None if it completes none.
+            The written-out activation that the function completes; None if it completes none.
         """
         if func not in _OPERATIONS or not isinstance(out, Tensor):
             return None
@@ -282,38 +294,50 @@ class Tracker:
                 terms.append("?")
                 scalars.append((arg,))
                 continue
-            start, node = (arg, "x") if known is None else (known.root, known.node)
+            start = arg if known is None else known.root
             if root is not None and root is not start:
                 return None
             root = start
-            terms.append(node)
-            scalars.append(() if known is None else known.scalars)
+            if known is None:
+                terms.append("x")
+                scalars.append(())
+            else:
+                terms.append(known.node)
+                scalars.append(known.scalars)
         if root is None or size_of(root) != size_of(out):
             return None
         if name in ("mul", "add") and (terms[0] == "?" or isinstance(terms[0], float)):
-            terms.reverse()  # 2 * x and x * 2 are one expression, whichever of them a compiler makes of it
+            # 2 * x and x * 2 are the same expression, whichever of them a compiler makes of it
+            terms.reverse()
             scalars.reverse()
-        made = Made(out, root, (name, *terms), tuple(scalar for each in scalars for scalar in each))
+        made = Made(out, root, (name, *terms), tuple(scalar for group in scalars for scalar in group))
         if name == "mul" and _completes(terms):
             return made
         return self._remembered(made)
 
     def _clamp(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> Made | None:
         """``x.clamp(low, high)`` as a maximum and a minimum; a bound that is None is left out."""
-        given = dict(zip(("input", "min", "max"), args, strict=False)) | dict(kwargs)
-        if not set(given) <= {"input", "min", "max"} or not isinstance(given.get("input"), Tensor):
+        names = ("input", "min", "max")
+        given: dict[str, Any] = dict(zip(names, args, strict=False))
+        given.update(kwargs)
+        value = given.get("input")
+        if not isinstance(value, Tensor) or not given.keys() <= set(names):
             return None
-        low, high = given.get("min"), given.get("max")
+        low = given.get("min")
+        high = given.get("max")
+        if low is None and high is None:
+            return None
         if low is None:
-            return None if high is None else self.step(torch.minimum, (given["input"], high), {}, out)
+            return self.step(torch.minimum, (value, high), {}, out)
         if high is None:
-            return self.step(torch.maximum, (given["input"], low), {}, out)
-        known = self.find(given["input"])
+            return self.step(torch.maximum, (value, low), {}, out)
         if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
             return None
-        root, inner, scalars = (given["input"], "x", ()) if known is None else known[1:]
-        made = Made(out, root, ("minimum", ("maximum", inner, float(low)), float(high)), scalars)
-        return self._remembered(made)
+        known = self.find(value)
+        if known is None:
+            known = Made(value, value, cast(Node, "x"))
+        node = ("minimum", ("maximum", known.node, float(low)), float(high))
+        return self._remembered(Made(out, known.root, node, known.scalars))
 
     def _remembered(self, made: Made) -> Made | None:
         if self.wanted is not None and (_END, made.node) in self.wanted:
@@ -346,8 +370,9 @@ def bends(node: Any) -> bool:
     Returns:
         Whether there is a kink, a wave or an exponential in it, and no function that has a site of its own.
     """
-    names = {each[0] for each in (node, *parts(node))}
-    return bool(names & _BENDS) and not names & {*_KERNELS, "softplus"}
+    operations = {part[0] for part in (node, *parts(node))}
+    with_own_site = {*_KERNELS, "softplus"}
+    return not operations.isdisjoint(_BENDS) and operations.isdisjoint(with_own_site)
 
 
 def acts(node: Node, constants: tuple[float, ...]) -> bool:
@@ -368,23 +393,26 @@ def acts(node: Node, constants: tuple[float, ...]) -> bool:
     if values.dtype != z.dtype or not bool(values.isfinite().all()) or float(values.abs().max()) > 60.0:
         return False
     near = values[z.abs() <= 6.0]
-    even = torch.allclose(near, near.flip(0))
-    straight = torch.allclose(near.diff(), near.diff().mean().expand(len(near) - 1), atol=1e-9)
-    steps = int((near.diff().abs() < 1e-12).sum()) > len(near) - 4
-    return not even and not straight and not steps
+    rises = near.diff()
+    is_even = torch.allclose(near, near.flip(0))
+    is_straight = torch.allclose(rises, rises.mean().expand_as(rises), atol=1e-9)
+    is_in_steps = int((rises.abs() < 1e-12).sum()) > len(near) - 4
+    return not is_even and not is_straight and not is_in_steps
 
 
 def _completes(terms: list[Any]) -> bool:
-    """A product of two expressions of one tensor, one with a squashing function in it and one without."""
+    """Whether the factors of a product are expressions of its root, just one of them with a squashing function."""
     if len(terms) != 2 or not all(term == "x" or isinstance(term, tuple) for term in terms):
         return False
     return _has_kernel(terms[0]) != _has_kernel(terms[1])
 
 
 def _has_kernel(node: Any) -> bool:
-    return isinstance(node, tuple) and (
-        node[0] in _KERNELS or any(_has_kernel(part) for part in cast("tuple[Any, ...]", node)[1:])
-    )
+    """Whether there is a squashing function in an expression."""
+    if not isinstance(node, tuple):
+        return False
+    name, *operands = cast("tuple[Any, ...]", node)
+    return name in _KERNELS or any(_has_kernel(operand) for operand in operands)
 
 
 def parts(node: Any) -> set[Node]:
@@ -396,5 +424,9 @@ def parts(node: Any) -> set[Node]:
     Returns:
         Its proper sub-expressions.
     """
-    inner = [part for part in cast("tuple[Any, ...]", node)[1:] if isinstance(part, tuple)]
-    return {sub for part in inner for sub in (part, *parts(part))}
+    found: set[Node] = set()
+    for operand in cast("tuple[Any, ...]", node)[1:]:
+        if isinstance(operand, tuple):
+            part = cast(Node, operand)
+            found |= {part, *parts(part)}
+    return found

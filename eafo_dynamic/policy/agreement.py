@@ -125,10 +125,12 @@ class Agreement:
         if not apart.any():
             return
         site, place, column = apart.nonzero()[0].tolist()
-        first, other = self.ranks[0], self.ranks[place]
+        first = self.ranks[0]
+        other = self.ranks[place]
         if apart[..., :2].any():
             _, place, _ = apart[..., :2].nonzero()[0].tolist()
-            (round_, step), (others_round, others_step) = marks[0, 0, :2].tolist(), marks[0, place, :2].tolist()
+            round_, step = marks[0, 0, :2].tolist()
+            others_round, others_step = marks[0, place, :2].tolist()
             raise RankError(
                 f"rank {self.ranks[place]} is at round {others_round:.0f}, step {others_step:.0f}, and rank {first} at "
                 f"round {round_:.0f}, step {step:.0f}. Call controller.step with the same step on every rank, and give "
@@ -173,7 +175,8 @@ def _without_addresses(text: str) -> str:
 def _first_difference(ranks: Sequence[int], texts: Sequence[Mapping[str, str]]) -> str:
     for rank, about in zip(ranks, texts, strict=True):
         for key in dict.fromkeys([*texts[0], *about]):
-            own, first = about.get(key, "none"), texts[0].get(key, "none")
+            own = about.get(key, "none")
+            first = texts[0].get(key, "none")
             if own != first:
                 return (
                     f"rank {rank} has {key}: {own}, and rank {ranks[0]} has {key}: {first}. Attach to the same model "

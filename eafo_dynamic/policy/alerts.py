@@ -71,9 +71,13 @@ class Alerts:
     """
 
     def __init__(self, bases: Sequence[Base], resolution: float, speaks: bool = True) -> None:
-        below, above = torch.tensor([-60.0, -30.0]), torch.tensor([30.0, 60.0])  # far out
-        self._can_die = [bool((base(below).abs() < 1e-3).all()) for base in bases]
-        self._most_flat = [SATURATED if _is_flat(base, below) and _is_flat(base, above) else FLAT for base in bases]
+        far_below = torch.tensor([-60.0, -30.0])
+        far_above = torch.tensor([30.0, 60.0])
+        self._can_die = [bool((base(far_below).abs() < 1e-3).all()) for base in bases]
+        self._most_flat: list[float] = []
+        for base in bases:
+            is_saturating = _is_flat(base, far_below) and _is_flat(base, far_above)
+            self._most_flat.append(SATURATED if is_saturating else FLAT)
         self._least_entropy = 0.5 * math.log(2 * math.pi * math.e * resolution**2)
         self._speaks = speaks
         self._before: dict[str, Record] = {}  # of each site, with samples
@@ -123,8 +127,11 @@ class Alerts:
     def _lasting(self, row: Record, place: int) -> dict[str, str]:
         """What may last, by kind; comparisons with NaN, where samples did not suffice, are False."""
         found: dict[str, str] = {}
-        dead, flat, entropy = (_number(row, name) for name in ("dead_fraction", "flat_fraction", "entropy"))
-        mean, std = _number(row, "mean"), _number(row, "std")
+        dead = _number(row, "dead_fraction")
+        flat = _number(row, "flat_fraction")
+        entropy = _number(row, "entropy")
+        mean = _number(row, "mean")
+        std = _number(row, "std")
         if self._can_die[place] and dead >= DEAD:
             found["dead"] = f"{100 * dead:.0f} % of the units did not fire"
         if flat >= self._most_flat[place]:
@@ -141,8 +148,11 @@ def _changes(row: Record, before: Record | None) -> list[str]:
     """What has changed since the last round that had samples."""
     if before is None or not _number(before, "std") > 0:
         return []
-    mean, std = _number(row, "mean"), _number(row, "std")
-    step, old_mean, old_std = before["step"], _number(before, "mean"), _number(before, "std")
+    mean = _number(row, "mean")
+    std = _number(row, "std")
+    step = before["step"]
+    old_mean = _number(before, "mean")
+    old_std = _number(before, "std")
     found: list[str] = []
     moved = abs(mean - old_mean) / old_std
     if moved > MOVED:
@@ -159,4 +169,6 @@ def _is_flat(base: Base, far: Tensor) -> bool:
 
 def _number(row: Mapping[str, object], column: str) -> float:
     value = row.get(column)
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    if isinstance(value, (int, float)):
+        return float(value)
+    return math.nan

@@ -56,7 +56,8 @@ class Amplitudes:
     """
 
     def __init__(self, bank: Bank, policies: Sequence[Policy]) -> None:
-        self._bank, self._policies = bank, list(policies)
+        self._bank = bank
+        self._policies = list(policies)
         self.follows = torch.tensor([policy.follows_data for policy in policies], device="cpu")
         self.adds_gradient = any(policy.adds_gradient for policy in policies)
         self._trains_all = all(policy.trains_eps for policy in policies)
@@ -72,7 +73,7 @@ class Amplitudes:
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """Those that the loss trains, or will where the user has frozen their layer for a while."""
+        """The amplitudes that the loss trains, or will train where the user has frozen their layer for a while."""
         return [amplitude for amplitude, policy in self._pairs() if policy.trains_eps]
 
     def before_step(self, frozen: bool, gradient: Tensor | None, optimizer: torch.optim.Optimizer | None) -> None:
@@ -100,8 +101,8 @@ class Amplitudes:
         if optimizer is not None:
             stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for (amplitude, policy), slope in zip(self._pairs(), gradient.flatten(), strict=True):
-            mine = optimizer is None or id(amplitude) in stepped  # with several optimisers it would be added twice
-            if not policy.adds_gradient or not mine or not amplitude.requires_grad:
+            is_stepped = optimizer is None or id(amplitude) in stepped  # several optimisers would each add it
+            if not policy.adds_gradient or not is_stepped or not amplitude.requires_grad:
                 continue
             share = policy.adds_gradient * slope / amplitude.numel()
             added = share.to(amplitude.dtype).expand(amplitude.shape).clone()

@@ -124,7 +124,8 @@ class JoinWatch:
         """
         if self._replicas is None:
             self._replicas = [weakref.ref(each) for each in _replicas_of(self._model)]
-        if any(replica is not None and is_joined(replica) for replica in (each() for each in self._replicas)):
+        alive = [replica for replica in (reference() for reference in self._replicas) if replica is not None]
+        if any(is_joined(replica) for replica in alive):
             raise SiteError(
                 f"{type(self._model).__name__} runs in the context Join, in which a rank that has ended leaves update "
                 "rounds waiting. Give every rank equally many batches, such as by DistributedSampler(drop_last=True), "
@@ -194,7 +195,9 @@ class OptimizerWatch:
         amplitudes = self._trained()
         waiting = [name for name in amplitudes if name not in self._settled]
         groups = [group for optimizer in self._stepped for group in optimizer.param_groups]
-        held = {id(parameter) for group in groups for parameter in group["params"]}
+        held: set[int] = set()
+        for group in groups:
+            held.update(id(parameter) for parameter in group["params"])
         missed: list[str] = []
         for name in waiting:
             if id(amplitudes[name]) in held:
@@ -218,12 +221,9 @@ class OptimizerWatch:
         """Whether an optimiser holds what is trained in the nearest module around an amplitude that trains anything."""
         own = {id(amplitude) for amplitude in amplitudes.values()}
         while name:
-            name = name.rpartition(".")[0]
-            around = [
-                parameter
-                for parameter in self._model.get_submodule(name).parameters()
-                if parameter.requires_grad and id(parameter) not in own
-            ]
+            name, _, _ = name.rpartition(".")
+            parameters = self._model.get_submodule(name).parameters()
+            around = [parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in own]
             if around:
                 return any(id(parameter) in held for parameter in around)
         return False

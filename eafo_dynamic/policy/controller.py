@@ -364,7 +364,8 @@ class EAFOController:
             return self._update_at_the_same_step(global_step, epoch, due)
         if global_step < self.pace.last:  # another training
             self._forget()
-        stride, since = self.pace.stride, self.pace.advance(global_step)
+        stride = self.pace.stride
+        since = self.pace.advance(global_step)
         self.bank.bound(self.trust_region.max_eps)
         rows: list[Record] = []
         if self.schedule.updates(global_step, since, due):

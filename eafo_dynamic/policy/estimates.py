@@ -75,7 +75,7 @@ def pooled(
     stacked = padded
     if max(lengths) > width:
         stacked = stack_samples(values, width)
-    units = stack_samples(_as_floats([each for _, each in drained], device), width)
+    units = stack_samples(_as_floats([units_of_site for _, units_of_site in drained], device), width)
     nonfinite = torch.tensor(lengths, device=device) - own.n
     if marks is None:
         marks = losses.new_empty(len(values), 0)

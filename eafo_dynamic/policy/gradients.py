@@ -24,7 +24,7 @@ __all__ = ["SharedGradients", "reached"]
 
 
 class _Reach(torch.autograd.Function):
-    """A loss as it is, with a gradient of zero for every amplitude; with it each of them gets one in each backward."""
+    """A loss as it is, which also sends a gradient of zero to every amplitude, so that all of them get a gradient."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *amplitudes: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -81,8 +81,10 @@ class SharedGradients:
         tensor_parallel: RankGroup | None,
         collect: Callable[[], None],
     ) -> None:
-        self._model, self._bank = model, bank
-        self._among, self._tensor_parallel = among, tensor_parallel
+        self._model = model
+        self._bank = bank
+        self._among = among
+        self._tensor_parallel = tensor_parallel
         self._collect = collect
         self._acts = False
         self._awaits_end = False
@@ -239,7 +241,9 @@ def average_gradients(amplitudes: Sequence[nn.Parameter], among: RankGroup | Non
     ranks = world_size(among)
     if ranks == 1 or not trained:
         return
-    flat = torch.cat([(torch.zeros_like(eps) if eps.grad is None else eps.grad).reshape(-1) for eps in trained])
+    gradients = [torch.zeros_like(eps) if eps.grad is None else eps.grad for eps in trained]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     torch.distributed.all_reduce(flat, group=None if among is None else among.group)
-    for eps, grad in zip(trained, flat.div_(ranks).split([eps.numel() for eps in trained]), strict=True):
-        eps.grad = grad.view_as(eps).clone()
+    means = flat.div_(ranks).split([eps.numel() for eps in trained])
+    for eps, mean in zip(trained, means, strict=True):
+        eps.grad = mean.view_as(eps).clone()

@@ -344,7 +344,8 @@ class Options(Checked):
         if not abs(self.eps_init) <= self.max_eps:
             problem = f"outside the trust region |eps| <= max_eps={self.max_eps}"
             yield ConfigError("eps_init", self.eps_init, problem, "Choose a smaller eps_init or a larger max_eps.")
-        period, collect = self.schedule.update_every_n_steps, self.collect_every_n_steps
+        period = self.schedule.update_every_n_steps
+        collect = self.collect_every_n_steps
         if collect is not None and collect > period:
             problem = f"larger than update_every_n_steps={period}: rounds would find no sample"
             yield ConfigError("collect_every_n_steps", collect, problem, "Collect at least once per update.")
@@ -427,5 +428,7 @@ def _plain(value: object) -> object:
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in cast("Mapping[object, object]", value).items()}
-    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else repr(value)
+        return {str(key): _plain(part) for key, part in cast("Mapping[object, object]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in cast("Sequence[object]", value)]
+    return repr(value)

@@ -28,10 +28,10 @@ class LossWatch:
         self._blamed = False
 
     def observe(self, loss: Tensor) -> None:
-        """Takes in the loss of one batch.
+        """Adds the loss of a batch.
 
         Args:
-            loss: one number.
+            loss: a single number; anything else is left out.
         """
         if loss.numel() == 1:
             # a sum in half precision stops growing after a few hundred losses
@@ -92,7 +92,8 @@ class LossWatch:
         """
         total = self._total()
         both = torch.stack([total, torch.full_like(total, float(self._count))])
-        self._sum, self._count = 0.0, 0
+        self._sum = 0.0
+        self._count = 0
         return both
 
     def jumped(self, losses: Tensor | None = None) -> bool:
@@ -122,5 +123,6 @@ class LossWatch:
         if jump and not self._blamed:
             self._blamed = True
             return True
-        self._before, self._blamed = mean, False
+        self._before = mean
+        self._blamed = False
         return False

@@ -53,9 +53,10 @@ class Schedule:
 
         Args:
             step: optimiser steps taken so far.
-            since: how many there were when this was asked last, where that is not one step ago: what has fallen due in
-                between is made up for.
-            due: whether it is time by something else than a multiple of update_every_n_steps; None: go by that.
+            since: how many there were when this was asked last, if more than one step ago: a round that has fallen
+                due in between runs now.
+            due: whether a round is due for another reason than a multiple of update_every_n_steps; None: only the
+                multiples count.
 
         Returns:
             Whether it is time.
@@ -73,7 +74,8 @@ class Schedule:
         """Whether a round runs after just this step: one of the first, or one of the multiples."""
         if step < self.first_update:
             return False
-        return self._early(step) or (multiples and step % self.update_every_n_steps == 0)
+        is_multiple = step % self.update_every_n_steps == 0
+        return self._early(step) or (multiples and is_multiple)
 
     def collects(self, step: int, stride: int = 1, overrun: int = 0) -> bool:
         """Whether the coming batches are sampled.
@@ -81,13 +83,16 @@ class Schedule:
         Args:
             step: optimiser steps taken so far, so that the coming one is step + 1.
             stride: optimiser steps that a batch takes.
-            overrun: how many more the last one took than was thought: what would have been sampled is made up for.
+            overrun: how many more steps the last batch took than expected: if one of them should have been sampled, the
+                coming batches are.
 
         Returns:
             Whether to collect.
         """
         most = self.update_every_n_steps
-        return any(self._samples(step + ahead) for ahead in range(1 - min(overrun, most), 1 + min(stride, most)))
+        first = step + 1 - min(overrun, most)
+        last = step + min(stride, most)
+        return any(self._samples(coming) for coming in range(first, last + 1))
 
     def _samples(self, coming: int) -> bool:
         if coming < self.first_update or self.frozen(coming):
@@ -138,7 +143,8 @@ class Pace:
         if 0 <= self.last < step:
             since = self.last
         self.overrun = max(0, step - since - self.stride)
-        self.last, self.stride = step, max(step - since, self.stride - 1)
+        self.last = step
+        self.stride = max(step - since, self.stride - 1)
         return since
 
 
@@ -166,7 +172,8 @@ class Epochs:
         Returns:
             Whether a round is due.
         """
-        self.began, self.steps = step, step - self.began
+        self.steps = step - self.began
+        self.began = step
         return self.due(epoch)
 
     def due(self, epoch: int) -> bool:

@@ -102,8 +102,11 @@ def range_of(samples: Tensor, functions: Functions) -> tuple[Tensor, Tensor]:
     missing = ~known.any(1, keepdim=True)
     low = samples.where(known, math.inf).amin(1, keepdim=True)
     high = samples.where(known, -math.inf).amax(1, keepdim=True)
-    mu, reach = functions.shape[:, :1], _DATA * functions.sigma
-    return torch.where(missing, mu - reach, low.to(mu.dtype)), torch.where(missing, mu + reach, high.to(mu.dtype))
+    mu = functions.shape[:, :1]
+    reach = _DATA * functions.sigma
+    smallest = torch.where(missing, mu - reach, low.to(mu.dtype))
+    largest = torch.where(missing, mu + reach, high.to(mu.dtype))
+    return smallest, largest
 
 
 def bounded_move(
@@ -168,10 +171,11 @@ def _largest_change_of_a_channel(
     """Max over channels and z of |c_new - c_old|, shape [S]."""
     before = moved_channels(channels, old.amplitudes, old.amplitudes, math.inf).movedim(0, -1)  # [S, C, T]
     after = moved_channels(channels, old.amplitudes, new.amplitudes, region.max_eps).movedim(0, -1)
-    directions_before, directions_after = torch.stack(old.directions(z), 1), torch.stack(new.directions(z), 1)
+    directions_before = torch.stack(old.directions(z), 1)
+    directions_after = torch.stack(new.directions(z), 1)
     # site by site: all together would take S times C times 2052 numbers
-    largest = [
-        (after[site] @ directions_after[site] - before[site] @ directions_before[site]).abs().max()
-        for site in range(len(z))
-    ]
+    largest: list[Tensor] = []
+    for site in range(len(z)):
+        change = after[site] @ directions_after[site] - before[site] @ directions_before[site]
+        largest.append(change.abs().max())
     return torch.stack(largest)

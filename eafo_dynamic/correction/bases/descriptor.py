@@ -158,7 +158,8 @@ def traits(base: Base) -> Traits:
     """
     z = probe_points(8193, 100.0)
     value, first, second = (torch.nan_to_num(t) for t in derivatives(base, z))
-    rise, run = value.diff(), z.diff()
+    rise = value.diff()
+    run = z.diff()
     steepest = torch.maximum(first[1:].abs(), first[:-1].abs())
     jumps = bool((rise.abs() > 4 * run * steepest + 0.05).any())
     piecewise = not jumps and bool((second.abs() <= 1e-9).all())

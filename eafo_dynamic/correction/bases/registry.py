@@ -64,16 +64,30 @@ def _made(
     *values: object,
 ) -> Base:
     used = {key: value for (key, _), value in zip(defaults, values, strict=True)}
-    changed = {key: used[key] for key, default in defaults if used[key] != _number(default)}
-    shown = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed.items())
-    fn = functools.partial(function, **used) if used else function
-    label = f"{name}({shown})" if shown else name
-    closed = None if log_slope is None else log_slope(**used)
+    changed = [f"{key}={_shown(used[key])}" for key, default in defaults if used[key] != _number(default)]
+    label = name
+    if changed:
+        label = f"{name}({', '.join(changed)})"
+    fn = function
+    if used:
+        fn = functools.partial(function, **used)
+    closed = None
+    if log_slope is not None:
+        closed = log_slope(**used)
     return Base(name, fn, tuple(sorted(used.items())), label=label, log_slope=closed)
 
 
 def _number(value: object) -> object:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    """The value; a number as a float."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
 
 
 def _identity(z: Tensor) -> Tensor:
@@ -154,7 +168,13 @@ def activation_names() -> tuple[str, ...]:
     Returns:
         Sorted names.
     """
-    return tuple(sorted({e.name if isinstance(e, _Entry) else _canonical(e.__name__) for e in _BY_NAME.values()}))
+    names: set[str] = set()
+    for known in _BY_NAME.values():
+        if isinstance(known, _Entry):
+            names.add(known.name)
+        else:
+            names.add(_canonical(known.__name__))
+    return tuple(sorted(names))
 
 
 def activation_types() -> tuple[type[nn.Module], ...]:
@@ -167,8 +187,13 @@ def activation_types() -> tuple[type[nn.Module], ...]:
     """
     loaded = sys.modules.get("transformers.activations")
     table = cast("Mapping[str, object]", getattr(loaded, "ACT2CLS", {}))
-    theirs = [entry[0] if isinstance(entry, tuple) else entry for entry in table.values()]
-    found = [cls for cls in theirs if isinstance(cls, type) and issubclass(cls, nn.Module)]
+    found: list[type[nn.Module]] = []
+    for entry in table.values():
+        cls: object = entry
+        if isinstance(entry, tuple):  # a class with the arguments that make it another function
+            cls = cast("tuple[object, ...]", entry)[0]
+        if isinstance(cls, type) and issubclass(cls, nn.Module):
+            found.append(cls)
     return tuple(dict.fromkeys([*_MODULES, *found]))
 
 
@@ -381,7 +406,9 @@ class _ModuleFunction:
 
     def __call__(self, z: Tensor) -> Tensor:
         state = {name: t.to(z.device) for name, t in self.module.state_dict().items()}
-        return torch.func.functional_call(self.module, state, (z,)) if state else self.module(z)
+        if not state:
+            return self.module(z)
+        return torch.func.functional_call(self.module, state, (z,))
 
 
 class _OutOfPlace:

@@ -128,14 +128,16 @@ def correction_value(
 def _direction(
     name: str, z: Tensor, shape: Tensor, table: Tensor | None, half_width: float, base: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What one unit of an amplitude adds, per unit of its scale, and the slope of what it adds; None for 0."""
+    """The direction g of a term divided by its scale, and its slope dg/dz; None in place of a slope of 0."""
     if name == EPS.name and table is not None:
         return _ghat(z, shape, table, half_width)
     mu, sigma = shape.unbind()
     u = (z - mu) / sigma
     term = TERMS[name]
     value = term.value(u, z, z if base is None else base)
-    return value, None if name == BASE_TERM else term.derivative(u, z)
+    if name == BASE_TERM:
+        return value, None
+    return value, term.derivative(u, z)
 
 
 def _scale(name: str, shape: Tensor) -> Tensor | float:
@@ -200,7 +202,7 @@ class _Correction(torch.autograd.Function):
         found = [_direction(name, z, shape, table, ctx.half_width, base) for name in names]
         grad_z = grad_base = grad_amplitudes = None
         if ctx.needs_input_grad[0]:
-            total = _slope_of_terms(names, found, amplitudes, z)
+            total = _slope_of_terms(found, amplitudes, z)
             if total is not None:
                 grad_z = _neutral_zeros(grad * total, amplitudes)
         if ctx.needs_input_grad[1]:
@@ -215,12 +217,10 @@ class _Correction(torch.autograd.Function):
         return grad_z, grad_amplitudes, None, None, grad_base, None, None
 
 
-def _slope_of_terms(
-    names: list[str], found: list[tuple[Tensor, Tensor | None]], amplitudes: Tensor, z: Tensor
-) -> Tensor | None:
+def _slope_of_terms(found: list[tuple[Tensor, Tensor | None]], amplitudes: Tensor, z: Tensor) -> Tensor | None:
     """dc/dz with base(z) held; None where no term depends on z itself."""
     total: Tensor | None = None
-    for number, (_, (_, slope)) in enumerate(zip(names, found, strict=True)):
+    for number, (_, slope) in enumerate(found):
         if slope is not None:
             part = slope * amplitudes[number].to(z.dtype)
             total = part if total is None else total + part
@@ -228,7 +228,7 @@ def _slope_of_terms(
 
 
 class _CorrectionInBothModes(_Correction):
-    """The same, differentiable in forward mode too; torch.compile does not take functions with a rule for that."""
+    """c(z), differentiable in forward mode too; torch.compile does not take functions with a rule for that."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -239,12 +239,14 @@ class _CorrectionInBothModes(_Correction):
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         # torch calls this with forward mode off for all levels, which would lose the derivatives of the outer ones
         with forward_mode():
-            operands = [_primal(each) for each in ctx.saved_tensors]
+            operands = [_primal(operand) for operand in ctx.saved_tensors]
             return _directional_derivative(tangents, ctx.half_width, ctx.names.split(), *operands)
 
 
 def _primal(operand: Any) -> Any:
-    return None if operand is None else forward_ad.unpack_dual(operand, level=0).primal
+    if operand is None:
+        return None
+    return forward_ad.unpack_dual(operand, level=0).primal
 
 
 def _directional_derivative(
@@ -261,7 +263,7 @@ def _directional_derivative(
     along_z, along_amplitudes, _, _, along_base, *_ = tangents
     found = [_direction(name, z, shape, table, half_width, base) for name in names]
     total = torch.zeros_like(z)
-    slope = _slope_of_terms(names, found, amplitudes, z)
+    slope = _slope_of_terms(found, amplitudes, z)
     if along_z is not None and slope is not None:
         total = slope * along_z
     if along_amplitudes is not None:

@@ -97,7 +97,8 @@ def corrected(
 
 def _with_gain_outside(z: Tensor, out: Tensor, terms: Terms, kernel: _Kernel) -> Tensor:
     """f(z) from base(z) of a base that no kernel can compute: the gain by the formula, the rest by the kernel."""
-    amplitudes, names = terms.amplitudes, terms.names
+    amplitudes = terms.amplitudes
+    names = terms.names
     place = names.index(BASE_TERM)
     gain = terms._replace(amplitudes=amplitudes[place : place + 1], table=None, names=(BASE_TERM,))
     others = torch.cat([amplitudes[:place], amplitudes[place + 1 :]])
@@ -252,12 +253,15 @@ def _keep(
     link: Tensor | None = None,
 ) -> None:
     """Keeps what the backward needs; the amplitudes are the function's own input, so that torch recognises them."""
-    ctx.half_width, ctx.names, ctx.known, ctx.kernel = terms.half_width, terms.names, known, kernel
+    ctx.half_width = terms.half_width
+    ctx.names = terms.names
+    ctx.known = known
+    ctx.kernel = kernel
     ctx.save_for_backward(z, amplitudes, terms.shape, terms.table, link)
 
 
 def _link_to(z: Tensor, known: Known) -> Tensor | None:
-    """One zero in the shape of z: an output that leads a second backward to the result, which is not kept."""
+    """A zero expanded to the shape of z: an output that leads a second backward to the result, which is not kept."""
     if known.gradient_by_value is None:
         return None
     return _zero(z.dtype, z.device).expand(z.shape)
@@ -375,7 +379,8 @@ class _CorrectedInPlace(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         by_result, *by_copy = grads
         grad = _sum_of(by_result, *by_copy[1:])
-        by_z, by_amplitudes = (None, None)
+        by_z = None
+        by_amplitudes = None
         if grad is not None:
             needed = ctx.needs_input_grad
             by_z, by_amplitudes = _gradients(ctx, grad, (needed[0] or needed[1], needed[2]))
@@ -398,22 +403,35 @@ def _is_plain(grad: Tensor, z: Tensor) -> bool:
 
 
 def _traceable(z: Tensor, terms: Terms, known: Known, grad: Tensor, needed: tuple[bool, bool]) -> _Gradients:
-    """The same gradients by operations that can be differentiated again."""
+    """The gradients by operations that can be differentiated again."""
     differentiable = torch.is_grad_enabled()
-    wanted = [each for each, is_needed in zip((z, terms.amplitudes), needed, strict=True) if is_needed]
     with torch.enable_grad():
         value = known.value(z)
         out = value + correction_of(z, terms, value)
-        # retained: in place, z is a result of the function whose backward this is, which must not be freed with out
-        gradients = iter(torch.autograd.grad(out, wanted, grad, retain_graph=True, create_graph=differentiable))
-    by_z, by_amplitudes = (next(gradients) if is_needed else None for is_needed in needed)
+        return _differentiated(out, z, terms.amplitudes, grad, needed, differentiable)
+
+
+def _differentiated(
+    out: Tensor, z: Tensor, amplitudes: Tensor, grad: Tensor, needed: tuple[bool, bool], create_graph: bool
+) -> _Gradients:
+    """Gradients of ``out`` by z and the amplitudes, as torch's autograd computes them."""
+    by_z_needed, by_amplitudes_needed = needed
+    wanted: list[Tensor] = []
+    if by_z_needed:
+        wanted.append(z)
+    if by_amplitudes_needed:
+        wanted.append(amplitudes)
+    # retained: in place, z is a result of the function whose backward this is, which must not be freed with out
+    found = torch.autograd.grad(out, wanted, grad, retain_graph=True, create_graph=create_graph)
+    by_z = found[0] if by_z_needed else None
+    by_amplitudes = found[-1] if by_amplitudes_needed else None
     return by_z, by_amplitudes
 
 
 def _traceable_by_value(
     z: Tensor, link: Tensor, terms: Terms, known: Known, grad: Tensor, needed: tuple[bool, bool]
 ) -> _Gradients:
-    """The same for a base whose gradient torch computes from its value, as that of tanh.
+    """The gradients by such operations for a base whose gradient torch computes from its value, as that of tanh.
 
     What a second backward sends to the value is added to what other uses of f(z) send there before it goes on to z;
     added afterwards, the sum would have other last bits. So with amplitudes of 0 it is sent to the result itself, by
@@ -423,12 +441,10 @@ def _traceable_by_value(
         Gradients by z and the amplitudes.
     """
     assert known.gradient_by_value is not None
-    wanted = [each for each, is_needed in zip((z, terms.amplitudes), needed, strict=True) if is_needed]
     acts = terms.amplitudes.detach().any()
     value = known.value(z)
     c = correction_of(z, terms, value)
-    gradients = iter(torch.autograd.grad(c, wanted, grad, retain_graph=True, create_graph=True))
-    by_z, by_amplitudes = (next(gradients) if is_needed else None for is_needed in needed)
+    by_z, by_amplitudes = _differentiated(c, z, terms.amplitudes, grad, needed, create_graph=True)
     if by_z is not None:
         # where, not if: a branch here would wait for the GPU
         value = torch.where(acts, value, value.detach() + (link - c))

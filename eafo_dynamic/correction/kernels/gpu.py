@@ -154,12 +154,14 @@ class TritonKernel:
         steps = _STEPS if z.numel() >= _LARGE else 1
         down, across = tiling.programs(steps)
         # partial sums of each amplitude, and over which dimensions they are added up
+        summed = [1]
         if tiling.axis == 0:
-            shape, summed = (down * across,), [1]
+            shape = (down * across,)
         elif tiling.axis == 1:
-            shape, summed = (down, tiling.columns), [1]
+            shape = (down, tiling.columns)
         else:
-            shape, summed = (tiling.rows // tiling.channels, tiling.channels, across), [1, 3]
+            shape = (tiling.rows // tiling.channels, tiling.channels, across)
+            summed = [1, 3]
         partial = torch.empty(len(terms.names), *shape, dtype=torch.float32, device=z.device)
         launch = self._code.backward[(down * across,)]
         sizes = tiling.rows, tiling.columns, tiling.channels, partial[0].numel()
@@ -217,9 +219,13 @@ def _tiling_of(z: Tensor, terms: Terms) -> _Tiling:
     channels, inner = channels_of(z, terms.amplitudes) or (1, n)
     if inner == 1:
         # a column is a channel: narrow and high tiles, since the rows of a tile share their sums
-        axis, columns, widest = 1, channels, 64
+        axis = 1
+        columns = channels
+        widest = 64
     else:
-        axis, columns, widest = 2, inner, _TILE
+        axis = 2
+        columns = inner
+        widest = _TILE
     next_power_of_2 = 1 << (columns - 1).bit_length()
     wide = min(next_power_of_2, widest)
     return _Tiling(axis, n // columns, columns, channels, tile=(_TILE // wide, wide))

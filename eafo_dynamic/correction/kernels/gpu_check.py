@@ -152,7 +152,10 @@ def _agrees(kernel: TritonKernel, z: Tensor, known: Known, terms: Terms) -> bool
     grad = torch.cos(torch.arange(z.numel(), dtype=torch.float32, device=z.device)).view_as(z).to(z.dtype)
     value, *gradients = _in_float64(z, grad, known, terms)
     near = 1e-5 if z.dtype == torch.float32 else 0.05
-    for inside in (known, None) if known is INSIDE[0] else (known,):
+    computed: list[Known | None] = [known]
+    if known is INSIDE[0]:
+        computed.append(None)
+    for inside in computed:
         base = None
         if inside is None:
             out = known.value(z)
@@ -200,7 +203,8 @@ def _is_exact(kernel: TritonKernel, z: Tensor, known: Known) -> bool:
     shape = torch.tensor(_SHAPE, dtype=torch.float32, device=z.device)
     terms = Terms(zero, shape, None, _HALF_WIDTH, tuple(TERMS))
     grad = torch.linspace(-2.0, 2.0, len(z), dtype=torch.float32, device=z.device).to(z.dtype)
-    out, by_z = torch.full_like(z, torch.nan), torch.full_like(z, torch.nan)
+    out = torch.full_like(z, torch.nan)
+    by_z = torch.full_like(z, torch.nan)
     kernel.add(out, z, terms, known)
     kernel.add_gradient(by_z, grad, z, terms, known)
     return _same_bits(out, known.value(z)) and _same_bits(by_z, known.gradient(grad, z))

@@ -117,7 +117,9 @@ def size_of(z: Tensor) -> tuple[int, ...]:
     if not z.is_nested:
         return tuple(z.shape)
     parts = z.unbind()
-    return (len(parts), *(parts[0].shape if parts else ()))
+    if not parts:
+        return (0,)
+    return (len(parts), *parts[0].shape)
 
 
 def values_of(z: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ def _is_distributed(value: Tensor) -> bool:
     kind = type(value)
     if kind is Tensor or kind is torch.nn.Parameter:
         return False
-    return any(each.__name__ == "DTensor" for each in kind.__mro__)
+    return any(parent.__name__ == "DTensor" for parent in kind.__mro__)
 
 
 def _is_packed(z: Tensor) -> bool:

@@ -26,9 +26,8 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)  # numbered in this orde
 _LEAST_PARALLEL = 32768  # elements from which on several threads work, as in torch's own pointwise kernels
 _LEAST_KEPT = 65536  # elements from which on one pass over memory is faster than a copy and a pass
 _MOST_TERMS = len(TERMS)  # of which there are sums, whichever a correction has
-_PIECES = (
-    64  # partial sums of a gradient by the amplitudes: a fixed number, so that results do not depend on the threads
-)
+# partial sums of a gradient by the amplitudes: a fixed number, so that results do not depend on the threads
+_PIECES = 64
 
 
 class NativeKernel:
@@ -302,9 +301,11 @@ def _arguments(terms: Terms, inside: Known | None, n: int) -> tuple[object, ...]
     if table is not None:
         table_address = table.data_ptr()
         intervals = table.shape[-1]
-    base, below = 0, 0.0
+    base = 0
+    below = 0.0
     if inside is not None:
-        base, below = inside.code, inside.below
+        base = inside.code
+        below = inside.below
     threads = torch.get_num_threads() if n >= _LEAST_PARALLEL else 1
     return (
         amplitudes.data_ptr(),

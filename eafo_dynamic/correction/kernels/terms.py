@@ -120,4 +120,6 @@ def channels_of(z: Tensor, amplitudes: Tensor) -> tuple[int, int] | None:
     if z.is_contiguous():
         return count, math.prod(z.shape[channel_dim + 1 :])
     # dense but not contiguous: channels last
-    return (count, 1) if channel_dim == 1 else None
+    if channel_dim == 1:
+        return count, 1
+    return None

@@ -159,10 +159,14 @@ def growth_cases(quick: bool) -> Iterator[Row]:
     """How much longer a step takes than the plain model's, per site: over the sites, the batch and the width."""
     if quick:
         pairs = 5
-        counts, batches, widths = (1, 10, 100), (64, 1024), (32, 256)
+        counts = (1, 10, 100)
+        batches = (64, 1024)
+        widths = (32, 256)
     else:
         pairs = 11
-        counts, batches, widths = (1, 3, 10, 30, 100, 300, 1000), (16, 64, 256, 1024, 4096), (16, 64, 256, 1024)
+        counts = (1, 3, 10, 30, 100, 300, 1000)
+        batches = (16, 64, 256, 1024, 4096)
+        widths = (16, 64, 256, 1024)
     for sites in counts:
         yield _growth("sites", sites, sites=sites, batch=64, width=32, pairs=pairs)
     for batch in batches:

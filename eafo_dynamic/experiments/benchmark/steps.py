@@ -133,12 +133,11 @@ def _merged(model: nn.Module) -> nn.Module:
 def _with_silu(model: nn.Module) -> nn.Module | None:
     """A copy with torch's SiLU, which has to keep its input, in place of its ReLUs; None if it has none."""
     other = copy.deepcopy(model)
-    relus = [
-        (parent, name, child)
-        for parent in other.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.ReLU)
-    ]
+    relus: list[tuple[nn.Module, str, nn.ReLU]] = []
+    for parent in other.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ReLU):
+                relus.append((parent, name, child))
     if not relus:
         return None
     for parent, name, relu in relus:

@@ -64,7 +64,11 @@ def summarise(tasks: Mapping[str, Sequence[Paired]]) -> list[Across]:
 
 
 def _over_tasks(arm: str, tasks: Mapping[str, Sequence[Paired]]) -> Across:
-    found = {task: pair for task, pairs in tasks.items() for pair in pairs if pair.arm == arm}
+    found: dict[str, Paired] = {}
+    for task, pairs in tasks.items():
+        for pair in pairs:
+            if pair.arm == arm:
+                found[task] = pair
     gains = {task: pair.sign * pair.relative for task, pair in found.items() if pair.relative is not None}
     standardised = [pair.sign * pair.d_z for pair in found.values() if pair.d_z is not None]
     log_ratios = [math.log(pair.time_ratio) for pair in found.values() if pair.time_ratio is not None]

@@ -248,7 +248,7 @@ def check_metrics(plan: Plan) -> None:
     wanted = {"metric": [plan.metric], "also": list(plan.also), "select": []}
     if plan.select is not None:
         wanted["select"] = [plan.select]
-    names = {name for each in wanted.values() for name in each}
+    names = {name for metrics in wanted.values() for name in metrics}
     logged: dict[str, None] = {}
     reference = plan.arm(plan.reference)
     others = [arm for arm in plan.arms if arm.name != plan.reference]

@@ -114,7 +114,9 @@ def near_best(table: _Table, higher_is_better: bool) -> Near:
         ConfigError: if no seed is finished by all arms.
     """
     finite = {arm: by_seed for arm, by_seed in table.items() if all(map(math.isfinite, by_seed.values()))}
-    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in finite.values()))) if finite else []
+    seeds: list[int] = []
+    if finite:
+        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in finite.values())))
     if not seeds:
         raise ConfigError("--page", list(table), "no seed is finished by all arms", "Run the missing cells.")
     sign = 1 if higher_is_better else -1

@@ -98,7 +98,9 @@ def sensitivity(pairs: Sequence[Paired], swept: Mapping[str, Any], option: str, 
     if numeric:
         chosen.sort(key=lambda pair: swept[pair.arm])
     values = [swept[pair.arm] for pair in chosen]
-    places = [float(value) for value in values] if numeric else [float(number) for number in range(len(values))]
+    places = [float(number) for number in range(len(values))]
+    if numeric:
+        places = [float(value) for value in values]
     percent = _in_percent(chosen)
     means = [_scale(pair, percent) * pair.difference for pair in chosen]
     style = _style(dark)
@@ -239,7 +241,8 @@ def over_tasks(tasks: Mapping[str, Sequence[Paired]], arms: Sequence[str] = (), 
         shared = set.intersection(*({pair.arm for pair in pairs} for pairs in tasks.values()))
         arms = [pair.arm for pair in next(iter(tasks.values())) if pair.arm in shared]
     chosen = list(arms)[: len(style.lines)]
-    if not any(pair.arm in chosen for pairs in tasks.values() for pair in pairs):
+    finished = {pair.arm for pairs in tasks.values() for pair in pairs}
+    if finished.isdisjoint(chosen):
         raise LogError(f"no task has a finished cell of {', '.join(arms) or 'an arm that all tasks have'}")
     with drawing(style):
         figure = Figure(figsize=(8, 1.5 + len(tasks) * (0.25 + 0.13 * len(chosen))), layout="constrained")

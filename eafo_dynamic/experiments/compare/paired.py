@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -223,7 +224,7 @@ def is_higher_better(metric: str, option: str = "metric", mend: str = "Write hig
     Raises:
         ConfigError: if no word of the name is known.
     """
-    words = "".join(letter if letter.isalnum() else " " for letter in metric.lower()).split()
+    words = re.split(r"[\W_]+", metric.lower())
     for word in reversed(words):
         if word in _HIGHER:
             return True

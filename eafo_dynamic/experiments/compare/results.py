@@ -247,11 +247,11 @@ def tidy(cells: Sequence[Cell]) -> list[TidyRow]:
     Returns:
         The rows, in the order of the cells and of their metrics.
     """
-    return [
-        TidyRow(cell.task, cell.arm, cell.seed, name, value, cell.seconds, cell.step_ms)
-        for cell in cells
-        for name, value in cell.metrics.items()
-    ]
+    rows: list[TidyRow] = []
+    for cell in cells:
+        for name, value in cell.metrics.items():
+            rows.append(TidyRow(cell.task, cell.arm, cell.seed, name, value, cell.seconds, cell.step_ms))
+    return rows
 
 
 def write_csv(cells: Sequence[Cell], out: Path) -> Path:

@@ -185,7 +185,8 @@ def tune(plan: Plan, arms: Sequence[str] | None, jobs: int, backend: str = "loca
             store=None,
             tuning=None,
         )
-        failed = run(trying, [(each, seed) for each in trying.arms for seed in trying.seeds], jobs, backend)
+        cells = [(trial, seed) for trial in trying.arms for seed in trying.seeds]
+        failed = run(trying, cells, jobs, backend)
         failures += failed
         if not failed:
             _write_choice(plan.tuning, arm, _tried(trying, trials))
@@ -216,7 +217,9 @@ def is_plain(arm: Arm) -> bool:
     """
     if arm.eafo is not None or set(arm.settings) - {RATE}:
         return False
-    return arm.activation is None or (arm.activation in ACTIVATIONS and not is_learnable(arm.activation))
+    if arm.activation is None:
+        return True
+    return arm.activation in ACTIVATIONS and not is_learnable(arm.activation)
 
 
 def _trials(plan: Plan, tuning: Tuning, arm: Arm) -> dict[Setting, Arm]:

@@ -106,15 +106,16 @@ class Space:
         Raises:
             ConfigError: if there is none, or two have one name.
         """
-        found = [
-            _candidate(base, correction, options, rate)
-            for base in self.bases
-            for correction, options in self.corrections.items()
-            for rate in self.rates
-        ]
+        found: list[Candidate] = []
+        for base in self.bases:
+            for correction, options in self.corrections.items():
+                for rate in self.rates:
+                    found.append(_candidate(base, correction, options, rate))
         for name, given in self.extra.items():
             base = given.get("base", OWN)
-            found.append(Candidate(name, None if base == OWN else base, given.get("eafo"), given.get("rate", 1.0)))
+            if base == OWN:
+                base = None
+            found.append(Candidate(name, base, given.get("eafo"), given.get("rate", 1.0)))
         kept: dict[str, Candidate] = {}
         for candidate in found:
             if candidate.is_reference:

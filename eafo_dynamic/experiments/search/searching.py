@@ -218,10 +218,8 @@ def run_search(task: Task, space: Space, settings: Settings, out: Path, jobs: in
         _run_stage(this, "candidates", jobs, verbose)
         finalists = _finalists(this, studies["candidates"])
         names = [REFERENCE, *finalists]
-        _enqueue(
-            studies["confirm"],
-            [{"candidate": name, "seed": seed} for seed in settings.confirm_seeds for name in names],
-        )
+        confirming = [{"candidate": name, "seed": seed} for seed in settings.confirm_seeds for name in names]
+        _enqueue(studies["confirm"], confirming)
         _run_stage(this, "confirm", jobs, verbose)
         answer = make_answer(
             task=task,
