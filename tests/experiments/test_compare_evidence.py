@@ -166,7 +166,7 @@ def test_curves_are_relative_to_the_reference(evaluations: list[Evaluation]) -> 
 
 
 def test_page_from_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "evidence.md"
+    page = tmp_path / "new" / "evidence.md"
     plans = [str(folder / f"{name}.yaml") for name in EFFECTS]
     questions = str(ROOT / "configs" / "arms" / "questions.yaml")
     more = ["--questions", questions, "--forest", "default", "held", "--curves", "one"]

@@ -337,7 +337,7 @@ def write_page(
     Args:
         evaluations: one for each task.
         questions: what is asked across tasks.
-        out: the page; figures get its name and an ending.
+        out: the page; figures get its name and an ending. Its folder is made if it is not there.
         forest_arms: arms in the figure over tasks; none: all that every task has.
         curves_of: names of plans whose loss is drawn against steps and seconds.
         early: evaluations of plans that measured early entropies.
@@ -356,6 +356,7 @@ def write_page(
         "task. *Italic*: within noise of it, the 95 % interval of the paired difference holds 0.",
         markdown(arms_table(evaluations)).rstrip(),
     ]
+    out.parent.mkdir(parents=True, exist_ok=True)
     picture = out.with_name(f"{out.stem}_tasks.png")
     over_tasks(pairs_by_task, forest_arms).savefig(picture, dpi=80)
     written.append(picture)
