@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import settings
 import torch
-from children import CONTEXT, free_port
+from children import CONTEXT, free_port, serve
 from settings import Setting
 
 pytestmark = pytest.mark.slow
@@ -20,6 +20,7 @@ def start(setting: Setting, folder: Path, given: Any = None, ranks: int = 2) -> 
     Returns:
         What each rank returned, or the text of its error.
     """
+    serve()
     port = free_port()
     arguments = [(setting, folder, rank, ranks, port, given) for rank in range(ranks)]
     children = [CONTEXT.Process(target=settings.start, args=each) for each in arguments]
