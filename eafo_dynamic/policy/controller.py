@@ -17,7 +17,7 @@ from eafo_dynamic.apply.manifest import manifest
 from eafo_dynamic.apply.observing import observe_only, refuse_corrected
 from eafo_dynamic.apply.surgery import put_back, take_off, unwrap, wrap
 from eafo_dynamic.correction.kernels import resolve_backend
-from eafo_dynamic.density.ranks import is_first_rank
+from eafo_dynamic.density.ranks import everyones, is_first_rank
 from eafo_dynamic.errors import CompoundingError, legible
 from eafo_dynamic.find.sites import SiteReport, find_sites
 from eafo_dynamic.internals.declared import named
@@ -402,11 +402,25 @@ class EAFOController:
             "ranks": ranks,
         }
 
+    def gathered_state(self) -> dict[str, Any]:
+        """As ``state_dict``, with what every rank has seen since the last round; all ranks have to call it.
+
+        With it a training of several ranks goes on from a checkpoint between two rounds as if nothing had interrupted
+        it. With ``state_dict`` they collect anew until the next round.
+
+        Returns:
+            The state, the same on every rank. ``load_state_dict`` takes it with any number of ranks;
+            torch.distributed.checkpoint does not, since it grows with what has been seen.
+        """
+        state = self.state_dict()
+        if self.agreement.size > 1:
+            state["ranks"] = everyones(self.own_state(), self.agreement.among)
+        return state
+
     def own_state(self) -> dict[str, Any]:
         """The part of the state that is this rank's own: what it has seen since the last round.
 
-        Where several ranks train, ``state_dict()["ranks"]`` is to be the list of all ranks' own states; with nothing
-        in it they collect anew after a resume.
+        Where several ranks train, ``gathered_state`` has those of all of them.
 
         Returns:
             Tensors on the CPU and primitives only.

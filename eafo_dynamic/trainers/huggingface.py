@@ -30,7 +30,7 @@ from eafo_dynamic.records.schema import Record
 from eafo_dynamic.trainers.huggingface_example import batch_report
 from eafo_dynamic.trainers.optim import own_group
 from eafo_dynamic.trainers.options import TrainerCallbackOptions
-from eafo_dynamic.trainers.replicas import Replicas, everyones
+from eafo_dynamic.trainers.replicas import Replicas
 from eafo_dynamic.trainers.reports import FIGURE, Metrics, announce, log_figure
 from eafo_dynamic.trainers.runlog import RunLog
 
@@ -179,9 +179,7 @@ class EAFOTrainerCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps the running estimates, and what every rank has seen since the last round, beside the weights."""
-        saved = {**self._controller.state_dict(), "log": self._log.location}
-        if world_size() > 1:
-            saved["ranks"] = everyones(self._controller.own_state(), self._controller.agreement.among)
+        saved = {**self._controller.gathered_state(), "log": self._log.location}
         if state.is_world_process_zero:
             folder = _checkpoint(args, state)
             with replacing(folder / STATE_NAME) as file:
