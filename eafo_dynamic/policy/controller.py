@@ -27,7 +27,7 @@ from eafo_dynamic.policy.alerts import Alerts
 from eafo_dynamic.policy.amplitudes import assigned
 from eafo_dynamic.policy.attachment import JoinWatch, OptimizerWatch, refuse_replicas, thaw_under_adapters
 from eafo_dynamic.policy.diagnostics import snapshot
-from eafo_dynamic.policy.gradients import SharedGradients
+from eafo_dynamic.policy.gradients import SharedGradients, clip_gradients
 from eafo_dynamic.policy.options import Options
 from eafo_dynamic.policy.round import Rounds, unpacked
 from eafo_dynamic.policy.schedule import Pace, Schedule
@@ -184,6 +184,20 @@ class EAFOController:
             self._gradients = self._shared_gradients()
         self._gradients.start()
         return {"ignored_params": set(self.bank.amplitudes)}
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """As ``torch.nn.utils.clip_grad_norm_(model.parameters(), ...)``, also where some parameters are in shards.
+
+        All ranks have to call it.
+
+        Args:
+            max_norm: of the gradients of all parameters together.
+            norm_type: p of the p-norm.
+
+        Returns:
+            The norm before, 0-dim, the same on every rank.
+        """
+        return clip_gradients(self.model.parameters(), max_norm, norm_type)
 
     def _shared_gradients(self) -> SharedGradients:
         def collect() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from eafo_dynamic.internals.torch_internals import (
     tree_map_only,
 )
 
-__all__ = ["SharedGradients", "reached"]
+__all__ = ["SharedGradients", "average_gradients", "clip_gradients", "reached"]
 
 
 class _Reach(torch.autograd.Function):
@@ -243,3 +243,38 @@ def average_gradients(amplitudes: Sequence[nn.Parameter], among: RankGroup | Non
     torch.distributed.all_reduce(flat, group=None if among is None else among.group)
     for eps, grad in zip(trained, flat.div_(ranks).split([eps.numel() for eps in trained]), strict=True):
         eps.grad = grad.view_as(eps).clone()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Clips the norm of all gradients together, those of whole parameters and of shards.
+
+    Args:
+        parameters: equal on all ranks, as far as they are whole.
+        max_norm: of the gradients.
+        norm_type: p of the p-norm.
+
+    Returns:
+        The norm before, 0-dim, equal on all ranks.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        by_mesh.setdefault(getattr(grad, "device_mesh", None), []).append(grad)
+    norms = [_norm(group, norm_type) for group in by_mesh.values()]
+    norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]), norm_type)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(factor.to(grad.device))
+    return norm
+
+
+def _norm(grads: Sequence[Tensor], norm_type: float) -> Tensor:
+    """The norm of gradients that are whole, or of one mesh; whole on every rank."""
+    norms = [torch.linalg.vector_norm(grad, norm_type).to(grads[0].device) for grad in grads]
+    norm: Any = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    if is_sharded(norm):
+        return norm.full_tensor()
+    return norm

@@ -61,13 +61,15 @@ def train(
     clips: bool = False,
     forward: Callable[[Tensor], Tensor] | None = None,
     begin: int = 0,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, Any]:
     """Trains on every batch, in micro-batches.
 
     Returns:
         Amplitudes, weights and the rows of the log.
     """
-    optimizer = optimizer_of(name, model, controller)
+    if optimizer is None:
+        optimizer = optimizer_of(name, model, controller)
     rows: list[Any] = []
     for step, x in enumerate(inputs, begin + 1):
         optimizer.zero_grad()
@@ -104,8 +106,7 @@ def start(setting: Setting, folder: Path, rank: int, ranks: int, port: int, give
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
-    agreement._PATIENCE = datetime.timedelta(seconds=2)
-    distributed.init_process_group("gloo", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=60))
+    distributed.init_process_group("gloo", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=120))
     result: Any = None
     try:
         result = setting(folder, rank, given)
@@ -120,6 +121,8 @@ def start(setting: Setting, folder: Path, rank: int, ranks: int, port: int, give
 def tripwire(folder: Path, rank: int, what: str) -> Any:
     """Two ranks of which the second is different in one thing."""
     model, options = net(), {}
+    if what == "only one attached":
+        agreement._PATIENCE = datetime.timedelta(seconds=2)
     if what == "options" and rank:
         options["max_eps"] = 0.5
     if what == "sites" and rank:
@@ -187,6 +190,7 @@ def shares(x: Tensor, ranks: int, rank: int, parts: int) -> Tensor:
 def resharded(folder: Path, rank: int, given: tuple[str, int, int]) -> Any:
     """FSDP2 for some steps, from the checkpoint of others and into one of its own."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.fsdp import fully_shard
 
     name, begin, end = given
@@ -195,13 +199,20 @@ def resharded(folder: Path, rank: int, given: tuple[str, int, int]) -> Any:
     ranks = distributed.get_world_size()
     if ranks > 1:
         fully_shard(model, **controller.shard_options())
+    optimizer = optimizer_of(name, model, controller)
+
+    def state() -> dict[str, Any]:
+        of_optimizer = get_optimizer_state_dict(model, optimizer)
+        return {"model": model.state_dict(), "optimizer": of_optimizer, "eafo": controller}
+
     if begin:
-        state = {"model": model.state_dict(), "eafo": controller}
-        dcp.load(state, checkpoint_id=str(folder.parent / f"step{begin}"))
-        model.load_state_dict(state["model"])
+        saved = state()
+        dcp.load(saved, checkpoint_id=str(folder.parent / f"step{begin}"))
+        model.load_state_dict(saved["model"])
+        set_optimizer_state_dict(model, optimizer, saved["optimizer"])
     inputs = [x.chunk(ranks)[rank] for x in batches()[begin:end]]
-    result = train(model, controller, inputs, name, begin=begin)
-    dcp.save({"model": model.state_dict(), "eafo": controller}, checkpoint_id=str(folder.parent / f"step{end}"))
+    result = train(model, controller, inputs, name, begin=begin, optimizer=optimizer)
+    dcp.save(state(), checkpoint_id=str(folder.parent / f"step{end}"))
     return result
 
 

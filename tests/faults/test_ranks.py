@@ -27,7 +27,7 @@ def start(setting: Setting, folder: Path, given: Any = None, ranks: int = 2) -> 
     for child in children:
         child.start()
     for child in children:
-        child.join(90)
+        child.join(240)
         child.kill()
     return [_of(folder, rank) for rank in range(ranks)]
 
@@ -121,14 +121,15 @@ def test_pipeline_stages_have_statistics_of_their_own(tmp_path: Path, optimizer:
         assert_as_alone([each], expected)
 
 
-def test_a_distributed_checkpoint_is_resharded(tmp_path: Path) -> None:
-    """From two ranks to four and to one, without the optimiser's state, which SGD does not have."""
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_a_distributed_checkpoint_is_resharded(tmp_path: Path, optimizer: str) -> None:
+    """From two ranks to four and to one, with the optimiser's state."""
     found: list[Any] = []
     for ranks, begin, end in ((2, 0, 2), (4, 2, 4), (1, 4, 6)):
         folder = tmp_path / f"{ranks}"
         folder.mkdir()
-        found = start(settings.resharded, folder, ("SGD", begin, end), ranks)
-    expected = settings.alone("SGD", density="histogram")
+        found = start(settings.resharded, folder, (optimizer, begin, end), ranks)
+    expected = settings.alone(optimizer, density="histogram")
     assert isinstance(found[0], dict), found
     torch.testing.assert_close(found[0]["eps"], expected["eps"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found[0]["weights"], expected["weights"], rtol=1e-4, atol=1e-6)
