@@ -15,6 +15,7 @@ from eafo_dynamic.errors import SiteError
 from eafo_dynamic.internals.torch_internals import (
     after_backward,
     hide_from_compiler,
+    is_flattened,
     is_sharded,
     shards_layers,
     tree_map_only,
@@ -155,6 +156,11 @@ class SharedGradients:
 
     def _look(self) -> None:
         """Finds out whether parameters are sharded."""
+        if any(is_flattened(parameter) for parameter in self._model.parameters()):
+            raise SiteError(
+                "FullyShardedDataParallel puts parameters into flat ones, and an amplitude has to stay whole. Use "
+                "fully_shard(model, **controller.shard_options()), or DistributedDataParallel."
+            )
         sharded = [name for name, parameter in self._model.named_parameters() if is_sharded(parameter)]
         if sharded and self._tensor_parallel is None and shards_layers(self._model):
             raise SiteError(

@@ -284,6 +284,14 @@ def whole_amplitudes_forgotten(folder: Path, rank: int, given: None) -> Any:
     return train(model, controller, batches(), "SGD")
 
 
+def flattened(folder: Path, rank: int, given: None) -> Any:
+    """A parameter as FullyShardedDataParallel marks it, which itself wants an accelerator."""
+    model = net()
+    controller = EAFOController.attach(model, torch.zeros(2, 8))
+    model[0].weight._fsdp_flattened = True
+    return train(model, controller, batches(), "SGD")
+
+
 def pipeline(folder: Path, rank: int, given: tuple[str, dict[str, Any]]) -> Any:
     """Two stages, each on a rank of its own, with its own statistics."""
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe

@@ -101,6 +101,12 @@ def test_amplitudes_in_shards_are_refused(tmp_path: Path) -> None:
         assert isinstance(found, str) and "\n" not in found.strip(), found
 
 
+def test_fully_sharded_data_parallel_is_refused_in_one_line(tmp_path: Path) -> None:
+    for found in start(settings.flattened, tmp_path):
+        assert isinstance(found, str) and "\n" not in found, found
+        assert found.startswith("SiteError: FullyShardedDataParallel") and "Use fully_shard(model, **" in found
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
 def test_tensor_parallel_is_one_process(tmp_path: Path, optimizer: str) -> None:
     found = start(settings.tensor_parallel, tmp_path, (optimizer, {}))
