@@ -181,13 +181,65 @@ def two_dimensional(folder: Path, rank: int, name: str) -> Any:
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     model = settings.net()
-    controller = EAFOController.attach(
-        model, torch.zeros(2, 8), update_every_n_steps=2, tensor_parallel=mesh["tensor"]
-    )
+    controller = EAFOController.attach(model, torch.zeros(2, 8), update_every_n_steps=2, tensor_parallel=mesh["tensor"])
     parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     fully_shard(model, mesh=mesh["data"], **controller.shard_options())
     place = mesh["data"].get_local_rank()
     inputs = [x.chunk(2)[place] for x in settings.batches()]
     found = settings.train(model, controller, inputs, name)
     distributed.barrier()
+    return found
+
+
+def counted(folder: Path, rank: int, ways: list[str]) -> dict[str, list[tuple[list[str], int]]]:
+    """The collectives of each step, and the bytes that the corrections send in calls of their own.
+
+    Returns:
+        By way, and for the plain model by "plain " and the way: names and bytes, step by step.
+    """
+    sent: list[int] = []
+    for name in ("all_reduce", "all_gather"):
+        setattr(distributed, name, _counting(getattr(distributed, name), sent))
+    found: dict[str, list[tuple[list[str], int]]] = {}
+    for way in ways:
+        found[way] = _count(way, rank, True, sent)
+        found[f"plain {way}"] = _count(way, rank, False, sent)
+    return found
+
+
+def _counting(call: Callable[..., Any], sent: list[int]) -> Callable[..., Any]:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        given = args[1] if isinstance(args[0], list) else args[0]
+        sent.append(given.numel() * given.element_size())
+        return call(*args, **kwargs)
+
+    return counted
+
+
+def _count(way: str, rank: int, corrects: bool, sent: list[int]) -> list[tuple[list[str], int]]:
+    from torch.distributed.fsdp import fully_shard
+
+    model = settings.net()
+    controller = None
+    options: dict[str, Any] = {}
+    if corrects:
+        controller = EAFOController.attach(model, torch.zeros(2, 8), update_every_n_steps=4, samples_per_site=64)
+        options = controller.shard_options() if way == "FSDP2" else {}
+    trained: Any = model
+    if way == "FSDP2":
+        fully_shard(model, **options)
+    else:
+        trained = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found: list[tuple[list[str], int]] = []
+    for step, x in enumerate(settings.batches(STEPS), 1):
+        sent.clear()
+        with torch.autograd.profiler.profile() as profile:
+            optimizer.zero_grad()
+            trained(x.chunk(2)[rank]).square().mean().backward()
+            optimizer.step()
+            if controller is not None:
+                controller.step(step)
+        names = [event.name.removeprefix("c10d::") for event in profile.function_events if "c10d::" in event.name]
+        found.append((sorted(names), sum(sent)))
     return found

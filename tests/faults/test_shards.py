@@ -38,3 +38,21 @@ def test_two_ranks_are_one_process(found: tuple[str, list[Any]], name: str) -> N
 def test_two_dimensions_are_one_process(tmp_path: Path, kind: str) -> None:
     found = start(shards.two_dimensional, tmp_path, kind, ranks=4)
     assert_as_alone(found, settings.alone(kind), rows=False)
+
+
+def test_a_step_sends_the_gradients_of_the_amplitudes_and_nothing_else(tmp_path: Path) -> None:
+    """Two sites with two amplitudes each; rounds after the steps 1, 2 and 4, with 64 samples a site."""
+    found = start(shards.counted, tmp_path, ["DDP", "FSDP2"])
+    assert isinstance(found[0], dict), found
+    a_number, sites, amplitudes, rounds = 4, 2, 4, (1, 2, 4)
+    for each in found:
+        for way, own in (("DDP", []), ("FSDP2", ["allreduce_"])):
+            steps = zip(each[way], each[f"plain {way}"], strict=True)
+            for step, ((names, sent), (plain, _)) in enumerate(steps, 1):
+                further = [*own, *["allgather_"] * ((step in rounds) + (step == 1))]
+                assert names == sorted(plain + further), (way, step)
+                assert sent >= len(own) * amplitudes * a_number
+                if step not in rounds:
+                    assert sent == len(own) * amplitudes * a_number, (way, step)
+                elif step > 1:
+                    assert sent <= (len(own) * amplitudes + sites * (32 + 16)) * a_number, (way, step)
