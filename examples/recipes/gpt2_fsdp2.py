@@ -80,6 +80,7 @@ def main(folder: str | Path, size: str = "tiny", steps: int = 20, save_every: in
     for step in range(begin + 1, steps + 1):
         chosen = torch.randint(len(data), (8 * ranks,), generator=torch.Generator().manual_seed(step))
         tokens = data[chosen.chunk(ranks)[rank]].to(device)
+        torch.manual_seed(ranks * step + rank)  # of dropout, so that a resumed training draws what this one does
         optimizer.zero_grad()
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()

@@ -61,20 +61,33 @@ def _with_fabric(fabric: Any, name: str, path: Path, begin: int, end: int) -> di
     return settings.summary(net, controller, rows)
 
 
-def accelerate(folder: Path, rank: int, given: None) -> Any:
-    """The loop of accelerate's documentation, with accumulated and clipped gradients."""
-    from accelerate import Accelerator
+def accelerate(folder: Path, rank: int, shards: bool) -> Any:
+    """The loop of accelerate's documentation, with accumulated and clipped gradients; with shards, by FSDP2.
+
+    accelerate asks for an accelerator before it shards, although FSDP2 runs on the CPU; it is told that there is one.
+    """
+    from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState, DistributedType
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import FSDPModule
     from torch.utils.data import DataLoader
 
     os.environ.update(LOCAL_RANK=str(rank))
     found: dict[str, Any] = {}
     for name in OPTIMIZERS:
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        options: dict[str, Any] = {"cpu": True}
         net = settings.net()
         controller = EAFOController.attach(net, torch.zeros(2, 8), update_every_n_steps=2)
+        if shards:
+            PartialState(cpu=True)
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+            whole = nn.ParameterList(controller.amplitudes.values())
+            options = {"fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2, ignored_modules=[whole])}
+        accelerator = Accelerator(gradient_accumulation_steps=2, **options)
         loader: Any = DataLoader(torch.cat(settings.batches()), batch_size=4)
         model, optimizer, loader = accelerator.prepare(net, settings.optimizer_of(name, net, controller), loader)
-        assert isinstance(model, nn.parallel.DistributedDataParallel)
+        assert isinstance(model, FSDPModule if shards else nn.parallel.DistributedDataParallel)
         rows: list[Any] = []
         step = 0
         for x in loader:

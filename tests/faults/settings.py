@@ -217,9 +217,14 @@ def resharded(folder: Path, rank: int, given: tuple[str, int, int]) -> Any:
 
 
 def lightning(folder: Path, rank: int, way: str) -> Any:
-    """Lightning's ModelParallelStrategy, by FSDP2 or by tensor parallelism; "auto" trains in one process."""
+    """Lightning's ModelParallelStrategy, by FSDP2 or by tensor parallelism; "auto" trains in one process.
+
+    With "meta" the model is made without memory, in ``configure_model``; with "clipped" Lightning clips gradients.
+    """
+    way, *more = way.split()
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -235,6 +240,9 @@ def lightning(folder: Path, rank: int, way: str) -> Any:
                 return
             self.is_cut = True
             mesh: Any = self.device_mesh
+            if "meta" in more:
+                with torch.device("meta"):
+                    self.net = net()
             if way == "fully_shard":
                 fully_shard(self.net, mesh=mesh["data_parallel"])
             else:
@@ -248,6 +256,9 @@ def lightning(folder: Path, rank: int, way: str) -> Any:
             return self(batch).square().mean()
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
+            if "meta" in more and way != "auto":
+                options = StateDictOptions(full_state_dict=True, strict=False)
+                set_model_state_dict(self.net, net().state_dict(), options=options)
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     ranks = 1 if way == "auto" else 2
@@ -269,6 +280,7 @@ def lightning(folder: Path, rank: int, way: str) -> Any:
         callbacks=[callback],
         default_root_dir=folder,
         enable_model_summary=False,
+        gradient_clip_val=0.05 if "clipped" in more else None,
         **quiet,
     ).fit(module, DataLoader(inputs, batch_size=None))
     assert callback.controller is not None

@@ -29,9 +29,10 @@ def test_fabric_is_one_process_and_resumes_equal(tmp_path: Path) -> None:
             assert torch.equal(whole["rows"][-len(resumed["rows"]) :], resumed["rows"])
 
 
-def test_accelerate_is_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shards", [False, True])
+def test_accelerate_is_one_process(tmp_path: Path, shards: bool) -> None:
     pytest.importorskip("accelerate")
-    found = start(hosts.accelerate, tmp_path)
+    found = start(hosts.accelerate, tmp_path, shards)
     assert isinstance(found[0], dict), found
     for name in hosts.OPTIMIZERS:
         assert_as_alone([each[name] for each in found], settings.alone(name, parts=2, clips=True))
