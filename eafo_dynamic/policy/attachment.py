@@ -29,6 +29,7 @@ __all__ = [
     "refuse_replicas",
     "site_buffers",
     "thaw_under_adapters",
+    "wrapper_of_shards",
 ]
 
 _FIRST_ATTACH = (

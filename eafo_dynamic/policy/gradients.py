@@ -20,6 +20,7 @@ from eafo_dynamic.internals.torch_internals import (
     shards_layers,
     tree_map_only,
 )
+from eafo_dynamic.policy.attachment import wrapper_of_shards
 
 __all__ = ["SharedGradients", "average_gradients", "clip_gradients", "reached"]
 
@@ -167,7 +168,9 @@ class SharedGradients:
                 f"{sharded[0]} is sharded over tensor-parallel ranks, whose gradients of amplitudes are to be summed. "
                 "Attach with tensor_parallel=, the mesh of these ranks, such as mesh['tensor']."
             )
-        self._acts = bool(sharded) or self._tensor_parallel is not None
+        # a part that FSDP2 has gathered for its forward has whole parameters now
+        is_gathered = any(wrapper_of_shards(module) for module in self._model.modules())
+        self._acts = bool(sharded) or is_gathered or self._tensor_parallel is not None
 
     @hide_from_compiler
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:

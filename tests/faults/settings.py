@@ -170,12 +170,13 @@ def sharded(folder: Path, rank: int, given: tuple[str, dict[str, Any]]) -> Any:
 
     name, options = given[0], dict(given[1])
     parts, clips, asks = options.pop("parts", 1), options.pop("clips", False), options.pop("asks", True)
+    layers = options.pop("layers", True)
     model = net()
     controller = EAFOController.attach(model, torch.zeros(2, 8), update_every_n_steps=2, **options)
     ignored: dict[str, Any] = {"ignored_params": set(controller.amplitudes.values())}
     if asks:
         ignored = controller.shard_options()
-    for layer in (model[0], model[2]):
+    for layer in (model[0], model[2]) if layers else ():
         fully_shard(layer, **ignored)
     fully_shard(model, **ignored)
     ranks = distributed.get_world_size()
