@@ -8,8 +8,8 @@ import gc
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,20 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from eafo_dynamic.apply.hosting import Hosting
 from eafo_dynamic.errors import SiteError, printable
-from eafo_dynamic.internals.torch_internals import DDP_IGNORED, is_joined, own_buffers
+from eafo_dynamic.internals.torch_internals import is_joined
 
-__all__ = [
-    "JoinWatch",
-    "OptimizerWatch",
-    "broadcast_again",
-    "keep_from_broadcast",
-    "refuse_replicas",
-    "site_buffers",
-    "thaw_under_adapters",
-    "wrapper_of_shards",
-]
+__all__ = ["JoinWatch", "OptimizerWatch", "refuse_replicas", "thaw_under_adapters", "wrapper_of_shards"]
 
 _FIRST_ATTACH = (
     "Attach first, then wrap: controller = EAFOController.attach(model); model = DistributedDataParallel(model)."
@@ -107,54 +97,6 @@ def _replicas_of(model: nn.Module) -> list[nn.Module]:
     replicas: list[Any] = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
     own = {id(module) for module in model.modules()}
     return [each for each in replicas if any(id(module) in own for module in each.modules())]
-
-
-def site_buffers(model: nn.Module) -> Iterator[str]:
-    """Names of the sites' buffers, which every rank computes alike.
-
-    Args:
-        model: the wrapped model.
-
-    Yields:
-        The names in the model.
-    """
-    for name, module in model.named_modules():
-        keys = {key for site in module.eafo_sites for key in site.keys} if isinstance(module, Hosting) else set[str]()
-        for key in sorted(keys & own_buffers(cast(nn.Module, module)).keys()):
-            yield f"{name}.{key}" if name else key
-
-
-def keep_from_broadcast(model: nn.Module) -> list[str]:
-    """Lets DistributedDataParallel leave out the sites' buffers when it broadcasts buffers before each forward.
-
-    Args:
-        model: the wrapped model, before DistributedDataParallel gets it.
-
-    Returns:
-        The names that it has been told; none where something else has told it already.
-    """
-    before: Any = vars(model).get(DDP_IGNORED, getattr(type(model), DDP_IGNORED, []))
-    if not isinstance(before, (list, tuple, set)):
-        return []
-    names = list(site_buffers(model))
-    vars(model)[DDP_IGNORED] = [*cast(Iterable[str], before), *names]
-    return names
-
-
-def broadcast_again(model: nn.Module, names: Sequence[str]) -> None:
-    """Takes back what ``keep_from_broadcast`` has told.
-
-    Args:
-        model: the same.
-        names: what it returned.
-    """
-    told: Any = vars(model).get(DDP_IGNORED)
-    if not names or not isinstance(told, list):
-        return
-    others = [name for name in cast(list[str], told) if name not in names]
-    del vars(model)[DDP_IGNORED]
-    if others != list(getattr(type(model), DDP_IGNORED, [])):
-        vars(model)[DDP_IGNORED] = others
 
 
 class JoinWatch:

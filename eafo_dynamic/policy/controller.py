@@ -25,14 +25,7 @@ from eafo_dynamic.internals.version import package_versions
 from eafo_dynamic.policy.agreement import Agreement
 from eafo_dynamic.policy.alerts import Alerts
 from eafo_dynamic.policy.amplitudes import assigned
-from eafo_dynamic.policy.attachment import (
-    JoinWatch,
-    OptimizerWatch,
-    broadcast_again,
-    keep_from_broadcast,
-    refuse_replicas,
-    thaw_under_adapters,
-)
+from eafo_dynamic.policy.attachment import JoinWatch, OptimizerWatch, refuse_replicas, thaw_under_adapters
 from eafo_dynamic.policy.diagnostics import snapshot
 from eafo_dynamic.policy.gradients import SharedGradients, clip_gradients
 from eafo_dynamic.policy.options import Options
@@ -98,10 +91,8 @@ class EAFOController:
         self._rounds = Rounds(self.bank, self.policies, self.options, self.agreement)
         self._joins = JoinWatch(model)
         self._gradients: SharedGradients | None = None
-        self._kept_from_broadcast: list[str] = []
         if self.agreement.size > 1:
             self._gradients = self._shared_gradients()
-            self._kept_from_broadcast = keep_from_broadcast(model)
         self._switch = self.bank.sites[0].switch
         self._switch.backend = self.options.backend
         self._switch.options = self.options.primitives()
@@ -268,7 +259,6 @@ class EAFOController:
         """
         if self._gradients is not None:
             self._gradients.release()
-        broadcast_again(self.model, self._kept_from_broadcast)
         unwrap(self.model)
         return self.model
 

@@ -10,10 +10,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from eafo_dynamic.apply.hosting import Hosting
 from eafo_dynamic.density.ranks import world_size
 from eafo_dynamic.errors import ConfigError
-from eafo_dynamic.internals.torch_internals import DDP_IGNORED
-from eafo_dynamic.policy.attachment import site_buffers
+from eafo_dynamic.internals.torch_internals import DDP_IGNORED, own_buffers
 from eafo_dynamic.policy.gradients import average_gradients, reached
 from eafo_dynamic.policy.options import Options
 
@@ -110,7 +110,10 @@ class Replicas:
         """
         before = self._ignored_before
         yield from getattr(type(self.model), DDP_IGNORED, ()) if before is None else before
-        yield from site_buffers(self.model)
+        for name, module in self.model.named_modules():
+            keys = {key for site in module.eafo_sites for key in site.keys} if isinstance(module, Hosting) else set()
+            for key in sorted(keys & own_buffers(cast(nn.Module, module)).keys()):
+                yield f"{name}.{key}" if name else key
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
         return self  # a copied model must not reach the amplitudes of its original

@@ -229,7 +229,7 @@ def _count(way: str, rank: int, corrects: bool, sent: list[int]) -> list[tuple[l
     if way == "FSDP2":
         fully_shard(model, **options)
     else:
-        trained = nn.parallel.DistributedDataParallel(model)
+        trained = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     found: list[tuple[list[str], int]] = []
     for step, x in enumerate(settings.batches(STEPS), 1):

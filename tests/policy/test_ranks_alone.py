@@ -10,10 +10,7 @@ import torch
 from torch import nn
 
 from eafo_dynamic import EAFOController
-from eafo_dynamic.policy.attachment import broadcast_again, keep_from_broadcast
 from eafo_dynamic.policy.gradients import clip_gradients
-
-IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def net() -> nn.Sequential:
@@ -38,21 +35,6 @@ def test_gradients_are_clipped_as_torch_clips_them(max_norm: float, norm_type: f
 
 def test_without_gradients_the_norm_is_zero() -> None:
     assert clip_gradients(net().parameters(), 1.0) == 0.0
-
-
-@pytest.mark.parametrize("own", [[], ["2.running_mean"]])
-def test_the_sites_buffers_are_kept_from_broadcast_until_told_otherwise(own: list[str]) -> None:
-    model = net()
-    if own:
-        vars(model)[IGNORED] = own
-    EAFOController.attach(model, torch.zeros(2, 4))
-    names = keep_from_broadcast(model)
-    of_norm = {f"2.{name}" for name, _ in nn.BatchNorm1d(8).named_buffers()}
-    of_sites = {name for name, _ in model.named_buffers()} - of_norm
-    assert set(names) == of_sites and of_sites
-    assert vars(model)[IGNORED] == [*own, *names]
-    broadcast_again(model, names)
-    assert vars(model).get(IGNORED, []) == own
 
 
 def test_one_process_gathers_its_own_state() -> None:
