@@ -386,7 +386,7 @@ def _calling_trainer() -> Any:
 
 def _check_sharding(trainer: Any, options: TrainerCallbackOptions) -> None:
     """Refuses what cuts parameters into shards and cannot leave the amplitudes whole."""
-    given = getattr(trainer, "args", None)
+    given: Any = getattr(trainer, "args", None)
     if getattr(trainer, "is_deepspeed_enabled", False):
         raise ConfigError(
             "deepspeed",
