@@ -95,11 +95,16 @@ def ddp_launch(folder: Path) -> Figure:
     return plot(CorrectionLog.load(folder), "trajectories", "eps")
 
 
+def fabric_loop(folder: Path) -> Figure:
+    """Here on one rank too."""
+    return plot(_log_of(_example("fabric_loop")(folder, devices=1), folder), "trajectories", "entropy")
+
+
 FIGURES: dict[str, Callable[[Path], Figure]] = {
     made.__name__: made
     for made in (
         lightning_trainer, plain_pytorch, huggingface_trainer, transformers_models, shared_relu_cnn,
-        custom_activation_policy, read_a_log, merge_and_export, ddp_launch,
+        custom_activation_policy, read_a_log, merge_and_export, ddp_launch, fabric_loop,
     )
 }  # fmt: skip
 

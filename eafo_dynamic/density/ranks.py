@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eafo_dynamic.density.collector import spread_places
 
-__all__ = ["RankGroup", "gather_ranks", "is_first_rank", "pool_ranks", "stack_samples", "world_size"]
+__all__ = ["RankGroup", "everyones", "gather_ranks", "is_first_rank", "pool_ranks", "stack_samples", "world_size"]
 
 
 class RankGroup:
@@ -162,3 +162,18 @@ def pool_ranks(
     everyone = gather_ranks(mine, extra + width, among).unflatten(1, (ranks, extra + width))
     numbers, kept = everyone.split([extra, width], dim=-1)
     return kept.flatten(1).chunk(len(samples)), numbers[: len(beside)]
+
+
+def everyones(value: object, among: RankGroup | None = None) -> list[Any]:
+    """One object of every rank; all ranks have to call it.
+
+    Args:
+        value: of tensors on the CPU and primitives.
+        among: the ranks; None: all.
+
+    Returns:
+        The objects, by rank.
+    """
+    gathered: list[Any] = [None] * world_size(among)
+    torch.distributed.all_gather_object(gathered, value, group=_group(among))
+    return gathered

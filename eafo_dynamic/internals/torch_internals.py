@@ -70,6 +70,7 @@ __all__ = [
     "instruction_of",
     "instructions_until",
     "is_batch_of_gradients",
+    "is_flattened",
     "is_joined",
     "is_sharded",
     "is_transformed",
@@ -1078,6 +1079,20 @@ def is_sharded(value: object) -> bool:
         Whether it is.
     """
     return any(each.__name__ == "DTensor" for each in type(value).__mro__)
+
+
+def is_flattened(parameter: nn.Parameter) -> bool:
+    """Whether FullyShardedDataParallel has put a parameter into a flat one, or it is that flat one.
+
+    By ``_fsdp_flattened``, torch 2.4 to 2.14; else no parameter is known as one.
+
+    Args:
+        parameter: of any model.
+
+    Returns:
+        Whether it is.
+    """
+    return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
 def shards_layers(model: nn.Module) -> bool:

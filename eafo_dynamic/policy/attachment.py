@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from eafo_dynamic.errors import SiteError, printable
 from eafo_dynamic.internals.torch_internals import is_joined
 
-__all__ = ["JoinWatch", "OptimizerWatch", "refuse_replicas", "thaw_under_adapters"]
+__all__ = ["JoinWatch", "OptimizerWatch", "refuse_replicas", "thaw_under_adapters", "wrapper_of_shards"]
 
 _FIRST_ATTACH = (
     "Attach first, then wrap: controller = EAFOController.attach(model); model = DistributedDataParallel(model)."

@@ -17,7 +17,7 @@ from eafo_dynamic.apply.manifest import manifest
 from eafo_dynamic.apply.observing import observe_only, refuse_corrected
 from eafo_dynamic.apply.surgery import put_back, take_off, unwrap, wrap
 from eafo_dynamic.correction.kernels import resolve_backend
-from eafo_dynamic.density.ranks import is_first_rank
+from eafo_dynamic.density.ranks import everyones, is_first_rank
 from eafo_dynamic.errors import CompoundingError, SiteError, legible
 from eafo_dynamic.find.adopting import with_new_calls
 from eafo_dynamic.find.probe import structural_copy
@@ -29,7 +29,7 @@ from eafo_dynamic.policy.alerts import Alerts
 from eafo_dynamic.policy.amplitudes import assigned
 from eafo_dynamic.policy.attachment import JoinWatch, OptimizerWatch, refuse_replicas, thaw_under_adapters
 from eafo_dynamic.policy.diagnostics import snapshot
-from eafo_dynamic.policy.gradients import SharedGradients
+from eafo_dynamic.policy.gradients import SharedGradients, clip_gradients
 from eafo_dynamic.policy.options import Options
 from eafo_dynamic.policy.round import Rounds, unpacked
 from eafo_dynamic.policy.schedule import Pace, Schedule
@@ -194,6 +194,20 @@ class EAFOController:
             self._gradients = self._shared_gradients()
         self._gradients.start()
         return {"ignored_params": set(self.bank.amplitudes)}
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """As ``torch.nn.utils.clip_grad_norm_(model.parameters(), ...)``, also where some parameters are in shards.
+
+        All ranks have to call it.
+
+        Args:
+            max_norm: of the gradients of all parameters together.
+            norm_type: p of the p-norm.
+
+        Returns:
+            The norm before, 0-dim, the same on every rank.
+        """
+        return clip_gradients(self.model.parameters(), max_norm, norm_type)
 
     def _shared_gradients(self) -> SharedGradients:
         def collect() -> None:
@@ -477,11 +491,25 @@ class EAFOController:
             "ranks": ranks,
         }
 
+    def gathered_state(self) -> dict[str, Any]:
+        """As ``state_dict``, with what every rank has seen since the last round; all ranks have to call it.
+
+        With it a training of several ranks goes on from a checkpoint between two rounds as if nothing had interrupted
+        it. With ``state_dict`` they collect anew until the next round.
+
+        Returns:
+            The state, the same on every rank. ``load_state_dict`` takes it with any number of ranks;
+            torch.distributed.checkpoint does not, since it grows with what has been seen.
+        """
+        state = self.state_dict()
+        if self.agreement.size > 1:
+            state["ranks"] = everyones(self.own_state(), self.agreement.among)
+        return state
+
     def own_state(self) -> dict[str, Any]:
         """The part of the state that is this rank's own: what it has seen since the last round.
 
-        Where several ranks train, ``state_dict()["ranks"]`` is to be the list of all ranks' own states; with nothing
-        in it they collect anew after a resume.
+        Where several ranks train, ``gathered_state`` has those of all of them.
 
         Returns:
             Tensors on the CPU and primitives only.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ from eafo_dynamic.errors import SiteError
 from eafo_dynamic.internals.torch_internals import (
     after_backward,
     hide_from_compiler,
+    is_flattened,
     is_sharded,
     shards_layers,
     tree_map_only,
 )
+from eafo_dynamic.policy.attachment import wrapper_of_shards
 
-__all__ = ["SharedGradients", "reached"]
+__all__ = ["SharedGradients", "average_gradients", "clip_gradients", "reached"]
 
 
 class _Reach(torch.autograd.Function):
@@ -157,13 +159,20 @@ class SharedGradients:
 
     def _look(self) -> None:
         """Finds out whether parameters are sharded."""
+        if any(is_flattened(parameter) for parameter in self._model.parameters()):
+            raise SiteError(
+                "FullyShardedDataParallel puts parameters into flat ones, and an amplitude has to stay whole. Use "
+                "fully_shard(model, **controller.shard_options()), or DistributedDataParallel."
+            )
         sharded = [name for name, parameter in self._model.named_parameters() if is_sharded(parameter)]
         if sharded and self._tensor_parallel is None and shards_layers(self._model):
             raise SiteError(
                 f"{sharded[0]} is sharded over tensor-parallel ranks, whose gradients of amplitudes are to be summed. "
                 "Attach with tensor_parallel=, the mesh of these ranks, such as mesh['tensor']."
             )
-        self._acts = bool(sharded) or self._tensor_parallel is not None
+        # a part that FSDP2 has gathered for its forward has whole parameters now
+        is_gathered = any(wrapper_of_shards(module) for module in self._model.modules())
+        self._acts = bool(sharded) or is_gathered or self._tensor_parallel is not None
 
     @hide_from_compiler
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -247,3 +256,38 @@ def average_gradients(amplitudes: Sequence[nn.Parameter], among: RankGroup | Non
     means = flat.div_(ranks).split([eps.numel() for eps in trained])
     for eps, mean in zip(trained, means, strict=True):
         eps.grad = mean.view_as(eps).clone()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Clips the norm of all gradients together, those of whole parameters and of shards.
+
+    Args:
+        parameters: equal on all ranks, as far as they are whole.
+        max_norm: of the gradients.
+        norm_type: p of the p-norm.
+
+    Returns:
+        The norm before, 0-dim, equal on all ranks.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        by_mesh.setdefault(getattr(grad, "device_mesh", None), []).append(grad)
+    norms = [_norm(group, norm_type) for group in by_mesh.values()]
+    norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]), norm_type)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(factor.to(grad.device))
+    return norm
+
+
+def _norm(grads: Sequence[Tensor], norm_type: float) -> Tensor:
+    """The norm of gradients that are whole, or of one mesh; whole on every rank."""
+    norms = [torch.linalg.vector_norm(grad, norm_type).to(grads[0].device) for grad in grads]
+    norm: Any = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    if is_sharded(norm):
+        return norm.full_tensor()
+    return norm

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ from eafo_dynamic.records.schema import Record
 from eafo_dynamic.trainers.huggingface_example import batch_report
 from eafo_dynamic.trainers.optim import own_group
 from eafo_dynamic.trainers.options import TrainerCallbackOptions
-from eafo_dynamic.trainers.replicas import Replicas, everyones
+from eafo_dynamic.trainers.replicas import Replicas
 from eafo_dynamic.trainers.reports import FIGURE, Metrics, announce, log_figure
 from eafo_dynamic.trainers.runlog import RunLog
 
@@ -77,6 +78,7 @@ class EAFOTrainerCallback(TrainerCallback):
         self._log = RunLog(options.dirpath, options.save_log, self._say)
         self._metrics = Metrics(options.log_every_n_steps, options.log_sites or ())
         self._replicas: Replicas | None = None
+        self._ignored: list[nn.Module] | None = None  # modules that accelerate leaves whole by itself
         self._loss_hook: Any = None
         self._awaits_loss = False  # whether a loss is wanted, and none has been looked for yet
         self._has_ended = False
@@ -85,7 +87,7 @@ class EAFOTrainerCallback(TrainerCallback):
         """Wraps the model, before the optimiser is built and before the model is handed to DistributedDataParallel."""
         model = kwargs["model"]
         self._trainer = _calling_trainer()
-        _check_sharding(self._trainer)
+        _check_sharding(self._trainer, self.options)
         self._watch_training()
         selection = self.options.selection
         if self.options.observes:
@@ -96,6 +98,7 @@ class EAFOTrainerCallback(TrainerCallback):
         else:
             report = batch_report(self._trainer, model, selection)
         self.controller = EAFOController(model, self.options, report)
+        self._leave_whole()
         put_back(model, earlier)
         if world_size() > 1:
             self._replicas = Replicas(model, self._amplitudes)
@@ -107,20 +110,8 @@ class EAFOTrainerCallback(TrainerCallback):
         controller = self._controller
         self._check_model(kwargs["model"])
         thaw_under_adapters(controller.model, controller.trained)
-        optimizer, scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
-        notes = own_group(
-            [optimizer],
-            controller.amplitudes,
-            controller.model,
-            trained=controller.trained,
-            schedulers=[getattr(scheduler, "scheduler", scheduler)],  # accelerate wraps it
-            lr=self.options.lr,
-            lr_multiple=self.options.lr_multiple,
-            weight_decay=self.options.weight_decay,
-            save_ungrouped=True,  # this Trainer restores optimiser and scheduler before it says that training begins
-        )
-        for note in notes:
-            warnings.warn(f"EAFO: {note}", stacklevel=2)
+        scheduler = kwargs["lr_scheduler"]
+        self._regroup(kwargs["optimizer"], [getattr(scheduler, "scheduler", scheduler)])  # accelerate wraps it
         if state.global_step:
             folder = _resumed_checkpoint(args, state)
             self._restore_corrections(folder)
@@ -130,6 +121,25 @@ class EAFOTrainerCallback(TrainerCallback):
         self._has_ended = False
         self._log.open(_run_of(args, state), controller.about())
         self._log.align(state.global_step)
+
+    def _regroup(self, optimizer: Any, schedulers: Sequence[Any] = ()) -> None:
+        """Gives eps its parameter group, unless it has one."""
+        controller = self._controller
+        notes = own_group(
+            [optimizer],
+            controller.amplitudes,
+            controller.model,
+            trained=controller.trained,
+            schedulers=schedulers,
+            lr=self.options.lr,
+            lr_multiple=self.options.lr_multiple,
+            weight_decay=self.options.weight_decay,
+            # this Trainer restores optimiser and scheduler before it says that training begins; shards are restored by
+            # the names of their parameters, and the groups have to be there before
+            save_ungrouped=_fsdp_plugin(self._trainer) is None,
+        )
+        for note in notes:
+            warnings.warn(f"EAFO: {note}", stacklevel=3)
 
     def _check_model(self, model: nn.Module) -> None:
         """Refuses to train a model that has not, or no longer, the corrections of the controller."""
@@ -158,6 +168,32 @@ class EAFOTrainerCallback(TrainerCallback):
             warn_of_changes(saved, controller.report)
             controller.detach()
             self.controller = EAFOController(controller.model, self.options, _in_order_of(resumed, folder))
+            self._leave_whole()
+
+    def _leave_whole(self) -> None:
+        """Tells accelerate, where it shards the model by FSDP2, to leave the amplitudes whole."""
+        plugin = _fsdp_plugin(self._trainer)
+        if plugin is None:
+            return
+        if self._ignored is None:
+            self._group_at_once()
+            self._ignored = _modules_of(plugin.ignored_modules, self._controller.model)
+        amplitudes = nn.ParameterList(self._controller.amplitudes.values())
+        plugin.ignored_modules = [*self._ignored, amplitudes]
+        self._controller.shard_options()
+
+    def _group_at_once(self) -> None:
+        """Gives eps its parameter group as soon as the Trainer has made its optimiser."""
+        trainer = self._trainer
+        create = trainer.create_optimizer
+
+        @functools.wraps(create)
+        def created(*args: Any, **kwargs: Any) -> Any:
+            made = create(*args, **kwargs)
+            self._regroup(trainer.optimizer)
+            return made
+
+        trainer.create_optimizer = created
 
     def _restore_corrections(self, folder: Path) -> None:
         """Restores corrections beside an adapter: the Trainer restores the adapter alone."""
@@ -181,9 +217,7 @@ class EAFOTrainerCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps the running estimates, and what every rank has seen since the last round, beside the weights."""
-        saved = {**self._controller.state_dict(), "log": self._log.location}
-        if world_size() > 1:
-            saved["ranks"] = everyones(self._controller.own_state(), self._controller.agreement.among)
+        saved = {**self._controller.gathered_state(), "log": self._log.location}
         if state.is_world_process_zero:
             folder = _checkpoint(args, state)
             with replacing(folder / STATE_NAME) as file:
@@ -352,16 +386,56 @@ def _calling_trainer() -> Any:
     return None
 
 
-def _check_sharding(trainer: Any) -> None:
-    """Refuses what cuts parameters into shards: an amplitude is one number."""
-    for option, name in {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}.items():
-        if getattr(trainer, f"is_{option}_enabled", False):
-            raise ConfigError(
-                option,
-                getattr(trainer.args, option, None),
-                f"{name} cuts parameters into shards, and an amplitude is one number",
-                "Train with DistributedDataParallel: leave the option out, of accelerate's configuration too.",
-            )
+def _check_sharding(trainer: Any, options: TrainerCallbackOptions) -> None:
+    """Refuses what cuts parameters into shards and cannot leave the amplitudes whole."""
+    given: Any = getattr(trainer, "args", None)
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        raise ConfigError(
+            "deepspeed",
+            getattr(given, "deepspeed", None),
+            "DeepSpeed cuts parameters into shards, and an amplitude is one number",
+            "Train with DistributedDataParallel or fsdp=True: leave the option out, of accelerate's configuration too.",
+        )
+    plugin = _fsdp_plugin(trainer)
+    if plugin is None:
+        return
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise ConfigError(
+            "fsdp",
+            getattr(given, "fsdp", None),
+            "version 1 of FSDP cuts parameters into shards, and an amplitude is one number",
+            "Set version 2 in fsdp_config (fsdp_version in accelerate's configuration), or train with "
+            "DistributedDataParallel.",
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ConfigError(
+            "cpu_ram_efficient_loading",
+            True,
+            "accelerate makes all parameters anew and cuts the amplitudes too, each of which is one number",
+            "Set it to False in fsdp_config.",
+        )
+    if options.per_channel and getattr(given, "max_grad_norm", 0):
+        raise ConfigError(
+            "max_grad_norm",
+            given.max_grad_norm,
+            "torch does not clip shards together with whole amplitudes, one a channel",
+            "Set max_grad_norm=0.0, or leave per_channel out.",
+        )
+
+
+def _modules_of(ignored: Any, model: nn.Module) -> list[nn.Module]:
+    """Modules that accelerate is told to ignore: it takes them, or a pattern of their names."""
+    if isinstance(ignored, str):
+        pattern = re.compile(ignored)
+        return [module for name, module in model.named_modules() if pattern.fullmatch(name)]
+    return list(ignored or ())
+
+
+def _fsdp_plugin(trainer: Any) -> Any:
+    """What accelerate knows of FSDP; None where it does not shard."""
+    if not getattr(trainer, "is_fsdp_enabled", False):
+        return None
+    return trainer.accelerator.state.fsdp_plugin
 
 
 def _named_checkpoint(trainer: Any, named: str | bool | None) -> Path | None:

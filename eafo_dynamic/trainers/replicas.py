@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from eafo_dynamic.apply.hosting import Hosting
-from eafo_dynamic.density.ranks import RankGroup, world_size
+from eafo_dynamic.density.ranks import world_size
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.internals.torch_internals import DDP_IGNORED, own_buffers
 from eafo_dynamic.policy.gradients import average_gradients, reached
 from eafo_dynamic.policy.options import Options
 
-__all__ = ["Replicas", "average_gradients", "check_strategy", "everyones", "with_mesh"]
+__all__ = ["Replicas", "average_gradients", "check_strategy", "with_mesh"]
 
 _SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 _Options = TypeVar("_Options", bound=Options)
@@ -130,18 +130,3 @@ class Replicas:
         if self._depth or not trained or not torch.is_grad_enabled() or world_size() == 1:
             return None
         return reached(output, trained)
-
-
-def everyones(value: object, among: RankGroup | None = None) -> list[Any]:
-    """One object of every rank; all ranks have to call it.
-
-    Args:
-        value: of tensors on the CPU and primitives.
-        among: the ranks; None: all.
-
-    Returns:
-        The objects, by rank.
-    """
-    gathered: list[Any] = [None] * world_size(among)
-    torch.distributed.all_gather_object(gathered, value, group=None if among is None else among.group)
-    return gathered

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import training_process
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["training_process", "children", "ranks"])
+CONTEXT.set_forkserver_preload(["training_process", "children", "ranks", "settings"])
 KILLED = -signal.SIGKILL
 
 Prepare = Callable[[Path, int, dict[str, Any]], None]
@@ -36,6 +36,12 @@ def _child(folder: Path, rank: int, ranks: int, port: int, steps: int, options: 
     if prepare is not None:
         prepare(folder, rank, options)
     training_process.main(folder, ranks, steps, options)
+
+
+def serve() -> None:
+    """Starts the process that the children are forked from, if it does not run yet."""
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # Python 3.11's server has no other way to it
+        forkserver.ensure_running()
 
 
 def free_port() -> int:
@@ -58,8 +64,7 @@ def run(folder: Path, ranks: int = 1, steps: int = 12, timeout: float = 120, **o
         The exit status of every rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # Python 3.11's server has no other way to it
-        forkserver.ensure_running()
+    serve()
     port = free_port()
     arguments = [(folder, rank, ranks, port, steps, options) for rank in range(ranks)]
     children = [CONTEXT.Process(target=_child, args=each, daemon=True) for each in arguments]

@@ -61,13 +61,15 @@ def train(
     clips: bool = False,
     forward: Callable[[Tensor], Tensor] | None = None,
     begin: int = 0,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, Any]:
     """Trains on every batch, in micro-batches.
 
     Returns:
         Amplitudes, weights and the rows of the log.
     """
-    optimizer = optimizer_of(name, model, controller)
+    if optimizer is None:
+        optimizer = optimizer_of(name, model, controller)
     rows: list[Any] = []
     for step, x in enumerate(inputs, begin + 1):
         optimizer.zero_grad()
@@ -104,8 +106,7 @@ def start(setting: Setting, folder: Path, rank: int, ranks: int, port: int, give
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
-    agreement._PATIENCE = datetime.timedelta(seconds=2)
-    distributed.init_process_group("gloo", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=60))
+    distributed.init_process_group("gloo", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=120))
     result: Any = None
     try:
         result = setting(folder, rank, given)
@@ -120,6 +121,8 @@ def start(setting: Setting, folder: Path, rank: int, ranks: int, port: int, give
 def tripwire(folder: Path, rank: int, what: str) -> Any:
     """Two ranks of which the second is different in one thing."""
     model, options = net(), {}
+    if what == "only one attached":
+        agreement._PATIENCE = datetime.timedelta(seconds=2)
     if what == "options" and rank:
         options["max_eps"] = 0.5
     if what == "sites" and rank:
@@ -167,12 +170,13 @@ def sharded(folder: Path, rank: int, given: tuple[str, dict[str, Any]]) -> Any:
 
     name, options = given[0], dict(given[1])
     parts, clips, asks = options.pop("parts", 1), options.pop("clips", False), options.pop("asks", True)
+    layers = options.pop("layers", True)
     model = net()
     controller = EAFOController.attach(model, torch.zeros(2, 8), update_every_n_steps=2, **options)
     ignored: dict[str, Any] = {"ignored_params": set(controller.amplitudes.values())}
     if asks:
         ignored = controller.shard_options()
-    for layer in (model[0], model[2]):
+    for layer in (model[0], model[2]) if layers else ():
         fully_shard(layer, **ignored)
     fully_shard(model, **ignored)
     ranks = distributed.get_world_size()
@@ -187,6 +191,7 @@ def shares(x: Tensor, ranks: int, rank: int, parts: int) -> Tensor:
 def resharded(folder: Path, rank: int, given: tuple[str, int, int]) -> Any:
     """FSDP2 for some steps, from the checkpoint of others and into one of its own."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.fsdp import fully_shard
 
     name, begin, end = given
@@ -195,20 +200,32 @@ def resharded(folder: Path, rank: int, given: tuple[str, int, int]) -> Any:
     ranks = distributed.get_world_size()
     if ranks > 1:
         fully_shard(model, **controller.shard_options())
+    optimizer = optimizer_of(name, model, controller)
+
+    def state() -> dict[str, Any]:
+        of_optimizer = get_optimizer_state_dict(model, optimizer)
+        return {"model": model.state_dict(), "optimizer": of_optimizer, "eafo": controller}
+
     if begin:
-        state = {"model": model.state_dict(), "eafo": controller}
-        dcp.load(state, checkpoint_id=str(folder.parent / f"step{begin}"))
-        model.load_state_dict(state["model"])
+        saved = state()
+        dcp.load(saved, checkpoint_id=str(folder.parent / f"step{begin}"))
+        model.load_state_dict(saved["model"])
+        set_optimizer_state_dict(model, optimizer, saved["optimizer"])
     inputs = [x.chunk(ranks)[rank] for x in batches()[begin:end]]
-    result = train(model, controller, inputs, name, begin=begin)
-    dcp.save({"model": model.state_dict(), "eafo": controller}, checkpoint_id=str(folder.parent / f"step{end}"))
+    result = train(model, controller, inputs, name, begin=begin, optimizer=optimizer)
+    dcp.save(state(), checkpoint_id=str(folder.parent / f"step{end}"))
     return result
 
 
 def lightning(folder: Path, rank: int, way: str) -> Any:
-    """Lightning's ModelParallelStrategy, by FSDP2 or by tensor parallelism; "auto" trains in one process."""
+    """Lightning's ModelParallelStrategy, by FSDP2 or by tensor parallelism; "auto" trains in one process.
+
+    With "meta" the model is made without memory, in ``configure_model``; with "clipped" Lightning clips gradients.
+    """
+    way, *more = way.split()
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -224,6 +241,9 @@ def lightning(folder: Path, rank: int, way: str) -> Any:
                 return
             self.is_cut = True
             mesh: Any = self.device_mesh
+            if "meta" in more:
+                with torch.device("meta"):
+                    self.net = net()
             if way == "fully_shard":
                 fully_shard(self.net, mesh=mesh["data_parallel"])
             else:
@@ -237,6 +257,9 @@ def lightning(folder: Path, rank: int, way: str) -> Any:
             return self(batch).square().mean()
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
+            if "meta" in more and way != "auto":
+                options = StateDictOptions(full_state_dict=True, strict=False)
+                set_model_state_dict(self.net, net().state_dict(), options=options)
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     ranks = 1 if way == "auto" else 2
@@ -258,6 +281,7 @@ def lightning(folder: Path, rank: int, way: str) -> Any:
         callbacks=[callback],
         default_root_dir=folder,
         enable_model_summary=False,
+        gradient_clip_val=0.05 if "clipped" in more else None,
         **quiet,
     ).fit(module, DataLoader(inputs, batch_size=None))
     assert callback.controller is not None
@@ -270,6 +294,14 @@ def whole_amplitudes_forgotten(folder: Path, rank: int, given: None) -> Any:
     model = net()
     controller = EAFOController.attach(model, torch.zeros(2, 8), per_channel=True)
     fully_shard(model)
+    return train(model, controller, batches(), "SGD")
+
+
+def flattened(folder: Path, rank: int, given: None) -> Any:
+    """A parameter as FullyShardedDataParallel marks it, which itself wants an accelerator."""
+    model = net()
+    controller = EAFOController.attach(model, torch.zeros(2, 8))
+    model[0].weight._fsdp_flattened = True
     return train(model, controller, batches(), "SGD")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import settings
 import torch
-from children import CONTEXT, free_port
+from children import CONTEXT, free_port, serve
 from settings import Setting
 
 pytestmark = pytest.mark.slow
@@ -20,13 +20,14 @@ def start(setting: Setting, folder: Path, given: Any = None, ranks: int = 2) -> 
     Returns:
         What each rank returned, or the text of its error.
     """
+    serve()
     port = free_port()
     arguments = [(setting, folder, rank, ranks, port, given) for rank in range(ranks)]
     children = [CONTEXT.Process(target=settings.start, args=each) for each in arguments]
     for child in children:
         child.start()
     for child in children:
-        child.join(90)
+        child.join(240)
         child.kill()
     return [_of(folder, rank) for rank in range(ranks)]
 
@@ -80,6 +81,7 @@ def test_attaching_to_a_wrapped_model_is_refused(tmp_path: Path, what: str) -> N
 FSDP2: list[dict[str, Any]] = [
     {},
     {"asks": False},
+    {"asks": False, "layers": False},
     {"per_channel": True},
     {"parts": 2, "clips": True},
     {"policy": "hybrid"},
@@ -91,13 +93,19 @@ FSDP2: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", FSDP2, ids=str)
 def test_fsdp2_is_one_process_on_the_whole_batch(tmp_path: Path, optimizer: str, options: dict[str, Any]) -> None:
     found = start(settings.sharded, tmp_path, (optimizer, options))
-    given = {name: value for name, value in options.items() if name != "asks"}
+    given = {name: value for name, value in options.items() if name not in ("asks", "layers")}
     assert_as_alone(found, settings.alone(optimizer, **given))
 
 
 def test_amplitudes_in_shards_are_refused(tmp_path: Path) -> None:
     for found in start(settings.whole_amplitudes_forgotten, tmp_path):
         assert isinstance(found, str) and "\n" not in found.strip(), found
+
+
+def test_fully_sharded_data_parallel_is_refused_in_one_line(tmp_path: Path) -> None:
+    for found in start(settings.flattened, tmp_path):
+        assert isinstance(found, str) and "\n" not in found, found
+        assert found.startswith("SiteError: FullyShardedDataParallel") and "Use fully_shard(model, **" in found
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
@@ -120,21 +128,22 @@ def test_pipeline_stages_have_statistics_of_their_own(tmp_path: Path, optimizer:
         assert_as_alone([each], expected)
 
 
-def test_a_distributed_checkpoint_is_resharded(tmp_path: Path) -> None:
-    """From two ranks to four and to one, without the optimiser's state, which SGD does not have."""
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_a_distributed_checkpoint_is_resharded(tmp_path: Path, optimizer: str) -> None:
+    """From two ranks to four and to one, with the optimiser's state."""
     found: list[Any] = []
     for ranks, begin, end in ((2, 0, 2), (4, 2, 4), (1, 4, 6)):
         folder = tmp_path / f"{ranks}"
         folder.mkdir()
-        found = start(settings.resharded, folder, ("SGD", begin, end), ranks)
-    expected = settings.alone("SGD", density="histogram")
+        found = start(settings.resharded, folder, (optimizer, begin, end), ranks)
+    expected = settings.alone(optimizer, density="histogram")
     assert isinstance(found[0], dict), found
     torch.testing.assert_close(found[0]["eps"], expected["eps"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found[0]["weights"], expected["weights"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found[0]["rows"], expected["rows"][-len(found[0]["rows"]) :], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("way", ["fully_shard", "parallelize_module"])
+@pytest.mark.parametrize("way", ["fully_shard", "parallelize_module", "fully_shard clipped", "fully_shard meta"])
 def test_lightning_shards_without_a_further_line(tmp_path: Path, way: str) -> None:
-    expected = settings.lightning(tmp_path, 0, "auto")
-    assert_as_alone(start(settings.lightning, tmp_path, way), expected, rows=way == "fully_shard")
+    expected = settings.lightning(tmp_path, 0, "auto clipped" if "clipped" in way else "auto")
+    assert_as_alone(start(settings.lightning, tmp_path, way), expected, rows=way.startswith("fully_shard"))

@@ -159,6 +159,7 @@ PARTS: dict[str, list[str]] = {
     # of several processes, as tests/faults/test_ranks.py runs them
     "_execution_engine": [],
     "_forward_metadata_inference": [],
+    "_fsdp_flattened": [],
     "_get_default_store": [],
     "_join_config": [],
     "_shape_inference": [],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -278,8 +279,6 @@ class Images:
 
 
 def test_figures_go_to_the_callbacks_that_take_them() -> None:
-    from types import SimpleNamespace
-
     from eafo_dynamic.trainers.reports import log_figure
 
     wandb, mlflow, figure = Images(), Images(), object()
@@ -536,8 +535,33 @@ def test_shards_are_refused_in_one_line(
     def sharded(self: Any) -> None:
         made(self)
         setattr(self, f"is_{option}_enabled", True)  # as a configuration of accelerate sets it
+        monkeypatch.setattr(type(self.accelerator.state), "fsdp_plugin", SimpleNamespace(fsdp_version=1), raising=False)
 
     monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", sharded)
     with pytest.raises(ConfigError, match=f"^{option}=.*{name} cuts parameters into shards.*DistributedData") as raised:
         make(tmp_path, 4, EAFOTrainerCallback())
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("loads", "options", "line"),
+    [
+        (True, {}, "^cpu_ram_efficient_loading=True: .*one number.*False in fsdp_config"),
+        (False, {"per_channel": True}, "^max_grad_norm=1.0: .*max_grad_norm=0.0"),
+    ],
+)
+def test_settings_of_fsdp2_that_cannot_work_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loads: bool, options: dict[str, Any], line: str
+) -> None:
+    made = transformers.Trainer.create_accelerator_and_postprocess
+    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=loads, ignored_modules=None)
+
+    def sharded(self: Any) -> None:
+        made(self)
+        self.is_fsdp_enabled = True
+        monkeypatch.setattr(type(self.accelerator.state), "fsdp_plugin", plugin, raising=False)
+
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(ConfigError, match=line) as raised:
+        make(tmp_path, 4, EAFOTrainerCallback(**options))
     assert "\n" not in str(raised.value)

@@ -22,6 +22,7 @@ from eafo_dynamic.apply.manifest import (
 )
 from eafo_dynamic.apply.observing import refuse_corrected
 from eafo_dynamic.apply.surgery import is_wrapped, put_back, take_off
+from eafo_dynamic.density.ranks import everyones
 from eafo_dynamic.errors import SiteError, one_line
 from eafo_dynamic.find.sites import SiteReport
 from eafo_dynamic.internals.declared import takes
@@ -42,7 +43,7 @@ from eafo_dynamic.trainers.lightning.reporter import Reporter, announce
 from eafo_dynamic.trainers.lightning.restoring import load_module
 from eafo_dynamic.trainers.optim import extend_groups, own_group
 from eafo_dynamic.trainers.options import CallbackOptions
-from eafo_dynamic.trainers.replicas import Replicas, check_strategy, everyones, with_mesh
+from eafo_dynamic.trainers.replicas import Replicas, check_strategy, with_mesh
 from eafo_dynamic.trainers.runlog import RunLog
 
 __all__ = ["EAFOCallback"]
