@@ -72,7 +72,7 @@ class Adoption:
             return None
         before = len(controller.bank.sites)
         try:
-            new = controller.adopt(run=batch_runs(trainer, module, batch)[0])
+            new = controller.adopt(run=batch_runs(trainer, module, batch, knows_step=True)[0])
         except SiteError as error:
             self._give_up(f"adopt=True does nothing more: {error}")
             return None

@@ -138,7 +138,7 @@ def example_runs(trainer: Any, module: Any, may_wait: bool) -> tuple[list[Run], 
     return batch_runs(trainer, module, batch), "the first training items"
 
 
-def batch_runs(trainer: Any, module: Any, batch: Any) -> list[Run]:
+def batch_runs(trainer: Any, module: Any, batch: Any, *, knows_step: bool = False) -> list[Run]:
     """Ways to run a batch through a copy of a LightningModule: its ``training_step``, or else its ``forward``.
 
     Logging does nothing. In manual optimisation, ``optimizers()``, ``lr_schedulers()`` and ``manual_backward`` do
@@ -148,6 +148,8 @@ def batch_runs(trainer: Any, module: Any, batch: Any) -> list[Run]:
         trainer: its Trainer.
         module: the LightningModule to be wrapped.
         batch: on the module's device; every run gets a copy.
+        knows_step: whether the copy has its Trainer, so that the step may go by ``global_step``. Not before a training:
+            it may go by the rank as well, and all ranks have to find the same.
 
     Returns:
         The ways, best first.
@@ -155,7 +157,8 @@ def batch_runs(trainer: Any, module: Any, batch: Any) -> list[Run]:
 
     def step(probe: Any) -> object:
         vars(probe).update(dict.fromkeys(("log", "log_dict", "print"), _ignore))
-        vars(probe)["_trainer"] = trainer  # which a copy does not have: the step may go by global_step
+        if knows_step:
+            vars(probe)["_trainer"] = trainer
         if not probe.automatic_optimization:
             vars(probe).update(_idle_optimisation(trainer))
         arguments = [copy.deepcopy(batch)]
