@@ -216,12 +216,13 @@ class EAFOController:
         self._switch.collecting = value
 
     def snapshot(self) -> list[Record]:
-        """Every site's function on a grid, with the density it was fitted to.
+        """Every site's function on a grid, with the density it was fitted to and the last round's samples.
 
         Returns:
             One row per site, as the log keeps them; see ``diagnostics.snapshot``.
         """
-        return snapshot(self.bank.names, self.bank.functions(), self._rounds.density.density)
+        rounds = self._rounds
+        return snapshot(self.bank.names, self.bank.functions(), rounds.density.density, rounds.histogram)
 
     def about(self) -> dict[str, Any]:
         """What the correction log's manifest says of this run.
