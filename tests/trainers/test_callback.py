@@ -501,10 +501,16 @@ def test_callback_plots_its_own_log(tmp_path: Path) -> None:
     with pytest.raises(EAFOError, match="no correction log yet"):
         callback.plot()
     fit(tmp_path, callback)
-    for what in ("heatmap", "functions", "ranking"):
-        figure = callback.plot(what)
-        assert figure.axes or figure.subfigs
-        matplotlib.pyplot.close(figure)
+    assert callback.controller is not None
+    for drawn, kinds in (
+        (callback, ("heatmap", "functions", "ranking")),
+        (callback.controller, ("heatmap", "functions", "densities")),
+        (callback.history, ("heatmap", "ranking")),
+    ):
+        for what in kinds:
+            figure = drawn.plot(what)
+            assert figure.axes or figure.subfigs
+            matplotlib.pyplot.close(figure)
 
 
 def test_history_and_sites_show_as_tables(tmp_path: Path) -> None:

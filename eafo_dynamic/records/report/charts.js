@@ -70,7 +70,7 @@ function tickName(all) {
 
 // An empty chart with axes: {plot, x, y, width, height, left, top} with x and y from values to pixels.
 function frame(box, options) {
-  const width = Math.max(box.clientWidth, 200), height = options.height || 260;
+  const width = Math.max(box.clientWidth, 120), height = options.height || 260;
   const margin = { left: options.left || 52, right: options.right || 20, top: options.yLabel ? 24 : 10, bottom: 36 };
   const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": options.label });
   const span = { x: width - margin.left - margin.right, y: height - margin.top - margin.bottom };
