@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eafo_dynamic.errors import LogError, interruptible, printable
-from eafo_dynamic.experiments.configured import configured, quieten
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningCLI
+
+from eafo_dynamic.errors import EAFOError, LogError, interruptible, printable
+from eafo_dynamic.experiments.configured import AGAINST_PLAIN, configured, quieten
 from eafo_dynamic.internals.files import see_working_directory
 from eafo_dynamic.records import CorrectionLog
 from eafo_dynamic.records.summary import summarise
@@ -31,13 +35,68 @@ def train(argv: Sequence[str] | None) -> int:
     """
     quieten()
     see_working_directory()
-    with interruptible():
-        cli = configured(None if argv is None else list(argv), run=True, save_config_kwargs={"overwrite": True})
-    if cli.trainer.interrupted:  # Lightning has caught the exception
-        raise KeyboardInterrupt
+    arguments = None if argv is None else list(argv)
+    given = sys.argv[1:] if arguments is None else arguments
+    against_plain = AGAINST_PLAIN in given
+    if against_plain:
+        arguments = [each for each in given if each != AGAINST_PLAIN]
+        _check_comparable(arguments)
+    cli = _run(arguments)
     if cli.trainer.is_global_zero:
         _tell(cli.trainer)
+    if against_plain:
+        _compare_with_plain(cli, arguments)
     return 0
+
+
+def _run(arguments: list[str] | None, corrected: bool = True) -> LightningCLI:
+    with interruptible():
+        cli = configured(arguments, run=True, corrected=corrected, save_config_kwargs={"overwrite": True})
+    if cli.trainer.interrupted:  # Lightning has caught the exception
+        raise KeyboardInterrupt
+    return cli
+
+
+def _check_comparable(arguments: Sequence[str]) -> None:
+    """Refuses what cannot be trained a second time without corrections."""
+    if arguments[0] != "fit":
+        raise EAFOError(f"{AGAINST_PLAIN} is an option of fit, not of {arguments[0]}.")
+    if any(each.partition("=")[0] == "--ckpt_path" for each in arguments):
+        raise EAFOError(f"{AGAINST_PLAIN} trains both models from the start. Leave --ckpt_path out.")
+
+
+def _compare_with_plain(cli: LightningCLI, arguments: list[str] | None) -> None:
+    """Trains the same model without corrections, from the same seed, and says how both do on the test data."""
+    seed = os.environ.get("PL_GLOBAL_SEED")  # Lightning's own; what it was for the first training, it is for the second
+    if seed is None:
+        raise EAFOError(f"{AGAINST_PLAIN} needs a seed, so that both models start alike. Add --seed_everything 0")
+    corrected = _test_results(cli)
+    if cli.trainer.is_global_zero:
+        print("EAFO: now the same training without corrections.", flush=True)
+    plain_cli = _run(arguments, corrected=False)
+    plain = _test_results(plain_cli)
+    if cli.trainer.is_global_zero:
+        print("\n".join(printable(line) for line in _side_by_side(corrected, plain, seed)))
+
+
+def _test_results(cli: LightningCLI) -> dict[str, float]:
+    """What the model, as training left it, scores on the test data."""
+    if type(cli.model).test_step is LightningModule.test_step:
+        raise EAFOError(f"{AGAINST_PLAIN} compares test results, and {type(cli.model).__name__} has no test_step.")
+    found = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    return {name: float(value) for results in found for name, value in results.items()}
+
+
+def _side_by_side(corrected: Mapping[str, float], plain: Mapping[str, float], seed: str) -> list[str]:
+    names = [name for name in corrected if name in plain]
+    width = max(map(len, names), default=0)
+    lines = [f"  {name:<{width}}  {corrected[name]:>10.4g}  {plain[name]:>10.4g}" for name in names]
+    return [
+        f"EAFO: on the test data, with seed {seed}:",
+        f"  {'':<{width}}  {'corrected':>10}  {'plain':>10}",
+        *lines,
+        "  One seed says little; eafo-dynamic compare trains with several, and gives intervals.",
+    ]
 
 
 def _tell(trainer: Any) -> None:
