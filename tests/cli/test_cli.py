@@ -82,6 +82,7 @@ def test_every_configuration_trains_and_logs(trained: Trained) -> None:
     assert log.steps == [1, 2, 3]
     assert {row["site"] for row in log.rows} == set(log.sites)
     saved = yaml.safe_load((log.path.parent / "config.yaml").read_text())
+    assert saved["data"]["class_path"].endswith(log.manifest["run"]["data"])
     assert saved["trainer"]["max_steps"] == 3, "the resolved configuration, overrides included"
     assert saved["seed_everything"] is not None
 
