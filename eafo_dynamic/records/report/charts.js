@@ -76,7 +76,7 @@ function frame(box, options) {
   const span = { x: width - margin.left - margin.right, y: height - margin.top - margin.bottom };
   const x = (value) => margin.left + (value - options.x[0]) / (options.x[1] - options.x[0]) * span.x;
   const y = (value) => margin.top + span.y - (value - options.y[0]) / (options.y[1] - options.y[0]) * span.y;
-  const xTicks = options.xTicks || ticks(options.x, span.x / 70), yTicks = options.yTicks || ticks(options.y, span.y / 45);
+  const xTicks = options.xTicks || ticks(options.x, options.ticks || span.x / 70), yTicks = options.yTicks || ticks(options.y, options.ticks || span.y / 45);
   const xName = options.xName || tickName(xTicks), yName = options.yName || tickName(yTicks);
   for (const tick of xTicks) {
     root.append(svg("line", { class: "grid", x1: x(tick), x2: x(tick), y1: margin.top, y2: margin.top + span.y }));

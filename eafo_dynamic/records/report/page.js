@@ -194,7 +194,7 @@ function drawMultiples() {
   by("multiples").querySelectorAll(".cell").forEach((cell) => {
     const site = Number(cell.dataset.place);
     cell.classList.toggle("chosen", site === chosen.site);
-    drawCurve(cell.lastElementChild, chosen.shown, site, step, { height: 150, left: 42, right: 14, xLabel: "z" });
+    drawCurve(cell.lastElementChild, chosen.shown, site, step, { height: 150, left: 50, right: 14, ticks: 3, xLabel: "z" });
   });
 }
 
