@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LightningCLI
-
-from eafo_dynamic.errors import EAFOError, LogError, interruptible, printable
+from eafo_dynamic.errors import LogError, interruptible, printable
+from eafo_dynamic.experiments.against_plain import check_comparable, seed_of_both, side_by_side, test_results
 from eafo_dynamic.experiments.configured import AGAINST_PLAIN, configured, quieten
 from eafo_dynamic.internals.files import see_working_directory
 from eafo_dynamic.records import CorrectionLog
@@ -40,7 +38,7 @@ def train(argv: Sequence[str] | None) -> int:
     against_plain = AGAINST_PLAIN in given
     if against_plain:
         arguments = [each for each in given if each != AGAINST_PLAIN]
-        _check_comparable(arguments)
+        check_comparable(arguments)
     cli = _run(arguments)
     if cli.trainer.is_global_zero:
         _tell(cli.trainer)
@@ -49,7 +47,7 @@ def train(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _run(arguments: list[str] | None, corrected: bool = True) -> LightningCLI:
+def _run(arguments: list[str] | None, corrected: bool = True) -> Any:
     with interruptible():
         cli = configured(arguments, run=True, corrected=corrected, save_config_kwargs={"overwrite": True})
     if cli.trainer.interrupted:  # Lightning has caught the exception
@@ -57,46 +55,15 @@ def _run(arguments: list[str] | None, corrected: bool = True) -> LightningCLI:
     return cli
 
 
-def _check_comparable(arguments: Sequence[str]) -> None:
-    """Refuses what cannot be trained a second time without corrections."""
-    if arguments[0] != "fit":
-        raise EAFOError(f"{AGAINST_PLAIN} is an option of fit, not of {arguments[0]}.")
-    if any(each.partition("=")[0] == "--ckpt_path" for each in arguments):
-        raise EAFOError(f"{AGAINST_PLAIN} trains both models from the start. Leave --ckpt_path out.")
-
-
-def _compare_with_plain(cli: LightningCLI, arguments: list[str] | None) -> None:
+def _compare_with_plain(cli: Any, arguments: list[str] | None) -> None:
     """Trains the same model without corrections, from the same seed, and says how both do on the test data."""
-    seed = os.environ.get("PL_GLOBAL_SEED")  # Lightning's own; what it was for the first training, it is for the second
-    if seed is None:
-        raise EAFOError(f"{AGAINST_PLAIN} needs a seed, so that both models start alike. Add --seed_everything 0")
-    corrected = _test_results(cli)
+    seed = seed_of_both()
+    corrected = test_results(cli)
     if cli.trainer.is_global_zero:
         print("EAFO: now the same training without corrections.", flush=True)
-    plain_cli = _run(arguments, corrected=False)
-    plain = _test_results(plain_cli)
+    plain = test_results(_run(arguments, corrected=False))
     if cli.trainer.is_global_zero:
-        print("\n".join(printable(line) for line in _side_by_side(corrected, plain, seed)))
-
-
-def _test_results(cli: LightningCLI) -> dict[str, float]:
-    """What the model, as training left it, scores on the test data."""
-    if type(cli.model).test_step is LightningModule.test_step:
-        raise EAFOError(f"{AGAINST_PLAIN} compares test results, and {type(cli.model).__name__} has no test_step.")
-    found = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-    return {name: float(value) for results in found for name, value in results.items()}
-
-
-def _side_by_side(corrected: Mapping[str, float], plain: Mapping[str, float], seed: str) -> list[str]:
-    names = [name for name in corrected if name in plain]
-    width = max(map(len, names), default=0)
-    lines = [f"  {name:<{width}}  {corrected[name]:>10.4g}  {plain[name]:>10.4g}" for name in names]
-    return [
-        f"EAFO: on the test data, with seed {seed}:",
-        f"  {'':<{width}}  {'corrected':>10}  {'plain':>10}",
-        *lines,
-        "  One seed says little; eafo-dynamic compare trains with several, and gives intervals.",
-    ]
+        print("\n".join(printable(line) for line in side_by_side(corrected, plain, seed)))
 
 
 def _tell(trainer: Any) -> None:
