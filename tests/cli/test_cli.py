@@ -151,7 +151,9 @@ def test_against_plain_prints_the_test_results_of_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = ROOT / "configs/wine_mlp.yaml"
-    assert run(monkeypatch, tmp_path, *quick(config, "--trainer.logger.init_args.name=both", "--against-plain")) == 0
+    far = "--trainer.callbacks.init_args.eps_init=0.5"
+    both = quick(config, far, "--trainer.logger.init_args.name=both", "--against-plain")
+    assert run(monkeypatch, tmp_path, *both) == 0
     out = capsys.readouterr().out
     assert "EAFO: on the test data, with seed 0:" in out
     shown = {words[0]: words[1:] for line in out.splitlines() if len(words := line.split()) == 3}
