@@ -147,6 +147,7 @@ def test_log_commands_read_what_fit_wrote(
     assert len(as_json) == len(as_csv) == len(CorrectionLog.load(tmp_path / "runs").sites)
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the test run has a folder of its own
 def test_against_plain_prints_the_test_results_of_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
