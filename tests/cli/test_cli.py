@@ -170,7 +170,8 @@ def test_against_plain_prints_the_test_results_of_both(
     tested = ("test", f"--config={tmp_path / 'plain.yaml'}", f"--ckpt_path={checkpoint}", *alone)
     assert run(monkeypatch, tmp_path, *tested) == 0
     (metrics,) = [path for path in (tmp_path / "runs/alone").rglob("metrics.csv") if "test_loss" in path.read_text()]
-    (row,) = [row for row in csv.DictReader(metrics.open()) if row.get("test_loss")]
+    lines = metrics.read_text().splitlines()
+    (row,) = [row for row in csv.DictReader(lines) if row.get("test_loss")]
     assert float(row["test_loss"]) == pytest.approx(float(shown["test_loss"][1]), rel=1e-3)
     assert len(list((tmp_path / "runs/both").rglob("eafo"))) == 1, "the plain run has no log"
 
