@@ -56,6 +56,12 @@ class Browser:
         steps = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self.call("/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": steps}]})
 
+    def want_no_motion(self, wanted: bool) -> None:
+        """Says to pages whether the reader prefers reduced motion."""
+        value = "reduce" if wanted else ""
+        features = {"features": [{"name": "prefers-reduced-motion", "value": value}]}
+        self.call("/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": features})
+
     def screenshot(self, out: Path) -> bytes:
         """Returns a PNG of the whole page."""
         height = self.run("return document.documentElement.scrollHeight")

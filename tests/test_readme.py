@@ -83,7 +83,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my_project").mkdir()
     net = "from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())\n"
     (folder / "my_project/net.py").write_text(net)
-    shown = COMMANDS[0].replace("digits_vit.yaml", "digits_vit.yaml --trainer.max_epochs 2")
+    shown = COMMANDS[0].replace("--trainer.max_epochs 20", "--trainer.max_epochs 2")
     result = run_by_bash(shown.partition("&&")[2], folder)
     (folder / "first.out").write_text(result.stdout)
     return folder
@@ -226,6 +226,7 @@ def test_the_first_command_shows_the_table_of_the_readme(workplace: Path) -> Non
 def test_the_first_command_ends_with_what_was_learned_and_where_to_look(workplace: Path) -> None:
     shown = (workplace / "first.out").read_text()
     assert re.search(r"EAFO: \d+ sites, \d+ updates; mean entropy .* nats; largest eps .* at ", shown)
+    assert re.search(r"^ +corrected +plain\n +test_loss +\S+ +\S+$", shown, re.MULTILINE)
     commands = re.findall(r"^  (eafo-dynamic log .*)$", shown, re.MULTILINE)
     assert len(commands) == 2
     run_by_bash("\n".join(commands), workplace)

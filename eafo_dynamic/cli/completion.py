@@ -53,13 +53,15 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, training: tu
         import shtab
     except ImportError:
         raise EAFOError("completion needs shtab: pip install 'eafo-dynamic[completion]'") from None
-    from eafo_dynamic.experiments.configured import TRAINING_OPTIONS
+    from eafo_dynamic.experiments.configured import AGAINST_PLAIN, TRAINING_OPTIONS
 
     for name, command in _commands(parser).items():
         if name in training:
             for option in TRAINING_OPTIONS:
                 metavar = "FILE" if option in _FILE_OPTIONS else None
                 command.add_argument(option, metavar=metavar)
+        if name == "fit":
+            command.add_argument(AGAINST_PLAIN, action="store_true")
     _mark_paths(parser, shtab.FILE, shtab.DIRECTORY)
     with quiet_pipe():
         print(shtab.complete(parser, args.shell))

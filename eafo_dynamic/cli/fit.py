@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eafo_dynamic.errors import LogError, interruptible, printable
-from eafo_dynamic.experiments.configured import configured, quieten
+from eafo_dynamic.experiments.against_plain import check_comparable, seed_of_both, side_by_side, test_results
+from eafo_dynamic.experiments.configured import AGAINST_PLAIN, configured, quieten
 from eafo_dynamic.internals.files import see_working_directory
 from eafo_dynamic.records import CorrectionLog
 from eafo_dynamic.records.summary import summarise
@@ -31,13 +33,37 @@ def train(argv: Sequence[str] | None) -> int:
     """
     quieten()
     see_working_directory()
-    with interruptible():
-        cli = configured(None if argv is None else list(argv), run=True, save_config_kwargs={"overwrite": True})
-    if cli.trainer.interrupted:  # Lightning has caught the exception
-        raise KeyboardInterrupt
+    arguments = None if argv is None else list(argv)
+    given = sys.argv[1:] if arguments is None else arguments
+    against_plain = AGAINST_PLAIN in given
+    if against_plain:
+        arguments = [each for each in given if each != AGAINST_PLAIN]
+        check_comparable(arguments)
+    cli = _run(arguments)
     if cli.trainer.is_global_zero:
         _tell(cli.trainer)
+    if against_plain:
+        _compare_with_plain(cli, arguments)
     return 0
+
+
+def _run(arguments: list[str] | None, corrected: bool = True) -> Any:
+    with interruptible():
+        cli = configured(arguments, run=True, corrected=corrected, save_config_kwargs={"overwrite": True})
+    if cli.trainer.interrupted:  # Lightning has caught the exception
+        raise KeyboardInterrupt
+    return cli
+
+
+def _compare_with_plain(cli: Any, arguments: list[str] | None) -> None:
+    """Trains the same model without corrections, from the same seed, and says how both do on the test data."""
+    seed = seed_of_both()
+    corrected = test_results(cli)
+    if cli.trainer.is_global_zero:
+        print("EAFO: now the same training without corrections.", flush=True)
+    plain = test_results(_run(arguments, corrected=False))
+    if cli.trainer.is_global_zero:
+        print("\n".join(printable(line) for line in side_by_side(corrected, plain, seed)))
 
 
 def _tell(trainer: Any) -> None:

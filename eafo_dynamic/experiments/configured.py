@@ -22,7 +22,9 @@ from eafo_dynamic.experiments.earlier import PARSER_MODE, drop_compounding, read
 from eafo_dynamic.experiments.mistakes import find_mistake
 from eafo_dynamic.internals.torch_internals import code_of, variable_of
 
-__all__ = ["TRAINING_OPTIONS", "configured", "quieten"]
+__all__ = ["AGAINST_PLAIN", "TRAINING_OPTIONS", "configured", "quieten"]
+
+AGAINST_PLAIN = "--against-plain"
 
 # jsonargparse finds a class by its name without a path if it has been imported.
 for _name in experiments.__all__:
@@ -32,7 +34,8 @@ _COMMANDS = {
     "fit": "Train a model as a YAML configuration says: any LightningModule, any LightningDataModule. Every value can "
     "be changed on the command line, as in --trainer.max_epochs 3 --model.init_args.lr 1e-3; --print_config shows all "
     "values there are; --model.help CLASS and --data.help CLASS list the options of a class. The resolved "
-    "configuration is saved in the run's folder.",
+    f"configuration is saved in the run's folder. {AGAINST_PLAIN} trains the same model without corrections "
+    "afterwards, with the same seed, and prints the test results of both.",
     "validate": "Run the validation loop as a YAML configuration says, on the checkpoint of --ckpt_path.",
     "test": "Run the test loop as a YAML configuration says, on the checkpoint of --ckpt_path.",
     "predict": "Run the prediction loop as a YAML configuration says, on the checkpoint of --ckpt_path.",
@@ -53,12 +56,13 @@ TRAINING_OPTIONS = (
 """Options of the training commands, for the completion of shells."""
 
 
-def configured(args: Any, *, run: bool, **options: Any) -> LightningCLI:
+def configured(args: Any, *, run: bool, corrected: bool = True, **options: Any) -> LightningCLI:
     """A trainer, a model and its data as a configuration says; any LightningModule, any data module.
 
     Args:
         args: command line (None: that of the process), or a configuration as nested mappings.
         run: whether the arguments begin with a command, which is run.
+        corrected: whether the callbacks that correct or watch activations stay in.
         options: options of LightningCLI.
 
     Returns:
@@ -73,8 +77,9 @@ def configured(args: Any, *, run: bool, **options: Any) -> LightningCLI:
         for command, text in _COMMANDS.items():
             parser_options[command] = {"exit_on_error": False, "parser_mode": PARSER_MODE, "description": text}
     read_earlier_configurations()
+    kind = _PlainCLI if corrected else _UncorrectedCLI
     with _one_line_for_mistakes():
-        return _PlainCLI(
+        return kind(
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_kwargs=parser_options,
@@ -108,6 +113,18 @@ class _PlainCLI(LightningCLI):
             raise
         except Exception as error:  # an option has a value that the Trainer does not know
             raise _wrapped(error) or EAFOError(f"trainer: {one_line(error)}") from error
+
+
+class _UncorrectedCLI(_PlainCLI):
+    """Trains what the configuration says, but for its corrections."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        from eafo_dynamic.trainers.lightning.callback import EAFOCallback
+
+        trainer = super().instantiate_trainer(**kwargs)
+        kept = [callback for callback in trainer.callbacks if not isinstance(callback, EAFOCallback)]  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.callbacks = kept  # pyright: ignore[reportAttributeAccessIssue]
+        return trainer
 
 
 @contextlib.contextmanager
@@ -154,6 +171,7 @@ def quieten() -> None:
     """Leaves out what third parties say about themselves: their advertisements and their own deprecations."""
     speaker = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     speaker.addFilter(lambda record: "Tip: For" not in str(record.msg))
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # the included data is in memory
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse|lightning")

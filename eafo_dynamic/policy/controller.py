@@ -34,6 +34,7 @@ from eafo_dynamic.policy.options import Options
 from eafo_dynamic.policy.round import Rounds, unpacked
 from eafo_dynamic.policy.schedule import Pace, Schedule
 from eafo_dynamic.records.notebook import SiteList
+from eafo_dynamic.records.reader import CorrectionLog
 from eafo_dynamic.records.schema import Record
 
 __all__ = ["EAFOController"]
@@ -168,6 +169,22 @@ class EAFOController:
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(repr(self))}</p>{self.sites._repr_html_()}"
+
+    def plot(self, what: str = "heatmap", column: str = "entropy") -> Any:
+        """Draws the newest rows of the log (``records``), or the functions as they are now.
+
+        Args:
+            what: ``heatmap``, ``trajectories``, ``functions``, ``densities``, ``prediction`` or ``ranking``.
+            column: of the log, for the figures that show one.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            LogError: if there was no update round yet.
+        """
+        now = [{"step": self.pace.last, **row} for row in self.snapshot()]
+        return CorrectionLog.of_rows(list(self.records), self.about(), now).plot(what, column)
 
     @property
     def amplitudes(self) -> dict[str, nn.Parameter]:
@@ -304,12 +321,13 @@ class EAFOController:
         self._switch.collecting = value
 
     def snapshot(self) -> list[Record]:
-        """Every site's function on a grid, with the density it was fitted to.
+        """Every site's function on a grid, with the density it was fitted to and the last round's samples.
 
         Returns:
             One row per site, as the log keeps them; see ``diagnostics.snapshot``.
         """
-        return snapshot(self.bank.names, self.bank.functions(), self._rounds.density.density)
+        rounds = self._rounds
+        return snapshot(self.bank.names, self.bank.functions(), rounds.density.density, rounds.histogram)
 
     def about(self) -> dict[str, Any]:
         """What the correction log's manifest says of this run.

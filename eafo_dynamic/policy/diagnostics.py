@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eafo_dynamic.correction.stacked import Functions
+from eafo_dynamic.density.bins import BinCounts
 from eafo_dynamic.density.estimators import Density
 from eafo_dynamic.density.sample_moments import SampleMoments
 from eafo_dynamic.entropy.output import MixedEntropy
@@ -187,18 +188,25 @@ def to_rows(
     return rows
 
 
-def snapshot(sites: Sequence[str], functions: Functions, density: Density | None, points: int = 65) -> list[Record]:
+def snapshot(
+    sites: Sequence[str],
+    functions: Functions,
+    density: Density | None,
+    histogram: BinCounts | None = None,
+    points: int = 65,
+) -> list[Record]:
     """Every site's function on a grid of 4 standard deviations around its mean, with the density it was fitted to.
 
     Args:
         sites: names.
         functions: of all sites.
         density: of all sites; None where no round has followed the data.
+        histogram: of the samples of the last round; None before the first one.
         points: of the grid.
 
     Returns:
         One row per site: site, the amplitudes by their names, mu, sigma, z, base, function; with a density u and pdf,
-        per standard deviation.
+        per standard deviation; with a histogram edges and counts, where the samples had any spread.
     """
     u = torch.linspace(-4.0, 4.0, points, dtype=functions.shape.dtype, device=functions.shape.device)
     z = functions.shape[:, :1] + functions.sigma * u
@@ -215,6 +223,8 @@ def snapshot(sites: Sequence[str], functions: Functions, density: Density | None
         entry.update(z=z[row].tolist(), base=base[row].tolist(), function=corrected[row].tolist())
         if pdf is not None:
             entry.update(u=u.tolist(), pdf=pdf[row].tolist())
+        if histogram is not None and histogram.edges[row, 0] < histogram.edges[row, -1]:
+            entry.update(edges=histogram.edges[row].tolist(), counts=histogram.counts[row].tolist())
         rows.append(entry)
     return rows
 

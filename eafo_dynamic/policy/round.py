@@ -12,6 +12,7 @@ from torch import Tensor
 from eafo_dynamic.apply.bank import Bank
 from eafo_dynamic.correction.kernels import Workspace, round_kernel
 from eafo_dynamic.correction.stacked import Functions
+from eafo_dynamic.density.bins import BINS, BinCounts, bin_counts
 from eafo_dynamic.density.estimators import make_estimator
 from eafo_dynamic.density.running import RunningDensity
 from eafo_dynamic.density.sample_moments import SampleMoments
@@ -68,6 +69,15 @@ class Rounds:
         self.count = 0
         self._last = bank.functions().amplitudes  # as the last round left them
         self._replaced: Functions | None = None  # what the last round put others in place of
+        self._samples: Tensor | None = None  # of the last round, until somebody asks for their histogram
+        self._histogram: BinCounts | None = None
+
+    @property
+    def histogram(self) -> BinCounts | None:
+        """Of the samples of the last round; None before the first one."""
+        if self._samples is not None:
+            self._histogram, self._samples = bin_counts(self._samples), None
+        return self._histogram
 
     @torch.no_grad()
     def run(self, step: int, epoch: int) -> list[Record]:
@@ -132,6 +142,7 @@ class Rounds:
         if self._options.rollback_factor is not None and undone is None:
             self._replaced = functions
         self._last = new.amplitudes
+        self._samples = samples
         self.count += 1
         return self._rows(step, epoch, columns, events)
 
@@ -235,7 +246,9 @@ class Rounds:
         Returns:
             The state. The functions themselves are in the model's own state_dict.
         """
-        gradient, undo = None, None
+        gradient, undo, counted = None, None, None
+        if self.histogram is not None:
+            counted = self.histogram._asdict()
         if self.gradient is not None:
             gradient = self.gradient.flatten()
         if self._replaced is not None:
@@ -248,6 +261,7 @@ class Rounds:
             "amplitudes_before": self._last,
             "losses": self.losses.state_dict(),
             "undo": (undo,),
+            "histogram": (counted,),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -273,6 +287,13 @@ class Rounds:
             before = {name: fitting(value, getattr(now, name)) for name, value in undo.items()}
             self._replaced = replace(now, **before)
         self.losses.load_state_dict(state["losses"])
+        counted = unpacked(state.get("histogram"))
+        self._samples, self._histogram = None, None
+        if counted is not None:
+            edges, counts = (torch.zeros(len(now.bases), size, device=now.shape.device) for size in (BINS + 1, BINS))
+            self._histogram = BinCounts(
+                fitting(counted["edges"], edges.double()), fitting(counted["counts"], counts.long())
+            )
 
 
 def unpacked(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 from eafo_dynamic.internals.tables import as_html, as_table, as_text
@@ -56,6 +57,23 @@ class History(list[Record]):
 
     def __repr__(self) -> str:
         return as_text(as_table(newest(self, _ROWS_AS_TEXT), f"{self._caption}, the newest:"))
+
+    def plot(self, what: str = "heatmap", column: str = "entropy") -> Any:
+        """Draws these rows.
+
+        Args:
+            what: ``heatmap``, ``trajectories``, ``prediction`` or ``ranking``; the other figures of a log need its
+                snapshots of the functions.
+            column: of the log, for the figures that show one.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            LogError: if there are no rows.
+        """
+        reader = import_module("eafo_dynamic.records.reader")  # which imports this module
+        return reader.CorrectionLog.of_rows(self, {}).plot(what, column)
 
 
 class SiteList(list[Any]):

@@ -50,6 +50,7 @@ class CorrectionLog:
         self.manifest: dict[str, Any] = dict(manifest)
         self.notes = list(notes)
         self._table = table
+        self._shapes: list[dict[str, Any]] | None = None  # None: in the log's file
         self._offset = 0
         self._inode = -1
         self._line = 0
@@ -67,6 +68,30 @@ class CorrectionLog:
         path = find_log(Path(run))
         log = cls(path, read_manifest(path / MANIFEST), Table())
         log.refresh()
+        return log
+
+    @classmethod
+    def of_rows(
+        cls, rows: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any], shapes: Iterable[Mapping[str, Any]] = ()
+    ) -> CorrectionLog:
+        """Make a log of rows in memory, such as `callback.history`.
+
+        Args:
+            rows: of update rounds, at least one.
+            manifest: what is known of the run.
+            shapes: snapshots of the sites' functions, each with `step`.
+
+        Returns:
+            A log that has no files.
+
+        Raises:
+            LogError: if there are no rows.
+        """
+        if not rows:
+            raise LogError("there are no rows yet: train until the first update round.")
+        log = cls(Path("history"), manifest, Table())
+        log._table.extend(rows)
+        log._shapes = [dict(shape) for shape in shapes]
         return log
 
     def refresh(self) -> int:
@@ -225,7 +250,9 @@ class CorrectionLog:
             table = table.of_sites(matching_sites(site, self.sites, self.path))
         if steps is not None:
             table = table.between(*steps)
-        return CorrectionLog(self.path, self.manifest, table, self.notes)
+        selected = CorrectionLog(self.path, self.manifest, table, self.notes)
+        selected._shapes = self._shapes
+        return selected
 
     def last(self) -> list[dict[str, Any]]:
         """Return the last row of each site, in the order of `sites`.
@@ -263,12 +290,14 @@ class CorrectionLog:
             Mappings as `LogWriter.write_shapes` took them, with `step`, in the order they were written, those
             of the selected sites only; empty if the run wrote none.
         """
-        file = self.path / SHAPES
-        if not file.exists():
-            return []
         wanted = {site}
         if site is None:
             wanted = set(self._table.by_site)
+        if self._shapes is not None:
+            return [row for row in self._shapes if row["site"] in wanted]
+        file = self.path / SHAPES
+        if not file.exists():
+            return []
         found = read_lines(file, lists=("z", "base", "function"))
         return [row for rows in found for row in rows if row["site"] in wanted]
 

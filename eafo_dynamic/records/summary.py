@@ -12,6 +12,7 @@ from eafo_dynamic.records.reader import CorrectionLog
 from eafo_dynamic.records.schema import AMPLITUDES, COLUMNS, FIT_END
 
 __all__ = [
+    "changed_most",
     "compare_runs",
     "compare_sites",
     "drift_changes",
@@ -21,6 +22,9 @@ __all__ = [
     "summarise",
     "with_values",
 ]
+
+
+_CHANGING = ("entropy", *AMPLITUDES, "mean", "std", "kurtosis", "atom_mass", "dead_fraction", "flat_fraction")
 
 
 def summarise(log: CorrectionLog, top: int = 3) -> dict[str, Any]:
@@ -71,6 +75,27 @@ def layer_rows(log: CorrectionLog) -> list[dict[str, Any]]:
         per update).
     """
     return [_layer_row(log, last) for last in log.last()]
+
+
+def changed_most(log: CorrectionLog) -> list[dict[str, Any]]:
+    """Return for each quantity the site at which it changed by most.
+
+    Args:
+        log: the run's log.
+
+    Returns:
+        Rows with `site`, `quantity` (a column of the log), `first` and `last` (its first and last known value there)
+        and `change`, in the quantity's unit; none for a quantity that did not change anywhere.
+    """
+    rows: list[dict[str, Any]] = []
+    for quantity in _CHANGING:
+        courses = [(site, log.series(site, quantity)) for site in log.sites]
+        changes = [(site, _first_known(values), _first_known(reversed(values))) for site, values in courses]
+        moved = [(site, first, last) for site, first, last in changes if first != last]
+        if moved:
+            site, first, last = max(moved, key=lambda entry: abs(entry[2] - entry[1]))
+            rows.append({"site": site, "quantity": quantity, "first": first, "last": last, "change": last - first})
+    return rows
 
 
 def with_values(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -34,7 +34,7 @@ from eafo_dynamic.trainers.huggingface_example import batch_report
 from eafo_dynamic.trainers.optim import own_group
 from eafo_dynamic.trainers.options import TrainerCallbackOptions
 from eafo_dynamic.trainers.replicas import Replicas
-from eafo_dynamic.trainers.reports import FIGURE, Metrics, announce, log_figure
+from eafo_dynamic.trainers.reports import FIGURE, Metrics, announce, log_figure, log_options
 from eafo_dynamic.trainers.runlog import RunLog
 
 try:
@@ -119,6 +119,8 @@ class EAFOTrainerCallback(TrainerCallback):
         controller.begin(state.global_step)
         self._watch_losses()
         self._has_ended = False
+        if state.is_world_process_zero:
+            self._report_options()
         self._log.open(_run_of(args, state), controller.about())
         self._log.align(state.global_step)
 
@@ -248,6 +250,17 @@ class EAFOTrainerCallback(TrainerCallback):
         due = control.should_log
         self._trainer.log(logs)
         control.should_log = due  # the Trainer takes one log for the other, and would leave out its own at this step
+
+    def _report_options(self) -> None:
+        """Tells the Trainer's reporting callbacks the options, beside its own arguments."""
+        if self._trainer is None:
+            return
+        for callback in self._trainer.callback_handler.callbacks:
+            try:
+                log_options(callback, self.options.primitives())
+            except Exception as error:  # of a service, such as MLflow's where a resumed run has other options
+                kind = type(callback).__name__
+                warnings.warn(f"EAFO: {kind} does not take the options ({one_line(error)})", stacklevel=3)
 
     def _report_figure(self, step: int) -> None:
         if not self.options.log_figures or self._trainer is None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from eafo_dynamic.errors import printable
 from eafo_dynamic.policy.diagnostics import aggregate
 from eafo_dynamic.records.schema import Record
 
-__all__ = ["FIGURE", "Metrics", "announce", "log_figure", "site_scalars"]
+__all__ = ["FIGURE", "Metrics", "announce", "log_figure", "log_options", "site_scalars"]
 
 FIGURE = "eafo/functions"
+_MLFLOW_LETTERS = 250  # of a parameter's value, which every version of MLflow takes
 
 
 def announce(what: object) -> None:
@@ -117,6 +119,31 @@ def log_figure(logger: Any, name: str, figure: Any, step: int) -> bool:
             experiment.log_figure(run, figure, f"{name}-{step}.png")
         return True
     return _log_figure_of_transformers(logger, name, figure, step)
+
+
+def log_options(callback: Any, options: Mapping[str, object]) -> bool:
+    """Sends the options to where a reporting callback of the Hugging Face Trainer has put the Trainer's own arguments.
+
+    Args:
+        callback: that of Weights & Biases, MLflow or TensorBoard, after its ``on_train_begin``.
+        options: text and numbers only.
+
+    Returns:
+        Whether the callback takes options.
+    """
+    wandb: Any = getattr(callback, "_wandb", None)
+    if getattr(wandb, "run", None) is not None:
+        wandb.config.update({"eafo": dict(options)}, allow_val_change=True)
+        return True
+    mlflow: Any = getattr(callback, "_ml_flow", None)
+    if callable(getattr(mlflow, "log_params", None)):
+        mlflow.log_params({f"eafo/{name}": str(value)[:_MLFLOW_LETTERS] for name, value in options.items()})
+        return True
+    board: Any = getattr(callback, "tb_writer", None)
+    if board is not None:
+        board.add_text("eafo", json.dumps(dict(options), indent=2))
+        return True
+    return False
 
 
 def _log_figure_of_transformers(callback: Any, name: str, figure: Any, step: int) -> bool:

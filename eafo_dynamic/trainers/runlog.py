@@ -42,21 +42,25 @@ def run_folder(trainer: Any) -> Path:
 
 
 def run_identity(trainer: Any) -> dict[str, Any]:
-    """Say which run a trainer's is, in the words of its logger.
+    """Say which run a trainer's is, in the words of its logger, and what data it trains on.
 
     Args:
         trainer: a Lightning Trainer.
 
     Returns:
-        ``logger`` (its class), ``name`` and ``version``, the run's id for some loggers; empty without a logger.
+        ``logger`` (its class), ``name`` and ``version``, the run's id for some loggers, if there is a logger; ``data``
+        (its class) if there is a data module.
     """
-    logger = trainer.logger
-    if logger is None:
-        return {}
-    version = logger.version
-    if not isinstance(version, (int, str)):
-        version = str(version)
-    return {"logger": type(logger).__name__, "name": str(logger.name), "version": version}
+    identity: dict[str, Any] = {}
+    logger, data = trainer.logger, getattr(trainer, "datamodule", None)
+    if logger is not None:
+        version = logger.version
+        if not isinstance(version, (int, str)):
+            version = str(version)
+        identity |= {"logger": type(logger).__name__, "name": str(logger.name), "version": version}
+    if data is not None:
+        identity["data"] = type(data).__name__
+    return identity
 
 
 class RunLog:

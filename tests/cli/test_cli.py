@@ -82,6 +82,7 @@ def test_every_configuration_trains_and_logs(trained: Trained) -> None:
     assert log.steps == [1, 2, 3]
     assert {row["site"] for row in log.rows} == set(log.sites)
     saved = yaml.safe_load((log.path.parent / "config.yaml").read_text())
+    assert saved["data"]["class_path"].endswith(log.manifest["run"]["data"])
     assert saved["trainer"]["max_steps"] == 3, "the resolved configuration, overrides included"
     assert saved["seed_everything"] is not None
 
@@ -144,6 +145,56 @@ def test_log_commands_read_what_fit_wrote(
     assert run(monkeypatch, tmp_path, "log", "layers", "runs", "--format", "csv") == 0
     as_csv = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert len(as_json) == len(as_csv) == len(CorrectionLog.load(tmp_path / "runs").sites)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the test run has a folder of its own
+def test_against_plain_prints_the_test_results_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ROOT / "configs/wine_mlp.yaml"
+    far = "--trainer.callbacks.init_args.eps_init=0.5"
+    both = quick(config, far, "--trainer.logger.init_args.name=both", "--against-plain")
+    assert run(monkeypatch, tmp_path, *both) == 0
+    out = capsys.readouterr().out
+    assert "EAFO: on the test data, with seed 0:" in out
+    shown = {words[0]: words[1:] for line in out.splitlines() if len(words := line.split()) == 3}
+    assert shown["test_loss"][0] != shown["test_loss"][1]
+
+    # the second column is that of a model that never had corrections
+    plain = yaml.safe_load(config.read_text())
+    del plain["trainer"]["callbacks"]
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(plain))
+    alone = ("--trainer.logger.init_args.name=alone", "--trainer.enable_checkpointing=true")
+    assert run(monkeypatch, tmp_path, *quick(tmp_path / "plain.yaml", *alone)) == 0
+    (checkpoint,) = (tmp_path / "runs/alone").rglob("*.ckpt")
+    tested = ("test", f"--config={tmp_path / 'plain.yaml'}", f"--ckpt_path={checkpoint}", *alone)
+    assert run(monkeypatch, tmp_path, *tested) == 0
+    (metrics,) = [path for path in (tmp_path / "runs/alone").rglob("metrics.csv") if "test_loss" in path.read_text()]
+    lines = metrics.read_text().splitlines()
+    (row,) = [row for row in csv.DictReader(lines) if row.get("test_loss")]
+    assert float(row["test_loss"]) == pytest.approx(float(shown["test_loss"][1]), rel=1e-3)
+    assert len(list((tmp_path / "runs/both").rglob("eafo"))) == 1, "the plain run has no log"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["test"], "is an option of fit"),
+        (["fit", "--ckpt_path=last"], "Leave --ckpt_path out"),
+        (["fit", "--seed_everything=false"], "Add --seed_everything 0"),
+    ],
+)
+def test_what_cannot_be_compared_with_plain(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    rest = quick(ROOT / "configs/wine_mlp.yaml", "--against-plain")[1:]
+    assert run(monkeypatch, tmp_path, arguments[0], *rest, *arguments[1:]) == 2
+    assert words in capsys.readouterr().err
 
 
 def edited(tmp_path: Path, **init_args: Any) -> Path:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from torch import nn
 
 from eafo_dynamic import EAFOController, find_sites
+from eafo_dynamic.errors import LogError
 from eafo_dynamic.internals.tables import as_html, as_table, as_text, clipped
+from eafo_dynamic.records.notebook import History
 
 
 def test_cells_are_escaped_and_short() -> None:
@@ -29,3 +32,6 @@ def test_what_a_notebook_shows() -> None:
     controller = EAFOController.attach(net)
     assert repr(controller) == "EAFOController of Sequential: 1 sites, learned, 0 rounds"
     assert "sigma=1.000" in controller._repr_html_() and "sigma=1.000" in repr(controller.sites)
+    for empty in (controller, History()):
+        with pytest.raises(LogError, match="no rows yet"):
+            empty.plot()

@@ -22,6 +22,7 @@ from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.records import COLUMNS, CorrectionLog, LogWriter
 from eafo_dynamic.records.report import render_report, write_report
 from eafo_dynamic.records.report.data import payload
+from eafo_dynamic.records.summary import changed_most
 
 RIGHT, DOWN, HOME, END = "\ue014", "\ue015", "\ue011", "\ue010"
 HOSTILE = '</script><img src=x onerror=alert(1)> @@DATA@@ & "quoted" \''
@@ -103,7 +104,9 @@ def test_page_is_small(logs: list[CorrectionLog], tmp_path: Path) -> None:
 def test_tables_are_there_without_scripts(logs: list[CorrectionLog]) -> None:
     text = render_report(logs)
     page = Page(text)
-    assert len(page.all("table")) == 2 + 3 * 2, "runs, sites compared; layers, events and settings of each run"
+    assert len(page.all("table")) == 3 + 4 * 2, (
+        "runs, their settings and sites compared; changes, layers, events and settings of each run"
+    )
     assert "options: update_every_n_steps" in page.text["th"]
     for site, _ in SITES:
         assert site in page.text["button"]
@@ -135,6 +138,44 @@ def test_long_logs_are_thinned_with_first_and_last(tmp_path: Path) -> None:
     assert set(found["steps"]) <= set(log.steps)
     assert found["series"]["eps"][7][-1] == pytest.approx(log.series("layers.7.act", "eps")[-1], rel=1e-4)
     assert len(json.dumps(found)) < 4_000_000
+
+
+def test_what_changed_most_names_site_and_values(logs: list[CorrectionLog]) -> None:
+    rows = {row["quantity"]: row for row in changed_most(logs[0])}
+    assert list(rows) == ["entropy", "eps", "mean", "std", "kurtosis", "atom_mass", "dead_fraction"]
+    for quantity, row in rows.items():
+        courses = {site: logs[0].series(site, quantity) for site in logs[0].sites}
+        changes = {site: values[-1] - values[0] for site, values in courses.items()}
+        assert abs(row["change"]) == max(map(abs, changes.values()))
+        assert (row["first"], row["last"]) == (courses[row["site"]][0], courses[row["site"]][-1])
+    assert changed_most(logs[0].select(steps=(50, 50))) == []
+
+
+def test_settings_are_words_and_differences_are_shown(tmp_path: Path) -> None:
+    options = {"per_channel": False, "filter_fn": None, "target_modules": ["a", "b"], "policy": {"x*": "frozen"}}
+    for name, density in (("a", "gaussian"), ("b", "histogram")):
+        manifest = {
+            "model": "Classifier",
+            "run": {"name": "digits", "data": "DigitsData"},
+            "options": {**options, "density": density},
+        }
+        LogWriter(tmp_path / name / "eafo", manifest).write([{"step": 1, "site": "s", "entropy": 1.0}])
+    runs = [CorrectionLog.load(tmp_path / name) for name in "ab"]
+    text = render_report(runs[:1])
+    for name, value in [
+        ("options: per_channel", "no"),
+        ("options: filter_fn", "-"),
+        ("options: target_modules", "a, b"),
+        ("options: policy", "x*: frozen"),
+    ]:
+        assert f'<th scope="row">{name}</th><td>{value}</td>' in text
+    for fact in ("<dt>Task</dt><dd>Classifier</dd>", "<dt>Data</dt><dd>DigitsData</dd>", "<dt>Begun</dt>"):
+        assert fact in text
+    compared = render_report(runs)
+    compared = compared[compared.index("Settings in which the runs differ") :]
+    compared = compared[: compared.index("</table>")]
+    assert "<td>options: density</td><td>gaussian</td><td>histogram</td>" in compared
+    assert "options: per_channel" not in compared
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
@@ -213,7 +254,7 @@ def test_every_chart_is_drawn_and_named(fresh: Browser) -> None:
         ".map(box => [box.id, box.querySelectorAll('svg *').length,"
         " box.querySelector('svg[role=img]')?.getAttribute('aria-label') || ''])"
     )
-    assert len(charts) == 10
+    assert len(charts) == 11 + len(SITES)
     for name, marks, label in charts:
         assert marks > 10, name
         assert label, name
@@ -298,6 +339,50 @@ def test_slider_plays_the_film(fresh: Browser) -> None:
     assert fresh.run(f"return new Promise(done => setTimeout(() => done({moved}), 900))")
 
 
+CELL = "document.querySelector('#multiples [aria-label=\"Open head.act\"]')"
+ITS_LABEL = f"return {CELL}.querySelector('svg').getAttribute('aria-label')"
+
+
+@needs_browser
+def test_one_slider_moves_the_functions_of_all_sites(fresh: Browser) -> None:
+    assert fresh.run("return document.querySelectorAll('#multiples .cell').length") == len(SITES)
+    curves = "return [...document.querySelectorAll('#multiples path')].map(path => path.getAttribute('d'))"
+    last = fresh.run(curves)
+    put(fresh, "frame", 0, "input")
+    assert text_of(fresh, "#frame-step") == "50 (1 of 8)", "steps of both runs"
+    assert text_of(fresh, "#snapshot-step") == "50 (1 of 7)"
+    assert fresh.run(ITS_LABEL) == "Function of head.act at step 50"
+    assert fresh.run(curves) != last
+    fresh.press(RIGHT)
+    assert fresh.run(ITS_LABEL) == "Function of head.act at step 100"
+    put(fresh, "shown", "correction", "change")
+    assert fresh.run(ITS_LABEL) == "Correction of head.act at step 100"
+    put(fresh, "shown", "density", "change")
+    assert fresh.run(f"return {CELL}.querySelectorAll('rect').length") == 16, "bars of the chosen run"
+    fresh.run(f"{CELL}.click()")
+    assert fresh.run("return document.getElementById('site').selectedOptions[0].text") == "head.act"
+
+
+@needs_browser
+def test_functions_of_all_runs_are_drawn_in_their_colours(fresh: Browser) -> None:
+    colours = f"return [...{CELL}.querySelectorAll('path')].map(path => path.getAttribute('stroke'))"
+    assert fresh.run(colours) == ["var(--line-1)", "var(--line-0)", "var(--ink)"]
+    assert text_of(fresh, "#multiples-key") == "● run a● run b"
+
+
+@needs_browser
+def test_readers_who_want_no_motion_get_single_steps(fresh: Browser) -> None:
+    put(fresh, "frame", 0, "input")
+    fresh.want_no_motion(True)
+    assert text_of(fresh, "#play") == "Next"
+    fresh.run("document.getElementById('play').click()")
+    assert text_of(fresh, "#frame-step") == "100 (2 of 8)"
+    moved = "document.getElementById('frame').value > 1"
+    assert not fresh.run(f"return new Promise(done => setTimeout(() => done({moved}), 900))")
+    fresh.want_no_motion(False)
+    assert text_of(fresh, "#play") == "Play"
+
+
 @needs_browser
 @pytest.mark.parametrize("chart", ["heatmap", "lines"])
 def test_keyboard_moves_over_sites_and_steps(fresh: Browser, logs: list[CorrectionLog], chart: str) -> None:
@@ -377,7 +462,11 @@ def test_strange_logs_in_a_browser(tmp_path: Path) -> None:
     hostile = LogWriter(tmp_path / "a" / "eafo", {"sites": [{"name": HOSTILE, "base": HOSTILE}]})
     for step in (1, 2):
         hostile.write([{"step": step, "site": HOSTILE, "entropy": step, "eps": 0.1, "event": HOSTILE}])
-    LogWriter(tmp_path / "b" / "eafo", {}).write([{"step": 1, "site": "s", "eps": math.nan}])
+    plain = LogWriter(tmp_path / "b" / "eafo", {})
+    plain.write([{"step": 1, "site": "s", "eps": math.nan}])
+    bare = {"site": "s", "z": [0.0, 1.0], "base": [0.0, 1.0], "function": [0.0, math.nan]}
+    plain.write_shapes(1, [bare])
+    plain.write_shapes(2, [{**bare, "edges": [1.0, 1.0], "counts": [3]}])
     logs = [CorrectionLog.load(tmp_path / name) for name in "ab"]
     page = write_report(logs, tmp_path / "report.html")
     with browser(1280) as window:
@@ -385,5 +474,8 @@ def test_strange_logs_in_a_browser(tmp_path: Path) -> None:
         assert text_of(window, "#readout") == f"{HOSTILE}, step 2: entropy 2 nats"
         put(window, "run", 1, "change")
         assert text_of(window, "#readout") == "s, step 1: entropy \u2013 nats"
+        put(window, "shown", "density", "change")
+        put(window, "frame", 0, "input")
+        assert window.run("return document.querySelector('.cell').hidden"), "no density, no bar of any width"
         assert window.run("return document.images.length") == 0
         assert window.errors() == []

@@ -393,8 +393,13 @@ def test_table_of_sites_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFi
 def test_snapshots_of_the_functions_are_kept(tmp_path: Path) -> None:
     callback = EAFOCallback(update_every_n_steps=2, verbose=False)
     fit(tmp_path, callback)
-    shapes = CorrectionLog.load(tmp_path).shapes("body.1")
+    log = CorrectionLog.load(tmp_path)
+    shapes = log.shapes("body.1")
     assert [shape["step"] for shape in shapes] == [1, 2, 6, 12]  # rounds 1, 2, 4 and the last one, 7
+    counts = dict(zip(log.series("body.1", "step"), log.series("body.1", "n"), strict=True))
+    for shape in shapes:
+        assert sum(shape["counts"]) == counts[shape["step"]]
+        assert len(shape["edges"]) == len(shape["counts"]) + 1
     last = shapes[-1]
     z = torch.tensor(last["z"])
     torch.testing.assert_close(torch.tensor(last["base"]), F.gelu(z), atol=1e-5, rtol=0)
@@ -496,10 +501,16 @@ def test_callback_plots_its_own_log(tmp_path: Path) -> None:
     with pytest.raises(EAFOError, match="no correction log yet"):
         callback.plot()
     fit(tmp_path, callback)
-    for what in ("heatmap", "functions", "ranking"):
-        figure = callback.plot(what)
-        assert figure.axes or figure.subfigs
-        matplotlib.pyplot.close(figure)
+    assert callback.controller is not None
+    for drawn, kinds in (
+        (callback, ("heatmap", "functions", "ranking")),
+        (callback.controller, ("heatmap", "functions", "densities")),
+        (callback.history, ("heatmap", "ranking")),
+    ):
+        for what in kinds:
+            figure = drawn.plot(what)
+            assert figure.axes or figure.subfigs
+            matplotlib.pyplot.close(figure)
 
 
 def test_history_and_sites_show_as_tables(tmp_path: Path) -> None:

@@ -227,6 +227,8 @@ def test_metrics_reach_tensorboard_at_update_rounds(tmp_path: Path) -> None:
     assert means[-1].value == pytest.approx(sum(row["entropy"] for row in rows[-2:]) / 2)
     assert [event.step for event in found.Scalars("train/loss")] == [2, 4, 6, 8], "the Trainer's own log is whole"
     assert {event.step for event in found.Images("eafo/functions")} == {1, 2, 8}
+    (options_seen,) = found.Tensors("eafo/text_summary")
+    assert '"update_every_n_steps": 4' in options_seen.tensor_proto.string_val[0].decode()
 
 
 @pytest.mark.parametrize("best", [False, True])
@@ -276,6 +278,26 @@ class Images:
 
     def log_figure(self, figure: Any, file: str) -> None:
         self.seen.append((figure, file))
+
+
+def test_options_go_to_the_callbacks_that_take_them() -> None:
+    from types import SimpleNamespace
+
+    from eafo_dynamic.trainers.reports import log_options
+
+    config: dict[str, Any] = {"learning_rate": 0.1}
+    params: dict[str, str] = {}
+    options = {"policy": "learned", "target_modules": ["m" * 1000], "per_channel": False}
+    wandb = SimpleNamespace(
+        run=object(), config=SimpleNamespace(update=lambda more, allow_val_change: config.update(more))
+    )
+    assert log_options(SimpleNamespace(_wandb=wandb), options)
+    assert config == {"learning_rate": 0.1, "eafo": options}
+    assert log_options(SimpleNamespace(_ml_flow=SimpleNamespace(log_params=params.update)), options)
+    assert (params["eafo/policy"], params["eafo/per_channel"]) == ("learned", "False")
+    assert len(params["eafo/target_modules"]) == 250
+    assert not log_options(SimpleNamespace(tb_writer=None), options)
+    assert not log_options(SimpleNamespace(_wandb=SimpleNamespace(run=None)), options)
 
 
 def test_figures_go_to_the_callbacks_that_take_them() -> None:

@@ -185,6 +185,8 @@ def _histogram(snapshot: Snapshot) -> tuple[Sequence[float], list[float]] | None
     if not edges or not counts or len(edges) != len(counts) + 1 or not sum(counts):
         return None
     widths = [right - left for left, right in pairwise(edges)]
+    if min(widths) <= 0:  # the log keeps six digits, too few for data far from zero that hardly vary
+        return None
     return edges, [count / sum(counts) / width for count, width in zip(counts, widths, strict=True)]
 
 

@@ -70,13 +70,13 @@ function tickName(all) {
 
 // An empty chart with axes: {plot, x, y, width, height, left, top} with x and y from values to pixels.
 function frame(box, options) {
-  const width = Math.max(box.clientWidth, 200), height = options.height || 260;
+  const width = Math.max(box.clientWidth, 120), height = options.height || 260;
   const margin = { left: options.left || 52, right: options.right || 20, top: options.yLabel ? 24 : 10, bottom: 36 };
   const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": options.label });
   const span = { x: width - margin.left - margin.right, y: height - margin.top - margin.bottom };
   const x = (value) => margin.left + (value - options.x[0]) / (options.x[1] - options.x[0]) * span.x;
   const y = (value) => margin.top + span.y - (value - options.y[0]) / (options.y[1] - options.y[0]) * span.y;
-  const xTicks = options.xTicks || ticks(options.x, span.x / 70), yTicks = options.yTicks || ticks(options.y, span.y / 45);
+  const xTicks = options.xTicks || ticks(options.x, options.ticks || span.x / 70), yTicks = options.yTicks || ticks(options.y, options.ticks || span.y / 45);
   const xName = options.xName || tickName(xTicks), yName = options.yName || tickName(yTicks);
   for (const tick of xTicks) {
     root.append(svg("line", { class: "grid", x1: x(tick), x2: x(tick), y1: margin.top, y2: margin.top + span.y }));

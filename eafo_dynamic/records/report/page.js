@@ -2,19 +2,26 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const by = (id) => document.getElementById(id);
-const chosen = { run: 0, site: 0, step: 0, column: "entropy", snapshot: 0 };
+// `snapshot` is a place in the film of the chosen site, `frame` one in the steps at which any run has a snapshot.
+const chosen = { run: 0, site: 0, step: 0, column: "entropy", snapshot: 0, frame: 0, shown: "function" };
 const run = () => data.runs[chosen.run];
 const values = (site, column = chosen.column) => run().series[column][site];
 const unit = (column) => { const known = data.columns[column]; return known && known.unit !== "1" && known.unit ? ` ${known.unit}` : ""; };
 const colour = (site) => run().sites.length <= 7 ? `var(--line-${site})` : rgb(shade(site / (run().sites.length - 1), false));
-let timer = null;
+const runColour = (place) => data.runs.length === 1 ? "var(--accent)" : `var(--line-${place % 7})`;
+const still = matchMedia("(prefers-reduced-motion: reduce)");
+let timer = null, frameSteps = [];
 
 function valueText(site, step) {
   return `${run().sites[site]}, step ${run().steps[step]}: ${chosen.column} ${number(values(site)[step])}${unit(chosen.column)}`;
 }
 
-function shortName(site) {
-  const name = run().short[site], room = innerWidth < 600 ? 15 : 26;
+function axisName() {
+  return `${chosen.column}${unit(chosen.column) && ","}${unit(chosen.column)}`;
+}
+
+function shortName(site, room = innerWidth < 600 ? 15 : 26) {
+  const name = run().short[site];
   return name.length <= room ? name : `…${name.slice(name.length - room + 1)}`;
 }
 
@@ -63,7 +70,7 @@ function drawLines() {
   const chart = frame(by("lines"), {
     label: `${chosen.column} over steps, one line a site; ${valueText(chosen.site, chosen.step)}`,
     x: extent(steps), y: padded(extent(sites.flatMap((_, site) => values(site)))), height: 56 + Math.min(420, Math.max(200, 16 * sites.length)), xLabel: "optimiser steps",
-    yLabel: `${chosen.column}${unit(chosen.column)}`,
+    yLabel: axisName(),
   });
   const strong = () => line(chart, steps, values(chosen.site), colour(chosen.site), 3);
   sites.forEach((_, site) => { if (site !== chosen.site) line(chart, steps, values(site), colour(site), 1.3, { opacity: 0.75 }); });
@@ -90,7 +97,7 @@ function drawRanking() {
     label: `Sites by their last ${chosen.column}; the largest is ${run().sites[shown[0].site]}`,
     x: padded(extent(shown.flatMap((entry) => [entry.first, entry.last]))), y: [shown.length - 0.5, -0.5],
     left: 12 + 6.3 * Math.max(4, ...shown.map((entry) => shortName(entry.site).length)), height: 60 + 18 * shown.length,
-    yTicks: shown.map((_, k) => k), yName: (k) => shortName(shown[k].site), xLabel: `${chosen.column}${unit(chosen.column)}`,
+    yTicks: shown.map((_, k) => k), yName: (k) => shortName(shown[k].site), xLabel: axisName(),
   });
   shown.forEach((entry, place) => {
     line(chart, [entry.first, entry.last], [place, place], "var(--soft)", 1.5);
@@ -102,59 +109,119 @@ function drawRanking() {
     (_, py) => { const entry = at(py); if (entry) choose({ site: entry.site }); });
 }
 
-function film() {
-  return run().snapshots[chosen.site] || [];
+const CURVES = {
+  function: { name: "functions f(z), the plain one dotted", of: "Function", axis: "f(z), units of z", x: (shot) => shot.z, y: (shot) => shot.function, plain: (shot) => shot.base },
+  correction: { name: "corrections f(z) − base(z)", of: "Correction", axis: "f(z) − base(z), units of z", x: (shot) => shot.z, y: (shot) => shot.function.map((value, k) => value === null || shot.base[k] === null ? null : value - shot.base[k]) },
+  density: { name: "pre-activations: samples (bars) and fitted density", of: "Density of the pre-activations", axis: "density, per unit of z", x: (shot) => fitted(shot) ? shot.u.map((u) => shot.mu + shot.sigma * u) : [], y: (shot) => fitted(shot) ? shot.pdf.map((p) => p / shot.sigma) : [], bars },
+};
+
+function fitted(shot) {
+  return shot.u && shot.pdf && shot.sigma;
+}
+
+function bars(shot) {
+  if (!shot.edges || !shot.counts || shot.edges.length !== shot.counts.length + 1) return [];
+  const total = shot.counts.reduce((sum, count) => sum + count, 0) || 1;
+  const found = shot.counts.map((count, k) => ({ from: shot.edges[k], to: shot.edges[k + 1], count, height: count / total / (shot.edges[k + 1] - shot.edges[k]) }));
+  return found.every((bar) => bar.to > bar.from) ? found : [];
+}
+
+function film(site = chosen.site, place = chosen.run) {
+  const there = data.runs[place].sites.indexOf(run().sites[site]);
+  return data.runs[place].snapshots[there] || [];
+}
+
+// Films of one site in all runs, the chosen run's first.
+function films(site) {
+  const others = data.runs.map((_, place) => place).filter((place) => place !== chosen.run);
+  return [chosen.run, ...others].map((place) => ({ place, shots: film(site, place) })).filter((entry) => entry.shots.length);
+}
+
+function placeAt(shots, step) {
+  return Math.max(0, shots.filter((shot) => shot.step <= step).length - 1);
+}
+
+// One curve of a site at a step: of all runs that have the site, over the steps before and after if it is one run.
+function drawCurve(box, kind, site, step, options) {
+  const curve = CURVES[kind], all = films(site), shots = all.flatMap((entry) => entry.shots), name = run().sites[site];
+  const histogram = (shot) => curve.bars ? curve.bars(shot) : [];
+  const heights = shots.flatMap((shot) => [...curve.y(shot), ...(curve.plain ? curve.plain(shot) : []), ...histogram(shot).map((bar) => bar.height)]);
+  box.closest("figure, .cell").hidden = !heights.length;
+  if (!heights.length) return;
+  const x = extent(shots.flatMap((shot) => [...curve.x(shot), ...histogram(shot).flatMap((bar) => [bar.from, bar.to])]));
+  const chart = frame(box, { label: `${curve.of} of ${name} at step ${step}`, x, y: curve.bars ? [0, 1.05 * extent(heights)[1]] : padded(extent(heights)), yLabel: curve.axis, ...options });
+  const own = all[0].shots, shot = own[placeAt(own, step)];
+  histogram(shot).forEach((bar) => chart.plot.append(svg("rect", { x: chart.x(bar.from), y: chart.y(bar.height), width: Math.max(0, chart.x(bar.to) - chart.x(bar.from) - 0.5), height: chart.y(0) - chart.y(bar.height), fill: runColour(all[0].place), opacity: 0.35 })));
+  if (all.length === 1 && !curve.bars) own.forEach((entry) => { if (entry !== shot) line(chart, curve.x(entry), curve.y(entry), "var(--soft)", 1, { opacity: 0.35 }); });
+  [...all].reverse().forEach((entry) => { const now = entry.shots[placeAt(entry.shots, step)]; line(chart, curve.x(now), curve.y(now), runColour(entry.place), entry === all[0] ? 2.5 : 1.5); });
+  if (curve.plain) line(chart, shot.z, shot.base, "var(--ink)", 1.2, { "stroke-dasharray": "2 3" });
+  onPointer(chart, (px) => {
+    const bar = histogram(shot).find((entry) => chart.x(entry.from) <= px && px < chart.x(entry.to));
+    if (curve.bars) return bar && `${number(bar.from)} to ${number(bar.to)}: ${number(bar.count)} samples`;
+    const k = nearest(shot.z.map(chart.x), px);
+    return `z ${number(shot.z[k])}: f ${number(shot.function[k])}, base ${number(shot.base[k])}, f − base ${number(CURVES.correction.y(shot)[k])}`;
+  });
+}
+
+// One button a site, made once for each run.
+function makeCells() {
+  frameSteps = [...new Set(run().sites.flatMap((_, site) => films(site).flatMap((entry) => entry.shots.map((shot) => shot.step))))].sort((left, right) => left - right);
+  chosen.frame = Math.max(0, frameSteps.length - 1);
+  by("all-films").hidden = !frameSteps.length; by("no-films").hidden = Boolean(frameSteps.length);
+  by("frame").max = Math.max(0, frameSteps.length - 1); by("frame").disabled = frameSteps.length < 2;
+  const cells = run().sites.map((name, site) => [name, site]).filter(([, site]) => films(site).length).map(([name, site]) => {
+    const cell = document.createElement("button"), title = document.createElement("span"), box = document.createElement("span");
+    cell.className = "cell"; cell.type = "button"; cell.title = name; cell.dataset.place = site;
+    title.className = "name"; title.textContent = shortName(site, 21);
+    box.className = "chart"; box.id = `cell-${site}`;
+    cell.append(title, box);
+    cell.setAttribute("aria-label", `Open ${name}`);
+    cell.addEventListener("click", () => openSite(site));
+    return cell;
+  });
+  by("multiples").replaceChildren(...cells);
+  by("multiples-key").replaceChildren(...(data.runs.length > 1 ? [runKey()] : []));
+  const left = run().sites.length - cells.length;
+  by("multiples-hint").textContent = `Each site over its pre-activations z, on its own scale${data.runs.length > 1 ? "" : "; faint: at the other steps"}. A site opens below.${left ? ` ${left} more sites are not drawn, to keep this file small.` : ""}`;
+}
+
+function drawMultiples() {
+  if (!frameSteps.length) return;
+  const step = frameSteps[chosen.frame];
+  by("frame").value = chosen.frame;
+  by("frame").setAttribute("aria-valuetext", `step ${step}`);
+  by("frame-step").textContent = `${step} (${chosen.frame + 1} of ${frameSteps.length})`;
+  by("multiples").querySelectorAll(".cell").forEach((cell) => {
+    const site = Number(cell.dataset.place);
+    cell.classList.toggle("chosen", site === chosen.site);
+    drawCurve(cell.lastElementChild, chosen.shown, site, step, { height: 150, left: 50, right: 14, ticks: 3, xLabel: "z" });
+  });
 }
 
 function drawFilm() {
   const shots = film(), slider = by("snapshot");
   by("film").hidden = !shots.length; by("no-film").hidden = Boolean(shots.length);
-  if (!shots.length) { stop(); return; }
+  if (!shots.length) return;
   chosen.snapshot = Math.min(chosen.snapshot, shots.length - 1);
   const shot = shots[chosen.snapshot];
   slider.max = shots.length - 1; slider.value = chosen.snapshot; slider.disabled = shots.length < 2;
   slider.setAttribute("aria-valuetext", `step ${shot.step}`);
   by("snapshot-step").textContent = `${shot.step} (${chosen.snapshot + 1} of ${shots.length})`;
   by("snapshot-values").textContent = ["eps", "lift", "gain", "slope", "mu", "sigma"].filter((name) => shot[name] !== null).map((name) => `${name} ${number(shot[name])}`).join(", ");
-  const z = extent(shots.flatMap((entry) => entry.z));
-  drawCurves("function", shots, z, (entry) => entry.function, true);
-  drawCurves("correction", shots, z, (entry) => entry.function.map((value, k) => value === null || entry.base[k] === null ? null : value - entry.base[k]), false);
-  drawDensity(shots, z);
+  for (const kind of Object.keys(CURVES)) drawCurve(by(kind), kind, chosen.site, shot.step, { height: 240, xLabel: "pre-activation z" });
 }
 
-function drawCurves(id, shots, z, curve, withBase) {
-  const shot = shots[chosen.snapshot], all = shots.flatMap((entry) => withBase ? [...curve(entry), ...entry.base] : curve(entry));
-  const chart = frame(by(id), {
-    label: `${withBase ? "Function" : "Correction"} of ${run().sites[chosen.site]} at step ${shot.step}`,
-    x: z, y: padded(extent(all)), height: 240, xLabel: "pre-activation z",
-    yLabel: withBase ? "output f(z), units of z" : "f(z) − base(z), units of z",
-  });
-  shots.forEach((entry) => { if (entry !== shot) line(chart, entry.z, curve(entry), "var(--soft)", 1, { opacity: 0.35 }); });
-  line(chart, shot.z, curve(shot), "var(--accent)", 2.5);
-  if (withBase) line(chart, shot.z, shot.base, "var(--ink)", 1.2, { "stroke-dasharray": "2 3" });
-  onPointer(chart, (px) => {
-    const k = nearest(shot.z.map(chart.x), px);
-    return `z ${number(shot.z[k])}: ${withBase ? `f ${number(shot.function[k])}, base ${number(shot.base[k])}` : `f − base ${number(curve(shot)[k])}`}`;
-  });
+// Both sliders show the same step, as far as the chosen site has a snapshot there.
+function showFrame(place) {
+  chosen.frame = place;
+  chosen.snapshot = placeAt(film(), frameSteps[place]);
+  drawMultiples(); drawFilm();
 }
 
-function bars(shot) {
-  if (!shot.edges || !shot.counts || shot.edges.length !== shot.counts.length + 1) return [];
-  const total = shot.counts.reduce((sum, count) => sum + count, 0) || 1;
-  return shot.counts.map((count, k) => ({ from: shot.edges[k], to: shot.edges[k + 1], count, height: count / total / (shot.edges[k + 1] - shot.edges[k]) }));
-}
-
-function drawDensity(shots, z) {
-  const curve = (shot) => shot.u && shot.pdf && shot.sigma ? { z: shot.u.map((u) => shot.mu + shot.sigma * u), p: shot.pdf.map((p) => p / shot.sigma) } : null;
-  const shot = shots[chosen.snapshot], heights = shots.flatMap((entry) => [...(curve(entry) || { p: [] }).p, ...bars(entry).map((bar) => bar.height)]);
-  by("density-figure").hidden = !heights.length;
-  if (!heights.length) return;
-  const chart = frame(by("density"), { label: `Density of the pre-activations of ${run().sites[chosen.site]} at step ${shot.step}`, x: z, y: [0, 1.05 * extent(heights)[1]], height: 240, xLabel: "pre-activation z", yLabel: "density, per unit of z" });
-  const clip = (value) => Math.min(Math.max(chart.x(value), chart.left), chart.left + chart.span.x);
-  bars(shot).forEach((bar) => chart.plot.append(svg("rect", { x: clip(bar.from), y: chart.y(bar.height), width: Math.max(0, clip(bar.to) - clip(bar.from) - 0.5), height: chart.y(0) - chart.y(bar.height), fill: "var(--accent)", opacity: 0.35 })));
-  const fitted = curve(shot);
-  if (fitted) line(chart, fitted.z, fitted.p, "var(--accent)", 2);
-  onPointer(chart, (px) => { const bar = bars(shot).find((entry) => chart.x(entry.from) <= px && px < chart.x(entry.to)); return bar && `${number(bar.from)} to ${number(bar.to)}: ${number(bar.count)} samples`; });
+function showSnapshot(place) {
+  chosen.snapshot = place;
+  if (film().length) chosen.frame = frameSteps.indexOf(film()[Math.min(place, film().length - 1)].step);
+  drawMultiples(); drawFilm();
 }
 
 function drawPrediction() {
@@ -173,37 +240,48 @@ function drawPrediction() {
   });
 }
 
-function drawMeans() {
-  const box = by("means");
-  if (!box) return;
-  const lines = data.runs.map((entry) => entry.steps.map((_, step) => {
-    const known = (entry.series.entropy || []).map((site) => site[step]).filter((value) => value !== null);
-    return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
-  }));
-  const chart = frame(box, { label: "Mean entropy over the sites, one line a run", x: extent(data.runs.flatMap((entry) => entry.steps)), y: padded(extent(lines.flat())), height: 240, xLabel: "optimiser steps", yLabel: "mean entropy of the sites, nats" });
+function runKey() {
   const key = document.createElement("p");
-  key.className = "hint";
-  data.runs.forEach((entry, k) => {
-    line(chart, entry.steps, lines[k], `var(--line-${k % 7})`, 2, k >= 7 ? { "stroke-dasharray": "5 3" } : {});
+  key.className = "hint key";
+  data.runs.forEach((entry, place) => {
     const name = document.createElement("span");
-    name.append("● ", entry.label, "   ");
-    name.style.color = `var(--line-${k % 7})`;
+    name.append("● ", entry.label);
+    name.style.color = runColour(place);
     key.append(name);
   });
-  box.append(key);
-  onPointer(chart, (px, py) => {
-    const found = lines.map((all, k) => { const step = nearest(data.runs[k].steps.map(chart.x), px); return { k, step, far: all[step] === null ? Infinity : Math.abs(chart.y(all[step]) - py) }; }).sort((left, right) => left.far - right.far)[0];
-    return `${data.runs[found.k].label}, step ${data.runs[found.k].steps[found.step]}: ${number(lines[found.k][found.step])} nats`;
+  return key;
+}
+
+function meanOver(entry, column) {
+  return entry.steps.map((_, step) => {
+    const known = (entry.series[column] || []).map((site) => site[step]).filter((value) => value !== null);
+    return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
   });
+}
+
+// All runs in one chart each; the loss is the same for all sites of a run.
+function drawMeans() {
+  if (!by("means")) return;
+  for (const [id, column, title] of [["means", "entropy", "mean entropy of the sites, nats"], ["losses", "loss", "training loss, mean since the last update"]]) {
+    const lines = data.runs.map((entry) => meanOver(entry, column));
+    by(id).hidden = !lines.flat().some((value) => value !== null);
+    if (by(id).hidden) continue;
+    const chart = frame(by(id), { label: `${title}, one line a run`, x: extent(data.runs.flatMap((entry) => entry.steps)), y: padded(extent(lines.flat())), height: 240, xLabel: "optimiser steps", yLabel: title });
+    data.runs.forEach((entry, k) => line(chart, entry.steps, lines[k], runColour(k), 2, k >= 7 ? { "stroke-dasharray": "5 3" } : {}));
+    by(id).append(runKey());
+    onPointer(chart, (px, py) => {
+      const found = lines.map((all, k) => { const step = nearest(data.runs[k].steps.map(chart.x), px); return { k, step, far: all[step] === null ? Infinity : Math.abs(chart.y(all[step]) - py) }; }).sort((left, right) => left.far - right.far)[0];
+      return `${data.runs[found.k].label}, step ${data.runs[found.k].steps[found.step]}: ${number(lines[found.k][found.step])}`;
+    });
+  }
 }
 
 // The model's training loss over the mean entropy of its sites, at the same steps.
 function drawLoss() {
-  const { steps, series, sites } = run(), losses = series.loss && series.loss[0];
+  const { steps, series } = run(), losses = series.loss && series.loss[0];
   by("loss-pair").hidden = !losses || !series.entropy;
   if (by("loss-pair").hidden) return;
-  const mean = (step) => { const known = sites.map((_, site) => series.entropy[site][step]).filter((value) => value !== null); return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null; };
-  const curves = [["loss", "training loss, mean since the last update", losses], ["mean-entropy", "mean entropy of the sites, nats", steps.map((_, step) => mean(step))]];
+  const curves = [["loss", "training loss, mean since the last update", losses], ["mean-entropy", "mean entropy of the sites, nats", meanOver(run(), "entropy")]];
   for (const [id, title, curve] of curves) {
     const chart = frame(by(id), { label: `${title}, over steps`, x: extent(steps), y: padded(extent(curve)), height: 200, xLabel: "optimiser steps", yLabel: title });
     line(chart, steps, curve, "var(--accent)", 2);
@@ -221,15 +299,21 @@ function drawChosen() {
 }
 
 function drawAll() {
-  drawLoss(); drawChosen(); drawRanking(); drawFilm(); drawPrediction(); drawMeans();
+  drawMultiples(); drawLoss(); drawChosen(); drawRanking(); drawFilm(); drawPrediction(); drawMeans();
 }
 
 function choose(change) {
   const site = chosen.site;
   Object.assign(chosen, change);
-  if (change.step !== undefined && film().length) chosen.snapshot = nearest(film().map((shot) => shot.step), run().steps[chosen.step]);
   drawChosen();
-  if (site !== chosen.site || change.step !== undefined) drawFilm();
+  if (change.step !== undefined && film().length) showSnapshot(nearest(film().map((shot) => shot.step), run().steps[chosen.step]));
+  else if (site !== chosen.site && frameSteps.length) showFrame(chosen.frame);
+}
+
+function openSite(site) {
+  choose({ site });
+  by("site-title").scrollIntoView({ block: "start" });
+  by("site").focus({ preventScroll: true });
 }
 
 function showRun(place) {
@@ -241,6 +325,7 @@ function showRun(place) {
   by("column").replaceChildren(...columns.map((name) => new Option(name, name, false, name === chosen.column)));
   by("site").replaceChildren(...run().sites.map((name, site) => new Option(name, site)));
   by("column-meaning").textContent = data.columns[chosen.column].meaning;
+  makeCells();
   filterRows();
   drawAll();
 }
@@ -267,17 +352,24 @@ function sortBy(heading) {
   body.append(...[...body.rows].sort(compare));
 }
 
+// Where the reader wants no motion, each press shows the next snapshot.
+function namePlay() {
+  const name = still.matches ? "Next" : timer ? "Pause" : "Play";
+  document.querySelectorAll(".play").forEach((button) => { button.textContent = name; button.setAttribute("aria-pressed", String(Boolean(timer))); });
+}
+
 function stop() {
   clearInterval(timer); timer = null;
-  by("play").setAttribute("aria-pressed", "false"); by("play").textContent = "Play";
+  namePlay();
 }
 
 function play() {
   if (timer) { stop(); return; }
-  if (chosen.snapshot >= film().length - 1) chosen.snapshot = 0;
-  by("play").setAttribute("aria-pressed", "true"); by("play").textContent = "Pause";
-  drawFilm();
-  timer = setInterval(() => { chosen.snapshot += 1; drawFilm(); if (chosen.snapshot >= film().length - 1) stop(); }, 500);
+  const last = frameSteps.length - 1;
+  if (still.matches) { showFrame(chosen.frame >= last ? 0 : chosen.frame + 1); return; }
+  if (chosen.frame >= last) showFrame(0);
+  timer = setInterval(() => { showFrame(chosen.frame + 1); if (chosen.frame >= last) stop(); }, 500);
+  namePlay();
 }
 
 function onKey(event) {
@@ -296,17 +388,17 @@ function start() {
     if (series) cell.append(sparkline(series[site]));
   });
   document.querySelectorAll("thead th button").forEach((button) => button.addEventListener("click", () => sortBy(button.parentElement)));
-  document.querySelectorAll("button.site").forEach((button) => button.addEventListener("click", () => {
-    choose({ site: Number(button.closest("tr").dataset.place) });
-    by("site-title").scrollIntoView({ block: "start" });
-    by("site").focus({ preventScroll: true });
-  }));
+  document.querySelectorAll("button.site").forEach((button) => button.addEventListener("click", () => openSite(run().sites.indexOf(button.closest("th").dataset.value))));
   if (by("run")) by("run").addEventListener("change", () => showRun(Number(by("run").value)));
   by("filter").addEventListener("input", filterRows);
   by("column").addEventListener("change", () => { chosen.column = by("column").value; by("column-meaning").textContent = data.columns[chosen.column].meaning; drawChosen(); drawRanking(); });
   by("site").addEventListener("change", () => choose({ site: Number(by("site").value) }));
-  by("snapshot").addEventListener("input", () => { stop(); chosen.snapshot = Number(by("snapshot").value); drawFilm(); });
-  by("play").addEventListener("click", play);
+  by("snapshot").addEventListener("input", () => { stop(); showSnapshot(Number(by("snapshot").value)); });
+  by("frame").addEventListener("input", () => { stop(); showFrame(Number(by("frame").value)); });
+  by("shown").append(...Object.entries(CURVES).map(([kind, curve]) => new Option(curve.name, kind)));
+  by("shown").addEventListener("change", () => { chosen.shown = by("shown").value; drawMultiples(); });
+  document.querySelectorAll(".play").forEach((button) => button.addEventListener("click", play));
+  still.addEventListener("change", stop);
   for (const id of ["heatmap", "lines"]) by(id).addEventListener("keydown", onKey);
   showRun(0);
   let width = innerWidth;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from html import escape
 from importlib.resources import files
@@ -14,7 +14,15 @@ from typing import Any
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.records import COLUMNS, CorrectionLog
 from eafo_dynamic.records.report.data import payload
-from eafo_dynamic.records.summary import compare_runs, compare_sites, layer_rows, run_labels, summarise, with_values
+from eafo_dynamic.records.summary import (
+    changed_most,
+    compare_runs,
+    compare_sites,
+    layer_rows,
+    run_labels,
+    summarise,
+    with_values,
+)
 
 __all__ = ["render_report", "write_report"]
 
@@ -45,12 +53,18 @@ _MEANINGS = {
     "entropy_change": "entropy at the last update less that at the first [nats]",
     "entropy_trend": "entropy over the run",
     "spread": "largest less smallest value",
+    "quantity": "a column of the log",
+    "first": "its first value",
+    "last": "its last value",
+    "change": "last value less first, in the quantity's unit",
+    "setting": "an option, a version, or another entry of the manifest",
     "run": "the run's folder",
     "last_step": "optimiser steps at the last update",
     "entropy_last": "mean over the sites at their last update [nats]",
     "mean_eps": "mean of eps over the sites",
     "mean_abs_eps": "mean of |eps| over the sites",
 }
+_NOT_SETTINGS = ("sites", "format", "schema_version", "manifest_version")
 _TITLES = {"entropy_first": "entropy, first", "entropy": "entropy, last", "entropy_change": "change"}
 
 
@@ -86,13 +100,14 @@ def render_report(logs: Sequence[CorrectionLog]) -> str:
     Returns:
         One page that loads nothing from anywhere.
     """
-    labels = run_labels(logs)
+    labels = run_labels(logs) if len(logs) > 1 else [logs[0].name]
     folder = files("eafo_dynamic.records.report")
     parts = {
         "TITLE": escape(f"Correction log: {', '.join(labels)}"),
         "STYLE": (folder / "style.css").read_text(encoding="utf-8"),
         "CHOICE": _choice(labels),
         "SUMMARIES": _per_run([_summary(log) for log in logs]),
+        "CHANGES": _per_run([_changes(log) for log in logs]),
         "COMPARISON": _comparison(logs),
         "LAYERS": _per_run([_layers(log) for log in logs]),
         "EVENTS": _per_run([_events(log) for log in logs]),
@@ -131,6 +146,7 @@ def _summary(log: CorrectionLog) -> str:
     policies = ", ".join(f"{name}: {count}" for name, count in facts["policies"].items())
     lines = {
         "Run": escape(facts["run"]),
+        **_origin(log),
         "Steps": f"{first} to {last}, {facts['updates']} updates",
         "Sites": f"{facts['sites']} ({escape(policies)})",
         "Mean entropy": f"{_number(facts['entropy_first'])} → {_number(facts['entropy_last'])} nats",
@@ -147,6 +163,19 @@ def _summary(log: CorrectionLog) -> str:
     return '<dl class="facts">' + "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in lines.items()) + "</dl>"
 
 
+def _origin(log: CorrectionLog) -> dict[str, str]:
+    """When the run was begun and what it trained, as far as its log says so."""
+    run = log.manifest.get("run")
+    if not isinstance(run, Mapping):
+        run = {}
+    found = {
+        "Begun": _date(log.manifest.get("created")),
+        "Task": log.manifest.get("model"),
+        "Data": run.get("data"),
+    }
+    return {name: escape(_words(value)) for name, value in found.items() if value is not None}
+
+
 def _sites(entries: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"{_number(entry['value'])} {escape(entry['site'])}" for entry in entries]
     return "<br>".join(lines) or "-"
@@ -160,10 +189,33 @@ def _comparison(logs: Sequence[CorrectionLog]) -> str:
     return (
         '<section aria-labelledby="compared"><h2 id="compared">Runs side by side</h2>'
         + _table("The runs", runs, list(runs[0]))
-        + '<div class="chart" id="means"></div>'
+        + _differences(logs)
+        + '<div class="pair scripted"><div class="chart" id="means"></div><div class="chart" id="losses"></div></div>'
         + _table("Entropy of each site at its last update, in nats", sites, list(sites[0]))
         + "</section>"
     )
+
+
+def _differences(logs: Sequence[CorrectionLog]) -> str:
+    """Say in which settings the runs differ."""
+    labels = run_labels(logs)
+    settings = [dict(_flat(log.manifest)) for log in logs]
+    rows: list[dict[str, str]] = []
+    for name in dict.fromkeys(name for each in settings for name in each):
+        values = [each.get(name, "-") for each in settings]
+        if len(set(values)) > 1:
+            rows.append({"setting": name, **dict(zip(labels, values, strict=True))})
+    if not rows:
+        return "<p>The runs have the same settings.</p>"
+    return _table("Settings in which the runs differ", rows, ["setting", *labels])
+
+
+def _changes(log: CorrectionLog) -> str:
+    rows = changed_most(log)
+    if not rows:
+        return "<p>Nothing has changed between the first update and the last.</p>"
+    columns = ["site", "quantity", "first", "last", "change"]
+    return _table("For each quantity the site at which it changed by most", rows, columns, chosen="site")
 
 
 def _layers(log: CorrectionLog) -> str:
@@ -183,13 +235,9 @@ def _events(log: CorrectionLog) -> str:
 
 
 def _settings(log: CorrectionLog) -> str:
-    hidden = ("sites", "format", "schema_version", "manifest_version")
-    lines: list[str] = []
-    for key, value in log.manifest.items():
-        if key not in hidden and isinstance(value, Mapping):
-            lines += [_setting(f"{key}: {name}", each) for name, each in value.items()]
-        elif key not in hidden:
-            lines.append(_setting(key, _date(value) if key == "created" else value))
+    lines = [
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in _flat(log.manifest)
+    ]
     body = "".join(lines)
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Settings of the run">'
@@ -197,12 +245,30 @@ def _settings(log: CorrectionLog) -> str:
     )
 
 
-def _setting(name: object, value: object) -> str:
-    if value is None or isinstance(value, (str, int, float)):
-        text = "-" if value is None else str(value)
-    else:
-        text = json.dumps(value)
-    return f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(text)}</td></tr>'
+def _flat(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield names and values of a manifest, those of its groups as `group: name`."""
+    for key, value in manifest.items():
+        if key in _NOT_SETTINGS:
+            continue
+        if key == "created":
+            yield key, _words(_date(value))
+        elif isinstance(value, Mapping):
+            yield from ((f"{key}: {name}", _words(each)) for name, each in value.items())
+        else:
+            yield key, _words(value)
+
+
+def _words(value: object) -> str:
+    """Return what JSON holds as a reader would write it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_words(each)}" for name, each in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_words, value)) or "none"
+    return str(value)
 
 
 def _date(created: object) -> object:
