@@ -61,6 +61,7 @@ class Browser:
         value = "reduce" if wanted else ""
         features = {"features": [{"name": "prefers-reduced-motion", "value": value}]}
         self.call("/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": features})
+        self.run("return new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(0))))")
 
     def screenshot(self, out: Path) -> bytes:
         """Returns a PNG of the whole page."""

@@ -324,7 +324,7 @@ def test_site_in_the_table_opens_its_film(fresh: Browser) -> None:
 
 @needs_browser
 def test_slider_plays_the_film(fresh: Browser) -> None:
-    curve = "document.querySelector('#correction path[stroke=\"var(--accent)\"]').getAttribute('d')"
+    curve = "document.querySelector('#correction path[stroke=\"var(--line-0)\"]').getAttribute('d')"
     last = fresh.run(f"return {curve}")
     put(fresh, "snapshot", 0, "input")
     assert text_of(fresh, "#snapshot-step") == "50 (1 of 7)"

@@ -70,8 +70,9 @@ function tickName(all) {
 
 // An empty chart with axes: {plot, x, y, width, height, left, top} with x and y from values to pixels.
 function frame(box, options) {
-  const width = Math.max(box.clientWidth, 120), height = options.height || 260;
   const margin = { left: options.left || 52, right: options.right || 20, top: options.yLabel ? 24 : 10, bottom: 36 };
+  // a window may be drawn before it has its size
+  const width = Math.max(box.clientWidth, margin.left + margin.right + 60), height = options.height || 260;
   const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": options.label });
   const span = { x: width - margin.left - margin.right, y: height - margin.top - margin.bottom };
   const x = (value) => margin.left + (value - options.x[0]) / (options.x[1] - options.x[0]) * span.x;
