@@ -196,7 +196,8 @@ def train_spare(rank: int, port: int, example: bool) -> None:
         optimizer.step()
     eps = [value for name, value in model.named_parameters() if name.endswith("_eps")]
     assert eps and all(value.grad is not None for value in eps)
-    distributed.destroy_process_group()
+    distributed.barrier()
+    os._exit(0)  # torch may hang where a process group ends with the function that holds it
 
 
 def spare(folder: Path, rank: int, options: dict[str, Any]) -> None:
