@@ -102,13 +102,14 @@ class TestWithoutAdoption:
                 return self.last(h) if self.finishes else h
 
         net = Spare()
-        EAFOController.attach(net, X)
+        controller = EAFOController.attach(net, X)
         net.finishes = True
         if how == "evaluation":
             net.eval()(X)
         else:
             with torch.no_grad():
                 net(X)
+        assert not controller.met_unknown
 
     def test_nothing_stays_where_corrections_are_taken_out(self) -> None:
         net, _ = opened()
