@@ -25,6 +25,7 @@ from eafo_dynamic.experiments.compare.evidence import (
     question_pairs,
     read_questions,
     sentence,
+    write_page,
 )
 from eafo_dynamic.experiments.compare.plan import read_plan
 
@@ -132,8 +133,11 @@ def test_early_entropies_that_order_as_the_end_does_correlate(tmp_path: Path, si
     for arm, entropy in {"relu": 1.3, "prelu": 1.2, "elu": 1.1}.items():
         write_cells(tmp_path, "one_early", {arm: 0.0}, entropy_first=0.0, entropy_last=sign * entropy)
     early = Evaluation(read_plan(tmp_path / "one_early.yaml"))
-    (found,) = predictions([early], [Evaluation(read_plan(tmp_path / "one.yaml"))])
+    final = [Evaluation(read_plan(tmp_path / "one.yaml"))]
+    (found,) = predictions([early], final)
     assert (found.task, found.arms, found.correlation) == ("one", 3, pytest.approx(sign))
+    page, *_ = write_page(final, [], tmp_path / "page.md", early=[early])
+    assert f"Mean rank correlation {sign:+.2f}, tasks: 1;" in page.read_text(), "one task has no interval"
 
 
 def test_figure_over_tasks_shows_every_arm_asked_for(evaluations: list[Evaluation]) -> None:

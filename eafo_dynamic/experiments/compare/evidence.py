@@ -309,15 +309,17 @@ def predictions(early: Sequence[Evaluation], final: Sequence[Evaluation]) -> lis
 
 def _prediction_lines(found: Sequence[Prediction]) -> list[str]:
     correlations = [each.correlation for each in found]
-    low, high = interval(correlations)
     mean = math.fsum(correlations) / len(correlations)
+    text = f"Mean rank correlation {mean:+.2f}"
+    low, high = interval(correlations)
+    if not math.isnan(low):  # as with a single task
+        text += f" [{low:+.2f}, {high:+.2f}]"
     table = [
         {"task": each.task, "arms": str(each.arms), "rank correlation": f"{each.correlation:+.2f}"} for each in found
     ]
     return [
         "### Does entropy, measured early, predict the final order of activations?",
-        f"Mean rank correlation {mean:+.2f} [{low:+.2f}, {high:+.2f}] over {len(found)} tasks; +1: the lower the "
-        "entropy, the better the end.",
+        f"{text}, tasks: {len(found)}; +1: the lower the entropy, the better the end.",
         markdown(table).rstrip(),
     ]
 
