@@ -205,7 +205,7 @@ class Options(Checked):
         unit="1",
         when=(
             "0.2 for models that diverge easily; 2 where the log says that eps ends at the bound: see "
-            "[what was measured](../results/2026-11-26-ten-times.md)"
+            "[what was measured](../results/archive/2026-11-26-ten-times.md)"
         ),
     )
     terms: str | Sequence[str] = option(
@@ -221,7 +221,7 @@ class Options(Checked):
         check=_terms,
         when=(
             '`"tied"` for one number per site, as in the paper, and where data are few: it gained less and harmed '
-            "nowhere, see [what was measured](../results/2026-11-28-cpu-2core.md)"
+            "nowhere, see [what was measured](../results/archive/2026-11-28-cpu-2core.md)"
         ),
     )
     max_delta: float = option(

@@ -64,7 +64,7 @@ class GroupOptions(Checked):
         when=(
             "measured with AdamW; `1.0` as in the paper; 10 where there is plenty of data or the model underfits, "
             "and with SGD: more gain, and more harm where a model can overfit, see "
-            "[what was measured](../results/2026-11-28-cpu-2core.md)"
+            "[what was measured](../results/archive/2026-11-28-cpu-2core.md)"
         ),
     )
     weight_decay: float = option(
