@@ -16,7 +16,11 @@ __all__ = ["register"]
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"  # pyright: ignore[reportPrivateUsage]
 
-GROUPS = ("activation", "memory", "floor", "gpu", "statistics", "round", "start", "growth", "step", "short", "compiled")
+GROUPS = (
+    "activation", "memory", "floor", "gpu", "gpu_step", "statistics", "round", "start", "growth", "step", "short",
+    "compiled",
+)  # fmt: skip
+_ON_GPU = {"gpu", "gpu_step"}
 
 _DESCRIPTION = """\
 Measure what the corrections cost on this machine. Ratios are medians over pairs measured in alternation in
@@ -60,8 +64,9 @@ def _run(args: argparse.Namespace) -> int:
 
     import torch
 
-    if args.only == ["gpu"] and not torch.cuda.is_available():
-        raise ConfigError("--only", "gpu", "torch sees no CUDA device", "Leave it out, or measure where there is one.")
+    if args.only and _ON_GPU.issuperset(args.only) and not torch.cuda.is_available():
+        only = " ".join(args.only)
+        raise ConfigError("--only", only, "torch sees no CUDA device", "Leave it out, or measure where there is one.")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     rows = _measured(args.only, args.quick)

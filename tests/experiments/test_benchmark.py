@@ -15,6 +15,7 @@ from torch import nn
 from eafo_dynamic.cli import main
 from eafo_dynamic.cli.bench import GROUPS as NAMES
 from eafo_dynamic.experiments.benchmark import GROUPS, limits, run_benchmark, time_in_pairs
+from eafo_dynamic.experiments.benchmark.gpu_steps import device_steps
 from eafo_dynamic.experiments.benchmark.peers import Pade, ThreeLineCRReLU, hook_statistics, observer
 from eafo_dynamic.experiments.benchmark.steps import refill
 from eafo_dynamic.experiments.benchmark.timing import kept_bytes, milliseconds, peak_bytes
@@ -146,12 +147,20 @@ def test_quick_groups_measure(group: str) -> None:
     assert heard == [row["case"] for row in rows] and {row["group"] for row in rows} == {group}
 
 
-def test_a_gpu_is_measured_where_there_is_one() -> None:
-    rows = run_benchmark(["gpu"], True)
+@pytest.mark.parametrize("group", ["gpu", "gpu_step"])
+def test_a_gpu_is_measured_where_there_is_one(group: str) -> None:
+    rows = run_benchmark([group], True)
     if not torch.cuda.is_available():
         assert rows == []
         pytest.skip("torch sees no CUDA device")
     assert_rows_are_complete(rows)
+
+
+@pytest.mark.slow
+def test_steps_that_a_gpu_is_to_take_run_on_a_cpu() -> None:
+    rows = [{"group": "gpu_step", **found} for found in device_steps(torch.device("cpu"), quick=True)]
+    assert_rows_are_complete(rows)
+    assert [found["case"] for found in rows] == ["small GPT, bfloat16", "small GPT, bfloat16, compiled"]
 
 
 @pytest.mark.slow
@@ -214,6 +223,7 @@ def test_command_prints_rows_for_programs(capsys: pytest.CaptureFixture[str]) ->
         (["--only", "kernel"], "kernel"),
         (["--threads", "0"], "--threads"),
         pytest.param(["--only", "gpu"], "CUDA", marks=no_gpu),
+        pytest.param(["--only", "gpu", "gpu_step"], "CUDA", marks=no_gpu),
         (["--json", "/no/such/folder/x.json"], "--json"),
         (["--out", "figure.bmp"], "picture"),
     ],

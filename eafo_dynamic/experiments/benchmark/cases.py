@@ -16,6 +16,7 @@ from eafo_dynamic.apply.surgery import unwrap, wrap
 from eafo_dynamic.correction.kernels import compiled, resolve_backend
 from eafo_dynamic.density.collector import Collector
 from eafo_dynamic.experiments.benchmark.gpu import gpu_cases
+from eafo_dynamic.experiments.benchmark.gpu_steps import gpu_step_cases
 from eafo_dynamic.experiments.benchmark.limits import floor_cases, memory_cases
 from eafo_dynamic.experiments.benchmark.peers import Pade, ThreeLineCRReLU, hook_statistics, observer
 from eafo_dynamic.experiments.benchmark.rows import Eager, Row, both_ways, compare, row
@@ -191,6 +192,7 @@ GROUPS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "memory": memory_cases,
     "floor": floor_cases,
     "gpu": gpu_cases,
+    "gpu_step": gpu_step_cases,
     "statistics": statistics_cases,
     "round": round_cases,
     "start": start_cases,

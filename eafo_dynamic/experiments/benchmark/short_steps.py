@@ -15,11 +15,24 @@ from eafo_dynamic.policy.controller import EAFOController
 from eafo_dynamic.policy.options import Options
 from eafo_dynamic.trainers.optim import own_group
 
-__all__ = ["compiled_cases", "short_cases"]
+__all__ = ["compiled_cases", "short_cases", "training"]
 
 
-def _training(model: nn.Module, x: Tensor, count: int, controller: EAFOController | None = None) -> Callable[[], None]:
-    """A function that takes ``count`` steps; rounds run among them as in a training."""
+def training(
+    model: nn.Module, x: Tensor, count: int, controller: EAFOController | None = None, *, bfloat16: bool = False
+) -> Callable[[], None]:
+    """A training, in parts.
+
+    Args:
+        model: trained by AdamW.
+        x: the only batch.
+        count: number of steps of a part.
+        controller: of the model's corrections; its rounds run among the steps.
+        bfloat16: whether to train under autocast.
+
+    Returns:
+        A function that takes the next steps, and waits until the device has taken them.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     if controller is not None:
         own_group([optimizer], controller.amplitudes, model)
@@ -28,10 +41,14 @@ def _training(model: nn.Module, x: Tensor, count: int, controller: EAFOControlle
     def steps() -> None:
         for _ in range(count):
             optimizer.zero_grad()
-            model(x).square().mean().backward()
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+                outputs = model(x)
+            outputs.float().square().mean().backward()
             optimizer.step()
             if controller is not None:
                 controller.step(next(numbers))
+        if x.is_cuda:
+            torch.cuda.synchronize()
 
     return steps
 
@@ -39,7 +56,7 @@ def _training(model: nn.Module, x: Tensor, count: int, controller: EAFOControlle
 def _beside_plain(name: str, model: nn.Module, x: Tensor, count: int, pairs: int, target: float) -> Row:
     ours = copy.deepcopy(model)
     controller = EAFOController.attach(ours, x)
-    first, second = _training(ours, x, count, controller), _training(model, x, count)
+    first, second = training(ours, x, count, controller), training(model, x, count)
     return compare(name, "plain", first, second, pairs, target, cpu=True)
 
 
@@ -72,7 +89,7 @@ def compiled_cases(quick: bool) -> Iterator[Row]:
         controller = EAFOController.attach(ours, x)
         model.compile()
         ours.compile()
-        first, second = _training(ours, x, steps, controller), _training(model, x, steps)
-        for training in (first, second):
-            training()  # compiles, also what a step that leaves samples runs
+        first, second = training(ours, x, steps, controller), training(model, x, steps)
+        for run in (first, second):
+            run()  # compiles, also what a step that leaves samples runs
         yield compare(name, "plain, compiled", first, second, 3 if quick else 15, 1.05, cpu=True)
