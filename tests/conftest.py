@@ -14,7 +14,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 
 def pytest_collection_finish() -> None:
-    """What the imports have made stays to the end, so that full collections need not go through it again: 0.5 s each."""
+    """What the imports have made stays to the end: no full collection need go through it again, for 0.5 s each."""
     gc.collect()
     gc.freeze()
 
