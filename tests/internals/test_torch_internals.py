@@ -97,9 +97,14 @@ def parsed(path: Path) -> ast.Module:
 OTHERS = sorted(path for path in PACKAGE.rglob("*.py") if path != DOOR)
 
 
+@functools.cache
+def names_of_the_others() -> set[str]:
+    return set().union(*(own_names(parsed(path)) for path in OTHERS))
+
+
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_module_names_a_private_part_but_the_door(path: Path) -> None:
-    own = set().union(*(own_names(parsed(each)) for each in OTHERS))
+    own = names_of_the_others()
     texts = {node.value for node in ast.walk(parsed(path)) if isinstance(node, ast.Constant)}
     behind_the_door = private_parts(parsed(DOOR)) - own_names(parsed(DOOR))
     found = private_parts(parsed(path)) - OF_OTHERS.keys()
