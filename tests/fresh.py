@@ -125,6 +125,7 @@ def _serve(libraries: Iterable[str]) -> None:
     os.environ.update(request.environment)
     sys.argv[:] = [request.script, *request.words]
     sys.path[:] = [*request.path, *without_own]
+    tempfile.tempdir = None  # a library may have asked where it is, before TMPDIR was set
     runpy.run_path(request.script, run_name="__main__")
 
 

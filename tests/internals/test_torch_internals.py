@@ -10,7 +10,6 @@ import copy
 import functools
 import importlib.util
 import re
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from torch import Tensor, nn
@@ -537,8 +537,7 @@ with package_without([sys.argv[1]]):
     ],
 )
 def test_without_one_part_compiled_functions_are_the_same(part: str) -> None:
-    command = [sys.executable, "-c", COMPILED, part]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
+    result = fresh.python(COMPILED, part, path=[fresh.ROOT, fresh.ROOT / "tests"])  # this file imports fresh
     assert result.returncode == 0, result.stderr
     assert ("cannot tell the calls of its activations apart" in result.stderr) == (part == "TorchFunctionModeVariable")
 
