@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from lightning.fabric import Fabric
@@ -31,7 +32,6 @@ from eafo_dynamic.cli import main
 from eafo_dynamic.errors import SiteError
 
 X = torch.linspace(-2.0, 2.0, 32).reshape(8, 4)
-ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The number of training batches",
@@ -208,13 +208,7 @@ from tests.apply.test_checkpoints import Calls, Lit, Net, X
 model = {make.format(source=str(source))}
 assert torch.equal(model.eval()(X), torch.load({str(folder / "expected.pt")!r}))
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = fresh.python(code, path=[fresh.ROOT, fresh.ROOT / "tests"])  # this file imports fresh
     assert done.returncode == 0, done.stderr
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import yaml
 
@@ -38,13 +37,7 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     scripts.mkdir(exist_ok=True)
     script = scripts / "command.py"
     script.write_text("from eafo_dynamic.cli import main\n\nif __name__ == '__main__':\n    raise SystemExit(main())\n")
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), *words],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    return fresh.script(script, *words, folder=folder)
 
 
 @pytest.fixture

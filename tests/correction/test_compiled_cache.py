@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fresh
 import pytest
 
 pytestmark = pytest.mark.skipif(
@@ -50,9 +51,9 @@ def environment(home: Path, compiler: Path | None = None) -> dict[str, str]:
     return {**os.environ, **ours, **named}
 
 
-def launch(home: Path, compiler: Path | None = None, before: str = "") -> subprocess.Popen[str]:
+def launch(home: Path, compiler: Path | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", before + START],
+        [sys.executable, "-c", START],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -61,16 +62,16 @@ def launch(home: Path, compiler: Path | None = None, before: str = "") -> subpro
     )
 
 
-def outcome(process: subprocess.Popen[str]) -> tuple[str, list[str]]:
+def outcome(code: int, out: str, errors: str) -> tuple[str, list[str]]:
     """Back ends that a start found, and its warnings."""
-    out, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, f"exit code {process.returncode}: {errors}"
+    assert code == 0, f"exit code {code}: {errors}"
     found, *messages = out.splitlines()
     return found, messages
 
 
 def start(home: Path, compiler: Path | None = None, before: str = "") -> tuple[str, list[str]]:
-    return outcome(launch(home, compiler, before))
+    done = fresh.python(before + START, environment=environment(home, compiler), libraries=("torch",))
+    return outcome(done.returncode, done.stdout, done.stderr)
 
 
 COMPILED = ("native native True", [])
@@ -234,7 +235,9 @@ def test_a_build_that_is_killed(slow_compiler: Path, tmp_path: Path, number: sig
 @pytest.mark.slow
 def test_many_processes_at_once(tmp_path: Path) -> None:
     processes = [launch(tmp_path) for _ in range(8)]
-    assert [outcome(process) for process in processes] == [COMPILED] * 8
+    texts = [process.communicate(timeout=200) for process in processes]
+    found = [outcome(process.returncode, *each) for process, each in zip(processes, texts, strict=True)]
+    assert found == [COMPILED] * 8
     assert [path.suffix for path in kept(tmp_path)] == [".sha256", ".so"]
 
 

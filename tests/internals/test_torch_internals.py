@@ -10,7 +10,6 @@ import copy
 import functools
 import importlib.util
 import re
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from torch import Tensor, nn
@@ -97,9 +97,14 @@ def parsed(path: Path) -> ast.Module:
 OTHERS = sorted(path for path in PACKAGE.rglob("*.py") if path != DOOR)
 
 
+@functools.cache
+def names_of_the_others() -> set[str]:
+    return set().union(*(own_names(parsed(path)) for path in OTHERS))
+
+
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_module_names_a_private_part_but_the_door(path: Path) -> None:
-    own = set().union(*(own_names(parsed(each)) for each in OTHERS))
+    own = names_of_the_others()
     texts = {node.value for node in ast.walk(parsed(path)) if isinstance(node, ast.Constant)}
     behind_the_door = private_parts(parsed(DOOR)) - own_names(parsed(DOOR))
     found = private_parts(parsed(path)) - OF_OTHERS.keys()
@@ -532,8 +537,7 @@ with package_without([sys.argv[1]]):
     ],
 )
 def test_without_one_part_compiled_functions_are_the_same(part: str) -> None:
-    command = [sys.executable, "-c", COMPILED, part]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
+    result = fresh.python(COMPILED, part, path=[fresh.ROOT, fresh.ROOT / "tests"])  # this file imports fresh
     assert result.returncode == 0, result.stderr
     assert ("cannot tell the calls of its activations apart" in result.stderr) == (part == "TorchFunctionModeVariable")
 

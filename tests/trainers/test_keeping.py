@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,7 +33,6 @@ from eafo_dynamic.trainers.huggingface import EAFOTrainerCallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
-ROOT = Path(__file__).parents[2]
 IDS = torch.arange(24).reshape(3, 8) % 50
 
 
@@ -96,13 +93,7 @@ ids = torch.arange(24).reshape(3, 8) % 50
 with torch.no_grad():
     assert torch.equal(model.eval()(ids).logits, torch.load({str(folder / "expected.pt")!r}))
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", whole],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = fresh.python(whole)
     assert done.returncode == 0, done.stderr
 
 
