@@ -12,7 +12,6 @@ from torch import nn
 from eafo_dynamic.correction.bases import activation_types
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.experiments.activations import ACTIVATIONS, make_activation
-from eafo_dynamic.policy.options import Options
 
 __all__ = ["OWN", "Candidate", "Space", "make_base", "read_space"]
 
@@ -20,7 +19,7 @@ OWN = "own"
 """As a base: the activations that the model has."""
 _PLAIN = "plain"
 _BASES = (OWN, "relu", "gelu", "silu", "mish", "elu", "squared_relu", "xielu", "prelu", "swish_beta")
-_TERMS = ("full", "local", "tails", "tied")
+_TERMS = ("full", "tails", "tied")  # "learned" has the local ones
 _HELD = {"policy": "static", "terms": "free", "lr_multiple": 3.0}
 
 
@@ -49,18 +48,8 @@ class Candidate:
 def _default_corrections() -> dict[str, dict[str, Any] | None]:
     corrections: dict[str, dict[str, Any] | None] = {_PLAIN: None, "held": dict(_HELD), "learned": {}}
     for terms in _TERMS:
-        if _takes_terms(terms):
-            corrections[f"learned {terms}"] = {"terms": terms}
+        corrections[f"learned {terms}"] = {"terms": terms}
     return corrections
-
-
-def _takes_terms(terms: str) -> bool:
-    """Whether this version of the package knows terms of that name."""
-    try:
-        Options(terms=terms)
-    except ConfigError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
