@@ -226,7 +226,11 @@ class Bank:
         Args:
             bound: largest absolute value.
         """
-        outside = [each.detach() for each in self.amplitudes if not _is_within(each, bound)]
+        outside: list[Tensor] = []
+        for host, site in self._hosted:
+            for each in site.amplitudes(host):
+                if not _is_within(each, bound):
+                    outside.append(each.detach())
         if outside:
             clamp_all_(outside, bound)
 
