@@ -17,7 +17,7 @@ from eafo_dynamic.correction.bases import Base, as_base
 from eafo_dynamic.correction.kernels import EPS, RoundKernel
 from eafo_dynamic.correction.stacked import Functions
 from eafo_dynamic.errors import SiteError
-from eafo_dynamic.internals.torch_internals import clamp_all_, copy_all_
+from eafo_dynamic.internals.torch_internals import clamp_all_, copy_all_, own_buffers, own_parameters
 
 __all__ = ["Bank", "moved_channels"]
 
@@ -89,7 +89,7 @@ class Bank:
         Returns:
             In the order of the log.
         """
-        return [getattr(host, site.key(name)) for host, site in self._hosted]
+        return [_own_tensor(host, site.key(name)) for host, site in self._hosted]
 
     @property
     def eps(self) -> list[nn.Parameter]:
@@ -103,7 +103,7 @@ class Bank:
 
     def _own(self, name: str) -> list[Tensor | None]:
         """Shape or table of all sites; None where a site has none."""
-        return [getattr(host, site.key(name)) for host, site in self._hosted]
+        return [_own_tensor(host, site.key(name)) for host, site in self._hosted]
 
     def states(self) -> list[str]:
         """Amplitudes, mu and sigma of every site, as text.
@@ -226,9 +226,21 @@ class Bank:
         Args:
             bound: largest absolute value.
         """
-        outside = [each.detach() for each in self.amplitudes if not _is_within(each, bound)]
+        outside: list[Tensor] = []
+        for host, site in self._hosted:
+            for each in site.amplitudes(host):
+                if not _is_within(each, bound):
+                    outside.append(each.detach())
         if outside:
             clamp_all_(outside, bound)
+
+
+def _own_tensor(host: nn.Module, key: str) -> Any:
+    """An attribute of a module, without its ``__getattr__`` where that would look up what the module owns."""
+    for table in (own_parameters(host), own_buffers(host)):
+        if key in table:
+            return table[key]
+    return getattr(host, key)
 
 
 def _is_within(amplitude: Tensor, bound: float) -> bool:

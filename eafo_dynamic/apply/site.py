@@ -289,49 +289,45 @@ class Site:
         if is_compiling():
             return [getattr(host, self.key(name)) for name in names]
         # a module's own __getattr__ takes ten times as long as a look where it looks
-        parameters = own_parameters(host)
-        keys = [self.key(name) for name in names]
-        return [parameters[key] if key in parameters else getattr(host, key) for key in keys]  # pyright: ignore[reportReturnType]
+        parameters: Any = own_parameters(host)
+        keys = _amplitude_keys(self.index, names)
+        try:
+            return [parameters[key] for key in keys]
+        except KeyError:  # kept elsewhere, as where it is parametrized
+            return [getattr(host, key) for key in keys]
 
-    def tensors(self, host: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The site's tensors.
-
-        Args:
-            host: where they are registered.
-
-        Returns:
-            Amplitudes, shape [T] or [T, channels], shape, and the table or None.
-        """
-        each = self.amplitudes(host)
-        amplitudes = each[0].unsqueeze(0) if len(each) == 1 else torch.stack(list(each))
-        shape, table = self.key("shape"), self.key("table")
-        if is_compiling():
-            return amplitudes, getattr(host, shape), getattr(host, table)
-        buffers: Any = own_buffers(host)
-        return (
-            amplitudes,
-            buffers[shape] if shape in buffers else getattr(host, shape),
-            buffers[table] if table in buffers else getattr(host, table),
-        )
-
-    def terms(self, host: nn.Module, z: Tensor) -> Terms:
+    def terms(self, host: nn.Module, z: Tensor, amplitudes: Sequence[Tensor] | None = None) -> Terms:
         """The operands of the site's correction.
 
         Args:
             host: where the site's tensors are registered.
             z: pre-activations, any shape.
+            amplitudes: those of the site, where they are known already.
 
         Returns:
             Amplitudes, shape and table, where z lives.
         """
-        amplitudes, shape, table = self.tensors(host)
+        if amplitudes is None:
+            amplitudes = self.amplitudes(host)
+        stacked = amplitudes[0].unsqueeze(0) if len(amplitudes) == 1 else torch.stack(list(amplitudes))
+        shape, table = self._shape_and_table(host)
         near = shape.is_cpu and z.is_cpu
         if not near and shape.device != z.device:  # of a model that is spread over several devices
-            amplitudes, shape = amplitudes.to(z.device), shape.to(z.device)
+            stacked, shape = stacked.to(z.device), shape.to(z.device)
             table = None if table is None else table.to(z.device)
-        if amplitudes.dim() > 1:
-            amplitudes = per_channel(amplitudes, z, self.collector.channel_dim)
-        return Terms(amplitudes, shape, table, table_half_width(), self.names(host))
+        if stacked.dim() > 1:
+            stacked = per_channel(stacked, z, self.collector.channel_dim)
+        return Terms(stacked, shape, table, table_half_width(), self.names(host))
+
+    def _shape_and_table(self, host: nn.Module) -> tuple[Tensor, Tensor | None]:
+        _, shape, table, *_ = self.keys
+        if is_compiling():
+            return getattr(host, shape), getattr(host, table)
+        buffers: Any = own_buffers(host)
+        return (
+            buffers[shape] if shape in buffers else getattr(host, shape),
+            buffers[table] if table in buffers else getattr(host, table),
+        )
 
     def correction(self, host: nn.Module, z: Tensor, base: Tensor | None = None) -> Tensor:
         """The site's correction alone.
@@ -355,19 +351,20 @@ class Site:
         Returns:
             Whether f is the base itself, in value and gradient.
         """
-        # spelled out: every call of every site comes by here, and a generator takes as long as all that it looks at
         if self.switch.collecting and host.training:
             return False
-        if not self.enabled:
-            return True
+        return not self.enabled or self._is_base(self.amplitudes(host), host.training)
+
+    def _is_base(self, amplitudes: Sequence[Tensor], training: bool) -> bool:
+        """Whether a correction that is on is certainly zero, and leaves no gradient."""
         if self.swap is not None:
             return False
-        amplitudes = self.amplitudes(host)
+        # spelled out: every call of every site comes by here, and a generator takes as long as all that it looks at
         if torch.is_grad_enabled():
             for each in amplitudes:
                 if each.requires_grad:
                     return False
-        return self._is_zero(amplitudes, host.training)
+        return self._is_zero(amplitudes, training)
 
     def _is_zero(self, amplitudes: Sequence[Tensor], training: bool) -> bool:
         """Whether amplitudes are known to be zero; on an accelerator a training step never waits for them.
@@ -422,18 +419,24 @@ class Site:
         Returns:
             f(z); z itself, overwritten, if inplace.
         """
-        if self.idle(host):
+        # as idle does, but with one look at the amplitudes for all that follows
+        collects = self.switch.collecting and host.training
+        amplitudes: Sequence[Tensor] = ()
+        if self.enabled:
+            amplitudes = self.amplitudes(host)
+        if not collects and (not self.enabled or self._is_base(amplitudes, host.training)):
             return base(z)
         if type(z) is not Tensor:
             z = arrived(z)
-        if self.switch.collecting and host.training and not _repeats_or_infers():
+        if collects and not _repeats_or_infers():
             self.collector.observe(values_of(z) if z.is_nested else z)
         if not self.enabled:
             return base(z)
         swap = self.swap
         if swap is not None:
             base, known = swap.function, None if is_compiling() else swap.known
-        return apply_correction(base, functools.partial(self.terms, host), z, inplace, known, self.switch.backend)
+        terms = functools.partial(self.terms, host, amplitudes=amplitudes)
+        return apply_correction(base, terms, z, inplace, known, self.switch.backend)
 
     def describe(self, host: nn.Module) -> str:
         """Short text of the site's state.
@@ -456,6 +459,12 @@ class Site:
         """
         if self.switch.collecting and host.training and not is_compiling():
             self.collector.passed_over = describe(value)
+
+
+@functools.lru_cache(maxsize=256)
+def _amplitude_keys(index: int, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Attribute names on the host of the amplitudes of a site; see ``Site.keys``."""
+    return tuple(f"eafo_{index}_{name}" for name in names)
 
 
 def _costs_nothing_to_read(eps: Tensor) -> bool:

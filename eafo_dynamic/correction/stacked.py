@@ -247,7 +247,8 @@ class Functions:
     @functools.cached_property
     def _operands(self) -> RoundOperands:
         place = self.tabulated.new_full((len(self.bases),), -1)
-        place[self.tabulated] = torch.arange(len(self.tabulated), device=place.device)
+        if len(self.tabulated):
+            place[self.tabulated] = torch.arange(len(self.tabulated), device=place.device)
         codes = [0] * len(self.bases)
         below = [0.0] * len(self.bases)
         for base, rows in self.groups().items():

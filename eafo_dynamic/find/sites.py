@@ -29,7 +29,7 @@ from eafo_dynamic.find.probe import forked_random_states
 from eafo_dynamic.find.roles import is_rectifier
 from eafo_dynamic.find.selection import FoundSite, Selection, SiteReport, matches
 from eafo_dynamic.find.telling import MadeCall, Row, told_apart
-from eafo_dynamic.find.trace import SOFT_CAP, Call, Frame, Trace
+from eafo_dynamic.find.trace import SOFT_CAP, Call, Frame, Returned, Trace
 from eafo_dynamic.find.unreached import is_named, relatives, taken_over
 from eafo_dynamic.find.wrapped import CarriesCorrection, Wrapped, is_activation, plain_view
 from eafo_dynamic.find.written import WRITTEN
@@ -352,6 +352,7 @@ class _Naming:
         self.trace = trace
         self.children = names_of_children(model)
         self.attributes = Attributes(model)
+        self._parents: dict[int, set[str]] = {}
         self.aliases: dict[str, list[str]] = {}
         first = {id(module): name for name, module in model.named_modules()}
         for name, module in model.named_modules(remove_duplicate=False):
@@ -417,8 +418,16 @@ class _Naming:
         """Modules without a forward around the call whose children return there, as where their methods are called."""
         parents: set[str] = set()
         for returned, _ in call.returned[at:]:
-            parents |= {parent_of(child.name, self.model) for child in returned if child.name in self.children}
+            parents |= self._parents_of(returned)
         return tuple(sorted(parents.difference(forwards)))
+
+    def _parents_of(self, returned: list[Returned]) -> set[str]:
+        """The modules around the children that have returned in one forward, which its calls share."""
+        found = self._parents.get(id(returned))
+        if found is None:
+            found = {parent_of(child.name, self.model) for child in returned if child.name in self.children}
+            self._parents[id(returned)] = found
+        return found
 
     def _is_certain(self, made: MadeCall) -> bool:
         """Whether the code of the model has no call of this activation module but this."""

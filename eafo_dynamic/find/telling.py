@@ -85,15 +85,17 @@ def _evidence(made: Sequence[MadeCall], children: Mapping[str, str]) -> list[Evi
     for call in made:
         place = (call.frame, call.site.key, call.places)
         counted = before.get(place, {})
-        after: list[str] = []
-        for (returned, count), loops in zip(call.returned, _loops(call), strict=True):
-            first = counted.get(id(returned), 0)
-            for child in returned[first:count]:
+        newest_first: list[str] = []
+        for (returned, count), loops in reversed(list(zip(call.returned, _loops(call), strict=True))):
+            for number in range(count - 1, counted.get(id(returned), 0) - 1, -1):
+                if len(newest_first) == MOST_CHILDREN:
+                    break
+                child = returned[number]
                 is_in_loops = loops is None or bool(loops & child.loops)
                 if child.name in children and is_in_loops:
-                    after.append(children[child.name])
+                    newest_first.append(children[child.name])
         before[place] = {id(returned): count for returned, count in call.returned}
-        seen.append(Evidence(call.places, tuple(after[-MOST_CHILDREN:])))
+        seen.append(Evidence(call.places, tuple(reversed(newest_first))))
     return seen
 
 

@@ -24,7 +24,7 @@ from eafo_dynamic.policy.diagnostics import describe_events, diagnostics, state,
 from eafo_dynamic.policy.estimates import OutputEntropy, Pooled, pooled
 from eafo_dynamic.policy.moves import refreshed, reverted, with_finite_amplitudes
 from eafo_dynamic.policy.options import Options
-from eafo_dynamic.policy.policies import Policy
+from eafo_dynamic.policy.policies import Observe, Policy
 from eafo_dynamic.policy.rollback import LossWatch
 from eafo_dynamic.policy.saved import amplitudes_before, stacked_functions
 from eafo_dynamic.policy.trust_region import bounded_move, range_of
@@ -128,7 +128,7 @@ class Rounds:
         if has_losses:
             total, number = collected.losses
             columns["loss"] = (total / number).expand(len(samples))
-        if self._options.observes:
+        if any(isinstance(policy, Observe) for policy in self._policies):
             columns |= ranges(samples, new)
         events = describe_events(
             moments.n, usable, fraction, undone is not None, collected.nonfinite, broken, collected.passed_over

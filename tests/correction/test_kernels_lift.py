@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+
 import pytest
 import torch
 from test_kernels import assert_same_bits
@@ -213,6 +216,30 @@ def test_the_whole_compiles_without_a_break() -> None:
     assert repr(module).splitlines()[1].strip().startswith("eps=+0.1000, lift=-0.2000, mu=+0.000, sigma=1.000")
     z = points(64)
     torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(z), module(z))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch, when inductor is imported
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_what_is_compiled_leaves_infinities_and_nan_to_the_base(compiler: str) -> None:
+    if compiler == "inductor" and not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("inductor needs a C++ compiler")
+    given = free_terms(0.1, -0.2)
+    z = torch.cat([points(61).detach(), torch.tensor([torch.nan, torch.inf, -torch.inf])]).requires_grad_()
+    grad = torch.linspace(-1.0, 1.0, 64)
+
+    def run(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        c = function(z)
+        return c, *torch.autograd.grad(c, (z, given.amplitudes), grad)
+
+    expected = run(lambda z: correction_of(z, given))
+    torch.compiler.reset()
+    found = run(torch.compile(lambda z: correction_of(z, given), fullgraph=True, backend=compiler))
+    assert expected[0].isfinite().all() and expected[2].isfinite().all()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    if compiler == "aot_eager":
+        for one, other in zip(found, expected, strict=True):
+            assert_same_bits(one, other)
 
 
 @pytest.mark.parametrize("base", [nn.ReLU(), nn.GELU()], ids=str)

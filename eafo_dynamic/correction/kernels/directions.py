@@ -9,6 +9,7 @@ amplitudes 0 the function is the base bit for bit.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ __all__ = [
     "finite",
     "ghat_closed_form",
     "in_order",
+    "with_number",
 ]
 
 MAX_U = 13.0
@@ -40,6 +42,30 @@ def _clamped(u: Tensor) -> Tensor:
     # MAX_U as a literal: torch.jit.script cannot read a global number, and torch.compile with dynamic=True makes one an
     # input of the graph, which fails at the second site
     return u.clamp(-13.0, 13.0)
+
+
+def with_number(u: Tensor, number: float) -> Tensor:
+    """Standardised pre-activations with a number in place of NaN, before they are clamped.
+
+    Args:
+        u: any shape, no unit.
+        number: finite.
+
+    Returns:
+        The same shape; in place of an infinity there may be the largest number.
+    """
+    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+        return u.nan_to_num(nan=number)
+    # what the compiler makes of nan_to_num for a CPU looks at one number after the other
+    return torch.where(u == u, u, number)
+
+
+def _with_number_again(u: Tensor, number: float) -> Tensor:
+    """``with_number`` in a backward."""
+    if not torch.compiler.is_compiling():
+        return u.nan_to_num(nan=number)
+    # not u == u: the compiler would know it from the forward, and keep that outcome in memory until the backward
+    return torch.where(u <= math.inf, u, number)
 
 
 def ghat_closed_form(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +96,11 @@ def bell(u: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The bell and its slope, both of the shape of u.
     """
-    u = _clamped(u.nan_to_num(nan=13.0))
+    return _bell(with_number(u, 13.0))
+
+
+def _bell(u: Tensor) -> tuple[Tensor, Tensor]:
+    u = _clamped(u)
     value = torch.exp(-0.5 * u * u)
     return value, -u * value
 
@@ -126,8 +156,8 @@ class Term:
 EPS = Term(
     "eps",
     local=True,
-    value=lambda u, z, base: ghat_closed_form(u.nan_to_num(nan=0.0))[0],
-    derivative=lambda u, z: ghat_closed_form(u.nan_to_num(nan=0.0))[1],
+    value=lambda u, z, base: ghat_closed_form(_with_number_again(u, 0.0))[0],
+    derivative=lambda u, z: ghat_closed_form(_with_number_again(u, 0.0))[1],
     by_base=0.0,
     code=1,
     text="sigma u exp(-u^2 / 2), or sigma times the shape of base and density: tilts f where the data lie",
@@ -135,8 +165,8 @@ EPS = Term(
 LIFT = Term(
     "lift",
     local=True,
-    value=lambda u, z, base: bell(u)[0],
-    derivative=lambda u, z: bell(u)[1],
+    value=lambda u, z, base: _bell(_with_number_again(u, 13.0))[0],
+    derivative=lambda u, z: _bell(_with_number_again(u, 13.0))[1],
     by_base=0.0,
     code=2,
     text="sigma exp(-u^2 / 2): raises f where the data lie",

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from eafo_dynamic.correction.kernels.directions import BASE_TERM, EPS, MAX_U, TERMS, bell, finite, ghat_closed_form
+from eafo_dynamic.correction.kernels.directions import (
+    BASE_TERM,
+    EPS,
+    MAX_U,
+    TERMS,
+    bell,
+    finite,
+    ghat_closed_form,
+    with_number,
+)
 from eafo_dynamic.correction.kernels.terms import Terms
 from eafo_dynamic.internals.torch_internals import (
     CAN_SWITCH_FORWARD_MODE,
@@ -74,7 +83,7 @@ def _ghat(z: Tensor, shape: Tensor, table: Tensor | None, half_width: float) -> 
     mu, sigma = shape.unbind()
     if table is None:
         # a NaN gets no correction: the base passes it on, and the gradient by eps ignores it
-        return ghat_closed_form(((z - mu) / sigma).nan_to_num(nan=0.0))
+        return ghat_closed_form(with_number((z - mu) / sigma, 0.0))
     # a place among hundreds of intervals needs more digits than half precision has
     wide = z if z.dtype == torch.float64 else z.float()
     value, slope = ghat_table((wide - mu) / sigma, table, half_width)

@@ -159,15 +159,13 @@ class RoundKernel:
         Returns:
             Whether all are contiguous float32 matrices on the CPU, not empty, and not so long that sums need float64.
         """
-        return all(
-            each.dtype == torch.float32
-            and each.device.type == "cpu"
-            and each.dim() == 2
-            and each.is_contiguous()
-            and 0 < each.shape[1] <= _MOST_SAMPLES
-            and each.shape[0] > 0
-            for each in samples
-        )
+        for each in samples:
+            if not (each.is_cpu and each.dtype == torch.float32 and each.dim() == 2 and each.is_contiguous()):
+                return False
+            sites, count = each.shape
+            if not (sites > 0 and 0 < count <= _MOST_SAMPLES):
+                return False
+        return True
 
     def functions(
         self,
