@@ -11,6 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses inherit it
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("EAFO_DYNAMIC_NODE", "0")  # no test waits for, or depends on, what is built in the background
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -18,7 +18,6 @@ import hashlib
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
 import time
@@ -29,6 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from eafo_dynamic.correction.kernels.keeping import BUILDING, is_intact, is_private, keep
 from eafo_dynamic.errors import one_line
 
 __all__ = [
@@ -63,7 +63,6 @@ _CPU_FIELDS = frozenset(
 )
 _PATIENCE = 60.0  # seconds: for one run of the compiler, and for another process that is building
 _STALE = 24 * 3600.0  # seconds after which what another machine has left behind is removed
-_BUILDING = "build-"  # start of the names of folders that are removed when a build ends
 
 
 class CompiledCodeError(Exception):
@@ -183,7 +182,7 @@ def cache_folder() -> Path | None:
         status = folder.stat()
     except OSError:
         return None  # the caller then builds in a temporary folder
-    if not _is_private(status) or not os.access(folder, os.W_OK | os.X_OK):
+    if not is_private(status) or not os.access(folder, os.W_OK | os.X_OK):
         return None
     return folder
 
@@ -277,42 +276,12 @@ def _processor() -> list[str]:
 
 def _load_kept(path: Path) -> ctypes.CDLL | None:
     """A library that was kept, if it is intact and can be loaded here."""
-    if not _is_intact(path):
+    if not is_intact(path):
         return None
     try:
         return ctypes.CDLL(str(path))
     except OSError:
         return None  # what it was linked with is missing on this machine: it is built anew, without that
-
-
-def _is_intact(path: Path) -> bool:
-    """Whether a library is as it was built: whole, and written by nobody else."""
-    checksum = _checksum_of(path)
-    try:
-        if not _is_private_file(path) or not _is_private_file(checksum):
-            return False
-        return checksum.read_bytes().strip() == _sha256(path)
-    except OSError:
-        return False  # missing or unreadable
-
-
-def _is_private_file(path: Path) -> bool:
-    status = path.lstat()
-    return stat.S_ISREG(status.st_mode) and _is_private(status)
-
-
-def _is_private(status: os.stat_result) -> bool:
-    """Whether a file or folder is this user's, and nobody else can write to it."""
-    open_to_others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return status.st_uid == os.geteuid() and not open_to_others
-
-
-def _checksum_of(library: Path) -> Path:
-    return library.with_suffix(".sha256")
-
-
-def _sha256(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).hexdigest().encode()
 
 
 @contextmanager
@@ -368,7 +337,7 @@ def _build(compiler: str, path: Path, locked: bool) -> ctypes.CDLL:
         _remove_abandoned_builds(path.parent)
     machine = platform.node() if locked else "unlocked"
     # everything a build writes lies in one folder, so that what a killed one leaves can be found and removed
-    with tempfile.TemporaryDirectory(prefix=f"{_BUILDING}{machine}-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{BUILDING}{machine}-", dir=path.parent) as folder:
         made = Path(folder) / path.name
         _compile(compiler, made)
         try:
@@ -379,16 +348,16 @@ def _build(compiler: str, path: Path, locked: bool) -> ctypes.CDLL:
                 "Name another compiler in the environment variable CC, or, where programs may not be executed in that "
                 "folder, another folder in XDG_CACHE_HOME.",
             ) from error
-        _keep(made, path)
+        keep(made, path)
     return ctypes.CDLL(str(path))
 
 
 def _remove_abandoned_builds(folder: Path) -> None:
     """Removes what killed builds have left; those of this machine are dead, since this process has the lock."""
     for entry in folder.iterdir():
-        if not entry.name.startswith(_BUILDING):
+        if not entry.name.startswith(BUILDING):
             continue
-        is_of_this_machine = entry.name.startswith(f"{_BUILDING}{platform.node()}-")
+        is_of_this_machine = entry.name.startswith(f"{BUILDING}{platform.node()}-")
         if is_of_this_machine or _is_stale(entry):
             shutil.rmtree(entry, ignore_errors=True)  # a compiler that outlived its build may still write; next time
 
@@ -446,22 +415,6 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> str:
         env={**environment, "LC_ALL": "C"},
     )
     return result.stdout
-
-
-def _keep(made: Path, path: Path) -> None:
-    """Moves a library to where it is kept.
-
-    A crash at any moment leaves the whole library with its checksum, or something that its checksum does not fit.
-    """
-    made.chmod(0o700)
-    checksum = _checksum_of(made)
-    checksum.write_bytes(_sha256(made) + b"\n")
-    checksum.chmod(0o600)
-    for each in (made, checksum):
-        with each.open("r+b") as file:
-            os.fsync(file.fileno())
-    made.replace(path)
-    checksum.replace(_checksum_of(path))
 
 
 def _too_slow(compiler: str) -> CompiledCodeError:

@@ -19,6 +19,7 @@ from eafo_dynamic.correction.kernels.eager import EagerKernel
 from eafo_dynamic.correction.kernels.formula import correction_of
 from eafo_dynamic.correction.kernels.known import NOTHING, Known
 from eafo_dynamic.correction.kernels.native import NativeKernel, native_kernel
+from eafo_dynamic.correction.kernels.node import node_of
 from eafo_dynamic.correction.kernels.terms import Terms, is_dense, uninitialised_like
 from eafo_dynamic.internals.torch_internals import (
     direct_apply,
@@ -88,6 +89,10 @@ def corrected(
         return _with_gain_outside(z, base(z), terms, kernel)
     function = NOTHING if known is None else known
     if _wants_gradient(z, terms):
+        if isinstance(kernel, NativeKernel):
+            node = node_of(kernel, _gradients_of)
+            if node is not None and node.takes(z, terms, function):
+                return node(z, terms, function)
         outputs: Any = _apply(z, terms.amplitudes, terms, function, kernel)
         c: Tensor = outputs if function.gradient_by_value is None else outputs[0]
     else:
@@ -281,25 +286,37 @@ def _sum_of(grad: Tensor | None, by_link: Tensor | None = None) -> Tensor | None
 def _gradients(ctx: Any, grad: Tensor, needed: tuple[bool, bool]) -> _Gradients:
     z, amplitudes, shape, table, link = ctx.saved_tensors
     terms = Terms(amplitudes, shape, table, ctx.half_width, ctx.names)
+    return _gradients_of(z, terms, ctx.known, ctx.kernel, grad, needed, link)
+
+
+def _gradients_of(
+    z: Tensor,
+    terms: Terms,
+    known: Known,
+    kernel: _Kernel,
+    grad: Tensor,
+    needed: tuple[bool, bool],
+    link: Tensor | None = None,
+) -> _Gradients:
     if torch.is_grad_enabled() and link is not None and _is_plain(grad, z):
-        return _traceable_by_value(z, link, terms, ctx.known, grad, needed)
+        return _traceable_by_value(z, link, terms, known, grad, needed)
     if torch.is_grad_enabled() or not _is_plain(grad, z):
-        return _traceable(z, terms, ctx.known, grad, needed)
+        return _traceable(z, terms, known, grad, needed)
     # of the correction alone with amplitudes of 0, z gets no gradient, not even zeros in another order in memory; only
     # where reading the amplitudes costs nothing
-    if ctx.known is NOTHING and z.is_cpu and not amplitudes.any().item():
+    if known is NOTHING and z.is_cpu and not terms.amplitudes.any().item():
         needed = (False, needed[1])
     z_is_dense = is_dense(z)
-    inside = ctx.kernel.inside(z, terms, ctx.known) if z_is_dense else None
+    inside = kernel.inside(z, terms, known) if z_is_dense else None
     # torch computes it from the gradient as it came, and chooses its order in memory: torch's loops over memory with
     # gaps, and the sums that the layers before this one make of the result, depend on that order in the last bit
-    out = ctx.known.gradient(grad, z) if inside is None else uninitialised_like(z)
+    out = known.gradient(grad, z) if inside is None else uninitialised_like(z)
     dense = z if z_is_dense else z.contiguous()
     total = _in_order_of(dense, out)
     value = None
     if inside is None and BASE_TERM in terms.names:
-        value = _in_order_of(dense, ctx.known.value(dense))
-    by_amplitudes = ctx.kernel.add_gradient(total, _in_order_of(dense, grad), dense, terms, inside, value)
+        value = _in_order_of(dense, known.value(dense))
+    by_amplitudes = kernel.add_gradient(total, _in_order_of(dense, grad), dense, terms, inside, value)
     if total is not out:
         out.copy_(total)
     return out if needed[0] else None, by_amplitudes if needed[1] else None

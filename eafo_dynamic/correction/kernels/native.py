@@ -15,11 +15,13 @@ from eafo_dynamic.correction.kernels.formula import MAX_U, correction_of
 from eafo_dynamic.correction.kernels.known import INSIDE, Known
 from eafo_dynamic.correction.kernels.terms import Terms, channels_of, is_dense, uninitialised_like
 
-__all__ = ["NativeKernel", "native_kernel"]
+__all__ = ["LARGEST_SINGLE", "NativeKernel", "native_kernel"]
 
 # as in native.c and mixed.c
 _BLOCK = 4096  # elements that one thread takes at a time
 _FEW_BLOCKS = 64  # so many blocks need no room for their sums
+LARGEST_SINGLE = _FEW_BLOCKS * _BLOCK
+"""Elements up to which a backward needs no room for sums."""
 _MOST_INTERVALS = 1024
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)  # numbered in this order
 
@@ -53,6 +55,16 @@ class NativeKernel:
         self._backward = bind(library, "eafo_backward", [*into, *terms, *sums])
         self._mixed_forward = bind(library, "eafo_mixed_forward", [pointer, pointer, size, *layout, *terms])
         self._mixed_backward = bind(library, "eafo_mixed_backward", [*into, *layout, *terms, integer, *sums])
+
+    def addresses(self) -> tuple[int, int]:
+        """Where the functions ``eafo_forward`` and ``eafo_backward`` are in memory.
+
+        Returns:
+            The two addresses.
+        """
+        first, second = (ctypes.cast(each, ctypes.c_void_p).value for each in (self._forward, self._backward))
+        assert first is not None and second is not None
+        return first, second
 
     @staticmethod
     def takes(z: Tensor, terms: Terms) -> bool:
@@ -171,7 +183,7 @@ class NativeKernel:
         if _is_simple(z, terms):
             partial = None
             partial_address = None
-            if n > _FEW_BLOCKS * _BLOCK:
+            if n > LARGEST_SINGLE:
                 partial = torch.empty(n // _BLOCK + 1, _MOST_TERMS, dtype=torch.float64)
                 partial_address = partial.data_ptr()
             _call(self._backward, *tensors, n, *arguments, partial_address, sums)
