@@ -290,7 +290,7 @@ class Site:
             return [getattr(host, self.key(name)) for name in names]
         # a module's own __getattr__ takes ten times as long as a look where it looks
         parameters: Any = own_parameters(host)
-        keys = _amplitude_keys(self.index, names)
+        keys = _amplitude_keys(self.keys, names)
         try:
             return [parameters[key] for key in keys]
         except KeyError:  # kept elsewhere, as where it is parametrized
@@ -462,9 +462,9 @@ class Site:
 
 
 @functools.lru_cache(maxsize=256)
-def _amplitude_keys(index: int, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Attribute names on the host of the amplitudes of a site; see ``Site.keys``."""
-    return tuple(f"eafo_{index}_{name}" for name in names)
+def _amplitude_keys(keys: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of a site's keys under which its amplitudes stand; see ``Site.keys``."""
+    return tuple(keys[_PARTS.index(name)] for name in names)
 
 
 def _costs_nothing_to_read(eps: Tensor) -> bool:

@@ -3,7 +3,7 @@
 - ``directions`` are the terms: what each adds to the base, per unit of its amplitude.
 - ``formula`` is the equation as operations that autograd, compilers, transforms and every device understand.
 - ``terms`` are its operands, and the layouts of tensors that the back ends take; ``known`` has the bases.
-- ``compiled`` builds the C code on the user's machine, keeps it on disk and loads it.
+- ``compiled`` builds the C code on the user's machine and loads it; ``keeping`` keeps what is built on disk.
 - ``native`` computes activations on a CPU with it, in one pass forward and one backward.
 - ``rounds`` computes with it what an update round needs to know of all samples.
 - ``gpu`` computes activations on CUDA devices, with the Triton code of ``triton_code``; ``gpu_check`` compares that
@@ -11,6 +11,7 @@
 - ``eager`` computes activations with torch's operations, in place and part by part, where there is no compiler.
 - ``choice`` knows the back ends by name, and which of them a device gets.
 - ``fused`` joins base and correction in one autograd function that keeps only the input for its backward.
+- ``node`` is the same function in C++ for small tensors, which it builds in the background for the next process.
 - ``layouts`` says which tensors can be corrected at all, and finds the values inside nested ones.
 """
 

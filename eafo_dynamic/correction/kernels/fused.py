@@ -19,7 +19,7 @@ from eafo_dynamic.correction.kernels.eager import EagerKernel
 from eafo_dynamic.correction.kernels.formula import correction_of
 from eafo_dynamic.correction.kernels.known import NOTHING, Known
 from eafo_dynamic.correction.kernels.native import NativeKernel, native_kernel
-from eafo_dynamic.correction.kernels.node import node_of
+from eafo_dynamic.correction.kernels.node import Node, node_of
 from eafo_dynamic.correction.kernels.terms import Terms, is_dense, uninitialised_like
 from eafo_dynamic.internals.torch_internals import (
     direct_apply,
@@ -31,7 +31,7 @@ from eafo_dynamic.internals.torch_internals import (
     transforms_active,
 )
 
-__all__ = ["corrected", "corrected_"]
+__all__ = ["corrected", "corrected_", "node_in_cpp"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _EAGER = EagerKernel()
@@ -98,6 +98,18 @@ def corrected(
     else:
         c = _forward(z, terms, function, kernel)
     return c if known is not None else base(z) + c
+
+
+def node_in_cpp() -> Node | None:
+    """The node in C++ that this process uses for small tensors.
+
+    Returns:
+        The node; None where the one in Python serves for all.
+    """
+    kernel = native_kernel()
+    if kernel is None:
+        return None
+    return node_of(kernel, _gradients_of)
 
 
 def _with_gain_outside(z: Tensor, out: Tensor, terms: Terms, kernel: _Kernel) -> Tensor:
