@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -185,7 +186,10 @@ def kept_node(path: Path, kernel: NativeKernel, gradients: Gradients) -> Node | 
         _LOG.info("EAFO: the node in C++ cannot be loaded, the one in Python serves: %s", error)
         return None
     node = Node(module, kernel, gradients)
-    if node.is_sound():
+    # in a thread of its own: here hooks may count what is kept, as those of a checkpoint do
+    with ThreadPoolExecutor(1) as pool:
+        is_sound = pool.submit(node.is_sound).result()
+    if is_sound:
         return node
     warnings.warn(
         f"EAFO: the compiled node {path} gives wrong results; a slower one in Python serves. Delete it, or set "
