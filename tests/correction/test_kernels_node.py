@@ -184,6 +184,31 @@ def test_errors_of_the_backward_in_python_arrive(built: Path, kernel: NativeKern
         torch.autograd.grad(out.sum(), z, create_graph=True)
 
 
+def test_a_second_node_leaves_the_first_its_bases(in_cpp: Node, built: Path, kernel: NativeKernel) -> None:
+    z = torch.randn(8, requires_grad=True)
+    terms = Terms(torch.tensor([0.3]), SHAPE, None, 8.0)
+    before = [in_cpp(z, terms, known) for known in INSIDE]
+    other = kept_node(built, kernel, fused._gradients_of)
+    assert other is not None
+    other(z, terms, INSIDE[-1])
+    for out, known in zip(before, INSIDE, strict=True):
+        (found,) = torch.autograd.grad(out.sum(), z, create_graph=True)
+        (expected,) = torch.autograd.grad(fused.corrected(z, known.value, terms, known).sum(), z, create_graph=True)
+        assert torch.equal(found, expected)
+
+
+def test_memory_that_is_written_is_not_filled_before(in_cpp: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    z = torch.randn(8, requires_grad=True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        in_cpp(z, Terms(torch.tensor([0.3]), SHAPE, None, 8.0), INSIDE[0]).sum().backward()
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(3).isnan().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_only_what_it_computes_is_taken() -> None:
     z = torch.randn(4, 8)
     amplitudes = torch.tensor([0.1, 0.0])

@@ -33,9 +33,22 @@ Forward forward_kernel;
 Backward backward_kernel;
 float clamp, half_width;
 
-/* The backward of the node in Python, with the gradients that it finds or None. Never destroyed: at the end of the
-   process Python may be gone before this library is. */
-py::function *in_python;
+/* For each user of this library, the backward of the node in Python, with the gradients that it finds or None. Never
+   destroyed: at the end of the process Python may be gone before this library is. */
+std::vector<py::function> &in_python() {
+    static auto *functions = new std::vector<py::function>();
+    return *functions;
+}
+
+/* Memory all of which is going to be written; with deterministic algorithms torch would fill it first. */
+Tensor uninitialised_like(const Tensor &values) {
+    at::Context &context = at::globalContext();
+    bool fills = context.deterministicFillUninitializedMemory();
+    if (fills) context.setDeterministicFillUninitializedMemory(false);
+    Tensor made = at::empty_like(values);
+    if (fills) context.setDeterministicFillUninitializedMemory(true);
+    return made;
+}
 
 int threads_for(int64_t n) { return n >= LEAST_PARALLEL ? at::get_num_threads() : 1; }
 
@@ -55,10 +68,10 @@ bool lie_alike(const Tensor &one, const Tensor &other) {
 
 struct Corrected : public torch::autograd::Function<Corrected> {
     /* which: sum of the codes of the terms; base: code of the base; below: its slope for z < 0; known: number of the base
-       in Python. */
+       in Python; user: number of the function in Python. */
     static Tensor forward(AutogradContext *ctx, const Tensor &z, const Tensor &amplitudes, const Tensor &shape,
-                          int64_t which, int64_t base, double below, int64_t known) {
-        Tensor out = at::empty_like(z);
+                          int64_t which, int64_t base, double below, int64_t known, int64_t user) {
+        Tensor out = uninitialised_like(z);
         int64_t n = z.numel();
         forward_kernel(z.const_data_ptr<float>(), out.mutable_data_ptr<float>(), nullptr, n,
                        amplitudes.const_data_ptr<float>(), static_cast<int>(which), shape.const_data_ptr<float>(), nullptr,
@@ -68,11 +81,12 @@ struct Corrected : public torch::autograd::Function<Corrected> {
         ctx->saved_data["base"] = base;
         ctx->saved_data["below"] = below;
         ctx->saved_data["known"] = known;
+        ctx->saved_data["user"] = user;
         return out;
     }
 
     static variable_list backward(AutogradContext *ctx, variable_list grads) {
-        variable_list found(7);
+        variable_list found(8);
         Tensor grad = grads[0];
         if (!grad.defined()) return found;
         variable_list saved = ctx->get_saved_variables();
@@ -85,13 +99,13 @@ struct Corrected : public torch::autograd::Function<Corrected> {
         if (!usual || at::GradMode::is_enabled() || in_a_transform()) {
             int64_t known = ctx->saved_data["known"].toInt();
             py::gil_scoped_acquire acquired;
-            py::tuple both = (*in_python)(grad, z, amplitudes, shape, which, known, by_z, by_amplitudes);
+            py::tuple both = in_python().at(ctx->saved_data["user"].toInt())(grad, z, amplitudes, shape, which, known, by_z, by_amplitudes);
             for (int each = 0; each < 2; each++)
                 if (!both[each].is_none()) found[each] = both[each].cast<Tensor>();
             return found;
         }
-        if (!lie_alike(grad, z)) grad = at::empty_like(z).copy_(grad);
-        Tensor out = at::empty_like(z), sums = at::empty_like(amplitudes);
+        if (!lie_alike(grad, z)) grad = uninitialised_like(z).copy_(grad);
+        Tensor out = uninitialised_like(z), sums = uninitialised_like(amplitudes);
         int64_t n = z.numel();
         backward_kernel(z.const_data_ptr<float>(), grad.const_data_ptr<float>(), nullptr, out.mutable_data_ptr<float>(), n,
                         amplitudes.const_data_ptr<float>(), static_cast<int>(which), shape.const_data_ptr<float>(), nullptr,
@@ -105,8 +119,8 @@ struct Corrected : public torch::autograd::Function<Corrected> {
 };
 
 Tensor corrected(const Tensor &z, const Tensor &amplitudes, const Tensor &shape, int64_t which, int64_t base, double below,
-                 int64_t known) {
-    return Corrected::apply(z, amplitudes, shape, which, base, below, known);
+                 int64_t known, int64_t user) {
+    return Corrected::apply(z, amplitudes, shape, which, base, below, known, user);
 }
 
 }
@@ -117,7 +131,8 @@ PYBIND11_MODULE(eafo_dynamic_node, module) {
         backward_kernel = reinterpret_cast<Backward>(backward);
         clamp = static_cast<float>(largest_u);
         half_width = static_cast<float>(end_of_tables);
-        in_python = new py::function(std::move(other));
+        in_python().push_back(std::move(other));
+        return in_python().size() - 1;
     });
     module.def("corrected", corrected);
 }

@@ -65,7 +65,7 @@ class Node:
         self._gradients = gradients
         self._numbers: dict[Known, int] = {}  # the node knows bases by number; they are few, and stay
         self._bases: list[Known] = []
-        module.attach(*kernel.addresses(), MAX_U, _NO_TABLE, self._in_python)
+        self._user: int = module.attach(*kernel.addresses(), MAX_U, _NO_TABLE, self._in_python)
 
     @staticmethod
     def takes(z: Tensor, terms: Terms, known: Known) -> bool:
@@ -104,7 +104,7 @@ class Node:
             number = self._numbers[known] = len(self._bases)
             self._bases.append(known)
         code = code_of_terms(terms.names)
-        return self._corrected(z, terms.amplitudes, terms.shape, code, known.code, known.below, number)
+        return self._corrected(z, terms.amplitudes, terms.shape, code, known.code, known.below, number, self._user)
 
     def _in_python(
         self, grad: Tensor, z: Tensor, amplitudes: Tensor, shape: Tensor, code: int, number: int, *needed: bool
