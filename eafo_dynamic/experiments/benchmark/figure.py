@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 __all__ = ["draw"]
 
@@ -63,6 +64,7 @@ def _bars(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    _write_out(axes.xaxis)
     axes.set_xlabel("ratio; black ticks are targets, thin lines the middle half of the pairs")
 
 
@@ -70,5 +72,14 @@ def _line(axes: Axes, over: str, rows: Sequence[dict[str, Any]]) -> None:
     axes.plot([row["at"] for row in rows], [row["value"] for row in rows], marker="o")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    _write_out(axes.yaxis)
     axes.set_xlabel(over)
     axes.set_ylabel("us per site and step")
+
+
+def _write_out(axis: Axis) -> None:
+    """Ticks of a logarithmic axis without powers of ten."""
+    from matplotlib.ticker import FormatStrFormatter
+
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_formatter(FormatStrFormatter("%g"))
