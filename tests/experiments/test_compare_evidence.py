@@ -198,5 +198,9 @@ def test_included_questions_name_arms_of_the_evidence() -> None:
     known = {"reference", "best"}
     for path in (ROOT / "configs" / "arms").glob("evidence_*.yaml"):
         known |= set(yaml.safe_load(path.read_text()))
+    for path in (ROOT / "configs").glob("evidence_*.yaml"):
+        arms = yaml.safe_load(path.read_text())["arms"]
+        if isinstance(arms, dict):  # of this plan alone
+            known |= set(arms)
     for question in read_questions(ROOT / "configs" / "arms" / "questions.yaml"):
         assert {question.arm, question.against} <= known
