@@ -297,6 +297,18 @@ def test_a_compiler_that_fails_is_asked_once(tmp_path: Path) -> None:
     assert (tmp_path / "calls").read_text() == "asked\n"
 
 
+def test_without_a_shell_the_node_in_python_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "c++"
+    compiler.touch(0o700)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv(SWITCH, "1")
+    monkeypatch.setenv("CXX", str(compiler))
+    kernel = native_kernel()
+    assert kernel is not None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert node_of.__wrapped__(kernel, fused._gradients_of) is None
+
+
 def test_the_switch_keeps_it_from_being_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(SWITCH, "0")

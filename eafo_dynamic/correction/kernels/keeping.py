@@ -124,13 +124,24 @@ def main(path: Path, command: list[str]) -> None:
             made = Path(folder, path.name)
             words = [word.replace("{made}", str(made)) for word in command]
             environment = {**os.environ, "TMPDIR": folder, "LC_ALL": "C"}
-            done = subprocess.run(
-                words, env=environment, timeout=_PATIENCE, capture_output=True, text=True, errors="replace"
-            )
-            if done.returncode == 0:
+            problem = ""
+            try:
+                subprocess.run(
+                    words,
+                    env=environment,
+                    timeout=_PATIENCE,
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                )
                 keep(made, path)
-            else:
-                path.with_suffix(".failed").write_text(done.stderr[-10_000:] or f"exit status {done.returncode}\n")
+            except subprocess.CalledProcessError as error:
+                problem = error.stderr[-10_000:] or f"{error}\n"
+            except (subprocess.TimeoutExpired, OSError) as error:
+                problem = f"{error}\n"
+            if problem:
+                path.with_suffix(".failed").write_text(problem)
 
 
 if __name__ == "__main__":

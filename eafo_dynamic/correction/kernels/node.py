@@ -255,4 +255,7 @@ def _build_in_background(path: Path) -> None:
     words = [sys.executable, "-I", "-S", keeping.__file__, str(path), *_command()]
     # the shell ends at once, so that nobody has to wait for what it has started
     starts = ["sh", "-c", '"$@" </dev/null >/dev/null 2>&1 &', "sh", *words]
-    subprocess.run(starts, check=False, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        subprocess.run(starts, check=False, stdin=subprocess.DEVNULL, start_new_session=True)
+    except OSError as error:  # no shell, no memory: nothing is lost
+        _LOG.info("EAFO: the node in C++ cannot be built, the one in Python serves: %s", error)
