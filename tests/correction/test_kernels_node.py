@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eafo_dynamic.correction.kernels import Terms, fused, node
+from eafo_dynamic.correction.kernels.keeping import is_intact
 from eafo_dynamic.correction.kernels.known import INSIDE, NOTHING, Known
 from eafo_dynamic.correction.kernels.native import LARGEST_SINGLE, NativeKernel, native_kernel
 from eafo_dynamic.correction.kernels.node import SWITCH, Node, build_node, kept_node, node_of
@@ -273,22 +274,35 @@ def waits_for(condition: Callable[[], bool]) -> bool:
     return False
 
 
-def test_it_is_built_in_the_background_and_used_by_the_next_process(built: Path, tmp_path: Path) -> None:
-    compiler = tmp_path / "c++"
-    compiler.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ncp {built} "$2"\n')
+def with_compiler(folder: Path, script: str) -> dict[str, str]:
+    """The environment of a machine that has built nothing, with a shell script for a compiler."""
+    compiler = folder / "c++"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o700)
-    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": str(compiler)}
+    return {"XDG_CACHE_HOME": str(folder / "cache"), "CXX": str(compiler)}
+
+
+def test_it_is_built_in_the_background_and_used_by_the_next_process(built: Path, tmp_path: Path) -> None:
+    environment = with_compiler(tmp_path, f'while [ "$1" != -o ]; do shift; done\ncp {built} "$2"')
     assert not uses_the_node(environment)
     assert waits_for(lambda: any((tmp_path / "cache").rglob("node-*.sha256")))
     assert uses_the_node(environment)
     assert not uses_the_node({**environment, SWITCH: "0"})
 
 
+def test_one_that_was_damaged_is_built_anew(built: Path, tmp_path: Path) -> None:
+    environment = with_compiler(tmp_path, f'while [ "$1" != -o ]; do shift; done\ncp {built} "$2"')
+    assert not uses_the_node(environment)
+    assert waits_for(lambda: any((tmp_path / "cache").rglob("node-*.sha256")))
+    (kept,) = (tmp_path / "cache").rglob("node-*.so")
+    kept.write_bytes(built.read_bytes()[:-1])
+    assert not uses_the_node(environment)
+    assert waits_for(lambda: is_intact(kept))
+    assert uses_the_node(environment)
+
+
 def test_a_compiler_that_fails_is_asked_once(tmp_path: Path) -> None:
-    compiler = tmp_path / "c++"
-    compiler.write_text(f'#!/bin/sh\necho asked >> {tmp_path}/calls\necho "no such header" >&2\nexit 1\n')
-    compiler.chmod(0o700)
-    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": str(compiler)}
+    environment = with_compiler(tmp_path, f'echo asked >> {tmp_path}/calls\necho "no such header" >&2\nexit 1')
     assert not uses_the_node(environment)
     assert waits_for(lambda: any((tmp_path / "cache").rglob("node-*.failed")))
     assert not uses_the_node(environment)

@@ -157,7 +157,7 @@ def node_of(kernel: NativeKernel, gradients: Gradients) -> Node | None:
     if path is None:
         return None
     node = kept_node(path, kernel, gradients)
-    if node is None and not (path.exists() or _failure(path).exists()):
+    if node is None and not (keeping.is_intact(path) or _failure(path).exists()):
         _build_in_background(path)
     return node
 
