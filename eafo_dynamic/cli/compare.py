@@ -138,11 +138,21 @@ def _cells(plan: Plan, args: argparse.Namespace) -> list[Any]:
     return cells(plan, args.arms, seeds)
 
 
+def _restore(plan: Plan) -> None:
+    """Brings cells back from the plan's store, and says how many of them do not fit the plan."""
+    from eafo_dynamic.experiments.compare.cell import restore
+
+    refused = restore(plan).refused
+    if refused:
+        problem = f"{refused} cells were made with other settings, or by a version with other options"
+        print(f"{plan.store}: {problem}; they are left out", file=sys.stderr)
+
+
 def _list(plans: list[Plan], args: argparse.Namespace) -> None:
-    from eafo_dynamic.experiments.compare.cell import finished, restore
+    from eafo_dynamic.experiments.compare.cell import finished
 
     for path, plan in zip(args.config, plans, strict=True):
-        restore(plan)
+        _restore(plan)
         for arm, seed in _cells(plan, args):
             if not finished(plan, arm, seed):
                 words = ["--config", path, "--arms", arm.name, "--seeds", str(seed), "--out", str(plan.directory)]
@@ -164,7 +174,7 @@ def _check(plans: list[Plan]) -> int:
 
 
 def _train(plan: Plan, args: argparse.Namespace) -> int:
-    from eafo_dynamic.experiments.compare.cell import check, finished, restore
+    from eafo_dynamic.experiments.compare.cell import check, finished
     from eafo_dynamic.experiments.compare.runner import run
     from eafo_dynamic.experiments.compare.tuning import untuned
 
@@ -173,7 +183,7 @@ def _train(plan: Plan, args: argparse.Namespace) -> int:
     if without_choice:
         mend = "Run the same command with --tune first."
         raise ConfigError("tune", without_choice, "no learning rate has been chosen for these arms", mend)
-    restore(plan)
+    _restore(plan)
     if all(finished(plan, arm, seed) for arm, seed in chosen):
         return 0
     check(plan)
@@ -204,13 +214,12 @@ def _report(plan: Plan, failures: Sequence[Failure]) -> int:
 
 
 def _page(plans: list[Plan], args: argparse.Namespace) -> None:
-    from eafo_dynamic.experiments.compare.cell import restore
     from eafo_dynamic.experiments.compare.evaluation import Evaluation
     from eafo_dynamic.experiments.compare.evidence import read_questions, write_page
 
     questions = read_questions(Path(args.questions)) if args.questions else []
     for plan in plans:
-        restore(plan)
+        _restore(plan)
     evaluations = [Evaluation(plan) for plan in plans]
     files = write_page(
         [each for each in evaluations if not each.plan.name.endswith("_early")],
@@ -225,12 +234,11 @@ def _page(plans: list[Plan], args: argparse.Namespace) -> None:
 
 
 def _show(plans: list[Plan], fmt: str) -> None:
-    from eafo_dynamic.experiments.compare.cell import restore
     from eafo_dynamic.experiments.compare.evaluation import evaluate, write
     from eafo_dynamic.experiments.compare.tables import rich_table
 
     for plan in plans:
-        restore(plan)
+        _restore(plan)
     evaluations, tables = evaluate(plans)
     files = [path for evaluation in evaluations for path in write(evaluation)]
     if fmt != "table":

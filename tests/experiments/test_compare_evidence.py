@@ -18,6 +18,7 @@ from eafo_dynamic.errors import ConfigError, LogError
 from eafo_dynamic.experiments.compare import figures
 from eafo_dynamic.experiments.compare.evaluation import Evaluation
 from eafo_dynamic.experiments.compare.evidence import (
+    Near,
     Question,
     arms_table,
     near_best,
@@ -91,11 +92,13 @@ def test_near_best_by_hand() -> None:
         "c": {seed: 1.5 + seed + 0.01 * seed for seed in range(6)},
         "diverged": {**dict.fromkeys(range(5), 0.0), 5: math.nan},
     }
-    near = near_best(table, higher_is_better=False)
+    table["of one seed"] = {0: -9.0}
+    near = near_best(table, range(6), higher_is_better=False)
     assert (near.best, near.within) == ("a", ("b",))
-    assert near_best(table, higher_is_better=True).best == "c"
-    with pytest.raises(ConfigError, match="no seed is finished by all arms"):
-        near_best({"a": {0: 1.0}, "b": {1: 1.0}}, higher_is_better=False)
+    assert near_best(table, range(6), higher_is_better=True).best == "c"
+    assert near_best(table, [0], higher_is_better=False) == Near("of one seed", ()), "no interval from one seed"
+    with pytest.raises(ConfigError, match="no arm has finished all seeds of the plan"):
+        near_best({"a": {0: 1.0}, "b": {1: 1.0}}, [0, 1], higher_is_better=False)
 
 
 def test_table_marks_the_best_and_what_is_within_noise(evaluations: list[Evaluation]) -> None:
@@ -122,6 +125,43 @@ def test_questions_are_answered_task_by_task(evaluations: list[Evaluation]) -> N
     assert {pair.reference for pair in reference.values()} == {"relu"}
 
 
+def test_a_question_is_about_the_plans_seeds_and_sees_divergence(tmp_path: Path) -> None:
+    write_plan(tmp_path, "one")
+    write_cells(tmp_path, "one", EFFECTS["one"])
+    for arm in ("relu", "default"):
+        write_cell(tmp_path / "out" / "one", result(arm, 99, {"test_loss": 50.0}, task="one"))
+    question = Question("?", "default", "relu")
+    (pair,) = question_pairs(question, [Evaluation(read_plan(tmp_path / "one.yaml"))]).values()
+    assert (len(pair.seeds), pair.verdict) == (8, "better")
+    torn = tmp_path / "out" / "one" / "cells" / "default" / "seed-3" / "result.json"
+    torn.unlink()
+    torn.parent.rmdir()
+    write_cell(tmp_path / "out" / "one", result("default", 3, {"test_loss": math.nan}, task="one"))
+    (pair,) = question_pairs(question, [Evaluation(read_plan(tmp_path / "one.yaml"))]).values()
+    assert (len(pair.seeds), pair.verdict) == (7, "diverged")
+
+
+def test_a_correction_is_held_against_the_base_it_sits_on(tmp_path: Path) -> None:
+    arms = {**ARMS, "best base default": {"activation": "elu", "eafo": {}}}
+    write_plan(tmp_path, "one", arms)
+    write_cells(tmp_path, "one", {**EFFECTS["one"], "relu": -0.5, "best base default": -0.3})
+    one = Evaluation(read_plan(tmp_path / "one.yaml"))
+    best = question_pairs(Question("?", "best base default", "best"), [one])["one"]
+    assert (best.reference, best.verdict) == ("relu", "worse")
+    base = question_pairs(Question("?", "best base default", "base"), [one])["one"]
+    assert (base.reference, base.verdict) == ("elu", "better")
+    assert question_pairs(Question("?", "default", "base"), [one])["one"].reference == "relu"
+    without = {"relu": {}, "prelu default": {"activation": "prelu", "eafo": {}}}
+    write_plan(tmp_path, "two", without)
+    write_cells(tmp_path, "two", {"relu": 0.0, "prelu default": -0.1})
+    two = Evaluation(read_plan(tmp_path / "two.yaml"))
+    assert question_pairs(Question("?", "prelu default", "base"), [two]) == {}, "no plain arm has PReLU"
+
+
+def test_cells_that_do_not_fit_the_plan_are_named(evaluations: list[Evaluation]) -> None:
+    assert "default, seed 0, 1, 2, 3, 4, 5, 6, 7: made with other settings" in " ".join(evaluations[0].doubts)
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_early_entropies_that_order_as_the_end_does_correlate(tmp_path: Path, sign: float) -> None:
     write_plan(tmp_path, "one")
@@ -129,15 +169,19 @@ def test_early_entropies_that_order_as_the_end_does_correlate(tmp_path: Path, si
     observed = {
         name: {**ARMS[name], "eafo": {"policy": "frozen", "eps_init": 0.0}} for name in ("relu", "elu", "prelu")
     }
+    observed["default"] = {"activation": "gelu", "eafo": {"policy": "frozen", "eps_init": 0.0}}
     write_plan(tmp_path, "one_early", observed)
-    for arm, entropy in {"relu": 1.3, "prelu": 1.2, "elu": 1.1}.items():
-        write_cells(tmp_path, "one_early", {arm: 0.0}, entropy_first=0.0, entropy_last=sign * entropy)
+    for arm, entropy in {"relu": 1.3, "prelu": 1.2, "elu": 1.1, "default": 1.0}.items():
+        write_cells(tmp_path, "one_early", {arm: entropy}, entropy_first=0.0, entropy_last=sign * entropy, steps=20)
     early = Evaluation(read_plan(tmp_path / "one_early.yaml"))
     final = [Evaluation(read_plan(tmp_path / "one.yaml"))]
     (found,) = predictions([early], final)
-    assert (found.task, found.arms, found.correlation) == ("one", 3, pytest.approx(sign))
+    assert (found.task, found.arms, found.correlation) == ("one", 4, pytest.approx(sign))
+    assert found.share == pytest.approx(0.2)
+    assert found.without_one == (pytest.approx(sign), pytest.approx(sign))
+    assert found.of_metric == pytest.approx(1.0)
     page, *_ = write_page(final, [], tmp_path / "page.md", early=[early])
-    assert f"Mean rank correlation {sign:+.2f}, tasks: 1;" in page.read_text(), "one task has no interval"
+    assert f"early entropy and final metric {sign:+.2f}, tasks: 1;" in page.read_text(), "one task has no interval"
 
 
 def test_figure_over_tasks_shows_every_arm_asked_for(evaluations: list[Evaluation]) -> None:
@@ -195,7 +239,7 @@ def test_bad_questions_are_named(tmp_path: Path, text: str) -> None:
 
 
 def test_included_questions_name_arms_of_the_evidence() -> None:
-    known = {"reference", "best"}
+    known = {"reference", "best", "base"}
     for path in (ROOT / "configs" / "arms").glob("evidence_*.yaml"):
         known |= set(yaml.safe_load(path.read_text()))
     for path in (ROOT / "configs").glob("evidence_*.yaml"):

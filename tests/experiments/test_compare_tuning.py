@@ -121,7 +121,7 @@ def test_best_base_waits_for_the_plain_arms(tmp_path: Path) -> None:
 def test_an_arm_with_a_choice_is_not_tried_again(tuned: Plan) -> None:
     assert tuned.tuning is not None
     before = tuned.tuning.file.read_text()
-    assert untuned(tuned) == []
+    assert untuned(apply_choices(tuned)) == []
     assert tune(tuned, ["relu"], jobs=1) == []
     assert tuned.tuning.file.read_text() == before
 
@@ -133,8 +133,8 @@ def test_finished_cells_come_back_from_the_store(tuned: Plan) -> None:
     assert before["relu"]["curve"]["step"] == [3, 6, 9]
     assert before["relu"]["curve"]["val_loss"][-1] == before["relu"]["metrics"]["val_loss"]
     shutil.rmtree(plan.directory / "cells")
-    assert restore(plan) == 2
-    assert restore(plan) == 0
+    assert restore(plan) == (2, 0)
+    assert restore(plan) == (0, 0)
     assert finished(plan, plan.arm("relu"), 0)
     back = read_cell(result_path(plan, plan.arm("learned"), 0))
     tested = {name: value for name, value in before["learned"]["metrics"].items() if not name.startswith("train_")}
@@ -147,7 +147,41 @@ def test_finished_cells_come_back_from_the_store(tuned: Plan) -> None:
 def test_cells_of_other_settings_stay_in_the_store(tuned: Plan) -> None:
     other = plan_of(tuned.directory.parent, settings={"trainer.max_epochs": 4}, directory="elsewhere")
     assert tuned.store is not None and tuned.store.exists()
-    assert restore(apply_choices(other)) == 0
+    assert restore(other) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": {"trainer.max_epochs": 4}},
+        {"tune": {**TUNE, "rates": [0.002, 1.0], "own": {"rates": [2.0], "multiples": [0.001, 3.0]}}},
+        {"arms": {**SMALL["arms"], "relu": {"activation": "elu"}}},
+    ],
+    ids=["task", "grid", "arm"],
+)
+def test_a_choice_made_with_other_settings_is_refused(tuned: Plan, change: dict[str, Any]) -> None:
+    other = plan_of(tuned.directory.parent, **change)
+    with pytest.raises(ConfigError, match=r"'relu' was tuned with another task, arm or grid .* Delete its entry"):
+        apply_choices(other)
+
+
+def test_two_plans_share_the_choices_of_one(tuned: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tuned.directory.parent
+    write_plan(folder)
+    longer = {**SMALL, "settings": {"trainer.max_epochs": 9}, "tune": {"of": "plan.yaml"}, "directory": "elsewhere"}
+    (folder / "longer.yaml").write_text(yaml.safe_dump(longer, sort_keys=False))
+    plan = apply_choices(read_plan(folder / "longer.yaml"))
+    assert untuned(plan) == []
+    short = apply_choices(tuned)
+    assert plan.chosen == short.chosen
+    assert [arm.settings for arm in plan.arms] == [arm.settings for arm in short.arms]
+    assert plan.arm("best base") == short.arm("best base")
+    assert main(["compare", "--config", str(folder / "longer.yaml"), "--tune"]) == 2
+    assert "another plan chooses its rates. Run --tune with" in capsys.readouterr().err
+    longer["arms"] = {**SMALL["arms"], "relu": {"activation": "elu"}}
+    (folder / "longer.yaml").write_text(yaml.safe_dump(longer, sort_keys=False))
+    with pytest.raises(ConfigError, match=r"tune.of=.*has no such arm 'relu'"):
+        apply_choices(read_plan(folder / "longer.yaml"))
 
 
 def test_arms_without_a_choice_are_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Generator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -25,7 +25,19 @@ from eafo_dynamic.experiments.compare.plan import Arm, Plan, validation_twin
 from eafo_dynamic.experiments.compare.store import append, read_store
 from eafo_dynamic.internals.version import package_versions
 
-__all__ = ["SCHEMA", "check", "check_metrics", "finished", "pretrain", "quiet", "restore", "result_path", "run_cell"]
+__all__ = [
+    "SCHEMA",
+    "Restored",
+    "check",
+    "check_metrics",
+    "expected_fingerprint",
+    "finished",
+    "pretrain",
+    "quiet",
+    "restore",
+    "result_path",
+    "run_cell",
+]
 
 SCHEMA = 1
 _TALKATIVE = (
@@ -78,6 +90,20 @@ def _callback_defaults() -> dict[str, Any]:
     return {name: each.default for name, each in inspect.signature(EAFOCallback).parameters.items()}
 
 
+def expected_fingerprint(plan: Plan, arm: Arm, seed: int) -> str:
+    """What the fingerprint of a cell is if it is trained now.
+
+    Args:
+        plan: the plan.
+        arm: one of its arms.
+        seed: one of its seeds.
+
+    Returns:
+        See `compose.fingerprint`.
+    """
+    return _config_and_fingerprint(plan, arm, seed)[1]
+
+
 def finished(plan: Plan, arm: Arm, seed: int) -> bool:
     """Whether a cell has its result.
 
@@ -99,8 +125,7 @@ def finished(plan: Plan, arm: Arm, seed: int) -> bool:
         kept = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise ConfigError("--config", str(path), "is damaged", "Delete the file; its cell is then run again.") from None
-    _, expected = _config_and_fingerprint(plan, arm, seed)
-    if kept != expected:
+    if kept != expected_fingerprint(plan, arm, seed):
         raise ConfigError(
             "--config",
             plan.name,
@@ -154,18 +179,31 @@ def run_cell(plan: Plan, arm: Arm, seed: int) -> Path:
     return path
 
 
-def restore(plan: Plan) -> int:
+class Restored(NamedTuple):
+    """What a store had.
+
+    Attributes:
+        cells: cells that were brought back.
+        refused: cells that have lines there, none of which was made with the plan's settings.
+    """
+
+    cells: int
+    refused: int
+
+
+def restore(plan: Plan) -> Restored:
     """Brings finished cells back from the plan's store, where they were made with the plan's settings.
 
     Args:
         plan: the plan.
 
     Returns:
-        The number of cells that had no result in the plan's folder.
+        How many, of the cells that had no result in the plan's folder.
     """
     if plan.store is None:
-        return 0
+        return Restored(0, 0)
     restored = 0
+    refused: set[Path] = set()
     arms = {arm.name: arm for arm in plan.arms}
     for result in read_store(plan.store):
         arm = arms.get(result["arm"])
@@ -174,13 +212,14 @@ def restore(plan: Plan) -> int:
         path = result_path(plan, arm, result["seed"])
         if path.exists():
             continue
-        _, expected = _config_and_fingerprint(plan, arm, result["seed"])
-        if result["fingerprint"] == expected:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            whole = {"schema": SCHEMA, "task": plan.title, **result}
-            _write(path, json.dumps(whole, indent=1) + "\n")
-            restored += 1
-    return restored
+        if result["fingerprint"] != expected_fingerprint(plan, arm, result["seed"]):
+            refused.add(path)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = {"schema": SCHEMA, "task": plan.title, **result}
+        _write(path, json.dumps(whole, indent=1) + "\n")
+        restored += 1
+    return Restored(restored, sum(not path.exists() for path in refused))
 
 
 @interruptible()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.experiments.compare.across import summarise
+from eafo_dynamic.experiments.compare.cell import expected_fingerprint
 from eafo_dynamic.experiments.compare.paired import Paired, compare
 from eafo_dynamic.experiments.compare.plan import Plan
 from eafo_dynamic.experiments.compare.results import Cell, read_cells, step_times, unpaired, values, write_csv
@@ -35,7 +36,8 @@ class Evaluation:
         plan: the plan.
         cells: the finished cells.
         pairs: by metric, every arm compared with its reference; the plan's own metric is the first.
-        doubts: what makes a pair unfair: cells that did not start as their reference did.
+        doubts: what makes a pair unfair: cells that did not start as their reference did, or that were not trained as
+            the plan says now.
 
     Raises:
         ConfigError: if no cell has logged the plan's metric.
@@ -44,7 +46,7 @@ class Evaluation:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.cells: list[Cell] = read_cells(plan.directory, [arm.name for arm in plan.arms])
-        self.doubts = unpaired(self.cells, plan.reference)
+        self.doubts = unpaired(self.cells, plan.reference) + _made_otherwise(plan, self.cells)
         times = step_times(self.cells)
         against = {arm.name: arm.against for arm in plan.arms if arm.against is not None}
         logged = dict.fromkeys(name for cell in self.cells for name in cell.metrics)
@@ -104,6 +106,18 @@ class Evaluation:
             drawn["entropy"] = figures.entropy_trajectories(self.cells, dark=dark)
             drawn["entropy_change"] = figures.entropy_change(self.cells, dark=dark)
         return drawn
+
+
+def _made_otherwise(plan: Plan, cells: Sequence[Cell]) -> list[str]:
+    """One line for each arm with cells that were trained with other settings than the plan has now."""
+    seeds: dict[str, list[int]] = {}
+    for cell in cells:
+        if cell.fingerprint != expected_fingerprint(plan, plan.arm(cell.arm), cell.seed):
+            seeds.setdefault(cell.arm, []).append(cell.seed)
+    return [
+        f"{arm}, seed {', '.join(map(str, of_arm))}: made with other settings, or by a version with other options"
+        for arm, of_arm in seeds.items()
+    ]
 
 
 def evaluate(plans: Sequence[Plan]) -> tuple[list[Evaluation], Tables]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.experiments.compare.evaluation import Evaluation
-from eafo_dynamic.experiments.compare.paired import ALPHA, Paired, compare, holm, interval, is_higher_better, sign_flip
-from eafo_dynamic.experiments.compare.plan import read_yaml
+from eafo_dynamic.experiments.compare.paired import Paired, compare, corrected, interval, is_higher_better, sign_flip
+from eafo_dynamic.experiments.compare.plan import Choice, Plan, read_yaml
 from eafo_dynamic.experiments.compare.results import values
-from eafo_dynamic.experiments.compare.tables import markdown, notes, rows
+from eafo_dynamic.experiments.compare.tables import markdown, notes, p_text, rows
+from eafo_dynamic.experiments.compare.tuning import is_plain
 
 __all__ = [
     "Prediction",
@@ -38,8 +39,9 @@ class Question:
     Attributes:
         text: as the page asks it.
         arm: name of an arm.
-        against: name of another; "reference" for the plan's, "best" for the best arm without corrections and without
-            parameters of its own.
+        against: name of another; "reference" for the plan's; "best" for the arm with the best mean of those without
+            corrections and without parameters of its own; "base" for the one of these that has the activation of
+            `arm`.
     """
 
     text: str
@@ -62,18 +64,24 @@ class Near:
 
 @dataclass(frozen=True)
 class Prediction:
-    """How well entropies that were measured early order the arms of a task as their final metric does.
+    """How well what is measured early orders the arms of a task as their final metric does.
 
     Attributes:
         task: its title.
         arms: number of arms.
+        share: steps of the early training, over those of the final one.
         correlation: Spearman's rank correlation of early entropy and final metric; above 0 where a lower entropy goes
             with a better end.
+        without_one: lowest and highest of the correlations that are left when one arm is taken out.
+        of_metric: the same correlation for the early value of the metric itself.
     """
 
     task: str
     arms: int
+    share: float
     correlation: float
+    without_one: tuple[float, float]
+    of_metric: float
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -100,32 +108,33 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def near_best(table: _Table, higher_is_better: bool) -> Near:
+def near_best(table: _Table, seeds: Sequence[int], higher_is_better: bool) -> Near:
     """The best arm by its mean, and those within noise of it: the interval of the paired difference holds 0.
 
     Args:
-        table: `{arm: {seed: value}}`; arms with a value that is not finite are left out.
+        table: `{arm: {seed: value}}`.
+        seeds: those of the plan; an arm that has not finished all of them with a finite value takes no part.
         higher_is_better: the metric's direction.
 
     Returns:
-        Both; compared over the seeds that all arms have.
+        Both.
 
     Raises:
-        ConfigError: if no seed is finished by all arms.
+        ConfigError: if no arm has finished all seeds.
     """
-    finite = {arm: by_seed for arm, by_seed in table.items() if all(map(math.isfinite, by_seed.values()))}
-    seeds: list[int] = []
-    if finite:
-        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in finite.values())))
-    if not seeds:
-        raise ConfigError("--page", list(table), "no seed is finished by all arms", "Run the missing cells.")
+    whole: dict[str, list[float]] = {}
+    for arm, by_seed in table.items():
+        found = [by_seed.get(seed, math.nan) for seed in seeds]
+        if all(map(math.isfinite, found)):
+            whole[arm] = found
+    if not whole:
+        raise ConfigError("--page", list(table), "no arm has finished all seeds of the plan", "Run the missing cells.")
     sign = 1 if higher_is_better else -1
-    means = {arm: sign * math.fsum(by_seed[seed] for seed in seeds) / len(seeds) for arm, by_seed in finite.items()}
-    best = max(means, key=lambda arm: means[arm])
+    best = max(whole, key=lambda arm: sign * math.fsum(whole[arm]))
     within: list[str] = []
-    for arm, by_seed in finite.items():
-        low, high = interval([by_seed[seed] - finite[best][seed] for seed in seeds])
-        if arm != best and not (low > 0 or high < 0):
+    for arm, found in whole.items():
+        low, high = interval([ours - theirs for ours, theirs in zip(found, whole[best], strict=True)])
+        if arm != best and low <= 0 <= high:
             within.append(arm)
     return Near(best, tuple(within))
 
@@ -143,7 +152,7 @@ def arms_table(evaluations: Sequence[Evaluation]) -> list[dict[str, str]]:
     shown: dict[str, dict[str, str]] = {arm: {"arm": arm} for arm in arms}
     for each in evaluations:
         metric = each.plan.metric
-        near = near_best(values(each.cells, metric), _direction(each))
+        near = near_best(values(each.cells, metric), each.plan.seeds, _direction(each))
         relative = {pair.arm: pair.relative for pair in each.pairs[metric]}
         relative[each.plan.reference] = 0.0
         for arm, row in shown.items():
@@ -165,20 +174,36 @@ def _direction(evaluation: Evaluation) -> bool:
     return is_higher_better(evaluation.plan.metric)
 
 
-def best_plain(evaluation: Evaluation) -> str:
-    """Name of the best arm without corrections and without parameters of its own.
+def _plain(plan: Plan) -> list[str]:
+    """Names of the arms without corrections and without parameters of its own."""
+    return [arm.name for arm in plan.arms if is_plain(arm)]
 
-    Args:
-        evaluation: of one task.
 
-    Returns:
-        The arm's name.
-    """
-    from eafo_dynamic.experiments.compare.tuning import is_plain
+def _best_plain(evaluation: Evaluation) -> str:
+    plan = evaluation.plan
+    plain = {*_plain(plan), plan.reference}
+    table = {arm: by for arm, by in values(evaluation.cells, plan.metric).items() if arm in plain}
+    return near_best(table, plan.seeds, _direction(evaluation)).best
 
-    plain = {arm.name for arm in evaluation.plan.arms if is_plain(arm)} | {evaluation.plan.reference}
-    table = {arm: by for arm, by in values(evaluation.cells, evaluation.plan.metric).items() if arm in plain}
-    return near_best(table, _direction(evaluation)).best
+
+def _plain_of(plan: Plan, name: str) -> str | None:
+    """The plain arm that has the activation of another arm; None: there is none."""
+    activation = plan.arm(name).activation
+    for plain in _plain(plan):
+        if plan.arm(plain).activation == activation:
+            return plain
+    return None
+
+
+def _opponent(question: Question, evaluation: Evaluation) -> str | None:
+    plan = evaluation.plan
+    if question.against == "best":
+        return _best_plain(evaluation)
+    if question.against == "reference":
+        return plan.reference
+    if question.against == "base":
+        return _plain_of(plan, question.arm)
+    return question.against
 
 
 def question_pairs(question: Question, evaluations: Sequence[Evaluation]) -> dict[str, Paired]:
@@ -194,28 +219,16 @@ def question_pairs(question: Question, evaluations: Sequence[Evaluation]) -> dic
     found: dict[str, Paired] = {}
     for each in evaluations:
         table = values(each.cells, each.plan.metric)
-        against = question.against
-        if against == "best":
-            against = best_plain(each)
-        elif against == "reference":
-            against = each.plan.reference
-        if question.arm not in table or against not in table or question.arm == against:
+        if question.arm not in table:
+            continue
+        against = _opponent(question, each)
+        if against is None or against not in table or question.arm == against:
             continue
         both = {name: table[name] for name in (against, question.arm)}
-        (pair,) = compare(both, against, each.plan.metric, higher_is_better=_direction(each))
+        (pair,) = compare(both, against, each.plan.metric, higher_is_better=_direction(each), seeds=each.plan.seeds)
         if len(pair.seeds) > 1:
             found[each.plan.title] = pair
-    corrected = holm([pair.p for pair in found.values()])
-    return {title: _corrected(pair, p) for (title, pair), p in zip(found.items(), corrected, strict=True)}
-
-
-def _corrected(pair: Paired, p: float) -> Paired:
-    from dataclasses import replace
-
-    verdict = "no difference found"
-    if p < ALPHA and pair.low * pair.high > 0:
-        verdict = "better" if pair.sign * pair.difference > 0 else "worse"
-    return replace(pair, p_corrected=p, verdict=verdict)
+    return dict(zip(found, corrected(list(found.values())), strict=True))
 
 
 def question_rows(pairs: Mapping[str, Paired]) -> list[dict[str, str]]:
@@ -243,7 +256,7 @@ def question_rows(pairs: Mapping[str, Paired]) -> list[dict[str, str]]:
                 "seeds": str(len(pair.seeds)),
                 "relative [%]": relative,
                 "w/t/l": f"{pair.wins}/{pair.ties}/{pair.losses}",
-                "p": f"{pair.p_corrected:.3f}",
+                "p": p_text(pair.p_corrected),
                 "verdict": verdict,
             }
         )
@@ -268,7 +281,7 @@ def sentence(pairs: Mapping[str, Paired]) -> str:
     text = f"Better in {better} of {len(pairs)} tasks, worse in {worse}; mean gain {mean:+.1f} %"
     if math.isnan(low):
         return f"{text}."
-    return f"{text} [{low:+.1f}, {high:+.1f}] over the tasks (p {p:.3f})."
+    return f"{text} [{low:+.1f}, {high:+.1f}] over the tasks (p {p_text(p)})."
 
 
 def predictions(early: Sequence[Evaluation], final: Sequence[Evaluation]) -> list[Prediction]:
@@ -284,7 +297,6 @@ def predictions(early: Sequence[Evaluation], final: Sequence[Evaluation]) -> lis
     Returns:
         One for each pair with at least three arms.
     """
-    stats = importlib.import_module("scipy.stats")
     by_name = {each.plan.name: each for each in final}
     found: list[Prediction] = []
     for each in early:
@@ -296,32 +308,106 @@ def predictions(early: Sequence[Evaluation], final: Sequence[Evaluation]) -> lis
             if cell.entropy_last is not None:
                 entropies.setdefault(cell.arm, []).append(cell.entropy_last)
         ends = values(other.cells, other.plan.metric)
+        starts = values(each.cells, other.plan.metric)
         arms = [arm for arm in entropies if arm in ends]
-        if len(arms) < 3:
+        if len(arms) < 4:
             continue
         sign = -1 if _direction(other) else 1
-        early_means = [math.fsum(entropies[arm]) / len(entropies[arm]) for arm in arms]
-        end_means = [sign * math.fsum(ends[arm].values()) / len(ends[arm]) for arm in arms]
-        correlation = float(stats.spearmanr(early_means, end_means).statistic)
-        found.append(Prediction(other.plan.title, len(arms), correlation))
+        entropy = [_mean(entropies[arm]) for arm in arms]
+        end = [sign * _mean(ends[arm].values()) for arm in arms]
+        start = [sign * _mean(starts[arm].values()) for arm in arms]
+        left = [_spearman(_without(entropy, number), _without(end, number)) for number in range(len(arms))]
+        found.append(
+            Prediction(
+                task=other.plan.title,
+                arms=len(arms),
+                share=_mean([cell.steps for cell in each.cells]) / _mean([cell.steps for cell in other.cells]),
+                correlation=_spearman(entropy, end),
+                without_one=(min(left), max(left)),
+                of_metric=_spearman(start, end),
+            )
+        )
     return found
 
 
+def _mean(numbers: Collection[float]) -> float:
+    return math.fsum(numbers) / len(numbers)
+
+
+def _without(numbers: Sequence[float], index: int) -> list[float]:
+    return [*numbers[:index], *numbers[index + 1 :]]
+
+
+def _spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    return float(importlib.import_module("scipy.stats").spearmanr(first, second).statistic)
+
+
+def _mean_with_interval(numbers: Sequence[float]) -> str:
+    low, high = interval(numbers)
+    text = f"{_mean(numbers):+.2f}"
+    if math.isnan(low):  # as with a single task
+        return text
+    return f"{text} [{low:+.2f}, {high:+.2f}]"
+
+
 def _prediction_lines(found: Sequence[Prediction]) -> list[str]:
-    correlations = [each.correlation for each in found]
-    mean = math.fsum(correlations) / len(correlations)
-    text = f"Mean rank correlation {mean:+.2f}"
-    low, high = interval(correlations)
-    if not math.isnan(low):  # as with a single task
-        text += f" [{low:+.2f}, {high:+.2f}]"
-    table = [
-        {"task": each.task, "arms": str(each.arms), "rank correlation": f"{each.correlation:+.2f}"} for each in found
-    ]
+    entropy = _mean_with_interval([each.correlation for each in found])
+    metric = _mean_with_interval([each.of_metric for each in found])
+    table: list[dict[str, str]] = []
+    for each in found:
+        lowest, highest = each.without_one
+        table.append(
+            {
+                "task": each.task,
+                "arms": str(each.arms),
+                "share of training": f"{100 * each.share:.0f} %",
+                "entropy": f"{each.correlation:+.2f}",
+                "without one arm": f"{lowest:+.2f} to {highest:+.2f}",
+                "early metric": f"{each.of_metric:+.2f}",
+            }
+        )
     return [
         "### Does entropy, measured early, predict the final order of activations?",
-        f"{text}, tasks: {len(found)}; +1: the lower the entropy, the better the end.",
+        f"Mean rank correlation of early entropy and final metric {entropy}, tasks: {len(found)}; +1: the lower the "
+        f"entropy, the better the end. For the metric itself, measured as early: {metric}. Early is a short training "
+        "of its own, at the task's rate.",
         markdown(table).rstrip(),
     ]
+
+
+def _tuning_lines(plan: Plan) -> list[str]:
+    """How the rates were chosen, and what was not settled by it."""
+    if plan.tuning is None:
+        return ["Learning rates: the task's for every arm."]
+    seeds = ", ".join(map(str, plan.tuning.seeds))
+    lines = [f"Learning rates: {plan.tuning.file.name}, as many trainings for every arm, on seeds {seeds}."]
+    unfinished = [arm.name for arm in plan.arms if arm.name not in plan.chosen]
+    if unfinished:
+        lines.append(f"Not tuned, and so not trained: {', '.join(unfinished)}.")
+    edge = [arm.name for arm in plan.arms if arm.name in plan.chosen and plan.chosen[arm.name].at_the_edge]
+    if edge:
+        lines.append(f"Chosen at the edge of what was tried, so that a better rate may lie beyond: {', '.join(edge)}.")
+    return lines
+
+
+def _with_rates(table: Sequence[Mapping[str, str]], plan: Plan) -> list[dict[str, str]]:
+    """The rows of a table, in the order of the plan's arms, with the rates that were chosen."""
+    if not plan.chosen:
+        return [dict(row) for row in table]
+    names = {arm.name: arm.name for arm in plan.arms} | {f"{plan.reference} (reference)": plan.reference}
+    with_rates: list[dict[str, str]] = []
+    for row in table:
+        choice = plan.chosen.get(names.get(row["arm"], ""))
+        with_rates.append({"arm": row["arm"], "rate": _rate(choice), **row})
+    return with_rates
+
+
+def _rate(choice: Choice | None) -> str:
+    if choice is None:
+        return "-"
+    if choice.multiple is None:
+        return f"{choice.rate:g}"
+    return f"{choice.rate:g} x {choice.multiple:g}"
 
 
 def write_page(
@@ -354,8 +440,10 @@ def write_page(
     written: list[Path] = []
     parts = [
         "# Activations compared",
-        "Relative difference of the test metric from each task's plain activation [%]. **Bold**: the best arm of a "
-        "task. *Italic*: within noise of it, the 95 % interval of the paired difference holds 0.",
+        "Relative difference of the test metric from each task's plain activation [%]. **Bold**: the arm with the best "
+        "mean of the test metric, which flatters it. *Italic*: within noise of it, the 95 % interval of the paired "
+        "difference, not corrected for the number of arms, holds 0. Below 0 is better for a loss. Intervals in percent "
+        "take the mean of the plain activation as known.",
         markdown(arms_table(evaluations)).rstrip(),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -363,7 +451,7 @@ def write_page(
     over_tasks(pairs_by_task, forest_arms).savefig(picture, dpi=80)
     written.append(picture)
     parts.append(f"![Relative differences over tasks]({picture.name})")
-    parts.append("## Questions")
+    parts += ["## Questions", "p is corrected for the number of tasks of a question, not for the number of questions."]
     for question in questions:
         pairs = question_pairs(question, evaluations)
         if pairs:
@@ -384,14 +472,9 @@ def write_page(
             ["eafo-dynamic", "compare", "--config", (configs or {}).get(each.plan.name, each.plan.name)]
         )
         parts += [f"### {each.plan.title}", f"`{command} --jobs 2`"]
-        if each.plan.tuning is not None:
-            file = each.plan.tuning.file.name
-            parts.append(
-                f"Learning rates: {file}, the same number of trainings for every arm, on seeds "
-                f"{', '.join(map(str, each.plan.tuning.seeds))}."
-            )
+        parts += _tuning_lines(each.plan)
         if pairs:
-            parts += [markdown(rows(pairs)).rstrip(), *notes(pairs, each.doubts)]
+            parts += [markdown(_with_rates(rows(pairs), each.plan)).rstrip(), *notes(pairs, each.doubts)]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return [out, *written]

@@ -18,6 +18,7 @@ __all__ = [
     "ALPHA",
     "Paired",
     "compare",
+    "corrected",
     "holm",
     "interval",
     "is_higher_better",
@@ -61,7 +62,8 @@ class Paired:
         low: lower end of the 95 % interval of `difference`, see `interval`.
         high: upper end of that interval.
         p: two-sided p-value of the paired sign-flip test, see `sign_flip`; NaN with fewer than two pairs.
-        p_corrected: `p`, corrected by Holm's method for the number of arms that are compared together.
+        p_corrected: `p`, corrected by Holm's method for the number of pairs that are read together: the arms of a
+            table, or the tasks of a question.
         test: name of the test that `p` comes from.
         wins: seeds in which the arm is better.
         ties: seeds in which both are equal.
@@ -173,8 +175,20 @@ def compare(
         _pair(arm, name, metric, higher_is_better, values, planned, _time_ratios(step_ms or {}, arm, name))
         for arm, name in references.items()
     ]
-    corrected = holm([pair.p for pair in pairs])
-    pairs = [replace(pair, p_corrected=p) for pair, p in zip(pairs, corrected, strict=True)]
+    return corrected(pairs)
+
+
+def corrected(pairs: Sequence[Paired]) -> list[Paired]:
+    """Corrects the p-values of pairs that are read together, by Holm's method, and gives the verdicts.
+
+    Args:
+        pairs: of one table.
+
+    Returns:
+        The pairs, in the same order.
+    """
+    p_values = holm([pair.p for pair in pairs])
+    pairs = [replace(pair, p_corrected=p) for pair, p in zip(pairs, p_values, strict=True)]
     return [replace(pair, verdict=_verdict(pair)) for pair in pairs]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +17,11 @@ from eafo_dynamic.internals.checks import at_least
 __all__ = [
     "SEED_KEYS",
     "Arm",
+    "Choice",
     "Plan",
     "Tuning",
     "check_seed",
+    "content",
     "read_plan",
     "read_yaml",
     "validation_twin",
@@ -48,6 +50,7 @@ _PLAN_KEYS = (
     "store",
 )
 _TUNE_KEYS = ("seeds", "rates", "own", "file", "metric")
+_TUNED_ELSEWHERE = ("of",)
 _OWN_KEYS = ("rates", "multiples")
 _ARM_KEYS = ("activation", "eafo", "set", "against")
 SEED_KEYS = ("seed_everything", "data.init_args.seed", "data.init_args.split_seed")
@@ -92,6 +95,7 @@ class Tuning:
         multiples: learning rates of these parameters, in units of the model's; each is tried with each of `own_rates`.
         metric: logged in validation; the setting whose mean is best is chosen.
         file: where the choice is written, with everything that was tried.
+        of: the plan whose tuning this is, where several plans share one; None: this plan's own.
     """
 
     seeds: tuple[int, ...]
@@ -100,6 +104,26 @@ class Tuning:
     multiples: tuple[float, ...]
     metric: str
     file: Path
+    of: Path | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The learning rates that an arm was given.
+
+    Attributes:
+        rate: learning rate, in units of the task's.
+        multiple: learning rate of the arm's own parameters, in units of the model's; None: it has none.
+        activation: the network's activation; None: the task's own.
+        at_the_edge: whether `rate` is the lowest or the highest that was tried: a better one may lie beyond.
+        tried: mean of the metric over the seeds of the tuning, by setting.
+    """
+
+    rate: float
+    multiple: float | None
+    activation: str | None
+    at_the_edge: bool
+    tried: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -125,6 +149,7 @@ class Plan:
         sweep: name of the swept option, for example ``eafo.eps_init``; None: the arms are listed one by one.
         seed_keys: configuration keys that are set to the seed, where the task has them.
         tuning: how the learning rate of each arm is chosen; None: all arms have the task's.
+        chosen: the rates that `apply_choices` has given to the arms, by name.
         store: one file with a line for each finished cell, which can be carried to other machines; None: there is none.
     """
 
@@ -146,6 +171,7 @@ class Plan:
     sweep: str | None = None
     seed_keys: tuple[str, ...] = SEED_KEYS
     tuning: Tuning | None = None
+    chosen: Mapping[str, Choice] = field(default_factory=dict)
     store: Path | None = None
 
     def arm(self, name: str) -> Arm:
@@ -271,6 +297,8 @@ def _tuning(raw: Options, plan: Path) -> Tuning | None:
     if raw.get("tune") is None:
         return None
     given = _mapping("tune", raw["tune"])
+    if "of" in given:
+        return _tuning_of(given, plan)
     _check_keys("tune", given, _TUNE_KEYS)
     own = _mapping("tune.own", given.get("own"))
     _check_keys("tune.own", own, _OWN_KEYS)
@@ -292,6 +320,16 @@ def _tuning(raw: Options, plan: Path) -> Tuning | None:
         metric=str(given.get("metric", validation_twin(raw["metric"]))),
         file=plan.parent / file,
     )
+
+
+def _tuning_of(given: Options, plan: Path) -> Tuning:
+    """The tuning of another plan, whose choices this one takes."""
+    _check_keys("tune", given, _TUNED_ELSEWHERE)
+    other = _file_beside(plan, "tune.of", str(given["of"]))
+    tuning = _tuning(_mapping("tune.of", read_yaml(other, "tune.of")), other)
+    if tuning is None or tuning.of is not None:
+        raise ConfigError("tune.of", given["of"], "chooses no rates itself", "Name a plan with tune: and rates.")
+    return replace(tuning, of=other)
 
 
 def _positive(where: str, given: Any) -> tuple[float, ...]:
@@ -342,7 +380,7 @@ def _arms(raw: Options, folder: Path) -> tuple[str | None, tuple[Arm, ...]]:
         for earlier in arms[:number]:
             if arm.slug == earlier.slug:
                 raise ConfigError("arms", arm.name, f"has the name of {earlier.name!r}", "Give it a name of its own.")
-            if _content(arm) == _content(earlier):
+            if content(arm) == content(earlier):
                 raise ConfigError("arms", arm.name, f"is the same as {earlier.name!r}", "Remove one of them.")
     return swept_option, tuple(arms)
 
@@ -414,7 +452,15 @@ def value_text(value: Any) -> str:
     return re.sub(r"[^\w .,=+-]", "", text)
 
 
-def _content(arm: Arm) -> tuple[str, ...]:
+def content(arm: Arm) -> tuple[str, ...]:
+    """What an arm does, whatever its name.
+
+    Args:
+        arm: an arm.
+
+    Returns:
+        Equal for two arms that would train the same.
+    """
     return tuple(repr(part) for part in (arm.activation, arm.eafo, arm.settings))
 
 

@@ -42,6 +42,7 @@ class Cell:
         option: name of the swept option; None without a sweep.
         value: its value in this cell.
         curve: by "step", "seconds" and the name of a metric, one number for each validation; empty in older results.
+        fingerprint: of the settings that it was trained with, see `compose.fingerprint`.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Cell:
     option: str | None = None
     value: Any = None
     curve: dict[str, list[float]] = field(default_factory=dict)
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def read_cell(path: Path) -> Cell:
         option=given.get("option"),
         value=given.get("value"),
         curve={str(name): _numbers(path, given["curve"], name) for name in given.get("curve") or {}},
+        fingerprint=_typed(path, given, "fingerprint", str),
     )
     if len(cell.entropy_steps) != len(cell.entropy_mean):
         raise LogError(f"{path}: 'entropy_steps' and 'entropy_mean' differ in length. Run its cell again.")

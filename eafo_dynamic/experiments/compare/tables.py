@@ -16,12 +16,14 @@ from eafo_dynamic.experiments.compare.paired import Paired, labelled, main_refer
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["MEANINGS", "across_rows", "html", "markdown", "notes", "rich_table", "rows", "write_html"]
+__all__ = ["MEANINGS", "across_rows", "html", "markdown", "notes", "p_text", "rich_table", "rows", "write_html"]
 
 Rows = Sequence[Mapping[str, str]]
 
 MEANINGS = {
     "arm": "one way to train",
+    "rate": "learning rate that was chosen for the arm, in units of the task's; x: that of its own parameters, in "
+    "units of the model's",
     "verdict": "better or worse where p < 0.05 and the interval does not hold 0",
     "n": "seeds that the arm and the reference have both finished; only these are paired",
     "mean": "mean over these seeds",
@@ -80,7 +82,7 @@ def _row(pair: Paired) -> dict[str, str]:
         "mean": _number(pair.mean),
         "difference": _with_interval(pair.difference, pair.low, pair.high, ".2g"),
         "w/t/l": f"{pair.wins}/{pair.ties}/{pair.losses}",
-        "p": _p(pair.p_corrected),
+        "p": p_text(pair.p_corrected),
         "d_z": _optional(pair.d_z, "+.2f"),
         "step time": _ratio(pair.time_ratio),
         "gain per time": _optional(pair.gain_per_time, "+.3f"),
@@ -348,7 +350,15 @@ def _with_interval(value: float, low: float, high: float, style: str) -> str:
     return f"{text} [{low:+{style}}, {high:+{style}}]"
 
 
-def _p(value: float) -> str:
+def p_text(value: float) -> str:
+    """A p-value as tables show it.
+
+    Args:
+        value: the p-value.
+
+    Returns:
+        Three digits; - where there is none.
+    """
     if math.isnan(value):
         return "-"
     if value < 0.001:

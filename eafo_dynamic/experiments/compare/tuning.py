@@ -12,9 +12,9 @@ import yaml
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.experiments.activations import ACTIVATIONS, is_learnable
 from eafo_dynamic.experiments.compare.cell import result_path
-from eafo_dynamic.experiments.compare.compose import compose, flat
+from eafo_dynamic.experiments.compare.compose import compose, fingerprint, flat
 from eafo_dynamic.experiments.compare.paired import is_higher_better
-from eafo_dynamic.experiments.compare.plan import Arm, Plan, Tuning, read_yaml
+from eafo_dynamic.experiments.compare.plan import Arm, Choice, Plan, Tuning, content, read_plan, read_yaml
 from eafo_dynamic.experiments.compare.results import Cell, read_cell
 from eafo_dynamic.experiments.compare.runner import Failure, run
 
@@ -111,10 +111,11 @@ def apply_choices(plan: Plan) -> Plan:
         plan: a plan.
 
     Returns:
-        The plan; arms without a choice as they are.
+        The plan, with the choices in `chosen`; arms without a choice as they are.
 
     Raises:
-        ConfigError: for an arm on the best base in a plan that chooses none.
+        ConfigError: for an arm on the best base in a plan that chooses none, and for a choice that was made with other
+            settings than the plan now has.
     """
     if plan.tuning is None:
         for arm in plan.arms:
@@ -122,31 +123,45 @@ def apply_choices(plan: Plan) -> Plan:
                 mend = "Add tune, or name an activation."
                 raise ConfigError(f"arms.{arm.name}.activation", BEST, "the plan has no tune that finds it", mend)
         return plan
-    choices = _choices(plan.tuning)
+    chosen = _choices(_owner(plan))
     arms: list[Arm] = []
     for arm in plan.arms:
-        choice = choices.get(arm.name)
-        if arm.activation == BEST:
-            arm = dataclasses.replace(arm, activation=(choice or {}).get("activation"))
+        choice = chosen.get(arm.name)
+        if choice is not None and arm.activation == BEST:
+            arm = dataclasses.replace(arm, activation=choice.activation)
+        elif arm.activation == BEST:
+            arm = dataclasses.replace(arm, activation=None)
         if choice is not None:
-            arm = with_setting(plan, arm, Setting(choice["rate"], choice["multiple"]))
+            arm = with_setting(plan, arm, Setting(choice.rate, choice.multiple))
         arms.append(arm)
-    return dataclasses.replace(plan, arms=tuple(arms))
+    return dataclasses.replace(plan, arms=tuple(arms), chosen=chosen)
 
 
 def untuned(plan: Plan) -> list[str]:
     """Names of arms whose learning rate the plan wants chosen and that have none yet.
 
     Args:
-        plan: a plan.
+        plan: a plan, with choices applied.
 
     Returns:
         The names.
     """
     if plan.tuning is None:
         return []
-    choices = _choices(plan.tuning)
-    return [arm.name for arm in plan.arms if arm.name not in choices]
+    return [arm.name for arm in plan.arms if arm.name not in plan.chosen]
+
+
+def _owner(plan: Plan) -> Plan:
+    """The plan that chooses the rates: this one, or the one that it names."""
+    if plan.tuning is None or plan.tuning.of is None:
+        return plan
+    owner = read_plan(plan.tuning.of)
+    theirs = {arm.name: arm for arm in owner.arms}
+    for arm in plan.arms:
+        if arm.name not in theirs or content(theirs[arm.name]) != content(arm):
+            mend = "Give both plans the same arms."
+            raise ConfigError("tune.of", plan.tuning.of.name, f"has no such arm {arm.name!r}", mend)
+    return owner
 
 
 def tune(plan: Plan, arms: Sequence[str] | None, jobs: int, backend: str = "local") -> list[Failure]:
@@ -166,7 +181,10 @@ def tune(plan: Plan, arms: Sequence[str] | None, jobs: int, backend: str = "loca
     """
     if plan.tuning is None:
         raise ConfigError("--tune", plan.name, "the plan has no tune", "Add tune: with seeds, rates, own and file.")
-    chosen = _choices(plan.tuning)
+    if plan.tuning.of is not None:
+        mend = f"Run --tune with {plan.tuning.of}."
+        raise ConfigError("--tune", plan.name, "another plan chooses its rates", mend)
+    chosen = _choices(plan)
     wanted = [arm for arm in plan.arms if arms is None or arm.name in arms]
     failures: list[Failure] = []
     for arm in wanted:
@@ -189,20 +207,20 @@ def tune(plan: Plan, arms: Sequence[str] | None, jobs: int, backend: str = "loca
         failed = run(trying, cells, jobs, backend)
         failures += failed
         if not failed:
-            _write_choice(plan.tuning, arm, _tried(trying, trials))
+            _write_choice(plan, plan.tuning, arm, _tried(trying, trials))
     return failures
 
 
 def _best_base(plan: Plan, tuning: Tuning) -> str | None:
     """The activation of the plain arm that was best; None: the task's own."""
     sign = 1 if is_higher_better(tuning.metric) else -1
-    choices = _choices(tuning)
+    choices = _choices(plan)
     plain = [arm for arm in plan.arms if is_plain(arm)]
     missing = [arm.name for arm in plain if arm.name not in choices]
     if missing:
         mend = "Tune them first, or leave --arms out."
         raise ConfigError("--arms", missing, "the best base is not known without these arms", mend)
-    outcomes = {arm.name: max(sign * value for value in choices[arm.name]["tried"].values()) for arm in plain}
+    outcomes = {arm.name: max(sign * value for value in choices[arm.name].tried.values()) for arm in plain}
     return max(plain, key=lambda arm: outcomes[arm.name]).activation
 
 
@@ -252,7 +270,7 @@ def _outcome(cell: Cell, trying: Plan) -> float:
     return min(curve)
 
 
-def _write_choice(tuning: Tuning, arm: Arm, tried: Mapping[Setting, float]) -> None:
+def _write_choice(plan: Plan, tuning: Tuning, arm: Arm, tried: Mapping[Setting, float]) -> None:
     sign = 1 if is_higher_better(tuning.metric) else -1
     finite = {setting: mean for setting, mean in tried.items() if math.isfinite(mean)}
     if not finite:
@@ -260,14 +278,15 @@ def _write_choice(tuning: Tuning, arm: Arm, tried: Mapping[Setting, float]) -> N
         raise ConfigError("tune.rates", [setting.rate for setting in tried], f"{arm.name!r} diverges at all", mend)
     best = max(finite, key=lambda setting: sign * finite[setting])
     rates = [setting.rate for setting in tried]
-    choices = _choices(tuning)
-    choices[arm.name] = {
-        "rate": best.rate,
-        "multiple": best.multiple,
-        "activation": arm.activation,
-        "at_the_edge": best.rate in (min(rates), max(rates)),
-        "tried": {setting.label: float(f"{mean:.5g}") for setting, mean in finite.items()},
-    }
+    choice = Choice(
+        rate=best.rate,
+        multiple=best.multiple,
+        activation=arm.activation,
+        at_the_edge=best.rate in (min(rates), max(rates)),
+        tried={setting.label: float(f"{mean:.5g}") for setting, mean in finite.items()},
+    )
+    choices = _read(tuning)
+    choices[arm.name] = {**vars(choice), "fingerprint": _tried_fingerprint(plan, tuning, arm)}
     about = {"metric": tuning.metric, "seeds": list(tuning.seeds), "arms": choices}
     heading = (
         "# Learning rates in units of the task's, chosen by `eafo-dynamic compare --tune`; see `tune` in the plan\n"
@@ -279,8 +298,38 @@ def _write_choice(tuning: Tuning, arm: Arm, tried: Mapping[Setting, float]) -> N
     unfinished.replace(tuning.file)
 
 
-def _choices(tuning: Tuning) -> dict[str, Any]:
-    """By arm: what was chosen; nothing that was chosen on other seeds or by another metric."""
+def _tried_fingerprint(plan: Plan, tuning: Tuning, arm: Arm) -> str:
+    """A hash of what an arm has tried: equal for plans whose choices may be used for each other."""
+    folder = plan.directory.absolute()
+    config = compose(plan, arm, tuning.seeds[0], folder)
+    settings = [setting.label for setting in settings_of(tuning, arm)]
+    return fingerprint(config, folder, (plan.threads, plan.select, settings))
+
+
+def _choices(plan: Plan) -> dict[str, Choice]:
+    """By arm: what was chosen for it; a choice that was made with other settings is an error."""
+    if plan.tuning is None:
+        return {}
+    chosen: dict[str, Choice] = {}
+    arms = {arm.name: arm for arm in plan.arms}
+    for name, given in _read(plan.tuning).items():
+        if name not in arms:
+            continue
+        kept = given.get("fingerprint")
+        choice = Choice(**{each.name: given[each.name] for each in dataclasses.fields(Choice)})
+        arm = arms[name]
+        if arm.activation == BEST:
+            arm = dataclasses.replace(arm, activation=choice.activation)
+        if kept != _tried_fingerprint(plan, plan.tuning, arm):
+            problem = f"{name!r} was tuned with another task, arm or grid than the plan now has"
+            mend = "Delete its entry there and run --tune again."
+            raise ConfigError("tune.file", str(plan.tuning.file), problem, mend)
+        chosen[name] = choice
+    return chosen
+
+
+def _read(tuning: Tuning) -> dict[str, Any]:
+    """By arm: its entry in the file of choices; empty while there is no file."""
     if not tuning.file.exists():
         return {}
     kept = read_yaml(tuning.file, "tune.file")
