@@ -63,6 +63,7 @@ __all__ = [
     "function_namespace",
     "gradient_kernel",
     "hide_from_compiler",
+    "holds_its_numbers",
     "hook_tables",
     "in_compiled_graph",
     "infers_shapes",
@@ -331,6 +332,28 @@ is_batch_of_gradients: Callable[[Tensor], bool] = _find("torch._C:_functorch.is_
 
 torch 2.4 to 2.14; else, as such a tensor has none, by asking for its address.
 """
+
+
+def _lies_nowhere(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and (_has_no_memory(tensor) or tensor.data_ptr() == 0)
+
+
+_is_zeros_without_memory: Any = getattr(Tensor, "_is_zerotensor", None) or _lies_nowhere
+
+
+def holds_its_numbers(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor holds its numbers: not their negatives, as that of ``x.conj().imag`` does.
+
+    ``Tensor._is_zerotensor``, torch 2.4 to 2.14, is True of zeros that have no memory; else, by asking for its address.
+
+    Args:
+        tensor: any tensor.
+
+    Returns:
+        Whether it does.
+    """
+    return not (tensor.is_neg() or _is_zeros_without_memory(tensor))
+
 
 _forward_ad: Any = forward_ad
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_kernels import HALF_WIDTH, assert_same_bits, smooth_table
@@ -360,6 +361,9 @@ def test_known_functions_are_told_by_name_and_options() -> None:
         expected = getattr(F, name)(z, **options)
         assert_same_bits(known.value(z), expected)
         assert_same_bits(known.gradient(weight, z.detach()), torch.autograd.grad(expected, z, weight)[0])
+        assert known_function(name, (), dict(options)) is known, "one for all calls, so that nothing grows with them"
+    assert known_function("leaky_relu", (), {"negative_slope": torch.tensor(0.3)}) is None
+    assert known_function("leaky_relu", (), {"negative_slope": [0.3]}) is None
     assert known_function("leaky_relu", (0.3,), {}) is None
     assert known_function("prelu", (), {}) is None
     assert known_function("gelu", (), {"other": 1}) is None
@@ -370,12 +374,37 @@ def test_live_hyper_parameters_and_subclasses() -> None:
     module.negative_slope = 0.5
     known = known_module(module)
     assert known is not None and known.below == 0.5 and known.code == 1
+    z = points(100).requires_grad_()
+    for module in (nn.LeakyReLU(np.float32(0.2)), nn.ELU(np.float32(0.9)), nn.Softplus(np.float64(2.0))):
+        known = known_module(module)
+        assert known is not None
+        assert_same_bits(known.value(z), module(z))
+        assert_same_bits(known.gradient(z.detach(), z.detach()), torch.autograd.grad(module(z), z, z.detach())[0])
 
     class Own(nn.GELU):
         def forward(self, input: Tensor) -> Tensor:
             return -input
 
     assert known_module(Own()) is None
+
+
+def test_memory_that_holds_the_opposite_sign(backend: Backend) -> None:
+    values = points(60).view(6, 10)
+    for z in (
+        torch._neg_view(values),
+        torch.complex(values, values)[:1, :1].conj().imag,
+        torch._efficientzerotensor(3),
+    ):
+        for wants_gradient in (False, True):
+            eps = torch.tensor([0.3], requires_grad=wants_gradient)
+            of_it = terms()._replace(amplitudes=eps)
+            plain = z.clone()
+            assert not plain.is_neg()
+            out = corrected(z, torch.relu, of_it, known_module(nn.ReLU()), backend)
+            torch.testing.assert_close(out, corrected(plain, torch.relu, of_it, known_module(nn.ReLU()), backend))
+            if wants_gradient:
+                expected = torch.autograd.grad(corrected(plain, torch.relu, of_it, None, backend).sum(), eps)
+                torch.testing.assert_close(torch.autograd.grad(out.sum(), eps), expected)
 
 
 def test_names_of_back_ends() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from eafo_dynamic.correction.kernels import Terms, fused, node
 from eafo_dynamic.correction.kernels.keeping import is_intact
@@ -173,6 +174,46 @@ def test_what_is_overwritten_between_is_an_error(in_cpp: Node) -> None:
         out.sum().backward()
 
 
+def test_what_comes_back_in_another_size_is_an_error(in_cpp: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    for found in (None, in_cpp):
+        monkeypatch.setattr(fused, "node_of", lambda *_, found=found: found)
+        z, eps = torch.randn(8), torch.tensor([0.3], requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept[:4] if kept.dim() else kept):
+            out = fused.corrected(z, torch.relu, Terms(eps, SHAPE, None, 8.0), INSIDE[0])
+        with pytest.raises(RuntimeError, match=r"has kept \(4,\) for a gradient of \(8,\)"):
+            out.sum().backward()
+
+
+@pytest.mark.parametrize("known", INSIDE, ids=["relu", "leaky", "silu", "gelu", "gelu tanh"])
+def test_gradients_whose_memory_does_not_hold_their_numbers(
+    known: Known, in_cpp: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.linspace(-2, 2, 12).view(3, 4)
+    for found in (None, in_cpp):
+        monkeypatch.setattr(fused, "node_of", lambda *_, found=found: found)
+        for grad in (torch._neg_view(values), torch._efficientzerotensor((3, 4))):
+            inputs = [values.clone().requires_grad_(), torch.tensor([0.3, 0.1], requires_grad=True)]
+            out = fused.corrected(inputs[0], known.value, Terms(inputs[1], SHAPE, None, 8.0, ("eps", "lift")), known)
+            other = torch.autograd.grad(out, inputs, grad.clone(), retain_graph=True)
+            for one, expected in zip(torch.autograd.grad(out, inputs, grad), other, strict=True):
+                torch.testing.assert_close(one, expected)
+
+
+def test_the_tangent_of_a_gradient_goes_on(in_cpp: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    tangents: list[Tensor] = []
+    for found in (None, in_cpp):
+        monkeypatch.setattr(fused, "node_of", lambda *_, found=found: found)
+        z = torch.linspace(-2, 2, 6).requires_grad_()
+        out = fused.corrected(z, torch.relu, Terms(torch.tensor([0.3]), SHAPE, None, 8.0), INSIDE[0])
+        (slope,) = torch.autograd.grad(out.sum(), z, retain_graph=True)
+        with forward_ad.dual_level():
+            grad = forward_ad.make_dual(torch.ones(6), torch.full((6,), 2.0))
+            (by_z,) = torch.autograd.grad(out, z, grad)
+            tangents.append(forward_ad.unpack_dual(by_z).tangent)
+        torch.testing.assert_close(tangents[-1], 2 * slope)
+    assert torch.equal(*tangents)
+
+
 def test_errors_of_the_backward_in_python_arrive(built: Path, kernel: NativeKernel) -> None:
     def fails(*_: object) -> tuple[Tensor | None, Tensor | None]:
         if torch.is_grad_enabled():
@@ -309,6 +350,54 @@ def test_a_compiler_that_fails_is_asked_once(tmp_path: Path) -> None:
     (said,) = (tmp_path / "cache").rglob("node-*.failed")
     assert said.read_text() == "no such header\n"
     assert (tmp_path / "calls").read_text() == "asked\n"
+
+
+def test_a_failure_is_forgiven_after_a_day(built: Path, tmp_path: Path) -> None:
+    assert not uses_the_node(with_compiler(tmp_path, "exit 1"))
+    assert waits_for(lambda: any((tmp_path / "cache").rglob("node-*.failed")))
+    (said,) = (tmp_path / "cache").rglob("node-*.failed")
+    long_ago = time.time() - 25 * 3600
+    os.utime(said, (long_ago, long_ago))
+    environment = with_compiler(tmp_path, f'while [ "$1" != -o ]; do shift; done\ncp {built} "$2"')
+    assert not uses_the_node(environment)
+    assert waits_for(lambda: uses_the_node(environment))
+    assert not said.exists()
+
+
+def test_a_program_that_has_python_inside_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("was started"))
+    monkeypatch.setattr(sys, "executable", None)
+    node._build_in_background(tmp_path / "node.so")
+    monkeypatch.undo()
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("was started"))
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    node._build_in_background(tmp_path / "node.so")
+
+
+OUTLIVES = """
+import threading, torch
+from eafo_dynamic import CRReLU
+unit, main = CRReLU(), threading.main_thread()
+def train():
+    main.join()
+    out = unit(torch.ones(3, requires_grad=True))
+    out.sum().backward()
+    print("trained")
+threading.Thread(target=train).start()
+"""
+
+
+@pytest.mark.parametrize("is_built", [True, False])
+def test_a_thread_that_outlives_the_main_one_trains(is_built: bool, built: Path, tmp_path: Path) -> None:
+    cache = built.parents[1] if is_built else tmp_path
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        SWITCH: "1" if is_built else "0",
+        "XDG_CACHE_HOME": str(cache),
+    }
+    done = subprocess.run([sys.executable, "-c", OUTLIVES], env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("trained\n", "")
 
 
 def test_without_a_shell_the_node_in_python_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,7 @@ PARTS: dict[str, list[str]] = {
     "_are_functorch_transforms_active": ["transform", "differentiate_twice"],
     "is_functorch_wrapped_tensor": ["transform"],
     "is_legacy_batchedtensor": ["differentiate_twice"],
+    "_is_zerotensor": ["transform", "differentiate_twice"],
     "_current_level": ["transform"],
     "_set_fwd_grad_enabled": ["transform"],
     "_len_torch_dispatch_stack": ["merge_into_graph"],

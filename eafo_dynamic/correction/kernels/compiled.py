@@ -395,11 +395,20 @@ def _compile_with(compiler: str, flags: Sequence[str], library: Path) -> None:
         compiled = str(folder / f"{unit}.o")
         objects.append(compiled)
         commands.append([*command, "-c", str(_SOURCES / unit), "-o", compiled])
-    with ThreadPoolExecutor(len(_UNITS)) as pool:
-        runs = [pool.submit(_run, each, environment) for each in commands]
+    _run_side_by_side(commands, environment)
+    _run([*command, "-shared", *objects, "-lm", "-o", str(library)], environment)
+
+
+def _run_side_by_side(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> None:
+    with ThreadPoolExecutor(len(commands)) as pool:
+        try:
+            runs = [pool.submit(_run, each, environment) for each in commands]
+        except RuntimeError:  # the main thread has ended, and this one trains on
+            runs = []
+            for each in commands:
+                _run(each, environment)
         for run in runs:
             run.result()
-    _run([*command, "-shared", *objects, "-lm", "-o", str(library)], environment)
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> str:

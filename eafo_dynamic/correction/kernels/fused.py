@@ -25,6 +25,7 @@ from eafo_dynamic.internals.torch_internals import (
     direct_apply,
     dispatch_modes,
     forward_mode_active,
+    holds_its_numbers,
     is_batch_of_gradients,
     is_transformed,
     is_view,
@@ -180,7 +181,7 @@ def _kernel_for(z: Tensor, terms: Terms, backend: Backend) -> _Kernel | None:
         return None
     # transforms, tracers and modes that watch operations must see operations, and so must tensors of an outer transform
     watched = transforms_active() or dispatch_modes() > 0 or forward_mode_active()
-    if watched or torch.jit.is_tracing() or is_transformed(z):
+    if watched or torch.jit.is_tracing() or is_transformed(z) or not holds_its_numbers(z):
         return None
     if on_gpu:
         if not amplitudes.device == terms.shape.device == z.device:
@@ -310,6 +311,8 @@ def _gradients_of(
     needed: tuple[bool, bool],
     link: Tensor | None = None,
 ) -> _Gradients:
+    if z.shape != grad.shape and type(grad) in _PLAIN:  # changed since, by z.data or a hook that brings back another
+        raise RuntimeError(f"the backward has kept {tuple(z.shape)} for a gradient of {tuple(grad.shape)}")
     if torch.is_grad_enabled() and link is not None and _is_plain(grad, z):
         return _traceable_by_value(z, link, terms, known, grad, needed)
     if torch.is_grad_enabled() or not _is_plain(grad, z):
@@ -426,9 +429,9 @@ _apply_in_place = direct_apply(_CorrectedInPlace)
 
 
 def _is_plain(grad: Tensor, z: Tensor) -> bool:
-    """Whether the gradient is an ordinary tensor, not one of a transform or of a batch of gradients."""
-    batched = is_batch_of_gradients(grad) or transforms_active()
-    return type(grad) in _PLAIN and grad.dtype == z.dtype and not batched
+    """Whether the gradient is an ordinary tensor, not one of a transform, of a batch of gradients or with a tangent."""
+    watched = is_batch_of_gradients(grad) or transforms_active() or forward_mode_active()
+    return type(grad) in _PLAIN and grad.dtype == z.dtype and not watched and holds_its_numbers(grad)
 
 
 def _traceable(z: Tensor, terms: Terms, known: Known, grad: Tensor, needed: tuple[bool, bool]) -> _Gradients:

@@ -140,8 +140,11 @@ def main(path: Path, command: list[str]) -> None:
                 problem = error.stderr[-10_000:] or f"{error}\n"
             except (subprocess.TimeoutExpired, OSError) as error:
                 problem = f"{error}\n"
+            said = path.with_suffix(".failed")
             if problem:
-                path.with_suffix(".failed").write_text(problem)
+                said.write_text(problem)
+            else:
+                said.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

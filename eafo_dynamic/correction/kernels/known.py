@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,16 @@ from torch.nn import functional as F
 
 from eafo_dynamic.internals.torch_internals import gradient_kernel
 
-__all__ = ["INSIDE", "NOTHING", "Known", "known_base", "known_function", "known_module", "known_pointwise"]
+__all__ = [
+    "INSIDE",
+    "NOTHING",
+    "Known",
+    "known_base",
+    "known_function",
+    "known_inside",
+    "known_module",
+    "known_pointwise",
+]
 
 _ATEN: Any = torch.ops.aten
 _GRADIENTS: dict[str, Any] = {
@@ -147,9 +157,37 @@ INSIDE = (_relu(), _leaky_relu(), _silu(), _gelu(), _gelu("tanh"))
 """The functions that the compiled kernel can compute."""
 
 
+_MAKERS_INSIDE: dict[int, Callable[[], Known]] = {2: _silu, 3: _gelu, 4: functools.partial(_gelu, "tanh")}
+
+
 @functools.lru_cache(maxsize=256)
-def _made(maker: Callable[..., Known], values: tuple[object, ...]) -> Known:
-    return maker(*values)
+def known_inside(code: int, below: float) -> Known:
+    """A function that the compiled kernel can compute.
+
+    Args:
+        code: see ``Known``.
+        below: see ``Known``.
+
+    Returns:
+        The function.
+    """
+    if code in _MAKERS_INSIDE:
+        return _MAKERS_INSIDE[code]()
+    return _relu() if below == 0 else _leaky_relu(below)
+
+
+@functools.lru_cache(maxsize=256)
+def _made(maker: Callable[..., Known], keys: tuple[str, ...], values: tuple[object, ...]) -> Known | None:
+    """The function with hyper-parameters that are numbers or text, those of numpy included; None with others."""
+    given: dict[str, object] = {}
+    for key, value in zip(keys, values, strict=True):
+        if isinstance(value, (int, float, str)):
+            given[key] = value
+        elif isinstance(value, numbers.Real):
+            given[key] = float(value)
+        else:
+            return None
+    return maker(**given)
 
 
 def known_module(module: nn.Module, cls: type[nn.Module] | None = None) -> Known | None:
@@ -167,8 +205,8 @@ def known_module(module: nn.Module, cls: type[nn.Module] | None = None) -> Known
         return None
     _, maker, keys = entry
     if not keys:
-        return _made(maker, ())
-    return _made(maker, tuple([getattr(module, key) for key in keys]))
+        return _made(maker, (), ())
+    return _made(maker, keys, tuple([getattr(module, key) for key in keys]))
 
 
 def known_function(name: str, rest: tuple[object, ...], options: Mapping[str, object]) -> Known | None:
@@ -187,11 +225,9 @@ def known_function(name: str, rest: tuple[object, ...], options: Mapping[str, ob
         return None
     maker, keys = entry
     given = {key: value for key, value in options.items() if key != "inplace"}
-    if not set(given) <= set(keys):
+    if not set(given) <= set(keys) or not all(isinstance(value, Hashable) for value in given.values()):
         return None
-    if not given:
-        return _made(maker, ())
-    return maker(**given)
+    return _made(maker, tuple(given), tuple(given.values()))
 
 
 def known_pointwise(function: Callable[[Tensor], Tensor]) -> Known | None:

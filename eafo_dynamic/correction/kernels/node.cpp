@@ -40,23 +40,30 @@ std::vector<py::function> &in_python() {
     return *functions;
 }
 
-/* Memory all of which is going to be written; with deterministic algorithms torch would fill it first. */
+/* While it lives, torch leaves new memory as it is; with deterministic algorithms it would fill it. */
+struct Unfilled {
+    bool fills = at::globalContext().deterministicFillUninitializedMemory();
+    Unfilled() { if (fills) at::globalContext().setDeterministicFillUninitializedMemory(false); }
+    ~Unfilled() { if (fills) at::globalContext().setDeterministicFillUninitializedMemory(true); }
+};
+
+/* Memory all of which is going to be written. */
 Tensor uninitialised_like(const Tensor &values) {
-    at::Context &context = at::globalContext();
-    bool fills = context.deterministicFillUninitializedMemory();
-    if (fills) context.setDeterministicFillUninitializedMemory(false);
-    Tensor made = at::empty_like(values);
-    if (fills) context.setDeterministicFillUninitializedMemory(true);
-    return made;
+    Unfilled unfilled;
+    return at::empty_like(values);
 }
 
 int threads_for(int64_t n) { return n >= LEAST_PARALLEL ? at::get_num_threads() : 1; }
 
-/* Whether a tensor is an ordinary one, not one of a transform or of a batch of gradients. */
+/* Whether a tensor is an ordinary one, whose memory holds its numbers: not one of a transform or of a batch of gradients.
+   */
 bool is_plain(const Tensor &tensor) {
     bool is_float = tensor.scalar_type() == at::kFloat && tensor.is_cpu() && tensor.layout() == at::kStrided;
-    return is_float && !tensor.is_neg() && (tensor.key_set() & at::kTensorSubclassLike).empty();
+    bool as_stored = !tensor.is_neg() && !tensor._is_zerotensor();
+    return is_float && as_stored && (tensor.key_set() & at::kTensorSubclassLike).empty();
 }
+
+bool has_tangent(const Tensor &tensor) { return tensor._fw_grad(0).defined(); }
 
 bool in_a_transform() {
     return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
@@ -67,10 +74,10 @@ bool lie_alike(const Tensor &one, const Tensor &other) {
 }
 
 struct Corrected : public torch::autograd::Function<Corrected> {
-    /* which: sum of the codes of the terms; base: code of the base; below: its slope for z < 0; known: number of the base
-       in Python; user: number of the function in Python. */
+    /* which: sum of the codes of the terms; base: code of the base; below: its slope for z < 0; user: number of the function
+       in Python. */
     static Tensor forward(AutogradContext *ctx, const Tensor &z, const Tensor &amplitudes, const Tensor &shape,
-                          int64_t which, int64_t base, double below, int64_t known, int64_t user) {
+                          int64_t which, int64_t base, double below, int64_t user) {
         Tensor out = uninitialised_like(z);
         int64_t n = z.numel();
         forward_kernel(z.const_data_ptr<float>(), out.mutable_data_ptr<float>(), nullptr, n,
@@ -80,13 +87,12 @@ struct Corrected : public torch::autograd::Function<Corrected> {
         ctx->saved_data["which"] = which;
         ctx->saved_data["base"] = base;
         ctx->saved_data["below"] = below;
-        ctx->saved_data["known"] = known;
         ctx->saved_data["user"] = user;
         return out;
     }
 
     static variable_list backward(AutogradContext *ctx, variable_list grads) {
-        variable_list found(8);
+        variable_list found(7);
         Tensor grad = grads[0];
         if (!grad.defined()) return found;
         variable_list saved = ctx->get_saved_variables();
@@ -95,11 +101,13 @@ struct Corrected : public torch::autograd::Function<Corrected> {
         bool by_z = ctx->needs_input_grad(0), by_amplitudes = ctx->needs_input_grad(1);
         /* what has been saved may be other tensors than those of the forward: hooks put them away and bring them back */
         bool usual = is_plain(grad) && is_plain(z) && z.is_non_overlapping_and_dense() && is_plain(amplitudes)
-            && amplitudes.is_contiguous() && is_plain(shape) && shape.is_contiguous();
-        if (!usual || at::GradMode::is_enabled() || in_a_transform()) {
-            int64_t known = ctx->saved_data["known"].toInt();
+            && amplitudes.is_contiguous() && is_plain(shape) && shape.is_contiguous() && z.sizes() == grad.sizes();
+        int64_t base = ctx->saved_data["base"].toInt();
+        double below = ctx->saved_data["below"].toDouble();
+        if (!usual || at::GradMode::is_enabled() || in_a_transform() || has_tangent(grad)) {
             py::gil_scoped_acquire acquired;
-            py::tuple both = in_python().at(ctx->saved_data["user"].toInt())(grad, z, amplitudes, shape, which, known, by_z, by_amplitudes);
+            const py::function &gradients = in_python().at(ctx->saved_data["user"].toInt());
+            py::tuple both = gradients(grad, z, amplitudes, shape, which, base, below, by_z, by_amplitudes);
             for (int each = 0; each < 2; each++)
                 if (!both[each].is_none()) found[each] = both[each].cast<Tensor>();
             return found;
@@ -109,8 +117,7 @@ struct Corrected : public torch::autograd::Function<Corrected> {
         int64_t n = z.numel();
         backward_kernel(z.const_data_ptr<float>(), grad.const_data_ptr<float>(), nullptr, out.mutable_data_ptr<float>(), n,
                         amplitudes.const_data_ptr<float>(), static_cast<int>(which), shape.const_data_ptr<float>(), nullptr,
-                        0, half_width, clamp, static_cast<int>(ctx->saved_data["base"].toInt()),
-                        static_cast<float>(ctx->saved_data["below"].toDouble()), threads_for(n), nullptr,
+                        0, half_width, clamp, static_cast<int>(base), static_cast<float>(below), threads_for(n), nullptr,
                         sums.mutable_data_ptr<float>());
         if (by_z) found[0] = out;
         if (by_amplitudes) found[1] = sums;
@@ -119,8 +126,8 @@ struct Corrected : public torch::autograd::Function<Corrected> {
 };
 
 Tensor corrected(const Tensor &z, const Tensor &amplitudes, const Tensor &shape, int64_t which, int64_t base, double below,
-                 int64_t known, int64_t user) {
-    return Corrected::apply(z, amplitudes, shape, which, base, below, known, user);
+                 int64_t user) {
+    return Corrected::apply(z, amplitudes, shape, which, base, below, user);
 }
 
 }

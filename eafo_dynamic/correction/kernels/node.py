@@ -16,9 +16,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
+import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch import Tensor
 from eafo_dynamic.correction.kernels import keeping
 from eafo_dynamic.correction.kernels.compiled import cache_folder
 from eafo_dynamic.correction.kernels.directions import MAX_U, TERMS, code_of_terms
-from eafo_dynamic.correction.kernels.known import INSIDE, Known
+from eafo_dynamic.correction.kernels.known import INSIDE, Known, known_inside
 from eafo_dynamic.correction.kernels.native import LARGEST_SINGLE, NativeKernel
 from eafo_dynamic.correction.kernels.terms import Terms, is_dense
 
@@ -42,6 +43,7 @@ SWITCH = "EAFO_DYNAMIC_NODE"
 _SOURCE = Path(__file__).with_name("node.cpp")
 _FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared")
 _NO_TABLE = 1.0  # the end of a table that is not there
+_FORGIVEN_AFTER = 24 * 3600.0  # [s]
 _LOG = logging.getLogger("eafo_dynamic")
 
 _Both = tuple["Tensor | None", "Tensor | None"]
@@ -63,8 +65,6 @@ class Node:
         self._corrected: Callable[..., Tensor] = module.corrected
         self._kernel = kernel
         self._gradients = gradients
-        self._numbers: dict[Known, int] = {}  # the node knows bases by number; they are few, and stay
-        self._bases: list[Known] = []
         self._user: int = module.attach(*kernel.addresses(), MAX_U, _NO_TABLE, self._in_python)
 
     @staticmethod
@@ -99,19 +99,23 @@ class Node:
         Returns:
             Of the shape and strides of z.
         """
-        number = self._numbers.get(known)
-        if number is None:
-            number = self._numbers[known] = len(self._bases)
-            self._bases.append(known)
         code = code_of_terms(terms.names)
-        return self._corrected(z, terms.amplitudes, terms.shape, code, known.code, known.below, number, self._user)
+        return self._corrected(z, terms.amplitudes, terms.shape, code, known.code, known.below, self._user)
 
     def _in_python(
-        self, grad: Tensor, z: Tensor, amplitudes: Tensor, shape: Tensor, code: int, number: int, *needed: bool
+        self,
+        grad: Tensor,
+        z: Tensor,
+        amplitudes: Tensor,
+        shape: Tensor,
+        code: int,
+        base: int,
+        below: float,
+        *needed: bool,
     ) -> _Both:
         by_z, by_amplitudes = needed
         terms = Terms(amplitudes, shape, None, _NO_TABLE, _names_of(code))
-        return self._gradients(z, terms, self._bases[number], self._kernel, grad, (by_z, by_amplitudes))
+        return self._gradients(z, terms, known_inside(base, below), self._kernel, grad, (by_z, by_amplitudes))
 
     def is_sound(self) -> bool:
         """Whether the results are those of the node in Python; a compiler may be broken.
@@ -157,7 +161,7 @@ def node_of(kernel: NativeKernel, gradients: Gradients) -> Node | None:
     if path is None:
         return None
     node = kept_node(path, kernel, gradients)
-    if node is None and not (keeping.is_intact(path) or _failure(path).exists()):
+    if node is None and not keeping.is_intact(path) and not _has_just_failed(path):
         _build_in_background(path)
     return node
 
@@ -186,9 +190,9 @@ def kept_node(path: Path, kernel: NativeKernel, gradients: Gradients) -> Node | 
         _LOG.info("EAFO: the node in C++ cannot be loaded, the one in Python serves: %s", error)
         return None
     node = Node(module, kernel, gradients)
-    # in a thread of its own: here hooks may count what is kept, as those of a checkpoint do
-    with ThreadPoolExecutor(1) as pool:
-        is_sound = pool.submit(node.is_sound).result()
+    is_sound = _in_a_thread(node.is_sound)
+    if is_sound is None:
+        return None
     if is_sound:
         return node
     warnings.warn(
@@ -197,6 +201,23 @@ def kept_node(path: Path, kernel: NativeKernel, gradients: Gradients) -> Node | 
         stacklevel=2,
     )
     return None
+
+
+def _in_a_thread(question: Callable[[], bool]) -> bool | None:
+    """The answer to a question that is asked in a thread of its own: here hooks may count what autograd keeps.
+
+    Returns:
+        The answer; None where no thread can be started, as at the end of the process.
+    """
+    answers: list[bool] = []
+    worker = threading.Thread(target=lambda: answers.append(question()), daemon=True)
+    try:
+        worker.start()
+    except RuntimeError as error:
+        _LOG.info("EAFO: the node in C++ cannot be checked, the one in Python serves: %s", error)
+        return None
+    worker.join()
+    return bool(answers and answers[0])  # an exception has been shown, and is no good sign
 
 
 def build_node() -> Path | None:
@@ -226,9 +247,17 @@ def _path() -> Path | None:
     return folder / f"node-{key[:24]}.so"
 
 
-def _failure(path: Path) -> Path:
-    """What the compiler said when it failed; it is not asked again."""
-    return path.with_suffix(".failed")
+def _has_just_failed(path: Path) -> bool:
+    """Whether the compiler failed within a day; later it is asked again, as the disk was full or a header missing."""
+    said = path.with_suffix(".failed")
+    try:
+        age = time.time() - said.stat().st_mtime
+    except OSError:
+        return False
+    if age > _FORGIVEN_AFTER:
+        return False
+    _LOG.info("EAFO: the node in C++ could not be built, the one in Python serves: see %s", said)
+    return True
 
 
 def _compiler() -> str | None:
@@ -252,6 +281,8 @@ def _command() -> list[str]:
 
 def _build_in_background(path: Path) -> None:
     """Starts a process of its own that outlives this one, and waits for nothing."""
+    if not sys.executable or getattr(sys, "frozen", False):  # Python inside another program, which is not to be started
+        return
     words = [sys.executable, "-I", "-S", keeping.__file__, str(path), *_command()]
     # the shell ends at once, so that nobody has to wait for what it has started
     starts = ["sh", "-c", '"$@" </dev/null >/dev/null 2>&1 &', "sh", *words]
