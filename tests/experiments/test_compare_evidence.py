@@ -115,7 +115,10 @@ def test_table_marks_the_best_and_what_is_within_noise(evaluations: list[Evaluat
 def test_questions_are_answered_task_by_task(evaluations: list[Evaluation]) -> None:
     pairs = question_pairs(Question("?", "default", "held"), evaluations)
     assert {title: pair.verdict for title, pair in pairs.items()} == {"one": "better", "two": "no difference found"}
-    assert sentence(pairs).startswith("Better in 1 of 2 tasks, worse in 0; mean gain +")
+    apart = sentence(pairs, {"one": "a", "two": "b"})
+    assert apart.startswith("Better in 1 of 2, worse in 0; mean gain +") and "over 2 tasks (p " in apart
+    together = sentence(pairs, {"one": "a", "two": "a"})
+    assert together == apart[: apart.index(" [")] + ".", "one task at two lengths has no interval over tasks"
     plain = question_pairs(Question("?", "default", "best"), evaluations)
     assert {title: pair.reference for title, pair in plain.items()} == {"one": "elu", "two": "relu"}
     assert {title: pair.verdict for title, pair in plain.items()} == {"one": "better", "two": "worse"}
@@ -221,7 +224,7 @@ def test_page_from_the_command_line(folder: Path, tmp_path: Path, capsys: pytest
     assert main(["compare", "--config", *plans, "--show", "--page", str(page), *more]) == 0
     text = page.read_text()
     assert "Does following the data help against held?" in text
-    assert "Better in 1 of 2 tasks" in text
+    assert "Better in 1 of 2, worse" in text
     assert "against two scalars" not in text, "no task has that arm"
     assert f"eafo-dynamic compare --config {plans[0]} --jobs 2" in text
     for picture in ("evidence_tasks.png", "evidence_one.png"):

@@ -263,25 +263,32 @@ def question_rows(pairs: Mapping[str, Paired]) -> list[dict[str, str]]:
     return table
 
 
-def sentence(pairs: Mapping[str, Paired]) -> str:
+def sentence(pairs: Mapping[str, Paired], tasks: Mapping[str, str]) -> str:
     """What the pairs of a question say, in one sentence.
 
     Args:
         pairs: from `question_pairs`.
+        tasks: by title, the task itself; gains of plans that have one task count once, as their mean.
 
     Returns:
-        For example "Better in 3 of 8 tasks, worse in 1; mean gain +1.2 % [-0.3, +2.9] over the tasks."
+        For example "Better in 3 of 8, worse in 1; mean gain +1.2 % [-0.3, +2.9] over 7 tasks (p 0.090)."
     """
     better = sum(pair.verdict == "better" for pair in pairs.values())
     worse = sum(pair.verdict == "worse" for pair in pairs.values())
-    gains = [pair.sign * pair.relative for pair in pairs.values() if pair.relative is not None]
+    gains_by_task: dict[str, list[float]] = {}
+    for title, pair in pairs.items():
+        if pair.relative is not None:
+            gains_by_task.setdefault(tasks[title], []).append(pair.sign * pair.relative)
+    text = f"Better in {better} of {len(pairs)}, worse in {worse}"
+    if not gains_by_task:
+        return f"{text}."
+    gains = [_mean(gains) for gains in gains_by_task.values()]
+    text += f"; mean gain {_mean(gains):+.1f} %"
     low, high = interval(gains)
-    mean = math.fsum(gains) / max(1, len(gains))
-    p, _ = sign_flip(gains)
-    text = f"Better in {better} of {len(pairs)} tasks, worse in {worse}; mean gain {mean:+.1f} %"
     if math.isnan(low):
         return f"{text}."
-    return f"{text} [{low:+.1f}, {high:+.1f}] over the tasks (p {p_text(p)})."
+    p, _ = sign_flip(gains)
+    return f"{text} [{low:+.1f}, {high:+.1f}] over {len(gains)} tasks (p {p_text(p)})."
 
 
 def predictions(early: Sequence[Evaluation], final: Sequence[Evaluation]) -> list[Prediction]:
@@ -451,11 +458,16 @@ def write_page(
     over_tasks(pairs_by_task, forest_arms).savefig(picture, dpi=80)
     written.append(picture)
     parts.append(f"![Relative differences over tasks]({picture.name})")
-    parts += ["## Questions", "p is corrected for the number of tasks of a question, not for the number of questions."]
+    tasks = {each.plan.title: str(each.plan.task) for each in evaluations}
+    parts += [
+        "## Questions",
+        "p is corrected for the number of rows of a question, not for the number of questions. Where several rows are "
+        "of one task, at other lengths or rates, the mean gain counts them once.",
+    ]
     for question in questions:
         pairs = question_pairs(question, evaluations)
         if pairs:
-            parts += [f"### {question.text}", sentence(pairs), markdown(question_rows(pairs)).rstrip()]
+            parts += [f"### {question.text}", sentence(pairs, tasks), markdown(question_rows(pairs)).rstrip()]
     found = predictions(early, evaluations)
     if found:
         parts += _prediction_lines(found)
