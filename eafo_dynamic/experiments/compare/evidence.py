@@ -108,7 +108,7 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def near_best(table: _Table, seeds: Sequence[int], higher_is_better: bool) -> Near:
+def near_best(table: _Table, seeds: Sequence[int], higher_is_better: bool) -> Near | None:
     """The best arm by its mean, and those within noise of it: the interval of the paired difference holds 0.
 
     Args:
@@ -117,10 +117,7 @@ def near_best(table: _Table, seeds: Sequence[int], higher_is_better: bool) -> Ne
         higher_is_better: the metric's direction.
 
     Returns:
-        Both.
-
-    Raises:
-        ConfigError: if no arm has finished all seeds.
+        Both; None while no arm has finished all seeds.
     """
     whole: dict[str, list[float]] = {}
     for arm, by_seed in table.items():
@@ -128,7 +125,7 @@ def near_best(table: _Table, seeds: Sequence[int], higher_is_better: bool) -> Ne
         if all(map(math.isfinite, found)):
             whole[arm] = found
     if not whole:
-        raise ConfigError("--page", list(table), "no arm has finished all seeds of the plan", "Run the missing cells.")
+        return None
     sign = 1 if higher_is_better else -1
     best = max(whole, key=lambda arm: sign * math.fsum(whole[arm]))
     within: list[str] = []
@@ -160,12 +157,18 @@ def arms_table(evaluations: Sequence[Evaluation]) -> list[dict[str, str]]:
             text = "-" if number is None or math.isnan(number) else f"{number:+.1f}"
             if arm == each.plan.reference:
                 text = "0"
-            if arm == near.best:
+            if near is not None and arm == near.best:
                 text = f"**{text}**"
-            elif arm in near.within:
+            elif near is not None and arm in near.within:
                 text = f"*{text}*"
-            row[each.plan.title] = text
+            row[_column(each)] = text
     return list(shown.values())
+
+
+def _column(evaluation: Evaluation) -> str:
+    if _direction(evaluation):
+        return f"{evaluation.plan.title} ({evaluation.plan.metric}, higher is better)"
+    return evaluation.plan.title
 
 
 def _direction(evaluation: Evaluation) -> bool:
@@ -179,11 +182,12 @@ def _plain(plan: Plan) -> list[str]:
     return [arm.name for arm in plan.arms if is_plain(arm)]
 
 
-def _best_plain(evaluation: Evaluation) -> str:
+def _best_plain(evaluation: Evaluation) -> str | None:
     plan = evaluation.plan
     plain = {*_plain(plan), plan.reference}
     table = {arm: by for arm, by in values(evaluation.cells, plan.metric).items() if arm in plain}
-    return near_best(table, plan.seeds, _direction(evaluation)).best
+    near = near_best(table, plan.seeds, _direction(evaluation))
+    return None if near is None else near.best
 
 
 def _plain_of(plan: Plan, name: str) -> str | None:
@@ -447,10 +451,10 @@ def write_page(
     written: list[Path] = []
     parts = [
         "# Activations compared",
-        "Relative difference of the test metric from each task's plain activation [%]. **Bold**: the arm with the best "
-        "mean of the test metric, which flatters it. *Italic*: within noise of it, the 95 % interval of the paired "
-        "difference, not corrected for the number of arms, holds 0. Below 0 is better for a loss. Intervals in percent "
-        "take the mean of the plain activation as known.",
+        "Relative difference of the test metric from each task's plain activation [%]; below 0 is better unless the "
+        "column says otherwise. **Bold**: the arm with the best mean of the test metric, which flatters it. *Italic*: "
+        "within noise of it, the 95 % interval of the paired difference, not corrected for the number of arms, holds 0."
+        " Intervals in percent take the mean of the plain activation as known.",
         markdown(arms_table(evaluations)).rstrip(),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)

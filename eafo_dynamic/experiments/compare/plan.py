@@ -93,7 +93,8 @@ class Tuning:
         rates: learning rates that an arm without parameters of its own tries, in units of the task's.
         own_rates: those that an arm with parameters of its own tries.
         multiples: learning rates of these parameters, in units of the model's; each is tried with each of `own_rates`.
-        metric: logged in validation; the setting whose mean is best is chosen.
+        metric: the setting whose mean of it is best is chosen; the twin in validation of the metric of the plan, unless
+            the plan names another.
         file: where the choice is written, with everything that was tried.
         of: the plan whose tuning this is, where several plans share one; None: this plan's own.
     """
