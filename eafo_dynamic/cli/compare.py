@@ -215,7 +215,8 @@ def _report(plan: Plan, failures: Sequence[Failure]) -> int:
 
 def _page(plans: list[Plan], args: argparse.Namespace) -> None:
     from eafo_dynamic.experiments.compare.evaluation import Evaluation
-    from eafo_dynamic.experiments.compare.evidence import read_questions, write_page
+    from eafo_dynamic.experiments.compare.evidence import write_page
+    from eafo_dynamic.experiments.compare.questions import read_questions
 
     questions = read_questions(Path(args.questions)) if args.questions else []
     for plan in plans:

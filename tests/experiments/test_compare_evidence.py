@@ -16,19 +16,12 @@ from figures import assert_inside
 from eafo_dynamic.cli import main
 from eafo_dynamic.errors import ConfigError, LogError
 from eafo_dynamic.experiments.compare import figures
+from eafo_dynamic.experiments.compare.early import predictions
 from eafo_dynamic.experiments.compare.evaluation import Evaluation
-from eafo_dynamic.experiments.compare.evidence import (
-    Near,
-    Question,
-    arms_table,
-    near_best,
-    predictions,
-    question_pairs,
-    read_questions,
-    sentence,
-    write_page,
-)
+from eafo_dynamic.experiments.compare.evidence import arms_table, write_page
 from eafo_dynamic.experiments.compare.plan import read_plan
+from eafo_dynamic.experiments.compare.questions import Question, question_pairs, read_questions, sentence
+from eafo_dynamic.experiments.compare.ranking import Near, near_best
 
 ROOT = Path(__file__).parents[2]
 ARMS: dict[str, Any] = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from eafo_dynamic.errors import ConfigError
 from eafo_dynamic.experiments.compare.across import summarise
 from eafo_dynamic.experiments.compare.cell import expected_fingerprint
-from eafo_dynamic.experiments.compare.paired import Paired, compare
+from eafo_dynamic.experiments.compare.paired import Paired, compare, is_higher_better
 from eafo_dynamic.experiments.compare.plan import Plan
 from eafo_dynamic.experiments.compare.results import Cell, read_cells, step_times, unpaired, values, write_csv
 from eafo_dynamic.experiments.compare.tables import across_rows, html, markdown, notes, rows, write_html
@@ -64,6 +64,13 @@ class Evaluation:
                 seeds=plan.seeds,
                 against=against,
             )
+
+    @property
+    def higher_is_better(self) -> bool:
+        """The direction of the plan's own metric."""
+        if self.plan.higher_is_better is not None:
+            return self.plan.higher_is_better
+        return is_higher_better(self.plan.metric)
 
     def tables(self) -> Tables:
         """One table per metric, with notes on what a reader must know.
