@@ -104,6 +104,16 @@ def test_table_marks_the_best_and_what_is_within_noise(evaluations: list[Evaluat
     assert number == pytest.approx(pair.relative, abs=0.05)
 
 
+def test_an_arm_that_is_not_finished_says_so(tmp_path: Path) -> None:
+    write_plan(tmp_path, "one", seeds=9)
+    write_cells(tmp_path, "one", EFFECTS["one"])
+    for arm in ("relu", "default"):
+        write_cell(tmp_path / "out" / "one", result(arm, 8, {"test_loss": 2.0}, task="one"))
+    table = {row["arm"]: row["one"] for row in arms_table([Evaluation(read_plan(tmp_path / "one.yaml"))])}
+    assert table["default"].startswith("**-") and table["default"].endswith("**")
+    assert table["held"].startswith("-") and table["held"].endswith(" (8 of 9 seeds)")
+
+
 def test_questions_are_answered_task_by_task(evaluations: list[Evaluation]) -> None:
     pairs = question_pairs(Question("?", "default", "held"), evaluations)
     assert {title: pair.verdict for title, pair in pairs.items()} == {"one": "better", "two": "no difference found"}

@@ -25,26 +25,33 @@ def arms_table(evaluations: Sequence[Evaluation]) -> list[dict[str, str]]:
         evaluations: one for each task.
 
     Returns:
-        Text by column. The best of a task is bold, what is within noise of it in italics; - where there is no cell.
+        Text by column. The best of a task is bold, what is within noise of it in italics; - where there is no cell. An
+        arm that has not finished all seeds says how many it has.
     """
     arms = dict.fromkeys(cell.arm for each in evaluations for cell in each.cells)
     shown: dict[str, dict[str, str]] = {arm: {"arm": arm} for arm in arms}
     for each in evaluations:
-        metric = each.plan.metric
-        near = near_best(values(each.cells, metric), each.plan.seeds, each.higher_is_better)
-        relative = {pair.arm: pair.relative for pair in each.pairs[metric]}
-        relative[each.plan.reference] = 0.0
+        column = _arms_of_task(each)
         for arm, row in shown.items():
-            number = relative.get(arm)
-            text = "-" if number is None or math.isnan(number) else f"{number:+.1f}"
-            if arm == each.plan.reference:
-                text = "0"
-            if near is not None and arm == near.best:
-                text = f"**{text}**"
-            elif near is not None and arm in near.within:
-                text = f"*{text}*"
-            row[_column(each)] = text
+            row[_column(each)] = column.get(arm, "-")
     return list(shown.values())
+
+
+def _arms_of_task(evaluation: Evaluation) -> dict[str, str]:
+    """What the table of arms has of one task, by arm."""
+    plan = evaluation.plan
+    near = near_best(values(evaluation.cells, plan.metric), plan.seeds, evaluation.higher_is_better)
+    texts = {plan.reference: "0"}
+    for pair in evaluation.pairs[plan.metric]:
+        if pair.relative is None or math.isnan(pair.relative):
+            continue
+        texts[pair.arm] = f"{pair.relative:+.1f}"
+        if len(pair.seeds) < len(plan.seeds):
+            texts[pair.arm] += f" ({len(pair.seeds)} of {len(plan.seeds)} seeds)"
+    if near is None:
+        return texts
+    marks = {**dict.fromkeys(near.within, "*"), near.best: "**"}
+    return {arm: f"{marks.get(arm, '')}{text}{marks.get(arm, '')}" for arm, text in texts.items()}
 
 
 def _column(evaluation: Evaluation) -> str:
