@@ -99,6 +99,22 @@ def _rate(choice: Choice | None) -> str:
     return f"{choice.rate:g} x {choice.multiple:g}"
 
 
+def _question_lines(questions: Sequence[Question], evaluations: Sequence[Evaluation]) -> list[str]:
+    tasks = {each.plan.title: str(each.plan.task) for each in evaluations}
+    answered = {question.text: question_pairs(question, evaluations) for question in questions}
+    if not any(answered.values()):
+        return []
+    lines = [
+        "## Questions",
+        "p is corrected for the number of rows of a question, not for the number of questions. Where several rows are "
+        "of one task, at other lengths or rates, the mean gain counts them once.",
+    ]
+    for text, pairs in answered.items():
+        if pairs:
+            lines += [f"### {text}", sentence(pairs, tasks), markdown(question_rows(pairs)).rstrip()]
+    return lines
+
+
 def write_page(
     evaluations: Sequence[Evaluation],
     questions: Sequence[Question],
@@ -140,16 +156,7 @@ def write_page(
     over_tasks(pairs_by_task, forest_arms).savefig(picture, dpi=80)
     written.append(picture)
     parts.append(f"![Relative differences over tasks]({picture.name})")
-    tasks = {each.plan.title: str(each.plan.task) for each in evaluations}
-    parts += [
-        "## Questions",
-        "p is corrected for the number of rows of a question, not for the number of questions. Where several rows are "
-        "of one task, at other lengths or rates, the mean gain counts them once.",
-    ]
-    for question in questions:
-        pairs = question_pairs(question, evaluations)
-        if pairs:
-            parts += [f"### {question.text}", sentence(pairs, tasks), markdown(question_rows(pairs)).rstrip()]
+    parts += _question_lines(questions, evaluations)
     found = predictions(early, evaluations)
     if found:
         parts += prediction_lines(found)

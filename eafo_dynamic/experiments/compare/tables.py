@@ -133,7 +133,7 @@ def notes(pairs: Sequence[Paired], unpaired: Sequence[str] = ()) -> list[str]:
     few = [pair.arm for pair in pairs if len(pair.seeds) < needed]
     if few:
         lines.append(
-            f"With {len(pairs)} arms the test needs {needed} seeds to find anything at all; "
+            f"With {_counted(pairs)} the test needs {needed} seeds to find anything at all; "
             f"too few: {_arms(few, pairs)}."
         )
     missing = "not paired, as the arm or the reference has not finished"
@@ -152,8 +152,11 @@ def _test_note(pairs: Sequence[Paired]) -> str:
     direction = "higher" if first.higher_is_better else "lower"
     tests = dict.fromkeys(pair.test for pair in pairs if pair.test != "none")
     named = ", ".join(tests) or "none, too few seeds"
-    arms = "arm" if len(pairs) == 1 else "arms"
-    return f"{first.metric}: {direction} is better. Test: {named}; corrected for {len(pairs)} {arms} (Holm)."
+    return f"{first.metric}: {direction} is better. Test: {named}; corrected for {_counted(pairs)} (Holm)."
+
+
+def _counted(pairs: Sequence[Paired]) -> str:
+    return "1 arm" if len(pairs) == 1 else f"{len(pairs)} arms"
 
 
 def _seed_notes(what: str, seeds_by_arm: Mapping[str, tuple[int, ...]], pairs: Sequence[Paired]) -> list[str]:
