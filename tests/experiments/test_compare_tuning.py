@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,8 @@ import yaml
 from eafo_dynamic.cli import main
 from eafo_dynamic.errors import ConfigError, LogError
 from eafo_dynamic.experiments.compare.cell import finished, restore, result_path
+from eafo_dynamic.experiments.compare.evaluation import Evaluation
+from eafo_dynamic.experiments.compare.evidence import write_page
 from eafo_dynamic.experiments.compare.plan import Plan, read_plan
 from eafo_dynamic.experiments.compare.results import read_cell
 from eafo_dynamic.experiments.compare.runner import cells, run
@@ -142,6 +145,23 @@ def test_finished_cells_come_back_from_the_store(tuned: Plan) -> None:
     assert back.task == plan.title
     assert all(len(line) < 450 for line in plan.store.read_text().splitlines())  # type: ignore[union-attr]
     assert back.weights == before["relu"]["weights"]
+
+
+def test_a_page_says_how_rates_were_chosen(tuned: Plan, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plan = apply_choices(tuned)
+    assert run(plan, cells(plan, ["relu", "learned"]), jobs=1) == []
+    page, *_ = write_page([Evaluation(plan)], [], tmp_path / "page.md")
+    text = page.read_text()
+    assert "chosen by val_loss with as many trainings for every arm, on seeds 900;" in text
+    assert "a better rate may lie beyond: relu, swish beta," in text, "each grid has one rate or two"
+    assert "| relu (reference) | 1 |" in text
+    assert f"| learned | 1 x {plan.chosen['learned'].multiple:g} |" in text
+    twice = dataclasses.replace(plan, arms=(*plan.arms, dataclasses.replace(plan.arm("relu"), name="again")))
+    evaluation = Evaluation(twice)
+    page, *_ = write_page([evaluation], [], tmp_path / "page.md")
+    assert "again is relu here: the same trainings, which are counted twice." in page.read_text()
+    assert "Not tuned, and so not trained: again." in page.read_text()
 
 
 def test_cells_of_other_settings_stay_in_the_store(tuned: Plan) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eafo_dynamic.experiments.compare.early import prediction_lines, predictions
 from eafo_dynamic.experiments.compare.evaluation import Evaluation
-from eafo_dynamic.experiments.compare.plan import Choice, Plan
+from eafo_dynamic.experiments.compare.plan import Choice, Plan, content
 from eafo_dynamic.experiments.compare.questions import Question, question_pairs, question_rows, sentence
 from eafo_dynamic.experiments.compare.ranking import near_best
 from eafo_dynamic.experiments.compare.results import values
@@ -76,6 +76,10 @@ def _tuning_lines(plan: Plan) -> list[str]:
     edge = [arm.name for arm in plan.arms if arm.name in plan.chosen and plan.chosen[arm.name].at_the_edge]
     if edge:
         lines.append(f"Chosen at the edge of what was tried, so that a better rate may lie beyond: {', '.join(edge)}.")
+    for number, arm in enumerate(plan.arms):
+        for earlier in plan.arms[:number]:
+            if content(arm) == content(earlier):
+                lines.append(f"{arm.name} is {earlier.name} here: the same trainings, which are counted twice.")
     return lines
 
 
