@@ -60,8 +60,22 @@ def _column(evaluation: Evaluation) -> str:
     return evaluation.plan.title
 
 
+def _training_lines(evaluation: Evaluation) -> list[str]:
+    """How the arms were trained, and what was not settled by it."""
+    plan = evaluation.plan
+    trained = {cell.arm for cell in evaluation.cells}
+    absent = [arm.name for arm in plan.arms if arm.name not in trained]
+    lines = _tuning_lines(plan)
+    if absent:
+        lines.append(f"Not trained yet: {', '.join(absent)}.")
+    for number, arm in enumerate(plan.arms):
+        for earlier in plan.arms[:number]:
+            if {arm.name, earlier.name} <= trained and content(arm) == content(earlier):
+                lines.append(f"{arm.name} is {earlier.name} here: the same trainings, which are counted twice.")
+    return lines
+
+
 def _tuning_lines(plan: Plan) -> list[str]:
-    """How the rates were chosen, and what was not settled by it."""
     if plan.tuning is None:
         return ["Learning rates: the task's for every arm."]
     seeds = ", ".join(map(str, plan.tuning.seeds))
@@ -70,16 +84,9 @@ def _tuning_lines(plan: Plan) -> list[str]:
         f"that was tried is in {plan.tuning.file.name}. The table has them in units of the task's; x: that of the "
         "arm's own parameters, in units of the model's."
     ]
-    unfinished = [arm.name for arm in plan.arms if arm.name not in plan.chosen]
-    if unfinished:
-        lines.append(f"Not tuned, and so not trained: {', '.join(unfinished)}.")
     edge = [arm.name for arm in plan.arms if arm.name in plan.chosen and plan.chosen[arm.name].at_the_edge]
     if edge:
         lines.append(f"Chosen at the edge of what was tried, so that a better rate may lie beyond: {', '.join(edge)}.")
-    for number, arm in enumerate(plan.arms):
-        for earlier in plan.arms[:number]:
-            if content(arm) == content(earlier):
-                lines.append(f"{arm.name} is {earlier.name} here: the same trainings, which are counted twice.")
     return lines
 
 
@@ -177,7 +184,7 @@ def write_page(
             ["eafo-dynamic", "compare", "--config", (configs or {}).get(each.plan.name, each.plan.name)]
         )
         parts += [f"### {each.plan.title}", f"`{command} --jobs 2`"]
-        parts += _tuning_lines(each.plan)
+        parts += _training_lines(each)
         if pairs:
             parts += [markdown(_with_rates(rows(pairs), each.plan)).rstrip(), *notes(pairs, each.doubts)]
     out.parent.mkdir(parents=True, exist_ok=True)
