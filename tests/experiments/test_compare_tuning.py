@@ -186,6 +186,15 @@ def test_a_choice_made_with_other_settings_is_refused(tuned: Plan, change: dict[
         apply_choices(other)
 
 
+@pytest.mark.parametrize("entry", [None, {"rate": 1.0}, "1.0"])
+def test_a_choice_that_is_not_whole_is_named(tmp_path: Path, entry: object) -> None:
+    plan = plan_of(tmp_path)
+    kept = {"metric": "val_loss", "seeds": [900], "arms": {"relu": entry}}
+    (tmp_path / "tuned.yaml").write_text(yaml.safe_dump(kept))
+    with pytest.raises(ConfigError, match=r"the entry of 'relu' is not whole. Delete it there"):
+        apply_choices(plan)
+
+
 def test_two_plans_share_the_choices_of_one(tuned: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tuned.directory.parent
     write_plan(folder)
@@ -199,6 +208,9 @@ def test_two_plans_share_the_choices_of_one(tuned: Plan, capsys: pytest.CaptureF
     assert plan.arm("best base") == short.arm("best base")
     assert main(["compare", "--config", str(folder / "longer.yaml"), "--tune"]) == 2
     assert "another plan chooses its rates. Run --tune with" in capsys.readouterr().err
+    (folder / "itself.yaml").write_text(yaml.safe_dump({**longer, "tune": {"of": "itself.yaml"}}, sort_keys=False))
+    with pytest.raises(ConfigError, match=r"tune.of='itself.yaml': chooses no rates itself"):
+        read_plan(folder / "itself.yaml")
     longer["arms"] = {**SMALL["arms"], "relu": {"activation": "elu"}}
     (folder / "longer.yaml").write_text(yaml.safe_dump(longer, sort_keys=False))
     with pytest.raises(ConfigError, match=r"tune.of=.*has no such arm 'relu'"):

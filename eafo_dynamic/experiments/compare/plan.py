@@ -327,8 +327,11 @@ def _tuning_of(given: Options, plan: Path) -> Tuning:
     """The tuning of another plan, whose choices this one takes."""
     _check_keys("tune", given, _TUNED_ELSEWHERE)
     other = _file_beside(plan, "tune.of", str(given["of"]))
-    tuning = _tuning(_mapping("tune.of", read_yaml(other, "tune.of")), other)
-    if tuning is None or tuning.of is not None:
+    theirs = _mapping("tune.of", read_yaml(other, "tune.of"))
+    tuning = None
+    if "of" not in (theirs.get("tune") or {}):
+        tuning = _tuning(theirs, other)
+    if tuning is None:
         raise ConfigError("tune.of", given["of"], "chooses no rates itself", "Name a plan with tune: and rates.")
     return replace(tuning, of=other)
 

@@ -312,11 +312,16 @@ def _choices(plan: Plan) -> dict[str, Choice]:
         return {}
     chosen: dict[str, Choice] = {}
     arms = {arm.name: arm for arm in plan.arms}
+    names = {each.name for each in dataclasses.fields(Choice)}
     for name, given in _read(plan.tuning).items():
         if name not in arms:
             continue
-        kept = given.get("fingerprint")
-        choice = Choice(**{each.name: given[each.name] for each in dataclasses.fields(Choice)})
+        if not isinstance(given, dict) or not names <= given.keys():
+            mend = "Delete it there and run --tune again."
+            raise ConfigError("tune.file", str(plan.tuning.file), f"the entry of {name!r} is not whole", mend)
+        entry = cast("dict[str, Any]", given)
+        kept = entry.get("fingerprint")
+        choice = Choice(**{each: entry[each] for each in names})
         arm = arms[name]
         if arm.activation == BEST:
             arm = dataclasses.replace(arm, activation=choice.activation)
@@ -336,6 +341,8 @@ def _read(tuning: Tuning) -> dict[str, Any]:
     if not isinstance(kept, dict) or not {"metric", "seeds", "arms"} <= kept.keys():
         raise ConfigError("tune.file", str(tuning.file), "is no file of choices", "Delete it and run --tune again.")
     found = cast("dict[str, Any]", kept)
+    if not isinstance(found["arms"], dict):
+        raise ConfigError("tune.file", str(tuning.file), "has no arms", "Delete it and run --tune again.")
     if found["metric"] != tuning.metric or found["seeds"] != list(tuning.seeds):
         problem = f"was made by {found['metric']} on seeds {found['seeds']}"
         raise ConfigError("tune.file", str(tuning.file), problem, "Delete it and run --tune again.")
