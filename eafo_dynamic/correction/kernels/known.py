@@ -156,8 +156,7 @@ _POINTWISE: dict[object, str] = {F.relu: "relu", F.leaky_relu: "leaky_relu", F.g
 INSIDE = (_relu(), _leaky_relu(), _silu(), _gelu(), _gelu("tanh"))
 """The functions that the compiled kernel can compute."""
 
-
-_MAKERS_INSIDE: dict[int, Callable[[], Known]] = {2: _silu, 3: _gelu, 4: functools.partial(_gelu, "tanh")}
+_BY_CODE = {known.code: known for known in INSIDE if known.code != 1}  # those of code 1 differ in their slope
 
 
 @functools.lru_cache(maxsize=256)
@@ -171,8 +170,8 @@ def known_inside(code: int, below: float) -> Known:
     Returns:
         The function.
     """
-    if code in _MAKERS_INSIDE:
-        return _MAKERS_INSIDE[code]()
+    if code in _BY_CODE:
+        return _BY_CODE[code]
     return _relu() if below == 0 else _leaky_relu(below)
 
 
