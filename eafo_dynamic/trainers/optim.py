@@ -59,7 +59,8 @@ def own_group(
         lr: learning rate of the group before any schedule; None: that of the group it comes from, times
             lr_multiple.
         lr_multiple: see lr.
-        weight_decay: of the group.
+        weight_decay: of the group, as the optimiser means it: AdamW draws an amplitude towards 0 by lr(amplitude) *
+            weight_decay of itself at every step, Adam adds weight_decay * amplitude to the gradient.
         save_ungrouped: whether the state_dicts of optimisers and schedulers have the groups that there were before,
             for trainers that restore them before anything can be regrouped (Hugging Face's).
         by_relatives: whether an amplitude goes to its nearest relatives even where an optimiser holds it. For a run
@@ -67,8 +68,8 @@ def own_group(
             groups.
 
     Returns:
-        What could not be done: at most one line about amplitudes in an LBFGS, and one about amplitudes that no
-        optimiser can take, such as Muon, which steps matrices only.
+        What could not be done: at most one line about amplitudes in an LBFGS, one about amplitudes that no optimiser
+        can take, such as Muon, which steps matrices only, and one for each kind of optimiser that has no weight decay.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -78,6 +79,7 @@ def own_group(
     places = _find_places(plain, _to_be_moved(plain, amplitudes, trained), model, by_relatives)
     all_schedulers = _flatten(schedulers)
     refusals: list[str] = []
+    undecayed: list[str] = []
     for optimizer in plain:
         if isinstance(optimizer, torch.optim.LBFGS) or _is_grouped(optimizer):
             continue
@@ -95,12 +97,20 @@ def own_group(
                 places.nowhere.extend(members)
                 refusals.append(why)
                 continue
+            if weight_decay and "weight_decay" not in group:
+                undecayed.append(type(optimizer).__name__)
             for scheduler in schedulers_here:
                 _extend(scheduler, len(optimizer.param_groups) - 1, source, ratio)
         if save_ungrouped and new_groups:
             for scheduler in schedulers_here:
                 _save_first(scheduler, groups_before)
-    return _notes(places.in_lbfgs, places.nowhere, refusals)
+    notes = _notes(places.in_lbfgs, places.nowhere, refusals)
+    for name in sorted(set(undecayed)):
+        notes.append(
+            f"{name} has no weight_decay: weight_decay={weight_decay:g} does nothing to the amplitudes that it steps. "
+            "Take an optimiser that has one, such as AdamW, or leave it out"
+        )
+    return notes
 
 
 def extend_groups(

@@ -295,6 +295,27 @@ def test_flags_are_copied_and_weight_decay_is_the_users() -> None:
     assert optimizer.param_groups[0]["weight_decay"] == 0.01
 
 
+def test_adamw_draws_amplitudes_towards_zero_by_rate_times_decay() -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    own_group([optimizer], amplitudes(model), model, lr_multiple=3.0, weight_decay=0.5)
+    before = [p.item() for p in amplitudes(model).values()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    after = [p.item() for p in amplitudes(model).values()]
+    assert after == pytest.approx([(1 - 3 * 0.1 * 0.5) * value for value in before], rel=1e-6)
+
+
+def test_an_optimiser_without_weight_decay_says_so() -> None:
+    model = make_model()
+    (note,) = own_group([torch.optim.Rprop(model.parameters())], amplitudes(model), model, weight_decay=0.5)
+    assert note.startswith("Rprop has no weight_decay: weight_decay=0.5 does nothing to the amplitudes")
+    assert "AdamW" in note and "\n" not in note
+    model = make_model()
+    assert own_group([torch.optim.Rprop(model.parameters())], amplitudes(model), model) == []
+
+
 def test_states_survive_a_round_trip_after_regrouping() -> None:
     twins = []
     for _ in range(2):
