@@ -70,10 +70,13 @@ class GroupOptions(Checked):
     weight_decay: float = option(
         default=0.0,
         part=MOVES,
-        text="weight decay of eps, which has a parameter group of its own",
+        text="weight decay of eps, which has a parameter group of its own, as the optimiser means it",
         check=not_negative,
-        unit="per step",
-        when="above 0 to draw the functions back to their bases",
+        unit="1",
+        when=(
+            "`1.0` with AdamW, which draws eps to 0 by the learning rate times this at every step, where the model itself "
+            "is strongly decayed or overfits, see [what was measured](costs.md#does-it-help)"
+        ),
     )
 
     def conflicts(self) -> Iterator[ConfigError]:

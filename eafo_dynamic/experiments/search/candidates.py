@@ -21,6 +21,7 @@ _PLAIN = "plain"
 _BASES = (OWN, "relu", "gelu", "silu", "mish", "elu", "squared_relu", "xielu", "prelu", "swish_beta")
 _TERMS = ("full", "tails", "tied")  # "learned" has the local ones
 _HELD = {"policy": "static", "terms": "free", "lr_multiple": 3.0}
+_DECAYED = {"weight_decay": 1.0}  # draws the amplitudes back to zero
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,13 @@ class Candidate:
 
 
 def _default_corrections() -> dict[str, dict[str, Any] | None]:
-    corrections: dict[str, dict[str, Any] | None] = {_PLAIN: None, "held": dict(_HELD), "learned": {}}
+    corrections: dict[str, dict[str, Any] | None] = {
+        _PLAIN: None,
+        "held": dict(_HELD),
+        "held decayed": {**_HELD, **_DECAYED},
+        "learned": {},
+        "learned decayed": dict(_DECAYED),
+    }
     for terms in _TERMS:
         corrections[f"learned {terms}"] = {"terms": terms}
     return corrections
