@@ -74,8 +74,8 @@ class GroupOptions(Checked):
         check=not_negative,
         unit="1",
         when=(
-            "`1.0` with AdamW, which draws eps to 0 by the learning rate times this at every step, where the model itself "
-            "is strongly decayed or overfits, see [what was measured](costs.md#does-it-help)"
+            "`1.0` with AdamW, which draws eps to 0 by the learning rate times this at every step, where the model "
+            "itself is strongly decayed, see [what was measured](costs.md#does-it-help)"
         ),
     )
 
